@@ -1,0 +1,401 @@
+"""The configuration of one run: what to read, what to train, what to measure.
+
+A run is one YAML file with the sections below; the resolved file and its hash lie beside every output.
+Each field is followed by the sentence that `--help` prints.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from tsae import schema
+from tsae.errors import TsaeError, suggestion
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The language model and the place where its activations are read."""
+
+    name: str = "embedded"
+    """Hugging Face model id, a local folder in the hub's format, or `embedded` (the small GPT-NeoX shipped inside)."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub model."""
+    layer: int = 2
+    """Index of the block whose output is read: `hidden_states[layer + 1]` of the Hugging Face model."""
+    hook_point: str | None = None
+    """Path of any module to read instead of a block, such as `gpt_neox.layers.3.mlp`; `layer` is then only a label."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Precision in which the language model runs."""
+    attn_implementation: Literal["eager", "sdpa", "flash_attention_2"] | None = None
+    """Attention kernel, where the model's own choice should be overruled."""
+    device: str = "auto"
+    """`auto` (CUDA where there is one), `cpu`, `cuda` or `cuda:N`."""
+    batch_size: int = 64
+    """Sequences per forward pass."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """The text, and how it is cut into contexts."""
+
+    source: str = "embedded"
+    """Hub dataset id, a local file or folder (jsonl, parquet, txt; also .gz, .zst), or `embedded` (English documentation found on this machine)."""
+    subset: str | None = None
+    """Configuration name of a hub dataset."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub dataset."""
+    split: str = "train"
+    """Split of a hub dataset."""
+    text_field: str = "text"
+    """Column that holds the text."""
+    label_field: str | None = None
+    """Column that holds a label of the document, kept beside the activations."""
+    max_documents: int | None = None
+    """Stop after this many documents."""
+    max_tokens: int | None = None
+    """Stop after this many tokens (whole contexts, after shuffling)."""
+    context_length: int = 128
+    """Tokens per context (L)."""
+    min_length: int = 16
+    """Contexts with fewer tokens are dropped."""
+    packing: Literal["split", "truncate", "concat"] = "split"
+    """`split`: a document becomes as many contexts as it fills; `truncate`: its first context only; `concat`: documents follow each other without padding, so contexts cross documents (pairs never do)."""
+    bos: Literal["auto", "always", "never"] = "auto"
+    """Begin each context with the tokenizer's BOS token; `auto` does what the tokenizer itself does."""
+    skip_positions: int = 1
+    """Leading positions of each context kept out of training and evaluation: BOS or, without one, the attention sink."""
+    holdout: float = 0.1
+    """Share of the documents that is kept for evaluation and never trained on."""
+    seed: int = 0
+    """Seed of the order of contexts and of the held-out choice."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoreConfig:
+    """The zarr store that holds the activations."""
+
+    path: str | None = None
+    """Folder of the store; by default under TSAE_HOME/stores, named after model, layer and content hash."""
+    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    """Precision on disk."""
+    shard_mb: int = 256
+    """Size of one shard file in MB (10^6 bytes): the unit of writing, of resuming and of sharing a harvest."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SaeConfig:
+    """The dictionary."""
+
+    kind: Literal["temporal", "matryoshka", "batch_topk"] = "temporal"
+    """`temporal`: T-SAE; `matryoshka`: the same nested groups without the temporal term; `batch_topk`: one group."""
+    dict_size: int = 16384
+    """Number of latents (F)."""
+    k: int = 20
+    """Active latents per token, on average over a batch."""
+    split_fraction: float = 0.2
+    """Share of the latents in the high-level split (group 0); the rest is the low-level split."""
+    group_fractions: tuple[float, ...] | None = None
+    """Shares of more than two nested groups; replaces split_fraction."""
+
+    @property
+    def fractions(self) -> tuple[float, ...]:
+        """Share of the latents of each group; they sum to 1."""
+        if self.kind == "batch_topk":
+            return (1.0,)
+        return self.group_fractions or (self.split_fraction, 1.0 - self.split_fraction)
+
+    @property
+    def group_sizes(self) -> tuple[int, ...]:
+        """Latents of each group; rounding goes to the last group."""
+        sizes = [int(fraction * self.dict_size) for fraction in self.fractions[:-1]]
+        return (*sizes, self.dict_size - sum(sizes))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ObjectiveConfig:
+    """The training objective; `objective: NAME` alone takes a preset."""
+
+    preset: Literal["reference", "paper"] = "reference"
+    """`reference`: what the authors' released code computes; `paper`: what the paper's equations say. Other keys override it."""
+    temporal: Literal["contrastive", "l1"] = "contrastive"
+    """Temporal term of a T-SAE: InfoNCE over the batch, or the L1 distance of the two codes weighted by the inputs' cosine."""
+    temporal_alpha: float = 0.1
+    """Weight of the temporal term."""
+    similarity: Literal["dot", "cosine"] = "dot"
+    """Similarity of two high-level codes in the contrastive term."""
+    temperature: float = 1.0
+    """Divides the similarities before the softmax."""
+    directions: Literal["mean", "sum"] = "mean"
+    """How the two directions of the contrastive term (current to partner and back) are combined."""
+    group_weights: Literal["fractions", "uniform", "ones"] | tuple[float, ...] = "fractions"
+    """Weight of each nested reconstruction: the group's share, 1/G, 1, or a list."""
+    group_reduction: Literal["mean", "sum"] = "mean"
+    """How the weighted nested reconstruction losses are combined."""
+    auxk_alpha: float = 1 / 32
+    """Weight of the auxiliary loss that revives dead latents."""
+
+
+OBJECTIVE_PRESETS: dict[str, dict[str, Any]] = {
+    "reference": {},
+    "paper": {
+        "temporal_alpha": 1.0,
+        "similarity": "cosine",
+        "directions": "sum",
+        "group_weights": "ones",
+        "group_reduction": "sum",
+    },
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    """Optimisation and bookkeeping."""
+
+    steps: int = 1000
+    """Optimizer steps."""
+    batch_size: int = 2048
+    """Pairs (or single tokens) per step, over all processes."""
+    lr: float | None = None
+    """Learning rate; by default 2e-4 / sqrt(dict_size / 16384)."""
+    warmup_steps: int = 1000
+    """Steps of linear warm-up."""
+    decay_start: int | None = None
+    """First step of the linear decay to zero; none: no decay."""
+    pair_rule: str = "previous"
+    """Partner of a token: `previous`, `random` (any earlier token of the document), `within:N` (at most N back) or `none` (single tokens)."""
+    threshold_beta: float = 0.999
+    """Decay of the moving average of the inference threshold."""
+    threshold_start_step: int = 1000
+    """Step after which the threshold is tracked."""
+    dead_after: int = 10_000_000
+    """A latent is dead when it has not fired for this many tokens."""
+    clip_norm: float = 1.0
+    """Bound on the gradient's norm."""
+    seed: int = 0
+    """Seed of the initial weights and of the order of pairs."""
+    device: str = "auto"
+    """`auto` (CUDA where there is one), `cpu`, `cuda` or `cuda:N`."""
+    precision: Literal["no", "bf16"] = "no"
+    """`no`: float32; `bf16`: matrix products under bfloat16 autocast, parameters stay float32."""
+    pool_sequences: int = 16384
+    """Sequences held in memory and mixed at a time; at least half the batch size mixes well."""
+    log_every: int = 10
+    """Steps between lines of metrics.jsonl."""
+    save_steps: tuple[int, ...] = ()
+    """Steps before which an intermediate checkpoint is written."""
+    resume_every: int = 200
+    """Steps between resumable states; 0: none."""
+    trackers: tuple[Literal["tensorboard", "wandb"], ...] = ()
+    """Experiment trackers fed through accelerate."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationConfig:
+    """Measures on the held-out part of the store."""
+
+    sequences: int = 512
+    """Held-out contexts that are scored, at most."""
+    batch_size: int = 16
+    """Contexts encoded at a time."""
+    loss_recovered: bool = True
+    """Splice reconstructions into the language model and measure its cross-entropy."""
+    loss_sequences: int = 64
+    """Contexts used for that."""
+    ablation: Literal["zero", "mean"] = "zero"
+    """What stands for 'no information' in the loss-recovered ratio."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Everything one run depends on."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    """The language model."""
+    data: DataConfig = field(default_factory=DataConfig)
+    """The text."""
+    store: StoreConfig = field(default_factory=StoreConfig)
+    """The activation store."""
+    sae: SaeConfig = field(default_factory=SaeConfig)
+    """The dictionary."""
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    """The training objective."""
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    """Optimisation."""
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    """Measures."""
+
+
+def load(path: str | Path, overrides: list[str] | None = None) -> RunConfig:
+    """The run described by a YAML file and `section.key=value` overrides."""
+    tree = schema.read_yaml(path)
+    extra = schema.parse_overrides(overrides or [])
+    # Overrides are checked on their own first, so that an error names the command line, not the file.
+    from_mapping(extra, "command line", partial=True)
+    return from_mapping(schema.merge_into(tree, extra), str(path))
+
+
+def from_mapping(tree: Mapping[str, Any], where: str, *, partial: bool = False) -> RunConfig:
+    """A validated RunConfig; `where` names the source in errors, `partial` checks keys and types only."""
+    tree = dict(tree)
+    if "objective" in tree:
+        tree["objective"] = _with_preset(tree["objective"], where)
+    config = schema.build(RunConfig, tree, where)
+    if not partial:
+        validate(config, where)
+    return config
+
+
+def _with_preset(section: Any, where: str) -> Any:
+    if isinstance(section, str):
+        section = {"preset": section}
+    if not isinstance(section, Mapping):
+        return section
+    preset = section.get("preset", "reference")
+    if preset not in OBJECTIVE_PRESETS:
+        raise TsaeError(
+            f"{where}: objective.preset: {preset!r} is not allowed; {suggestion(preset, OBJECTIVE_PRESETS)}"
+            f"allowed: {', '.join(OBJECTIVE_PRESETS)}"
+        )
+    return {**OBJECTIVE_PRESETS[preset], **section}
+
+
+def validate(config: RunConfig, where: str) -> None:
+    """Refuse values that cannot work together. Raises TsaeError naming the key path."""
+    sae, objective, training, data = config.sae, config.objective, config.training, config.data
+
+    def need(condition: bool, path: str, value: object, allowed: str) -> None:
+        if not condition:
+            raise TsaeError(f"{where}: {path}: {value} is impossible; {allowed}")
+
+    for path, value in _positive(config):
+        need(value > 0, path, value, "it must be greater than 0")
+    need(config.model.layer >= 0, "model.layer", config.model.layer, "blocks are counted from 0")
+    need(sae.k <= sae.dict_size, "sae.k", sae.k, f"at most sae.dict_size ({sae.dict_size}) latents can be active")
+    if sae.group_fractions is not None:
+        need(
+            all(fraction > 0 for fraction in sae.group_fractions) and abs(sum(sae.group_fractions) - 1) < 1e-6,
+            "sae.group_fractions",
+            list(sae.group_fractions),
+            "positive fractions that sum to 1 are allowed",
+        )
+    need(0 < sae.split_fraction < 1, "sae.split_fraction", sae.split_fraction, "a fraction between 0 and 1 is allowed")
+    need(min(sae.group_sizes) > 0, "sae.dict_size", sae.dict_size, f"group sizes {sae.group_sizes} leave a group empty")
+    if isinstance(objective.group_weights, tuple):
+        need(
+            len(objective.group_weights) == len(sae.fractions),
+            "objective.group_weights",
+            list(objective.group_weights),
+            f"one weight for each of the {len(sae.fractions)} groups is expected",
+        )
+    need(objective.temporal_alpha >= 0, "objective.temporal_alpha", objective.temporal_alpha, "it must be at least 0")
+    need(objective.auxk_alpha >= 0, "objective.auxk_alpha", objective.auxk_alpha, "it must be at least 0")
+    need(training.warmup_steps >= 0, "training.warmup_steps", training.warmup_steps, "it must be at least 0")
+    if training.decay_start is not None:
+        need(
+            training.warmup_steps < training.decay_start < training.steps,
+            "training.decay_start",
+            training.decay_start,
+            f"it must lie after training.warmup_steps ({training.warmup_steps}) "
+            f"and before training.steps ({training.steps})",
+        )
+    need(
+        0 <= training.threshold_beta < 1,
+        "training.threshold_beta",
+        training.threshold_beta,
+        "a decay in [0, 1) is allowed",
+    )
+    parse_pair_rule(training.pair_rule, f"{where}: training.pair_rule")
+    if sae.kind == "temporal":
+        need(
+            training.pair_rule != "none",
+            "training.pair_rule",
+            training.pair_rule,
+            "a temporal SAE needs pairs: previous, random or within:N",
+        )
+        need(
+            training.batch_size > 1,
+            "training.batch_size",
+            training.batch_size,
+            "a contrastive term needs at least 2 pairs",
+        )
+    need(0 < data.holdout < 1, "data.holdout", data.holdout, "a share between 0 and 1 is allowed")
+    need(
+        0 <= data.skip_positions < data.context_length - 1,
+        "data.skip_positions",
+        data.skip_positions,
+        f"at least two positions of the context of {data.context_length} must remain",
+    )
+    need(
+        data.min_length <= data.context_length,
+        "data.min_length",
+        data.min_length,
+        f"it may be at most data.context_length ({data.context_length})",
+    )
+
+
+def _positive(config: RunConfig) -> list[tuple[str, float]]:
+    """Key paths and values of the settings that must be greater than 0 (where set)."""
+    paths = """model.batch_size data.max_documents data.max_tokens data.context_length data.min_length store.shard_mb
+        sae.dict_size sae.k objective.temperature training.steps training.batch_size training.lr training.dead_after
+        training.clip_norm training.pool_sequences training.log_every evaluation.sequences evaluation.batch_size
+        evaluation.loss_sequences"""
+    values = []
+    for path in paths.split():
+        section, name = path.split(".")
+        value = getattr(getattr(config, section), name)
+        if value is not None:
+            values.append((path, value))
+    return values
+
+
+def parse_pair_rule(rule: str, where: str = "pair_rule") -> tuple[str, int | None]:
+    """`"within:8"` → `("within", 8)`; the other rules have no number. Raises TsaeError."""
+    name, colon, number = rule.replace(" ", "").partition(":")
+    if name == "within" and number.isdigit() and int(number) > 0:
+        return name, int(number)
+    if name in ("previous", "random", "none") and not colon:
+        return name, None
+    raise TsaeError(
+        f"{where}: {rule!r} is not allowed; {suggestion(rule, ('previous', 'random', 'within:8', 'none'))}"
+        "allowed: previous, random, within:N (N at least 1), none"
+    )
+
+
+def store_settings(config: RunConfig) -> dict[str, Any]:
+    """The part of a configuration that decides the content of the activation store."""
+    plain = schema.to_plain(config)
+    for section, name in (("model", "device"), ("model", "batch_size"), ("store", "path"), ("data", "skip_positions")):
+        del plain[section][name]
+    return {section: plain[section] for section in ("model", "data", "store")}
+
+
+def training_settings(config: RunConfig) -> dict[str, Any]:
+    """The part that decides a trained dictionary: everything but evaluation and where things run."""
+    plain = {**schema.to_plain(config), **store_settings(config)}
+    plain["data"]["skip_positions"] = config.data.skip_positions
+    del plain["evaluation"]
+    for name in ("device", "trackers", "resume_every"):
+        del plain["training"][name]
+    return plain
+
+
+def evaluation_settings(config: RunConfig) -> dict[str, Any]:
+    """The part that decides eval_results.json."""
+    plain = {**training_settings(config), "evaluation": schema.to_plain(config.evaluation)}
+    del plain["evaluation"]["batch_size"]
+    return plain
+
+
+def help_text() -> str:
+    """Every setting with its type, default and meaning."""
+    return "\n".join(schema.describe(RunConfig)).strip()
+
+
+def replace(config: RunConfig, **sections: Mapping[str, Any]) -> RunConfig:
+    """A copy with some fields of some sections changed: `replace(config, sae={"k": 40})`."""
+    changed = {name: dataclasses.replace(getattr(config, name), **values) for name, values in sections.items()}
+    return dataclasses.replace(config, **changed)

@@ -1,0 +1,26 @@
+"""Where things land (`TSAE_HOME`) and the variables that a `.env` file brings."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+
+def load_dotenv() -> None:
+    """Read the nearest `.env` (working directory or a parent); variables already set win.
+
+    Must run before huggingface_hub is imported: it reads HF_HOME at import time.
+    """
+    import dotenv
+
+    dotenv.load_dotenv(dotenv.find_dotenv(usecwd=True), override=False)
+
+
+def home() -> Path:
+    """The folder under which stores/, checkpoints/ and sweeps/ live: `TSAE_HOME`, or `./runs`."""
+    return Path(os.environ.get("TSAE_HOME") or "runs").expanduser().absolute()
+
+
+def available_cores() -> int:
+    """CPU cores this process may use, as the scheduler or the container set them."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,0 +1,22 @@
+"""The one exception that reaches a user as a single line."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class TsaeError(Exception):
+    """Bad input or a damaged file: one line that says what is wrong, where, and what would be right.
+
+    The command line prints it without a traceback and exits with code 2.
+    """
+
+    def __str__(self) -> str:
+        return " ".join(" ".join(str(arg) for arg in self.args).split())
+
+
+def suggestion(word: object, allowed: Iterable[str]) -> str:
+    """`did you mean 'x'? ` for the nearest allowed name, else the empty string."""
+    near = difflib.get_close_matches(str(word), list(allowed), n=1, cutoff=0.5)
+    return f"did you mean '{near[0]}'? " if near else ""
