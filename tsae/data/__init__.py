@@ -1,0 +1,1 @@
+"""Text: corpora (embedded, local files, hub) and their cutting into contexts of tokens."""

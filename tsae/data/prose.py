@@ -1,0 +1,120 @@
+"""English paragraphs out of source files: string literals are lexed, never executed or imported.
+
+A full parse of every installed module would take minutes; docstrings and long string constants need only the
+lexical grammar, which is one regular expression.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import re
+import warnings
+from collections.abc import Iterator
+
+MIN_CONSTANT = 100  # characters; shorter string constants are names, formats and messages
+MIN_WORDS = 8
+PLAIN_SHARE = 0.72
+
+_TOKEN = re.compile(
+    r"""(?P<comment>\#[^\n]*)
+      | (?P<prefix>\b[rRbBuUfFtT]{0,2})
+        (?P<string> \"{3}(?:[^"\\]|\\.|"(?!""))*\"{3} | '{3}(?:[^'\\]|\\.|'(?!''))*'{3}
+                  | "(?:[^"\\\n]|\\.)*" | '(?:[^'\\\n]|\\.)*' )""",
+    re.VERBOSE | re.DOTALL,
+)
+_ROLE = re.compile(r":[a-z:]+:`([^`<]*?)\s*(?:<[^`>]*>)?`")
+_LINK = re.compile(r"!?\[([^\]]*)\]\([^)]*\)|`([^`<]+?)\s*<[^`>]*>`_+|<https?:[^>]*>|\s?\[#?[\w-]+\]_")
+_MARKUP = re.compile(r"\*\*|`+_{0,2}|(?<![\w)])\*(?=\w)|(?<=\w)\*(?![\w(])|\|(?=\w)|(?<=\w)\|")
+_ITEM = re.compile(r"(?:[-*+•]|\d+[.)]|:\w+[^:\n]*:)\s+")
+_PARAMETER = re.compile(
+    r"\*{0,2}`{0,2}[A-Za-z_][\w.]*`{0,2}(?:, \*{0,2}`{0,2}[A-Za-z_][\w.]*`{0,2})*"
+    r"\s*(?:\([^()\n]*(?:\([^()]*\)[^()\n]*)*\))?\s*:\s+(?=\S)"
+)
+_TYPED = re.compile(r"[\w*, ]+ : \S")
+_HEADING = re.compile(r"[\w /-]{1,40}::?$")
+_UNDERLINE = re.compile(r"([=~^\"'#*+.:`-])\1{2,}$")
+_PLAIN = re.compile(r"[(\"'“]?[A-Za-z]+(?:[-'’/][A-Za-z]+)*[)\"'”]?[,.;:!?)\"'”]*$")
+_CODE = re.compile(r">>>|\\[a-zA-Z]|[{}|<>]{2}|::|==|->|\$|^\.\. |#|^\s*(?:import|from|def|class|return)\s\S+\s*[=(]")
+_LICENCE = re.compile(
+    r"copyright|licen[sc]ed? |warrant|redistribut|all rights reserved|permission is hereby|liabilit", re.IGNORECASE
+)
+
+
+def texts(source: str) -> Iterator[str]:
+    """Docstrings, long string constants and runs of comment lines of Python `source`, in the order of the file.
+
+    Adjacent literals are joined as Python joins them; f-strings and bytes are left out.
+    """
+    kind, pieces, end = "", [], 0
+    for match in _TOKEN.finditer(source):
+        found = "comment" if match["comment"] else "string"
+        if found != kind or source[end : match.start()].strip(" \t\r\n\\"):
+            yield from _text(kind, pieces)
+            kind, pieces = found, []
+        end = match.end()
+        pieces.append(match.group())
+    yield from _text(kind, pieces)
+
+
+def _text(kind: str, pieces: list[str]) -> Iterator[str]:
+    if kind == "comment":
+        if len(pieces) > 1:
+            yield "\n".join(piece.lstrip("#").removeprefix(":") for piece in pieces)
+        return
+    triple = pieces and pieces[0].endswith(('"""', "\'\'\'"))
+    if not triple and sum(map(len, pieces)) < MIN_CONSTANT:
+        return
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            values = [ast.literal_eval(piece) for piece in pieces]
+    except (SyntaxError, ValueError):  # an f-string, or an escape that this Python rejects
+        return
+    yield "".join(value for value in values if isinstance(value, str))
+
+
+def paragraphs(text: str) -> Iterator[str]:
+    """The blocks of `text` that read as English prose, markup removed, each on one line."""
+    for chunk in re.split(r"\n\s*\n", inspect.cleandoc(text.replace("\r\n", "\n"))):
+        for block in _blocks(chunk.split("\n")):
+            plain = _unmarked(block)
+            if is_prose(plain):
+                yield plain
+
+
+def _blocks(lines: list[str]) -> Iterator[str]:
+    """Join the lines of one chunk; list items and descriptions of parameters become blocks of their own."""
+    while lines and _HEADING.match(lines[0].strip()):
+        lines = lines[1:]
+    base = min((len(line) - len(line.lstrip()) for line in lines if line.strip()), default=0)
+    hanging = any(line[base : base + 1] == " " for line in lines)
+    block: list[str] = []
+    for line in lines:
+        content = line.strip()
+        if _UNDERLINE.match(content):
+            block = []  # what stood above was a heading
+            continue
+        if block and (_ITEM.match(content) or (hanging and line[base : base + 1] != " ")):
+            yield " ".join(block)
+            block = []
+        if not (hanging and _TYPED.match(content)):
+            block.append(content)
+    yield " ".join(block)
+
+
+def _unmarked(block: str) -> str:
+    block = _ROLE.sub(lambda role: role[1].lstrip("~!").rpartition(".")[2] if role[1][:1] in "~!" else role[1], block)
+    block = _LINK.sub(lambda link: link[1] or link[2] or "", block)
+    block = _ITEM.sub("", block, count=1) if _ITEM.match(block) else block
+    block = _PARAMETER.sub("", block, count=1) if _PARAMETER.match(block) else block
+    block = " ".join(_MARKUP.sub("", block).split())
+    return block[:1].upper() + block[1:]
+
+
+def is_prose(block: str) -> bool:
+    """Whether a one-line block is a few sentences of English rather than code, a table or a licence."""
+    if not block.endswith((".", "!", "?", ":", '."', ".)")) or _CODE.search(block) or _LICENCE.search(block):
+        return False
+    words = block.split()
+    return len(words) >= MIN_WORDS and sum(map(bool, map(_PLAIN.match, words))) >= PLAIN_SHARE * len(words)
