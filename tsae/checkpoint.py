@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
@@ -19,6 +19,11 @@ from tsae import config as configuration
 from tsae import files, schema
 from tsae.config import RunConfig
 from tsae.errors import TsaeError
+
+if TYPE_CHECKING:
+    import torch
+
+    from tsae.sae.dictionary import Dictionary
 
 
 class RunFolder:
@@ -88,3 +93,141 @@ class RunFolder:
             return {}
         loaded: dict[str, Any] = json.loads(self.eval_results.read_text())
         return loaded
+
+
+def reference_config(config: RunConfig, activation_dim: int, step: int | None = None) -> dict[str, Any]:
+    """The content of config.json: every key the reference's scripts read, and those it forgot to write."""
+    sae, training, objective = config.sae, config.training, config.objective
+    rule = training.pair_rule
+    trainer: dict[str, Any] = {
+        "trainer_class": REFERENCE_NAMES[sae.kind][0],
+        "dict_class": REFERENCE_NAMES[sae.kind][1],
+        "lr": training.lr or 2e-4 / (sae.dict_size / 16384) ** 0.5,
+        "steps": training.steps,
+        "auxk_alpha": objective.auxk_alpha,
+        "warmup_steps": training.warmup_steps,
+        "decay_start": training.decay_start,
+        "threshold_beta": training.threshold_beta,
+        "threshold_start_step": training.threshold_start_step,
+        "top_k_aux": activation_dim // 2,
+        "seed": training.seed,
+        "activation_dim": activation_dim,
+        "dict_size": sae.dict_size,
+        "group_fractions": list(sae.fractions),
+        "group_weights": objective.group_weights,
+        "group_sizes": list(sae.group_sizes),
+        "k": sae.k,
+        "temporal": {"previous": "p", "random": "r"}.get(rule, rule),
+        "device": "cpu",
+        "layer": config.model.layer,
+        "lm_name": config.model.name,
+        "wandb_name": REFERENCE_NAMES[sae.kind][1],
+        "submodule_name": config.model.hook_point or f"resid_post_layer_{config.model.layer}",
+        # The reference leaves these out although they decide the result.
+        "temp_alpha": objective.temporal_alpha,
+        "contrastive": objective.temporal == "contrastive",
+        "similarity": objective.similarity,
+        "temperature": objective.temperature,
+        "directions": objective.directions,
+        "group_reduction": objective.group_reduction,
+        "dead_feature_threshold": training.dead_after,
+        "pair_rule": rule,
+    }
+    if sae.kind == "batch_topk":
+        trainer = {key: value for key, value in trainer.items() if not key.startswith("group_")}
+    if step is not None:
+        trainer["step"] = step
+    buffer = {
+        "d_submodule": activation_dim,
+        "io": "out",
+        "n_ctxs": training.pool_sequences,
+        "ctx_len": config.data.context_length,
+        "refresh_batch_size": config.model.batch_size,
+        "out_batch_size": training.batch_size,
+        "device": "cpu",
+        "dataset": config.data.source,
+        "skip_positions": config.data.skip_positions,
+    }
+    return {"trainer": trainer, "buffer": buffer}
+
+
+REFERENCE_NAMES = {
+    "temporal": ("TemporalMatryoshkaBatchTopKTrainer", "TemporalMatryoshkaBatchTopKSAE"),
+    "matryoshka": ("MatryoshkaBatchTopKTrainer", "MatryoshkaBatchTopKSAE"),
+    "batch_topk": ("BatchTopKTrainer", "BatchTopKSAE"),
+}
+"""Kind → the reference's trainer class and dictionary class."""
+
+
+def save_dictionary(path: Path, dictionary: Dictionary) -> None:
+    """Write the reference's plain state dict, atomically."""
+    import torch
+
+    state = dictionary.to_file()
+    files.write_atomically(path, lambda stream: torch.save(state, stream))
+
+
+def load_dictionary(
+    path: str | Path, device: str | torch.device = "cpu", checkpoint: int | str | None = None
+) -> tuple[Dictionary, dict[str, Any]]:
+    """The dictionary in a run folder (or hub repository) and the content of its config.json.
+
+    `path` is a folder that holds config.json and ae.pt, one whose trainer_0/ does, or a hub id `owner/name`;
+    `checkpoint` a step number, or a weights file relative to the folder. Raises TsaeError for an unknown class,
+    wrong tensors, non-finite weights, an uncalibrated threshold, and files that are not plain tensors.
+    """
+    folder = _dictionary_folder(path)
+    config = json.loads((folder / "config.json").read_text())
+    trainer = config.get("trainer", {})
+    weights = folder / "ae.pt"
+    if checkpoint is not None:
+        by_step = isinstance(checkpoint, int) or checkpoint.isdigit()
+        weights = folder / (f"checkpoints/ae_{checkpoint}.pt" if by_step else str(checkpoint))
+    state = _read_weights(weights)
+    from tsae.sae.classes import from_state
+
+    dictionary = from_state(trainer.get("dict_class"), state, trainer.get("k"), str(weights))
+    dictionary.require_calibrated(str(weights))
+    return dictionary.to(device).eval().requires_grad_(False), config
+
+
+def _dictionary_folder(path: str | Path) -> Path:
+    local = Path(path)
+    for folder in (local, local / "trainer_0"):
+        if (folder / "config.json").is_file():
+            return folder
+    if local.exists() or str(path).count("/") != 1 or str(path).startswith((".", "/", "~")):
+        raise TsaeError(
+            f"{path}: no config.json here nor in trainer_0/; a run folder or a hub id owner/name is expected"
+        )
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        snapshot = Path(snapshot_download(str(path), allow_patterns=["*.json", "*.pt"]))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise TsaeError(f"{path}: neither a folder here nor reachable on the hub: {reason}") from None
+    for folder in (snapshot, snapshot / "trainer_0"):
+        if (folder / "config.json").is_file():
+            return folder
+    raise TsaeError(f"{path}: the hub repository holds no config.json and no trainer_0/config.json")
+
+
+def _read_weights(path: Path) -> dict[str, torch.Tensor]:
+    import pickle
+
+    import torch
+
+    if not path.is_file():
+        others = sorted(p.stem.removeprefix("ae_") for p in path.parent.glob("*.pt"))
+        raise TsaeError(f"{path}: no such weights; found here: {', '.join(others) or 'none'}")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except pickle.UnpicklingError:
+        raise TsaeError(f"{path}: holds more than tensors and might run code when loaded; refused") from None
+    except (RuntimeError, OSError, EOFError) as error:
+        raise TsaeError(f"{path}: not a readable weights file: {str(error).splitlines()[0]}") from None
+    if not (isinstance(state, dict) and all(isinstance(value, torch.Tensor) for value in state.values())):
+        raise TsaeError(f"{path}: a plain state dict of tensors is expected")
+    return state

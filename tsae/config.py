@@ -177,8 +177,8 @@ class TrainingConfig:
     """Bound on the gradient's norm."""
     seed: int = 0
     """Seed of the initial weights and of the order of pairs."""
-    device: str = "auto"
-    """`auto` (CUDA where there is one), `cpu`, `cuda` or `cuda:N`."""
+    device: Literal["auto", "cpu"] = "auto"
+    """`auto` (this process's GPU, else the CPU) or `cpu`."""
     precision: Literal["no", "bf16"] = "no"
     """`no`: float32; `bf16`: matrix products under bfloat16 autocast, parameters stay float32."""
     pool_sequences: int = 16384

@@ -17,8 +17,7 @@ def write_atomically(path: str | Path, write: Callable[[BinaryIO], object]) -> N
     try:
         with open(temporary, "wb") as stream:
             write(stream)
-            stream.flush()
-            os.fsync(stream.fileno())
+            sync_stream(stream)
         os.chmod(temporary, 0o664 & ~_umask())
         os.replace(temporary, path)
     finally:
@@ -29,6 +28,12 @@ def write_atomically(path: str | Path, write: Callable[[BinaryIO], object]) -> N
 def write_json(path: str | Path, value: Any) -> None:
     """Write `value` as indented JSON, atomically."""
     write_atomically(path, lambda stream: stream.write((json.dumps(value, indent=2) + "\n").encode()))
+
+
+def sync_stream(stream: BinaryIO) -> None:
+    """Flush what was written to `stream` down to the disk."""
+    stream.flush()
+    os.fsync(stream.fileno())
 
 
 def sync_folder(folder: Path) -> None:

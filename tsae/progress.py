@@ -27,7 +27,7 @@ class Progress:
         if done < self.total and now - self._shown < LINE_SECONDS:
             return
         self._shown = now
-        rate = (done - self._start) / max(now - self._began, 1e-9)
+        rate = self.rate(done)
         message = " ".join(f"{name} {_figure(value)}" for name, value in shown.items())
         print(
             f"{self.stage}: {done}/{self.total} {self.unit} ({rate:.3g}/s) {message}".rstrip(),
@@ -45,6 +45,10 @@ class Progress:
                 "time": time.time(),
             }
             write_json(self.path, record)
+
+    def rate(self, done: int) -> float:
+        """Units per second since this process began."""
+        return (done - self._start) / max(time.monotonic() - self._began, 1e-9)
 
 
 def _figure(value: float | int | str) -> str:

@@ -84,9 +84,7 @@ def build(cls: type[T], mapping: Any, where: str, path: str = "") -> T:
     for key, value in mapping.items():
         dotted = f"{path}.{key}" if path else str(key)
         if key not in names:
-            raise TsaeError(
-                f"{where}: {dotted}: unknown key; {suggestion(key, names)}allowed: {', '.join(names)}"
-            )
+            raise TsaeError(f"{where}: {dotted}: unknown key; {suggestion(key, names)}allowed: {', '.join(names)}")
         values[key] = convert(hints[key], value, where, dotted)
     return cls(**values)
 
@@ -102,8 +100,7 @@ def convert(hint: Any, value: Any, where: str, path: str) -> Any:
         if value not in get_args(hint):
             allowed = [str(option) for option in get_args(hint)]
             raise TsaeError(
-                f"{where}: {path}: {value!r} is not allowed; {suggestion(value, allowed)}"
-                f"allowed: {', '.join(allowed)}"
+                f"{where}: {path}: {value!r} is not allowed; {suggestion(value, allowed)}allowed: {', '.join(allowed)}"
             )
         return value
     if origin is tuple:

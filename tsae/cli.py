@@ -1,0 +1,149 @@
+"""The `tsae` command: parse, call one function, print. No logic; heavy imports wait until a command runs."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from tsae import config as configuration
+from tsae.environment import home, load_dotenv
+from tsae.errors import TsaeError
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; bad input becomes one line on stderr and exit code 2."""
+    options = _parser().parse_args(arguments)
+    try:
+        load_dotenv()
+        return int(options.run(options) or 0)
+    except TsaeError as error:
+        print(f"tsae: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("tsae: interrupted; the same command continues", file=sys.stderr)
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="tsae", description="Temporal Sparse Autoencoders: harvest, train, evaluate.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    harvest = _command(commands, "harvest", _harvest, "read a language model's activations into a zarr store")
+    _add_run_arguments(harvest, named=False)
+    harvest.add_argument("--task", type=int, default=0, help="which part of the shards to write, from 0")
+    harvest.add_argument("--tasks", type=int, default=1, help="into how many parts the harvest is split")
+
+    train = _command(commands, "train", _train, "train a dictionary on a store (harvested first if it is missing)")
+    _add_run_arguments(train)
+    evaluate = _command(commands, "evaluate", _evaluate, "measure a trained dictionary on held-out activations")
+    _add_run_arguments(evaluate)
+
+    settings = _command(commands, "settings", _settings, "print every setting, or a run's resolved configuration")
+    settings.add_argument("config", nargs="?", type=Path, metavar="CONFIG", help="YAML file of a run")
+    settings.add_argument("overrides", nargs="*", metavar="section.key=value")
+
+    store = commands.add_parser("store", help="inspect an activation store").add_subparsers(
+        required=True, metavar="COMMAND"
+    )
+    verify = _command(store, "verify", _verify, "check every shard of a store")
+    verify.add_argument("path", type=Path)
+    verify.add_argument("--deep", action="store_true", help="read every byte and check its checksum")
+
+    embedded = _command(commands, "embedded-lm", _embedded_lm, "train the small language model that ships inside")
+    embedded.add_argument("--out", type=Path, required=True, help="folder for the model and its recipe")
+    embedded.add_argument(
+        "--tokens", type=int, default=None, help="training tokens (default: those of the shipped one)"
+    )
+    embedded.add_argument("--seed", type=int, default=0)
+    return parser
+
+
+def _command(commands: argparse._SubParsersAction, name: str, run: object, text: str) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+    parser.set_defaults(run=run)
+    return parser
+
+
+class _SettingsHelp(argparse.Action):
+    """`--help` of a command that takes a configuration: the usage, then every setting."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        parser.print_help()
+        print("\nSettings (YAML sections, or section.key=value):\n\n" + configuration.help_text())
+        parser.exit()
+
+
+def _add_run_arguments(parser: argparse.ArgumentParser, named: bool = True) -> None:
+    parser.add_argument("--help-settings", action=_SettingsHelp, nargs=0, help="show every setting and exit")
+    parser.add_argument("config", type=Path, metavar="CONFIG", help="YAML file of a run")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that replace the file's")
+    if named:
+        parser.add_argument(
+            "--checkpoints-path",
+            "--checkpoints_path",
+            type=Path,
+            help="folder of runs (default: TSAE_HOME/checkpoints)",
+        )
+        parser.add_argument("--run-name", "--run_name", help="name of the run (default: the configuration file's)")
+
+
+def _harvest(options: argparse.Namespace) -> None:
+    from tsae.stages import harvest_stage
+
+    config = configuration.load(options.config, options.overrides)
+    if not 0 <= options.task < options.tasks:
+        raise TsaeError(f"--task {options.task}: tasks are counted from 0 to {options.tasks - 1}")
+    print(harvest_stage(config, options.task, options.tasks))
+
+
+def _train(options: argparse.Namespace) -> None:
+    from tsae.stages import harvest_stage, train_stage
+
+    config = configuration.load(options.config, options.overrides)
+    harvest_stage(config)
+    print(train_stage(config, *_run_of(options)))
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    from tsae.stages import evaluate_stage
+
+    print(evaluate_stage(configuration.load(options.config, options.overrides), *_run_of(options)))
+
+
+def _run_of(options: argparse.Namespace) -> tuple[Path, str]:
+    return options.checkpoints_path or home() / "checkpoints", options.run_name or options.config.stem
+
+
+def _settings(options: argparse.Namespace) -> None:
+    if options.config is None:
+        print(configuration.help_text())
+        return
+    import yaml
+
+    from tsae.schema import to_plain
+
+    print(yaml.safe_dump(to_plain(configuration.load(options.config, options.overrides)), sort_keys=False), end="")
+
+
+def _verify(options: argparse.Namespace) -> int:
+    from tsae.store.verify import verify
+
+    problems = verify(options.path, deep=options.deep)
+    for problem in problems:
+        print(problem, file=sys.stderr)
+    if not problems:
+        print(f"{options.path}: every shard is whole")
+    return 2 if problems else 0
+
+
+def _embedded_lm(options: argparse.Namespace) -> None:
+    from tsae.lm.embedded_lm import train_embedded_lm
+
+    sizes = {} if options.tokens is None else {"tokens": options.tokens}
+    print(train_embedded_lm(options.out, seed=options.seed, **sizes))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,43 @@
+"""Where an output came from: code, packages, machine, moment."""
+
+from __future__ import annotations
+
+import datetime
+import platform
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from tsae.config import RunConfig, training_settings
+from tsae.schema import stable_hash
+
+PACKAGES = ("torch", "accelerate", "transformers", "datasets", "nnsight", "zarr", "numpy", "scikit-learn")
+
+
+def provenance(config: RunConfig, **sources: Any) -> dict[str, Any]:
+    """A JSON-able record; `sources` are the records of the inputs."""
+    return {
+        "training_hash": stable_hash(training_settings(config)),
+        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "command": sys.argv,
+        "host": platform.node(),
+        "python": platform.python_version(),
+        "packages": {name: metadata.version(name) for name in PACKAGES},
+        "tsae": _tsae_version(),
+        **sources,
+    }
+
+
+def _tsae_version() -> dict[str, str]:
+    version = {"version": metadata.version("tsae")}
+    folder = Path(__file__).parent
+    # Only a checkout has a commit; an installed wheel is told by its version.
+    if (folder.parent / ".git").exists():
+        commands = {"commit": ["rev-parse", "HEAD"], "changes": ["status", "--porcelain", "--untracked-files=no"]}
+        for name, arguments in commands.items():
+            answer = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, check=False)
+            if answer.returncode == 0:
+                version[name] = answer.stdout.strip()
+    return version

@@ -1,0 +1,173 @@
+"""One optimizer step of a dictionary: the trainer that the loop, the tests and the benchmark share."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from tsae.checkpoint import REFERENCE_NAMES
+from tsae.config import RunConfig
+from tsae.errors import TsaeError
+from tsae.sae.classes import from_state
+from tsae.sae.dictionary import ThresholdDictionary
+from tsae.sae.init import geometric_median, new_dictionary, normalise_rows
+from tsae.training.objective import Codes, Weights, encode_batch, objective
+
+
+class Terms(NamedTuple):
+    """What one step computed; scalars on the training device, under the reference's names where it has one."""
+
+    loss: Tensor
+    l2_loss: Tensor
+    auxk_loss: Tensor
+    temp_loss: Tensor
+    min_l2_loss: Tensor
+    max_l2_loss: Tensor
+    grad_norm: Tensor
+    """Norm of the gradient after the decoder projection, before clipping."""
+    threshold: Tensor
+    dead_features: Tensor
+    n_active: Tensor
+    """Nonzero entries of the current half's code."""
+    n_fired_features: Tensor
+    fve: Tensor
+    """Fraction of variance explained on this batch."""
+    lr: float
+
+
+class Trainer:
+    """A dictionary in training.
+
+    `config` gives kind, objective and schedule. `state_dict`, in the reference's names, replaces the fresh weights.
+    `step(batch)` takes pairs [B, 2, D] (slot 0 current, slot 1 partner) or single tokens [B, D].
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        activation_dim: int,
+        state_dict: dict[str, Tensor] | None = None,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.config, self.settings = config, config.training
+        dictionary = new_dictionary(config.sae, activation_dim, config.training.seed)
+        if state_dict is not None:
+            own = {key: tensor.clone() for key, tensor in state_dict.items()}
+            loaded = from_state(REFERENCE_NAMES[config.sae.kind][1], own, config.sae.k, "initial state")
+            assert isinstance(loaded, ThresholdDictionary)
+            dictionary = loaded
+        self.dictionary = dictionary.to(device)
+        self.weights = Weights.of(config, activation_dim)
+        self.peak_lr = config.training.lr or 2e-4 / (config.sae.dict_size / 16384) ** 0.5
+        self.optimizer = torch.optim.Adam(self.dictionary.parameters(), lr=self.peak_lr, fused=True)
+        self.tokens_since_fired = torch.zeros(config.sae.dict_size, dtype=torch.int64, device=device)
+        self.steps_done = 0
+
+    def step(self, batch: Tensor) -> Terms:
+        """Update the weights once on `batch`. Raises TsaeError if the batch does not fit the objective."""
+        current, partner = self._halves(batch)
+        if self.steps_done == 0:
+            self.dictionary.b_dec.data.copy_(geometric_median(current))
+        codes = encode_batch(self.dictionary, current, partner)
+        fired = (codes.current > 0).any(dim=0)
+        self._count_tokens(fired, len(batch))
+        self._track_threshold(codes.current.detach())
+        dead = self.tokens_since_fired >= self.settings.dead_after
+        losses = objective(self.dictionary, self.weights, codes, current, partner, dead)
+        self._require_temporal_gradient(codes, losses.temp_loss)
+
+        self.optimizer.zero_grad(set_to_none=True)
+        losses.loss.backward()
+        self._remove_parallel_gradient()
+        grad_norm = torch.nn.utils.clip_grad_norm_(list(self.dictionary.parameters()), self.settings.clip_norm)
+        lr = self.learning_rate(self.steps_done)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.step()
+        normalise_rows(self.dictionary.W_dec.data)
+        self.steps_done += 1
+
+        variance = (current - current.mean(dim=0)).pow(2).sum()
+        return Terms(
+            *(term.detach() for term in (losses.loss, losses.l2_loss, losses.auxk_loss, losses.temp_loss)),
+            min_l2_loss=losses.group_losses.detach().min(),
+            max_l2_loss=losses.group_losses.detach().max(),
+            grad_norm=grad_norm,
+            threshold=self.dictionary.threshold.clone(),
+            dead_features=dead.sum(),
+            n_active=(codes.current > 0).sum(),
+            n_fired_features=fired.sum(),
+            fve=1 - losses.error.pow(2).sum() / variance,
+            lr=lr,
+        )
+
+    def learning_rate(self, step: int) -> float:
+        """Learning rate of update `step`: linear warm-up from 0, constant, linear decay towards 0."""
+        settings = self.settings
+        if step < settings.warmup_steps:
+            return self.peak_lr * step / settings.warmup_steps
+        if settings.decay_start is not None and step >= settings.decay_start:
+            return self.peak_lr * (settings.steps - step) / (settings.steps - settings.decay_start)
+        return self.peak_lr
+
+    def _halves(self, batch: Tensor) -> tuple[Tensor, Tensor | None]:
+        paired = batch.ndim == 3 and batch.shape[1] == 2
+        if not paired and batch.ndim != 2:
+            raise TsaeError(f"a batch of shape {tuple(batch.shape)} is neither pairs [B, 2, D] nor tokens [B, D]")
+        if self.weights.temporal is None:
+            return (batch[:, 0] if paired else batch), None
+        if not paired:
+            raise TsaeError("a temporal SAE needs pairs [B, 2, D]; single tokens would silently drop its temporal term")
+        return batch[:, 0], batch[:, 1]
+
+    def _count_tokens(self, fired: Tensor, tokens: int) -> None:
+        self.tokens_since_fired += tokens
+        self.tokens_since_fired[fired] = 0
+
+    @torch.no_grad()
+    def _track_threshold(self, code: Tensor) -> None:
+        """Move the inference threshold towards the smallest activation that survived batch-top-k."""
+        if self.steps_done <= self.settings.threshold_start_step:
+            return
+        smallest = torch.where(code > 0, code, torch.inf).min()
+        if not torch.isfinite(smallest):
+            return
+        threshold, beta = self.dictionary.threshold, self.settings.threshold_beta
+        threshold.copy_(smallest if threshold < 0 else beta * threshold + (1 - beta) * smallest)
+
+    def _require_temporal_gradient(self, codes: Codes, temporal: Tensor) -> None:
+        """At the first step, refuse a temporal term that is switched on and does nothing."""
+        if self.steps_done > 0 or self.weights.temporal is None or self.weights.temporal_alpha == 0:
+            return
+        (gradient,) = torch.autograd.grad(temporal, codes.current, retain_graph=True)
+        if not (bool(temporal != 0) and bool((gradient != 0).any())):
+            raise TsaeError(
+                "the temporal term is switched on but is zero or has no gradient in the first batch: "
+                "are the two halves of every pair equal, or is the high-level split silent?"
+            )
+
+    @torch.no_grad()
+    def _remove_parallel_gradient(self) -> None:
+        """Take out of each decoder row's gradient what would only change the row's norm."""
+        rows, gradient = self.dictionary.W_dec, self.dictionary.W_dec.grad
+        assert gradient is not None
+        direction = rows / (rows.norm(dim=1, keepdim=True) + 1e-6)
+        gradient -= (gradient * direction).sum(dim=1, keepdim=True) * direction
+
+    def state(self) -> dict[str, Any]:
+        """Everything that a bit-exact continuation needs, besides the configuration."""
+        return {
+            "dictionary": self.dictionary.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "tokens_since_fired": self.tokens_since_fired,
+            "steps_done": self.steps_done,
+        }
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Continue from what `state()` returned."""
+        self.dictionary.load_state_dict(state["dictionary"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.tokens_since_fired.copy_(state["tokens_since_fired"])
+        self.steps_done = int(state["steps_done"])
