@@ -13,7 +13,7 @@ import json
 import multiprocessing
 import platform
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -24,9 +24,10 @@ from tsae.environment import available_cores, home
 from tsae.files import write_atomically
 from tsae.progress import Progress
 
-EXTRACTOR_VERSION = 1
+EXTRACTOR_VERSION = 3
 MIN_DOCUMENT = 200  # characters
 MAX_DOCUMENT = 20_000  # characters; a longer file becomes several documents
+MAX_SOURCE = 16_000_000  # bytes of source files per topic; bounds the time and the share of the two largest
 FILES_PER_TASK = 32
 
 PACKAGES: dict[str, tuple[str, ...]] = {
@@ -69,6 +70,7 @@ class Source(NamedTuple):
     topic: str
     name: str
     path: str
+    size: int
 
 
 def corpus_fingerprint() -> str:
@@ -107,7 +109,7 @@ def _write_corpus(path: Path) -> None:
 
 def extract() -> Iterator[tuple[str, str]]:
     """(topic, text) of every document, read afresh; a paragraph that occurs in several places stays in the first."""
-    sources = sorted(_sources())
+    sources = _capped(_sources())
     readmes = [(topic, list(prose.paragraphs(_readme(name)))) for topic, names in PACKAGES.items() for name in names]
     seen: set[bytes] = set()
     for topic, found in readmes:
@@ -153,17 +155,28 @@ def _sources() -> Iterator[Source]:
     library = Path(sysconfig.get_path("stdlib"))
     for topic, modules in STANDARD_LIBRARY.items():
         for module in modules.split():
-            if (library / module).is_dir():
-                yield from _files(topic, module, library / module)
-            elif (library / f"{module}.py").is_file():
-                yield Source(topic, f"{module}.py", str(library / f"{module}.py"))
+            path = library / f"{module}.py"
+            if path.is_file():
+                yield Source(topic, f"{module}.py", str(path), path.stat().st_size)
+            elif path.with_suffix("").is_dir():
+                yield from _files(topic, module, path.with_suffix(""))
+
+
+def _capped(sources: Iterable[Source]) -> list[Source]:
+    """At most `MAX_SOURCE` bytes of each topic, drawn by the hash of the name; in the order of topics and names."""
+    kept, sizes = [], dict.fromkeys(TOPICS, 0)
+    for source in sorted(sources, key=lambda source: hashlib.sha256(source.name.encode()).digest()):
+        sizes[source.topic] += source.size
+        if sizes[source.topic] <= MAX_SOURCE:
+            kept.append(source)
+    return sorted(kept)
 
 
 def _files(topic: str, module: str, folder: Path) -> Iterator[Source]:
     for path in folder.rglob("*"):
         within = path.relative_to(folder)
         if path.suffix in (".py", ".rst", ".md") and not {"tests", "test"} & set(within.parts):
-            yield Source(topic, f"{module}/{within.as_posix()}", str(path))
+            yield Source(topic, f"{module}/{within.as_posix()}", str(path), path.stat().st_size)
 
 
 def _read_sources(sources: list[Source]) -> list[list[str]]:

@@ -18,7 +18,7 @@ PLAIN_SHARE = 0.72
 
 _TOKEN = re.compile(
     r"""(?P<comment>\#[^\n]*)
-      | (?P<prefix>\b[rRbBuUfFtT]{0,2})
+      | (?:\b[rRbBuUfFtT]{1,2})?
         (?P<string> \"{3}(?:[^"\\]|\\.|"(?!""))*\"{3} | '{3}(?:[^'\\]|\\.|'(?!''))*'{3}
                   | "(?:[^"\\\n]|\\.)*" | '(?:[^'\\\n]|\\.)*' )""",
     re.VERBOSE | re.DOTALL,
@@ -31,7 +31,8 @@ _PARAMETER = re.compile(
     r"\*{0,2}`{0,2}[A-Za-z_][\w.]*`{0,2}(?:, \*{0,2}`{0,2}[A-Za-z_][\w.]*`{0,2})*"
     r"\s*(?:\([^()\n]*(?:\([^()]*\)[^()\n]*)*\))?\s*:\s+(?=\S)"
 )
-_TYPED = re.compile(r"[\w*, ]+ : \S")
+_DIRECTIVE = re.compile(r"#+\s*(?:type:|noqa|pragma|pyright|pylint|mypy|doctest|fmt:)")
+_TYPED = re.compile(r"[\w*, ]+ : \S|\S+(?: \S+){0,3}(?<![.:])$")
 _HEADING = re.compile(r"[\w /-]{1,40}::?$")
 _UNDERLINE = re.compile(r"([=~^\"'#*+.:`-])\1{2,}$")
 _PLAIN = re.compile(r"[(\"'“]?[A-Za-z]+(?:[-'’/][A-Za-z]+)*[)\"'”]?[,.;:!?)\"'”]*$")
@@ -60,9 +61,9 @@ def texts(source: str) -> Iterator[str]:
 def _text(kind: str, pieces: list[str]) -> Iterator[str]:
     if kind == "comment":
         if len(pieces) > 1:
-            yield "\n".join(piece.lstrip("#").removeprefix(":") for piece in pieces)
+            yield "\n".join(piece.lstrip("#:") for piece in pieces if not _DIRECTIVE.match(piece))
         return
-    triple = pieces and pieces[0].endswith(('"""', "\'\'\'"))
+    triple = bool(pieces) and pieces[0].endswith(('"""', "'''"))
     if not triple and sum(map(len, pieces)) < MIN_CONSTANT:
         return
     try:
@@ -78,6 +79,8 @@ def paragraphs(text: str) -> Iterator[str]:
     """The blocks of `text` that read as English prose, markup removed, each on one line."""
     for chunk in re.split(r"\n\s*\n", inspect.cleandoc(text.replace("\r\n", "\n"))):
         for block in _blocks(chunk.split("\n")):
+            if block.count(" ") < MIN_WORDS - 1 or ">>>" in block:  # the cheap look first: most blocks end here
+                continue
             plain = _unmarked(block)
             if is_prose(plain):
                 yield plain
@@ -88,17 +91,19 @@ def _blocks(lines: list[str]) -> Iterator[str]:
     while lines and _HEADING.match(lines[0].strip()):
         lines = lines[1:]
     base = min((len(line) - len(line.lstrip()) for line in lines if line.strip()), default=0)
-    hanging = any(line[base : base + 1] == " " for line in lines)
     block: list[str] = []
-    for line in lines:
+    deeper = [line[base : base + 1] == " " for line in lines]
+    for index, line in enumerate(lines):
         content = line.strip()
         if _UNDERLINE.match(content):
             block = []  # what stood above was a heading
             continue
-        if block and (_ITEM.match(content) or (hanging and line[base : base + 1] != " ")):
+        described = not deeper[index] and any(deeper[index + 1 : index + 2])
+        head = described or (not deeper[index] and any(deeper[max(index - 1, 0) : index]))
+        if block and (head or _ITEM.match(content) or _PARAMETER.match(content)):
             yield " ".join(block)
             block = []
-        if not (hanging and _TYPED.match(content)):
+        if not (described and _TYPED.match(content)):
             block.append(content)
     yield " ".join(block)
 
@@ -109,7 +114,8 @@ def _unmarked(block: str) -> str:
     block = _ITEM.sub("", block, count=1) if _ITEM.match(block) else block
     block = _PARAMETER.sub("", block, count=1) if _PARAMETER.match(block) else block
     block = " ".join(_MARKUP.sub("", block).split())
-    return block[:1].upper() + block[1:]
+    # A lower-case word at the start is one that followed markup; a name such as csr_array is left as it is spelt.
+    return block[:1].upper() + block[1:] if re.match(r"[a-z]+ ", block) else block
 
 
 def is_prose(block: str) -> bool:
