@@ -1,0 +1,1 @@
+"""Measures of a trained dictionary on held-out contexts."""
