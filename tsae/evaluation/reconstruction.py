@@ -32,8 +32,9 @@ def variance_explained(x: Tensor, reconstructions: Sequence[Tensor]) -> Tensor:
     """
     if len(x) < 2:
         return torch.full((len(reconstructions),), torch.nan, dtype=torch.float64)
+    # The reference's own reduction: where the value is near 0, another order of summation changes its last digits.
     total = x.var(0).sum()
-    return torch.stack([(1 - (x - x_hat).var(0).sum() / total).double().cpu() for x_hat in reconstructions])
+    return torch.stack([1 - (x - x_hat).var(0).sum() / total for x_hat in reconstructions]).double().cpu()
 
 
 def squared_errors(x: Tensor, reconstructions: Sequence[Tensor], bias: Tensor) -> Tensor:

@@ -104,7 +104,7 @@ def _difference_variances(series: Tensor) -> tuple[Tensor, Tensor]:
     """Unbiased variance over time of each latent's differences over 1 step and over the largest scale, two [A]."""
     positions = series.shape[1]
     scale = next((scale for scale in SCALES if scale < positions), None)
-    if scale is None or positions - scale < 2:
+    if len(series) == 0 or scale is None or positions - scale < 2:
         undefined = series.new_full((len(series),), torch.nan)
         return undefined, undefined
     long = series[:, scale:] - series[:, :-scale]

@@ -1,0 +1,122 @@
+"""What is pooled over contexts, its intervals, and what is refused."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from tsae.config import SaeConfig
+from tsae.errors import TsaeError
+from tsae.evaluation.held_out import runs
+from tsae.evaluation.intervals import mean_interval, ratio_interval
+from tsae.evaluation.results import summarise
+from tsae.evaluation.scores import Scores
+from tsae.sae.dictionary import Dictionary
+from tsae.sae.init import new_dictionary
+
+LENGTHS = [9, 30, 17, 24]
+
+
+def small_dictionary(threshold: float = 0.5, **settings: object) -> Dictionary:
+    dictionary = new_dictionary(SaeConfig(dict_size=40, k=4, **settings), 12, seed=0)  # type: ignore[arg-type]
+    dictionary.threshold.fill_(threshold)
+    dictionary.b_dec.data = torch.linspace(-1, 1, 12)
+    return dictionary
+
+
+def activations() -> torch.Tensor:
+    return torch.randn(sum(LENGTHS), 12, generator=torch.Generator().manual_seed(1)) + 3
+
+
+def scored(dictionary: Dictionary, x: torch.Tensor) -> Scores:
+    scores = Scores(dictionary)
+    scores.add(x, LENGTHS, [0, 0, 1, 2])
+    return scores
+
+
+@torch.no_grad()
+def test_pooled_variance_explained_is_that_of_all_tokens_together() -> None:
+    dictionary, x = small_dictionary(), activations()
+    results = summarise(scored(dictionary, x))
+    f, total = dictionary.encode(x), (x - x.mean(0)).square().sum()
+    expected = {
+        "frac_variance_explained_pooled": dictionary.decode(f),
+        "frac_variance_explained_pooled_high": dictionary.decode_groups(f, [0]) + dictionary.b_dec,
+        "frac_variance_explained_pooled_low": dictionary.decode_groups(f, [1]) + dictionary.b_dec,
+    }
+    for name, x_hat in expected.items():
+        assert results[name] == pytest.approx(float(1 - (x - x_hat).square().sum() / total), abs=1e-5)
+        assert 0 < results["half_width_95"][name] < 5
+
+
+def test_counts_and_alive_latents_are_those_of_the_tokens() -> None:
+    dictionary, x = small_dictionary(group_fractions=(0.25, 0.25, 0.5)), activations()
+    results = summarise(scored(dictionary, x))
+    fired = (dictionary.encode(x) > 0).any(0)
+
+    assert (results["contexts"], results["documents"], results["tokens"]) == (4, 3, 80)
+    assert results["frac_alive"] == pytest.approx(fired.double().mean().item())
+    assert results["frac_alive_group"] == pytest.approx(
+        [fired[part].double().mean().item() for part in dictionary.group_slices]
+    )
+    assert sum(map(sum, results["firing_rates"]["latents_group"])) == fired.sum()
+    assert results["l0"] == pytest.approx(sum(results["l0_group"]))
+    assert len(results["lipschitz_cont_group"]) == 3
+
+
+def test_context_with_a_silent_split_is_left_out_of_its_mean_only() -> None:
+    dictionary = small_dictionary()
+    dictionary.b_enc.data[: dictionary.group_sizes[0]] = -100.0
+    results = summarise(scored(dictionary, activations()))
+    assert results["fft_h"] is None
+    assert results["fft_tot"] == results["fft_l"]
+    assert results["smoothness_tv_h"] == 0
+    assert results["frac_alive_high"] == 0
+    json.dumps(results, allow_nan=False)
+
+
+def test_nothing_to_score_is_refused() -> None:
+    with pytest.raises(TsaeError, match="no held-out context"):
+        summarise(Scores(small_dictionary()))
+
+
+def test_contexts_are_runs_of_valid_positions_of_one_document() -> None:
+    document = np.array([-1, 4, 4, 4, -1, 5, 5, 6, -1, 7, 7, 7])
+    valid = document >= 0
+    valid[:2] = False
+    assert runs(document, valid) == [(slice(2, 4), 4), (slice(5, 7), 5), (slice(9, 12), 7)]
+    assert runs(document, np.zeros(12, bool)) == []
+    assert runs(np.zeros(5, int), np.ones(5, bool)) == [(slice(0, 5), 0)]
+
+
+def test_interval_is_the_textbook_one_where_each_context_is_its_own_document() -> None:
+    values = np.random.default_rng(0).normal(3, 2, 50)
+    mean, half_width = mean_interval(values, np.arange(50))
+    assert mean == pytest.approx(values.mean())
+    assert half_width == pytest.approx(1.96 * values.std(ddof=1) / np.sqrt(50), rel=1e-4)
+
+
+def test_repeating_a_documents_contexts_does_not_narrow_the_interval() -> None:
+    values, documents = np.random.default_rng(0).normal(3, 2, 50), np.arange(50)
+    once = mean_interval(values, documents)
+    assert mean_interval(np.tile(values, 4), np.tile(documents, 4)) == pytest.approx(once)
+
+
+def test_interval_covers_the_true_ratio_in_95_of_100_cases() -> None:
+    generator, covered = np.random.default_rng(0), 0
+    documents = np.repeat(np.arange(60), 3)
+    for _ in range(400):
+        weight = generator.uniform(1, 3, 180)
+        level = 0.7 + 0.2 * np.repeat(generator.normal(size=60), 3)
+        ratio, half_width = ratio_interval(weight * (level + 0.1 * generator.normal(size=180)), weight, documents)
+        covered += abs(ratio - 0.7) < half_width
+    assert 0.91 < covered / 400 < 0.98
+
+
+def test_undefined_contexts_are_ignored_and_nothing_defined_is_undefined() -> None:
+    mean, _ = mean_interval(np.array([1.0, np.nan, 3.0]), np.arange(3))
+    assert mean == 2
+    assert np.isnan(mean_interval(np.array([np.nan, np.nan]), np.arange(2))).all()

@@ -1,0 +1,110 @@
+"""The evaluation stage: held-out contexts of the store through a trained dictionary, to eval_results.json and .png."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from tsae import config as configuration
+from tsae import files, schema
+from tsae.checkpoint import RunFolder, load_dictionary
+from tsae.config import RunConfig
+from tsae.errors import TsaeError
+from tsae.evaluation import figure
+from tsae.evaluation.held_out import held_out_batches
+from tsae.evaluation.loss_recovered import SequenceLosses, loss_results, sequence_losses
+from tsae.evaluation.results import plain, summarise
+from tsae.evaluation.scores import Scores
+from tsae.progress import Progress
+from tsae.sae.dictionary import Dictionary, ThresholdDictionary
+from tsae.store.layout import store_path
+from tsae.store.reader import Store
+
+
+def evaluate(config: RunConfig, run: RunFolder) -> dict[str, Any]:
+    """Measure the dictionary in `run` on the held-out part of its store; write and return the results.
+
+    eval_results.json is written last: where it carries the hash of `config`, the evaluation is complete.
+    Raises TsaeError if the dictionary does not fit the store or nothing is held out.
+    """
+    dictionary, _ = load_dictionary(run.path, _device(config.training.device))
+    store = Store.open(store_path(config), config)
+    if dictionary.activation_dim != store.activation_dim:
+        raise TsaeError(
+            f"{run.path}: reads activations of {dictionary.activation_dim} dimensions, "
+            f"the store {store.path} holds {store.activation_dim}"
+        )
+    scores = _score(config, run, dictionary, store)
+    results = summarise(scores)
+    if config.evaluation.loss_recovered:
+        for name, interval in _loss_recovered(config, run, dictionary, store).items():
+            results[name], results["half_width_95"][name] = (plain(number) for number in interval)
+        results["loss_ablation"] = config.evaluation.ablation
+    results |= {
+        "encode_rule": "threshold" if isinstance(dictionary, ThresholdDictionary) else type(dictionary).__name__,
+        "threshold": float(dictionary.threshold) if isinstance(dictionary, ThresholdDictionary) else None,
+        "config_hash": schema.stable_hash(configuration.evaluation_settings(config)),
+    }
+    figure.draw(results, run.result("eval_results", "png"))
+    files.write_json(run.eval_results, results)
+    return results
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(name)
+
+
+def _score(config: RunConfig, run: RunFolder, dictionary: Dictionary, store: Store) -> Scores:
+    """Score the held-out contexts, one batch of sequences at a time."""
+    settings, device = config.evaluation, dictionary.b_dec.device
+    scores = Scores(dictionary)
+    sequences = min(settings.sequences, len(store.heldout_range))
+    progress = Progress(f"evaluate {run.path.parent.name}", sequences, "contexts", run.progress)
+    for batch in held_out_batches(store, settings.sequences, settings.batch_size, config.data.skip_positions):
+        scores.add(batch.x.to(device), batch.lengths, batch.documents)
+        progress.update(batch.sequences_done, tokens=scores.tokens)
+    return scores
+
+
+def _loss_recovered(
+    config: RunConfig, run: RunFolder, dictionary: Dictionary, store: Store
+) -> dict[str, tuple[float, float]]:
+    """Losses of the language model on the first held-out sequences, with half-widths."""
+    from tsae.lm.model import load_language_model
+
+    settings = config.evaluation
+    model = load_language_model(config.model)
+    dictionary = dictionary.to(model.device)
+    ablation = torch.zeros(dictionary.activation_dim)
+    if settings.ablation == "mean":
+        ablation = store.mean
+
+    rows = np.asarray(store.heldout_range)[: settings.loss_sequences]
+    valid = store.valid(config.data.skip_positions)[rows]
+    tokens, lengths, document = (
+        torch.from_numpy(array[rows]) for array in (store.tokens, store.lengths, store.document)
+    )
+    progress = Progress(f"evaluate {run.path.parent.name}: loss recovered", len(rows), "contexts", run.progress)
+    batches = []
+    for start in range(0, len(rows), settings.batch_size):
+        part = slice(start, start + settings.batch_size)
+        batches.append(
+            sequence_losses(
+                model,
+                dictionary,
+                tokens[part],
+                lengths[part],
+                document[part],
+                torch.from_numpy(valid[part]),
+                ablation,
+            )
+        )
+        progress.update(min(part.stop, len(rows)))
+    losses = SequenceLosses(*(np.concatenate(column) for column in zip(*batches, strict=True)))
+    # A sequence is one draw of the document that its valid part begins with.
+    first = np.argmax(valid, axis=1)
+    return loss_results(losses, document.numpy()[np.arange(len(rows)), first], settings.ablation)

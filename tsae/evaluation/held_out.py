@@ -1,0 +1,57 @@
+"""Held-out contexts from the store: what evaluation scores one by one.
+
+A context here is a run of valid positions of one document inside one stored sequence: no skipped position, no pad, no
+special token, and never a document boundary. Where documents are packed, a sequence holds several.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tsae.store.reader import Store
+
+SHORTEST = 2
+"""Positions below which a context has neither variance nor a step."""
+
+
+class HeldOutBatch(NamedTuple):
+    """Contexts one after the other: activations [N, D]; length and document index of each; sequences read so far."""
+
+    x: Tensor
+    lengths: list[int]
+    documents: list[int]
+    sequences_done: int
+
+
+def held_out_batches(store: Store, sequences: int, batch_size: int, skip_positions: int) -> Iterator[HeldOutBatch]:
+    """The first `sequences` held-out sequences (they are in random order), `batch_size` at a time."""
+    rows = np.asarray(store.heldout_range)[:sequences]
+    document, valid = store.document, store.valid(skip_positions)
+    for start in range(0, len(rows), batch_size):
+        batch = rows[start : start + batch_size]
+        found = [(i, *run) for i, row in enumerate(batch) for run in runs(document[row], valid[row])]
+        activations = store.read(batch)
+        pieces = [activations[i, positions] for i, positions, _ in found]
+        yield HeldOutBatch(
+            torch.cat(pieces) if pieces else activations.new_empty(0, store.activation_dim),
+            [len(piece) for piece in pieces],
+            [document for _, _, document in found],
+            start + len(batch),
+        )
+
+
+def runs(document: np.ndarray, valid: np.ndarray) -> list[tuple[slice, int]]:
+    """Runs of at least two valid positions of one document in a sequence [L], with the document's index."""
+    owner = np.where(valid, document, -1)
+    edges = np.flatnonzero(np.diff(owner)) + 1
+    starts, ends = [0, *edges.tolist()], [*edges.tolist(), len(owner)]
+    return [
+        (slice(start, end), int(owner[start]))
+        for start, end in zip(starts, ends, strict=True)
+        if owner[start] >= 0 and end - start >= SHORTEST
+    ]
