@@ -17,20 +17,21 @@ class Progress:
     The file holds `stage`, `done`, `total`, `unit`, `rate` (units per second), `message` and `time`.
     """
 
-    def __init__(self, stage: str, total: int, unit: str, path: Path | None = None, start: int = 0) -> None:
+    def __init__(self, stage: str, total: int | None, unit: str, path: Path | None = None, start: int = 0) -> None:
         self.stage, self.total, self.unit, self.path = stage, total, unit, path
         self._start, self._began, self._shown = start, time.monotonic(), 0.0
 
     def update(self, done: int, **shown: float | int | str) -> None:
-        """Report that `done` of `total` is reached; `shown` are named figures for the line."""
+        """Report that `done` of `total` (None: not known) is reached; `shown` are named figures for the line."""
         now = time.monotonic()
-        if done < self.total and now - self._shown < LINE_SECONDS:
+        if (self.total is None or done < self.total) and now - self._shown < LINE_SECONDS:
             return
         self._shown = now
         rate = self.rate(done)
         message = " ".join(f"{name} {_figure(value)}" for name, value in shown.items())
+        reached = f"{done}" if self.total is None else f"{done}/{self.total}"
         print(
-            f"{self.stage}: {done}/{self.total} {self.unit} ({rate:.3g}/s) {message}".rstrip(),
+            f"{self.stage}: {reached} {self.unit} ({rate:.3g}/s) {message}".rstrip(),
             file=sys.stderr,
             flush=True,
         )

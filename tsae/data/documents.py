@@ -1,33 +1,69 @@
-"""Documents: a text and perhaps a label, from wherever `data.source` points."""
+"""The documents of a run, from wherever `data.source` points."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from itertools import islice
-from typing import NamedTuple
+from pathlib import Path
 
+from tsae import schema
 from tsae.config import DataConfig
-from tsae.data import embedded
+from tsae.data import embedded, hub, local
+from tsae.data.records import Document
 from tsae.errors import TsaeError
+
+__all__ = ["Document", "fingerprint", "is_streamed", "read_documents"]
 
 EMBEDDED = "embedded"
 
 
-class Document(NamedTuple):
-    """One text and, where the source has labels, its label."""
-
-    text: str
-    label: str | None
-
-
 def read_documents(data: DataConfig) -> Iterator[Document]:
     """The documents of `data.source` in a fixed order, at most `data.max_documents`. Raises TsaeError."""
-    if data.source != EMBEDDED:
-        raise TsaeError(f"data.source: {data.source!r} cannot be read yet")
-    documents = (Document(text, topic) for topic, text in embedded.read_corpus())
-    return islice(documents, data.max_documents)
+    if data.source == EMBEDDED:
+        documents: Iterator[Document] = (Document(text, topic) for topic, text in embedded.read_corpus())
+    elif _is_local(data.source):
+        documents = local.read_local(data)
+    else:
+        documents = hub.read_hub(data)
+    empty = True
+    for document in islice(documents, data.max_documents):
+        empty = False
+        yield document
+    if empty:
+        raise TsaeError(
+            f"data.source: {data.source}: no text in it; the column '{data.text_field}' is empty throughout"
+        )
+
+
+def is_streamed(data: DataConfig) -> bool:
+    """Whether the source may be far larger than what is wanted of it, so that reading stops once there is enough."""
+    return data.source != EMBEDDED and not _is_local(data.source)
 
 
 def fingerprint(data: DataConfig) -> str:
-    """What the content of the source depends on beside the settings; reads no text. Empty except for `embedded`."""
-    return embedded.corpus_fingerprint() if data.source == EMBEDDED else ""
+    """What the content depends on beside the settings, without reading any text.
+
+    The versions behind the embedded corpus; names and sizes of local files; empty for the hub, whose `revision` is a
+    setting.
+    """
+    if data.source == EMBEDDED:
+        return embedded.corpus_fingerprint()
+    if _is_local(data.source):
+        files = local.list_files(data.source)
+        return schema.stable_hash([[path.name, path.stat().st_size] for path in files])
+    return ""
+
+
+def _is_local(source: str) -> bool:
+    """A path rather than a hub id; a folder with a dataset card is a copy of a hub dataset and is read as one."""
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return not _has_dataset_card(path)
+    return path.exists() or local.kind_of(path) is not None or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source)
+
+
+def _has_dataset_card(folder: Path) -> bool:
+    """Whether README.md begins with the block of metadata that the hub reads."""
+    card = folder / "README.md"
+    return card.is_file() and card.read_bytes().startswith(b"---\n")

@@ -21,6 +21,7 @@ from typing import NamedTuple
 from tsae import schema
 from tsae.data import prose
 from tsae.environment import available_cores, home
+from tsae.errors import TsaeError
 from tsae.files import write_atomically
 from tsae.progress import Progress
 
@@ -93,17 +94,20 @@ def read_corpus() -> Iterator[tuple[str, str]]:
     path = home() / "corpus" / f"{corpus_fingerprint()}.jsonl.zst"
     if not path.exists():
         _write_corpus(path)
-    with zstandard.open(path, "rt", encoding="utf-8") as stream:
-        for line in stream:
-            record = json.loads(line)
-            yield record["label"], record["text"]
+    try:
+        lines = zstandard.ZstdDecompressor().decompress(path.read_bytes()).decode().splitlines()
+        records = [json.loads(line) for line in lines]
+    except (zstandard.ZstdError, ValueError):
+        raise TsaeError(f"{path}: the cached corpus is damaged; delete the file, and it is extracted again") from None
+    for record in records:
+        yield record["label"], record["text"]
 
 
 def _write_corpus(path: Path) -> None:
     import zstandard
 
     lines = [json.dumps({"label": topic, "text": text}) + "\n" for topic, text in extract()]
-    packed = zstandard.ZstdCompressor(level=6).compress("".join(lines).encode())
+    packed = zstandard.ZstdCompressor(level=6, write_checksum=True).compress("".join(lines).encode())
     write_atomically(path, lambda stream: stream.write(packed))
 
 
@@ -192,6 +196,7 @@ def _read_source(path: Path) -> Iterator[str]:
 
 def _readme(distribution: str) -> str:
     try:
-        return str(importlib.metadata.metadata(distribution).get_payload() or "")
+        metadata = importlib.metadata.distribution(distribution).read_text("METADATA") or ""
     except importlib.metadata.PackageNotFoundError:
         return ""
+    return metadata.partition("\n\n")[2]

@@ -47,7 +47,8 @@ def texts(source: str) -> Iterator[str]:
 
     Adjacent literals are joined as Python joins them; f-strings and bytes are left out.
     """
-    kind, pieces, end = "", [], 0
+    kind, end = "", 0
+    pieces: list[str] = []
     for match in _TOKEN.finditer(source):
         found = "comment" if match["comment"] else "string"
         if found != kind or source[end : match.start()].strip(" \t\r\n\\"):

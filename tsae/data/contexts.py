@@ -1,0 +1,195 @@
+"""Documents to contexts: rows of token ids of one fixed length, shuffled, with whole documents held out."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from tsae.config import DataConfig
+from tsae.data.documents import Document, is_streamed
+from tsae.data.tokens import TokenizedDocuments, starts_with_bos, tokenize
+from tsae.errors import TsaeError
+
+ROWS_AT_ONCE = 65_536
+
+
+class Contexts(NamedTuple):
+    """What the language model reads, one context per row, and where each token comes from.
+
+    The first S - heldout rows and the last `heldout` rows come from different documents; each part is in a random
+    order that follows from `data.seed`.
+    """
+
+    tokens: np.ndarray
+    """[S, L] int32, padded on the right."""
+    lengths: np.ndarray
+    """[S] int32: tokens of the row that are not padding, BOS included."""
+    document: np.ndarray
+    """[S, L] int32: index of the document that a token belongs to; -1 for padding, BOS and the EOS between documents."""
+    label: np.ndarray
+    """[documents] int32: index into `label_names`; -1 for none."""
+    label_names: tuple[str, ...]
+    heldout: int
+    """How many of the last rows are held out."""
+    fingerprint: str
+    """sha256 of tokens and lengths."""
+
+
+class _Pieces(NamedTuple):
+    """Stretches of the token stream that become one row each."""
+
+    start: np.ndarray  # [S] int64
+    size: np.ndarray  # [S] int64
+
+    def pick(self, index: np.ndarray) -> _Pieces:
+        return _Pieces(self.start[index], self.size[index])
+
+
+def make_contexts(documents: Iterable[Document], tokenizer: Any, data: DataConfig) -> Contexts:
+    """Tokenise `documents` and cut them into contexts by `data.packing`.
+
+    A streamed source is read until it holds `data.max_tokens`; any other is read wholly, so that the limit takes a
+    random sample of it. Raises TsaeError if no context is left or no document can be held out.
+    """
+    bos = _bos_token(tokenizer, data)
+    room = data.context_length - len(bos)  # tokens of text per row
+    enough = data.max_tokens if is_streamed(data) else None
+    tokenized = tokenize(documents, tokenizer, enough, lambda sizes: _kept(sizes, room, len(bos), data))
+    random = np.random.default_rng(data.seed)
+    parts = []
+    for part, budget in zip(_split_documents(tokenized, room, len(bos), data, random), _budgets(data), strict=True):
+        stream, pieces = _cut(tokenized, part, room, len(bos), tokenizer, data)
+        pieces = pieces.pick(random.permutation(len(pieces.start)))
+        pieces = pieces.pick(np.arange(_rows_within(pieces.size + len(bos), budget)))
+        parts.append(_fill(stream, pieces, bos, _pad_token(tokenizer), data.context_length))
+    for name, part_rows in zip(("training", "held-out"), parts, strict=True):
+        if not len(part_rows[0]):
+            raise TsaeError(
+                f"data.min_length: no {name} context of {data.min_length} tokens is left; {_size(tokenized)}"
+            )
+    tokens, document, lengths = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+    return Contexts(
+        tokens=tokens,
+        lengths=lengths,
+        document=document,
+        label=tokenized.label,
+        label_names=tokenized.label_names,
+        heldout=len(parts[1][0]),
+        fingerprint=hashlib.sha256(tokens.tobytes() + lengths.tobytes()).hexdigest(),
+    )
+
+
+def _bos_token(tokenizer: Any, data: DataConfig) -> list[int]:
+    """What each row begins with: the BOS id, or nothing."""
+    wanted = data.bos == "always" or (data.bos == "auto" and starts_with_bos(tokenizer))
+    if wanted and tokenizer.bos_token_id is None:
+        raise TsaeError("data.bos: the tokenizer has no BOS token; auto or never are possible")
+    return [tokenizer.bos_token_id] if wanted else []
+
+
+def _pad_token(tokenizer: Any) -> int:
+    for token in (tokenizer.pad_token_id, tokenizer.eos_token_id):
+        if token is not None:
+            return int(token)
+    return 0
+
+
+def _budgets(data: DataConfig) -> tuple[float, float]:
+    """Tokens that the training and the held-out part may have."""
+    limit = float("inf") if data.max_tokens is None else float(data.max_tokens)
+    return limit * (1 - data.holdout), limit * data.holdout
+
+
+def _rows_within(lengths: np.ndarray, budget: float) -> int:
+    """How many of the first rows reach `budget` tokens: the row that crosses it is the last."""
+    return int(np.searchsorted(np.cumsum(lengths), budget)) + 1
+
+
+def _kept(sizes: np.ndarray, room: int, extra: int, data: DataConfig) -> np.ndarray:
+    """How many tokens of documents of these sizes [documents] end up in a context."""
+    if data.packing == "concat":
+        return sizes
+    whole = np.minimum(sizes // room, 1 if data.packing == "truncate" else sizes) * room
+    rest = np.where((data.packing == "truncate") & (whole > 0), 0, sizes % room)
+    return whole + np.where(rest + extra >= data.min_length, rest, 0)
+
+
+def _split_documents(
+    tokenized: TokenizedDocuments, room: int, extra: int, data: DataConfig, random: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
+    """Indices of the documents to train on and of those held out; the share is of documents that give a context."""
+    usable = np.flatnonzero(_kept(tokenized.sizes, room, extra, data))
+    if len(usable) < 2:
+        raise TsaeError(
+            f"data.holdout: {len(usable)} documents give a context of at least {data.min_length} tokens and at least 2 "
+            f"are needed, one to train on and one to hold out; {_size(tokenized)}"
+        )
+    heldout = min(max(round(len(usable) * data.holdout), 1), len(usable) - 1)
+    order = random.permutation(usable)
+    return order[heldout:], order[:heldout]
+
+
+def _size(tokenized: TokenizedDocuments) -> str:
+    return (
+        f"{len(tokenized.sizes)} documents were read, {int(tokenized.sizes.sum())} tokens, "
+        f"the longest has {int(tokenized.sizes.max(initial=0))}"
+    )
+
+
+class _Stream(NamedTuple):
+    tokens: np.ndarray  # [tokens] int32
+    document: np.ndarray  # [tokens] int32
+
+
+def _cut(
+    tokenized: TokenizedDocuments, part: np.ndarray, room: int, extra: int, tokenizer: Any, data: DataConfig
+) -> tuple[_Stream, _Pieces]:
+    """The documents of one part in a row, and where its contexts begin."""
+    if data.packing == "concat":
+        if tokenizer.eos_token_id is None:
+            raise TsaeError("data.packing: concat puts EOS between documents, and the tokenizer has none; use split")
+        stream = _joined(tokenized, part, tokenizer.eos_token_id)
+        start = np.arange(0, len(stream.tokens), room)
+        size = np.minimum(room, len(stream.tokens) - start)
+    else:
+        stream = _joined(tokenized, part, None)
+        sizes = tokenized.sizes[part]
+        rows = np.minimum(1, sizes) if data.packing == "truncate" else -(-sizes // room)
+        first = np.repeat(np.cumsum(sizes) - sizes, rows)  # where the document of a row begins
+        offset = room * (np.arange(rows.sum()) - np.repeat(np.cumsum(rows) - rows, rows))
+        start, size = first + offset, np.minimum(room, np.repeat(sizes, rows) - offset)
+    pieces = _Pieces(start, size)
+    return stream, pieces.pick(np.flatnonzero(size + extra >= data.min_length))
+
+
+def _joined(tokenized: TokenizedDocuments, part: np.ndarray, separator: int | None) -> _Stream:
+    """The documents of `part` one after another, each followed by `separator` if there is one."""
+    end = 0 if separator is None else 1
+    sizes = tokenized.sizes[part] + end
+    tokens = np.full(sizes.sum(), separator or 0, np.int32)
+    document = np.full(sizes.sum(), -1, np.int32)
+    for index, stop, size in zip(part, np.cumsum(sizes), sizes, strict=True):
+        tokens[stop - size : stop - end] = tokenized.of(index)
+        document[stop - size : stop - end] = index
+    return _Stream(tokens, document)
+
+
+def _fill(
+    stream: _Stream, pieces: _Pieces, bos: list[int], pad: int, length: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Rows of `length`: BOS, the piece, padding. Returns tokens [S, L], document [S, L], lengths [S]."""
+    rows, extra = len(pieces.start), len(bos)
+    tokens = np.full((rows, length), pad, np.int32)
+    document = np.full((rows, length), -1, np.int32)
+    tokens[:, :extra] = bos
+    for top in range(0, rows, ROWS_AT_ONCE):
+        start, size = (values[top : top + ROWS_AT_ONCE, None] for values in pieces)
+        within = np.arange(length - extra)
+        real = within < size
+        source = (start + within)[real]
+        tokens[top : top + ROWS_AT_ONCE, extra:][real] = stream.tokens[source]
+        document[top : top + ROWS_AT_ONCE, extra:][real] = stream.document[source]
+    return tokens, document, (pieces.size + extra).astype(np.int32)

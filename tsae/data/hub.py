@@ -1,0 +1,81 @@
+"""Documents of a Hugging Face dataset: streamed from the hub, or from what an offline machine has of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from tsae.config import DataConfig
+from tsae.data.records import Document, documents_of
+from tsae.errors import TsaeError
+
+
+def read_hub(data: DataConfig) -> Iterator[Document]:
+    """The documents of one split of a dataset, streamed in its order. Raises TsaeError.
+
+    `data.source` is a hub id or a local folder in the hub's format. With HF_HUB_OFFLINE=1 the snapshot in the local
+    hub cache is read.
+    """
+    dataset = _load(data)
+    features = getattr(dataset, "features", None) or {}
+    names = getattr(features.get(data.label_field), "names", None)
+    rows = ((data.source, _with_label_name(row, data.label_field, names)) for row in dataset)
+    try:
+        yield from documents_of(rows, data)
+    except TsaeError:
+        raise
+    except Exception as error:  # the network, a decoder or a builder: `datasets` has no common class for them
+        raise TsaeError(f"data.source: {data.source}: reading stopped: {_reason(error)}") from error
+
+
+def _with_label_name(row: Any, field: str | None, names: list[str] | None) -> Any:
+    """A ClassLabel column holds indices; its name is the label."""
+    if names is None or field is None or not isinstance(row.get(field), int) or row[field] < 0:
+        return row
+    return {**row, field: names[row[field]]}
+
+
+def _load(data: DataConfig) -> Any:
+    import datasets
+    from huggingface_hub import constants
+
+    last: Exception | None = None
+    # `datasets` looks into its own cache when the hub is out of reach, but not into the hub's.
+    snapshot = _snapshot(data) if constants.HF_HUB_OFFLINE else None
+    for place in (data.source,) if snapshot is None else (snapshot, data.source):
+        revision = data.revision if place == data.source else None
+        try:
+            return datasets.load_dataset(place, data.subset, split=data.split, revision=revision, streaming=True)
+        except (FileNotFoundError, ConnectionError) as error:
+            last = error
+        except Exception as error:
+            raise TsaeError(f"data.source: {data.source}: {_reason(error)}") from error
+    reached = isinstance(last, FileNotFoundError)
+    remedy = (
+        "check the id, or give an existing path"
+        if reached and not constants.HF_HUB_OFFLINE
+        else f"pre-download on a machine with network: hf download {data.source} --repo-type dataset; "
+        "then set HF_HUB_OFFLINE=1"
+    )
+    raise TsaeError(
+        f"data.source: {data.source}: neither a local file or folder nor a dataset that can be "
+        f"reached ({_reason(last)}); {remedy}"
+    ) from last
+
+
+def _snapshot(data: DataConfig) -> str | None:
+    """The dataset's folder in the local hub cache, if it was downloaded."""
+    import huggingface_hub
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return huggingface_hub.snapshot_download(
+            data.source, repo_type="dataset", revision=data.revision, local_files_only=True
+        )
+    except (LocalEntryNotFoundError, HFValidationError):  # not in the cache, or a path rather than an id
+        return None
+
+
+def _reason(error: BaseException | None) -> str:
+    first = str(error).strip().splitlines()[:1]
+    return f"{type(error).__name__}: {first[0] if first else ''}"
