@@ -105,7 +105,7 @@ def _budgets(data: DataConfig) -> tuple[float, float]:
 
 def _rows_within(lengths: np.ndarray, budget: float) -> int:
     """How many of the first rows reach `budget` tokens: the row that crosses it is the last."""
-    return int(np.searchsorted(np.cumsum(lengths), budget)) + 1
+    return min(int(np.searchsorted(np.cumsum(lengths), budget)) + 1, len(lengths))
 
 
 def _kept(sizes: np.ndarray, room: int, extra: int, data: DataConfig) -> np.ndarray:
