@@ -25,7 +25,7 @@ MEASURES = {
 def draw(results: dict[str, Any], path: Path) -> None:
     """Draw the content of eval_results.json to the PNG `path`."""
     with figure(path, columns=3, size=(11, 2.9), width_ratios=(1, 2, 1.3)) as (drawn, (explained, smooth, firing)):
-        drawn.get_layout_engine().set(wspace=0.06)
+        drawn.set_layout_engine("constrained", wspace=0.06)
         _draw_explained(explained, results)
         _draw_smoothness(smooth, results)
         _draw_firing(firing, results)

@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 
 from tsae.evaluation.intervals import ratio_interval
-from tsae.sae.dictionary import Dictionary
 
 if TYPE_CHECKING:
     from tsae.lm.model import LanguageModel
@@ -36,7 +35,7 @@ class SequenceLosses(NamedTuple):
 @torch.no_grad()
 def sequence_losses(
     model: LanguageModel,
-    dictionary: Dictionary,
+    reconstruct: Callable[[Tensor], Tensor],
     tokens: Tensor,
     lengths: Tensor,
     document: Tensor,
@@ -45,7 +44,7 @@ def sequence_losses(
 ) -> SequenceLosses:
     """The three losses of sequences `tokens` [S, L]; `document` and `valid` are [S, L], `ablation` is [D].
 
-    The dictionary must be on the model's device.
+    `reconstruct` maps float32 activations [N, D] on the model's device to the like: a dictionary.
     """
     targets = valid[:, :-1] & valid[:, 1:] & (document[:, :-1] == document[:, 1:])
 
@@ -54,7 +53,7 @@ def sequence_losses(
 
     return SequenceLosses(
         original=_summed(model.logits(tokens, lengths), tokens, targets),
-        reconstructed=spliced(dictionary),
+        reconstructed=spliced(reconstruct),
         ablated=spliced(lambda x: ablation.to(x).expand_as(x)),
         targets=targets.sum(1).double().cpu().numpy(),
     )
