@@ -1,0 +1,109 @@
+"""What the measures of eval_results.json are called in tables and figures, and which of them come first."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+LABELS = {
+    "frac_variance_explained": "FVE",
+    "frac_variance_explained_high": "FVE, high-level only",
+    "frac_variance_explained_low": "FVE, low-level only",
+    "frac_variance_explained_pooled": "FVE, pooled",
+    "cossim": "Cosine similarity",
+    "lipschitz_cont_tot": "Smoothness",
+    "lipschitz_cont_h": "Smoothness, high",
+    "lipschitz_cont_l": "Smoothness, low",
+    "frac_recovered": "CE recovered",
+    "frac_alive": "Alive",
+    "l0": "L0",
+}
+"""Measures of the summary, in its order; the rest keep the names of the file."""
+
+NOT_MEASURES = frozenset({"contexts", "documents", "tokens"})
+"""Counts that say how much was measured."""
+
+
+@dataclass(frozen=True)
+class Chart:
+    """One figure: measures against the swept value."""
+
+    name: str
+    title: str
+    axis: str
+    lines: tuple[tuple[str, str], ...]
+    """(measure, label) of each line."""
+    caption: str
+
+
+CHARTS = (
+    Chart(
+        "fve",
+        "Reconstruction",
+        "fraction of variance explained",
+        (
+            ("frac_variance_explained", "all latents"),
+            ("frac_variance_explained_high", "high-level only"),
+            ("frac_variance_explained_low", "low-level only"),
+        ),
+        "Fraction of the activations' variance that the reconstruction explains, mean over held-out contexts; "
+        "with the latents of one split alone, the other split contributes nothing.",
+    ),
+    Chart(
+        "smoothness",
+        "Smoothness",
+        "largest |Δf| / ‖Δx‖",
+        (
+            ("lipschitz_cont_h", "high-level"),
+            ("lipschitz_cont_l", "low-level"),
+            ("lipschitz_cont_tot", "all latents"),
+        ),
+        "The largest change of an active latent from one token to the next, relative to the change of the activation, "
+        "mean over active latents and held-out contexts. Lower is smoother.",
+    ),
+    Chart(
+        "loss_recovered",
+        "Cross-entropy recovered",
+        "fraction recovered",
+        (("frac_recovered", "all latents"),),
+        "The language model's cross-entropy with the reconstruction spliced in: 1 is the untouched model, 0 the "
+        "ablated layer.",
+    ),
+    Chart(
+        "alive",
+        "Latents in use",
+        "fraction alive",
+        (
+            ("frac_alive", "all latents"),
+            ("frac_alive_high", "high-level"),
+            ("frac_alive_low", "low-level"),
+        ),
+        "Share of the latents that fire at least once on the held-out contexts.",
+    ),
+)
+
+
+def scalars(results: dict[str, Any]) -> dict[str, float]:
+    """The measures of one run that are single numbers; the summary's first, then in the file's order."""
+    found = {
+        name: float(value)
+        for name, value in results.items()
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and name not in NOT_MEASURES
+    }
+    return {name: found[name] for name in (*LABELS, *found) if name in found}
+
+
+def label(measure: str) -> str:
+    """The measure's name for people."""
+    return LABELS.get(measure, measure)
+
+
+def figures(value: float, digits: int = 4) -> str:
+    """A number with about `digits` significant figures, without exponent where that is readable."""
+    if value != value:
+        return "–"
+    magnitude = abs(value)
+    if magnitude and (magnitude < 1e-3 or magnitude >= 1e6):
+        return f"{value:.{digits - 1}e}"
+    decimals = max(0, digits - 1 if magnitude < 10 else digits - len(str(int(magnitude))))
+    return f"{value:.{decimals}f}"

@@ -1,0 +1,170 @@
+"""The report as one HTML page that needs nothing else: styles and pictures are inside."""
+
+from __future__ import annotations
+
+import base64
+import html
+import time
+from pathlib import Path
+
+import yaml
+from measures import LABELS, Chart, figures, label
+from points import short_names
+from summary import Group, Summary
+from sweepfile import shown
+
+STYLE = """
+:root { color-scheme: light; --ink: #1c1c1c; --soft: #5f6368; --line: #dcdcdc; --accent: #0072b2; }
+* { box-sizing: border-box; }
+body { margin: 0; background: #fff; color: var(--ink); font: 15px/1.55 Charter, "Bitstream Charter", Cambria, Georgia, serif; }
+main { max-width: 1080px; margin: 0 auto; padding: 40px 28px 72px; }
+h1 { font-size: 27px; line-height: 1.2; margin: 0 0 6px; letter-spacing: -.01em; }
+h2 { font-size: 18px; margin: 38px 0 10px; padding-bottom: 5px; border-bottom: 1px solid var(--line); }
+p { margin: 8px 0; max-width: 76ch; }
+.lead, figcaption, .note { color: var(--soft); }
+.note, figcaption { font-size: 13px; }
+.missing { border-left: 3px solid #d55e00; background: #fff6f0; padding: 8px 14px; margin: 18px 0; font-size: 14px; }
+code, pre { font: 12.5px/1.5 ui-monospace, "DejaVu Sans Mono", Menlo, monospace; }
+pre { background: #f7f7f7; padding: 12px 16px; overflow-x: auto; border-radius: 4px; }
+.wide { overflow-x: auto; }
+table { border-collapse: collapse; font-size: 13.5px; font-variant-numeric: tabular-nums lining-nums; }
+thead th { border-top: 1.5px solid var(--ink); border-bottom: 1px solid var(--ink); font-weight: 600; vertical-align: bottom; }
+tbody tr:last-child > * { border-bottom: 1.5px solid var(--ink); }
+th, td { padding: 5px 12px 5px 0; text-align: right; white-space: nowrap; }
+th:first-child, td.key { text-align: left; }
+thead th { white-space: normal; max-width: 9em; }
+thead th.key { text-align: left; }
+tbody th { font-weight: 400; text-align: left; }
+td .pm { color: var(--soft); font-size: 12px; }
+.every tbody th { position: sticky; left: 0; background: #fff; padding-right: 24px; }
+.every tbody tr:hover > * { background: #f5f9fc; }
+.figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(430px, 1fr)); gap: 22px 30px; }
+figure { margin: 0; break-inside: avoid; }
+figure.panels { grid-column: 1 / -1; }
+figure img { max-width: 100%; height: auto; display: block; }
+figcaption { margin-top: 4px; line-height: 1.45; }
+details summary { cursor: pointer; color: var(--accent); }
+@media print { main { padding: 0; max-width: none; } .wide { overflow: visible; } }
+@media (max-width: 520px) { .figures { grid-template-columns: 1fr; } main { padding: 20px 14px; } }
+"""
+
+
+def render(summary: Summary, charts: list[tuple[Chart, Path]]) -> str:
+    """The whole page."""
+    plan = summary.plan
+    title = html.escape(plan.name)
+    body = [
+        f"<h1>{title}</h1>",
+        f'<p class="lead">{_lead(summary)}</p>',
+        _missing(summary),
+        "<h2>Summary</h2>",
+        f'<div class="wide">{_summary_table(summary)}</div>',
+        f'<p class="note">{_interval_note(summary)}</p>',
+        "<h2>Figures</h2>" if charts else "",
+        f'<div class="figures">{"".join(_figure(chart, path, len(charts)) for chart, path in charts)}</div>',
+        "<h2>Every measure</h2>",
+        f'<div class="wide">{_every_measure(summary)}</div>',
+        "<h2>Settings</h2>",
+        _settings(summary),
+    ]
+    return (
+        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>{title}</title>\n<style>{STYLE}</style>\n</head>\n<body><main>\n"
+        + "\n".join(part for part in body if part)
+        + "\n</main></body>\n</html>\n"
+    )
+
+
+def _lead(summary: Summary) -> str:
+    config = summary.plan.points[0].config
+    axes = short_names([key for point in summary.plan.points for key in point.axes])
+    done = len(summary.rows) - len(summary.missing)
+    parts = [
+        f"{done} of {len(summary.rows)} points over {', '.join(axes.values())}",
+        f"{config.model.name}, {config.model.hook_point or f'layer {config.model.layer}'}",
+        f"text: {config.data.source}",
+        time.strftime("%-d %B %Y, %H:%M"),
+    ]
+    return html.escape(" · ".join(parts))
+
+
+def _missing(summary: Summary) -> str:
+    if not summary.missing:
+        return ""
+    points = "; ".join(f"{row.point.name} ({row.missing})" for row in summary.missing)
+    return f'<p class="missing"><b>Not in this report:</b> {html.escape(points)}.</p>'
+
+
+def _interval_note(summary: Summary) -> str:
+    if summary.seeds > 1:
+        text = f"± is the 95 % interval of the mean over up to {summary.seeds} seeds (Student's t)."
+    else:
+        text = "One seed: ± is the 95 % interval over held-out documents of that run; it says nothing about seeds."
+    return f"{text} Smoothness: lower is smoother. CE recovered: 1 is the untouched language model."
+
+
+def _summary_table(summary: Summary) -> str:
+    keys = list(dict.fromkeys(key for group in summary.groups for key in group.axes))
+    short = short_names(keys)
+    measures = [name for name in LABELS if name in summary.measures]
+    several = summary.seeds > 1
+    head = "".join(f'<th class="key">{html.escape(short[key].replace("_", " "))}</th>' for key in keys)
+    head += "<th>seeds</th>" if several else ""
+    head += "".join(f"<th>{html.escape(label(name))}</th>" for name in measures)
+    body = ""
+    for group in summary.groups:
+        cells = "".join(f'<td class="key">{html.escape(shown(group.value(key)))}</td>' for key in keys)
+        cells += f"<td>{sum(not row.missing for row in group.rows)}</td>" if several else ""
+        cells += "".join(f"<td>{_cell(group, name)}</td>" for name in measures)
+        body += f"<tr>{cells}</tr>"
+    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+
+
+def _cell(group: Group, measure: str) -> str:
+    mean, half = group.interval(measure)
+    text = figures(mean, 3 if measure != "l0" else 4)
+    return (
+        text
+        if half != half
+        else f'{text} <span class="pm">± {figures(half, 2) if half >= 0.1 else f"{half:.3f}"}</span>'
+    )
+
+
+def _figure(chart: Chart, path: Path, charts: int) -> str:
+    data = base64.b64encode(path.read_bytes()).decode()
+    width, height = _png_size(path)
+    panels = ' class="panels"' if width > 2.4 * height or charts == 1 else ""
+    return (
+        f'<figure{panels}><img src="data:image/png;base64,{data}" width="{width // 2}" height="{height // 2}" '
+        f'alt="{html.escape(chart.title)}"><figcaption>{html.escape(chart.caption)}</figcaption></figure>'
+    )
+
+
+def _png_size(path: Path) -> tuple[int, int]:
+    """Width and height in pixels, from the header."""
+    header = path.read_bytes()[16:24]
+    return int.from_bytes(header[:4], "big"), int.from_bytes(header[4:], "big")
+
+
+def _every_measure(summary: Summary) -> str:
+    rows = [row for row in summary.rows if not row.missing]
+    if not rows:
+        return "<p>No point has results yet.</p>"
+    head = "<th></th>" + "".join(f"<th>{html.escape(row.point.name).replace(',', ', ')}</th>" for row in rows)
+    body = "".join(
+        f"<tr><th><code>{html.escape(name)}</code></th>"
+        + "".join(f"<td>{figures(row.values.get(name, float('nan')))}</td>" for row in rows)
+        + "</tr>"
+        for name in summary.measures
+    )
+    return f'<table class="every"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>'
+
+
+def _settings(summary: Summary) -> str:
+    sweep = summary.plan.sweep
+    file, common = sweep.path.read_text(encoding="utf-8"), yaml.safe_dump(sweep.settings, sort_keys=False)
+    return (
+        f"<p>Made from <code>{html.escape(str(sweep.path))}</code>:</p><pre>{html.escape(file)}</pre>"
+        f"<details><summary>What all points share</summary><pre>{html.escape(common)}</pre></details>"
+    )

@@ -1,0 +1,143 @@
+"""Tables, figures and one HTML page of a sweep: `python launch/report.py sweeps/split_fraction.yaml`.
+
+May be run at any time, also while the sweep runs: points without results are named and left out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import io
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from plan import Plan, make_plan
+from sweepfile import load_sweep, shown
+
+from tsae import environment, files, schema
+from tsae.errors import TsaeError
+
+if TYPE_CHECKING:
+    from summary import Summary
+
+SHORT_COLUMNS = (
+    "frac_variance_explained",
+    "lipschitz_cont_h",
+    "lipschitz_cont_l",
+    "frac_recovered",
+    "l0",
+    "frac_alive",
+)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line; 0, or 2 with one line on stderr."""
+    parser = argparse.ArgumentParser(prog="launch/report.py", description=__doc__.splitlines()[0])
+    parser.add_argument("file", type=Path, help="the sweep's YAML")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="section.key=value", help="those that the sweep was started with"
+    )
+    parser.add_argument("--base", help="the base that the sweep was started with")
+    parser.add_argument("--name", help="the name that the sweep was started with")
+    given = parser.parse_intermixed_args(arguments)
+    try:
+        environment.load_dotenv()
+        plan = make_plan(load_sweep(given.file, given.base, given.overrides, given.name))
+        page = write_report(plan)
+        print("\n".join(short_table(plan)))
+        print(f"report: {page}")
+    except TsaeError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def page_path(plan: Plan) -> Path:
+    """Where the page of a sweep lies."""
+    return plan.folder / "report" / "report.html"
+
+
+def is_current(plan: Plan) -> bool:
+    """Whether the report on disk shows the results that are there now."""
+    record = page_path(plan).with_name("results.json")
+    if not (record.exists() and page_path(plan).exists()):
+        return False
+    return bool(json.loads(record.read_text()).get("made_from") == _state(plan))
+
+
+def write_report(plan: Plan) -> Path:
+    """Write results.json, table.md, table.csv, the figures and report.html; returns the path of the page."""
+    from charts import draw_charts
+    from page import render
+    from summary import summarise
+
+    state = _state(plan)
+    summary = summarise(plan)
+    page = page_path(plan)
+    page.parent.mkdir(parents=True, exist_ok=True)
+    files.write_text(page.with_name("table.csv"), _csv(summary))
+    files.write_text(page.with_name("table.md"), _markdown(summary))
+    files.write_text(page, render(summary, draw_charts(summary, page.parent)))
+    points = [
+        {"name": row.point.name, "axes": row.point.axes, "missing": row.missing, "results": row.results}
+        for row in summary.rows
+    ]
+    files.write_json(page.with_name("results.json"), {"sweep": plan.name, "made_from": state, "points": points})
+    return page
+
+
+def short_table(plan: Plan) -> list[str]:
+    """A few measures of each point, for the terminal."""
+    from measures import figures, label
+    from summary import summarise
+
+    summary = summarise(plan)
+    columns = [name for name in SHORT_COLUMNS if name in summary.measures]
+    cells = [["point", *(label(name) for name in columns)]]
+    for row in summary.rows:
+        values = [figures(row.values.get(name, float("nan")), 3) for name in columns]
+        cells.append([row.point.name, *values] if not row.missing else [row.point.name, f"({row.missing})"])
+    widths = [max(len(line[i]) for line in cells if len(line) == len(cells[0]) or not i) for i in range(len(cells[0]))]
+    return ["  ".join(_aligned(line, widths)).rstrip() for line in cells]
+
+
+def _aligned(line: list[str], widths: list[int]) -> list[str]:
+    return [cell.ljust(widths[0]) if i == 0 else cell.rjust(widths[i]) for i, cell in enumerate(line)]
+
+
+def _state(plan: Plan) -> str:
+    """Hash of what the report is made from: the points, and which results are there."""
+    runs = [plan.run(point).eval_results for point in plan.points]
+    stamps = [path.stat().st_mtime_ns if path.exists() else 0 for path in runs]
+    return schema.stable_hash([stamps, [point.name for point in plan.points], plan.sweep.path.read_text()])
+
+
+def _csv(summary: Summary) -> str:
+    """One line for each point: name, swept values, every measure."""
+    axes = list(dict.fromkeys(key for row in summary.rows for key in row.point.axes))
+    text = io.StringIO()
+    table = csv.writer(text, lineterminator="\n")
+    table.writerow(["point", *axes, "missing", *summary.measures])
+    for row in summary.rows:
+        swept = [shown(row.point.value(key)) for key in axes]
+        table.writerow([row.point.name, *swept, row.missing, *(row.values.get(name, "") for name in summary.measures)])
+    return text.getvalue()
+
+
+def _markdown(summary: Summary) -> str:
+    """Measures as rows, points as columns."""
+    from measures import figures
+
+    rows = [row for row in summary.rows if not row.missing]
+    lines = ["| measure | " + " | ".join(row.point.name for row in rows) + " |", "|---|" + "---:|" * len(rows)]
+    for name in summary.measures:
+        values = (figures(row.values.get(name, float("nan"))) for row in rows)
+        lines.append(f"| {name} | " + " | ".join(values) + " |")
+    lines += [f"\nMissing: {row.point.name} ({row.missing})" for row in summary.missing]
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

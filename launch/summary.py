@@ -1,0 +1,126 @@
+"""The results of a sweep, gathered from its run folders and averaged over seeds."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+from measures import LABELS, scalars
+from plan import Plan
+from points import Point
+from sweepfile import shown
+
+SEED_AXES = ("training.seed", "data.seed")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One point and its results."""
+
+    point: Point
+    results: dict[str, Any]
+    """Content of eval_results.json; empty while the point is missing."""
+    missing: str
+    """Why there are no results, or nothing."""
+
+    @property
+    def values(self) -> dict[str, float]:
+        """Measure → value."""
+        return scalars(self.results)
+
+
+@dataclass(frozen=True)
+class Group:
+    """The points that differ in nothing but their seed."""
+
+    axes: dict[str, Any]
+    rows: tuple[Row, ...]
+
+    def value(self, key: str) -> Any:
+        """The setting at `key`, which the points share."""
+        return self.rows[0].point.value(key)
+
+    def interval(self, measure: str) -> tuple[float, float]:
+        """Mean over the seeds that have results, and the half-width of its 95 % interval.
+
+        With one seed, the half-width is the run's own over held-out documents. NaN stands for what is not known.
+        """
+        found = [row.values[measure] for row in self.rows if measure in row.values]
+        if not found:
+            return math.nan, math.nan
+        mean = sum(found) / len(found)
+        if len(found) == 1:
+            row = next(row for row in self.rows if measure in row.values)
+            own = row.results.get("half_width_95", {}).get(measure)
+            return mean, math.nan if own is None else float(own)
+        deviation = math.sqrt(sum((value - mean) ** 2 for value in found) / (len(found) - 1))
+        return mean, student_quantile(len(found) - 1) * deviation / math.sqrt(len(found))
+
+
+@dataclass(frozen=True)
+class Summary:
+    """All that the report shows."""
+
+    plan: Plan
+    x: str
+    """Key path of the value on the horizontal axis."""
+    rows: tuple[Row, ...]
+    groups: tuple[Group, ...]
+
+    @property
+    def missing(self) -> list[Row]:
+        """Points without results."""
+        return [row for row in self.rows if row.missing]
+
+    @property
+    def measures(self) -> list[str]:
+        """Every measure that any point has, the summary's first."""
+        names = dict.fromkeys(name for row in self.rows for name in row.values)
+        return [name for name in (*LABELS, *(name for name in names if name not in LABELS)) if name in names]
+
+    @property
+    def seeds(self) -> int:
+        """The largest number of seeds with results in one group."""
+        return max((sum(not row.missing for row in group.rows) for group in self.groups), default=0)
+
+
+def summarise(plan: Plan) -> Summary:
+    """Read the results of every point of `plan`; points that are not there yet are kept as missing."""
+    rows = tuple(_row(plan, point) for point in plan.points)
+    x = _swept_key(plan)
+    groups: dict[str, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(str(_shared_axes(row.point, x)), []).append(row)
+    found = tuple(Group(_shared_axes(members[0].point, x), tuple(members)) for members in groups.values())
+    return Summary(plan, x, rows, found)
+
+
+def _row(plan: Plan, point: Point) -> Row:
+    run = plan.run(point)
+    if run.is_evaluated(point.config):
+        return Row(point, run.read_results(), "")
+    return Row(point, {}, "trained, not evaluated" if run.is_trained(point.config) else "not trained")
+
+
+def _swept_key(plan: Plan) -> str:
+    """The axis that the sweep's report names, else the first that varies and is not a seed, else the first."""
+    named = plan.sweep.config.report.x
+    if named:
+        return named
+    keys = dict.fromkeys(key for point in plan.points for key in point.axes)
+    varying = [key for key in keys if len({shown(point.value(key)) for point in plan.points}) > 1]
+    return next(iter([*(key for key in varying if key not in SEED_AXES), *varying, *keys]))
+
+
+def _shared_axes(point: Point, x: str) -> dict[str, Any]:
+    return {key: value for key, value in point.axes.items() if key == x or key not in SEED_AXES}
+
+
+@cache
+def student_quantile(degrees: int) -> float:
+    """The 97.5 % quantile of Student's t."""
+    from scipy.stats import t
+
+    return float(t.ppf(0.975, degrees))

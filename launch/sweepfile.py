@@ -1,0 +1,175 @@
+"""A sweep's YAML: typed, checked, and laid over its base."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from tsae import config as configuration
+from tsae import schema
+from tsae.errors import TsaeError, suggestion
+
+BASES = Path(__file__).resolve().parent.parent / "sweeps" / "bases"
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageResources:
+    """What one job of a stage may use."""
+
+    cpus: int | None = None
+    """CPU cores; by default a fair share of those at hand."""
+    gpus: int | None = None
+    """GPUs; by default one where there are any."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Resources:
+    """Resources of each stage."""
+
+    harvest: StageResources = field(default_factory=StageResources)
+    """Reading activations."""
+    train: StageResources = field(default_factory=StageResources)
+    """Training one point."""
+    evaluate: StageResources = field(default_factory=StageResources)
+    """Measuring one point."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportConfig:
+    """What the report shows."""
+
+    x: str | None = None
+    """Key path of the swept value on the horizontal axis; by default the first that varies and is not a seed."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepConfig:
+    """A sweep: the product of `grid`, `zip` and `list` over a base configuration."""
+
+    name: str | None = None
+    """Name of the sweep; by default the name of its file."""
+    base: str = "embedded"
+    """Name of a file in sweeps/bases, or a path to a run's YAML."""
+    grid: dict[str, Any] = field(default_factory=dict)
+    """Key path: list of values. Every combination is a point."""
+    zip: dict[str, Any] = field(default_factory=dict)
+    """Key path: list of values, all of one length, which vary together."""
+    list: tuple[dict[str, Any], ...] = ()
+    """Explicit points: one mapping of key path to value for each."""
+    overrides: dict[str, Any] = field(default_factory=dict)
+    """Settings that differ from the base in every point."""
+    stages: tuple[Literal["harvest", "train", "evaluate", "report"], ...] = ("harvest", "train", "evaluate", "report")
+    """What to do."""
+    resources: Resources = field(default_factory=Resources)
+    """Cores and GPUs for each stage."""
+    report: ReportConfig = field(default_factory=ReportConfig)
+    """Axes of the report."""
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """A sweep's file together with what the command line made of it."""
+
+    path: Path
+    config: SweepConfig
+    settings: dict[str, Any]
+    """Base and overrides as one tree of a RunConfig, without the swept values."""
+    folder_name: str
+    """Names its folders under TSAE_HOME: the sweep, its base and the overrides that change results."""
+
+
+def load_sweep(
+    path: str | Path, base: str | None = None, overrides: list[str] | None = None, name: str | None = None
+) -> Sweep:
+    """The sweep in `path` on `base` (else its own) with `section.key=value` overrides."""
+    path = Path(path)
+    tree = schema.read_yaml(path)
+    config = schema.build(SweepConfig, tree, str(path))
+    if not config.stages or set(config.stages) <= {"report"}:
+        raise TsaeError(f"{path}: stages: nothing to run; allowed: harvest, train, evaluate, report")
+    base_path = find_base(base or config.base, path, "--base" if base else f"{path}: base")
+    settings = schema.read_yaml(base_path)
+    configuration.from_mapping(settings, str(base_path))
+    own = unflatten(config.overrides)
+    configuration.from_mapping(own, f"{path}: overrides", partial=True)
+    lay_over(settings, own)
+    extra = schema.parse_overrides(overrides or [])
+    configuration.from_mapping(extra, "command line", partial=True)
+    _refuse_swept(config, extra, path)
+    lay_over(settings, extra)
+    folder = name or "-".join([config.name or path.stem, base_path.stem]) + _override_suffix(extra)
+    return Sweep(path, config, settings, file_name(folder))
+
+
+def find_base(name: str, sweep: Path, where: str) -> Path:
+    """The YAML of base `name`: a path (from here or beside the sweep), or a name in sweeps/bases."""
+    candidates = [Path(name), sweep.parent / name, sweep.parent / "bases" / f"{name}.yaml", BASES / f"{name}.yaml"]
+    for candidate in candidates:
+        if candidate.is_file():
+            return candidate
+    known = sorted(path.stem for path in BASES.glob("*.yaml"))
+    raise TsaeError(
+        f"{where}: there is no base '{name}'; {suggestion(name, known)}allowed: {', '.join(known)}, or a YAML file"
+    )
+
+
+def lay_over(settings: dict[str, Any], extra: Mapping[str, Any]) -> None:
+    """Lay `extra` over `settings` in place; a preset's name stands for the section it fills."""
+    if isinstance(settings.get("objective"), str):
+        settings["objective"] = {"preset": settings["objective"]}
+    extra = dict(extra)
+    if isinstance(extra.get("objective"), str):
+        extra["objective"] = {"preset": extra["objective"]}
+    schema.merge_into(settings, extra)
+
+
+def flatten(tree: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
+    """`{"sae": {"k": 1}}` and `{"sae.k": 1}` → `("sae.k", 1)`."""
+    for key, value in tree.items():
+        dotted = f"{path}.{key}" if path else str(key)
+        if isinstance(value, Mapping):
+            yield from flatten(value, dotted)
+        else:
+            yield dotted, value
+
+
+def unflatten(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """A tree of sections from any mix of nested and dotted keys."""
+    sections: dict[str, Any] = {}
+    for path, value in flatten(tree):
+        schema.merge_into(sections, schema.nested(path, value))
+    return sections
+
+
+def file_name(text: str, longest: int = 150) -> str:
+    """`text` as the name of a file or folder: portable characters, bounded length, still unique."""
+    clean = re.sub(r"[^\w.,=+-]+", "-", text).strip("-.") or "sweep"
+    if len(clean) <= longest:
+        return clean
+    return f"{clean[:longest]}-{schema.stable_hash(text, 8)}"
+
+
+def shown(value: Any) -> str:
+    """A setting's value as it reads in names and tables."""
+    if isinstance(value, (list, tuple)):
+        return "+".join(shown(item) for item in value)
+    if isinstance(value, bool) or value is None:
+        return {True: "true", False: "false", None: "none"}[value]
+    return f"{value:g}" if isinstance(value, float) and float(f"{value:g}") == value else str(value)
+
+
+def _refuse_swept(config: SweepConfig, extra: Mapping[str, Any], path: Path) -> None:
+    swept = {key for part in (config.grid, config.zip, *config.list) for key, _ in flatten(part)}
+    for key, _ in flatten(extra):
+        if key in swept:
+            raise TsaeError(f"command line: {key}: {path} sweeps it; edit the sweep's values there instead")
+
+
+def _override_suffix(extra: Mapping[str, Any]) -> str:
+    """Names the overrides that change results, so that they get folders of their own."""
+    counted = dict(flatten(configuration.evaluation_settings(configuration.RunConfig())))
+    parts = [f"{key}={shown(value)}" for key, value in flatten(extra) if key in counted or key == "objective"]
+    return "".join(f",{part}" for part in parts)

@@ -1,0 +1,89 @@
+"""Stages: merged where they are the same work, skipped where they are done."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from tsae import config as configuration
+from tsae import schema
+from tsae.errors import TsaeError
+
+
+def finish(plan, point, **results):
+    """Leave in the run folder of `point` what training and evaluation leave."""
+    run = plan.run(point)
+    run.claim(point.config)
+    run.weights.write_bytes(b"weights")
+    if results:
+        content = {"config_hash": schema.stable_hash(configuration.evaluation_settings(point.config)), **results}
+        run.eval_results.write_text(json.dumps(content))
+
+
+def kinds(stages):
+    return [stage.kind for stage in stages]
+
+
+def test_one_harvest_serves_all_points_that_read_the_same_activations(plan_of):
+    plan = plan_of(grid={"sae.k": [8, 16], "training.pair_rule": ["previous", "random"]})
+    assert kinds(plan.stages) == ["harvest"] + ["train"] * 4 + ["evaluate"] * 4
+    assert plan.stages[0].points == tuple(point.name for point in plan.points)
+
+
+def test_points_that_read_other_activations_harvest_their_own(plan_of):
+    plan = plan_of(grid={"model.layer": [1, 2], "sae.k": [8, 16]})
+    assert kinds(plan.stages).count("harvest") == 2
+    assert len({stage.key for stage in plan.stages}) == len(plan.stages) == 10
+
+
+def test_two_sweeps_share_a_store_but_no_run(plan_of):
+    one, other = (plan_of(file=file, grid={"sae.k": [8]}) for file in ("one", "other"))
+    assert one.stages[0].key == other.stages[0].key
+    assert one.stages[1].key != other.stages[1].key
+
+
+def test_stages_depend_on_what_they_read(plan_of):
+    harvest, train, evaluate = plan_of(grid={"sae.k": [8]}).stages
+    assert (harvest.depends_on, train.depends_on) == ((), (harvest.key,))
+    assert evaluate.depends_on == (harvest.key, train.key)
+
+
+def test_what_is_complete_is_skipped(plan_of):
+    plan = plan_of(grid={"sae.k": [8, 16]})
+    assert len(plan.unfinished()) == 5
+    finish(plan, plan.points[0], l0=8.0)
+    assert [stage.label for stage in plan.unfinished()[1:]] == ["train k=16", "evaluate k=16"]
+    finish(plan, plan.points[1])
+    assert kinds(plan.unfinished()) == ["harvest", "evaluate"]
+
+
+def test_a_finished_sweep_needs_no_store(plan_of):
+    plan = plan_of(grid={"sae.k": [8]})
+    finish(plan, plan.points[0], l0=8.0)
+    assert plan.unfinished() == []
+
+
+def test_results_of_other_measuring_settings_are_made_again(plan_of):
+    plan = plan_of(grid={"sae.k": [8]})
+    finish(plan, plan.points[0], l0=8.0)
+    plan = plan_of(grid={"sae.k": [8]}, **{"overrides": {"evaluation.sequences": 7}})
+    assert kinds(plan.unfinished()) == ["harvest", "evaluate"]
+
+
+def test_a_run_folder_of_another_configuration_is_refused_with_the_difference(plan_of):
+    plan = plan_of(grid={"sae.k": [8]})
+    finish(plan, plan.points[0])
+    with pytest.raises(TsaeError, match=r"training.steps is \d+ there, 77 here.*--name"):
+        plan_of(grid={"sae.k": [8]}, **{"overrides": {"training.steps": 77}})
+
+
+def test_only_the_stages_asked_for_are_planned(plan_of):
+    assert kinds(plan_of(grid={"sae.k": [8, 16]}, stages=["harvest"]).stages) == ["harvest"]
+
+
+def test_jobs_read_configurations_that_say_exactly_what_the_point_is(plan_of):
+    plan = plan_of(overrides=["objective=paper"], grid={"sae.k": [8, 16]})
+    plan.write_configs()
+    for point, train in zip(plan.points, (s for s in plan.stages if s.kind == "train"), strict=True):
+        assert configuration.load(train.arguments[0]) == point.config

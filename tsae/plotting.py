@@ -1,0 +1,98 @@
+"""The figures' common look: colours that survive colour-blindness and grey print, one typeface, few lines of ink."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tsae import files
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#4D4D4D")
+"""Categorical colours (Okabe and Ito's set without the yellow that vanishes on white)."""
+
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+"""One marker for each colour, so that series stay apart without it."""
+
+STYLE: dict[str, Any] = {
+    "figure.dpi": 100,
+    "figure.facecolor": "white",
+    "savefig.dpi": 200,
+    "font.family": "DejaVu Sans",
+    "font.size": 8.5,
+    "axes.titlesize": 9.5,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.labelsize": 8.5,
+    "axes.labelcolor": "#222222",
+    "axes.edgecolor": "#666666",
+    "axes.linewidth": 0.8,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#E4E4E4",
+    "grid.linewidth": 0.7,
+    "xtick.color": "#444444",
+    "ytick.color": "#444444",
+    "xtick.labelsize": 8,
+    "ytick.labelsize": 8,
+    "legend.frameon": False,
+    "legend.fontsize": 8,
+    "lines.linewidth": 1.6,
+    "lines.markersize": 5,
+}
+
+
+@contextmanager
+def figure(
+    path: str | Path, rows: int = 1, columns: int = 1, size: tuple[float, float] | None = None, **subplots: Any
+) -> Iterator[tuple[Figure, list[Axes]]]:
+    """A figure in the common look and its axes in reading order, saved to `path` (whole or not at all) on leaving.
+
+    `size` is in inches, by default 3.3 x 2.6 for each panel; `subplots` goes to `Figure.subplots`.
+    """
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context(STYLE):
+        drawn = Figure(figsize=size or (3.3 * columns, 2.6 * rows), layout="constrained")
+        grid = drawn.subplots(rows, columns, squeeze=False, **subplots)
+        yield drawn, [axes for row in grid for axes in row]
+        suffix = Path(path).suffix.lstrip(".")
+        files.write_atomically(path, lambda stream: drawn.savefig(stream, format=suffix))
+
+
+def draw_interval(
+    axes: Axes,
+    x: Sequence[float],
+    mean: Sequence[float],
+    half_width: Sequence[float],
+    *,
+    series: int = 0,
+    label: str | None = None,
+    connected: bool = True,
+) -> None:
+    """Means with 95 % intervals as bars, joined by a line if `connected`; `series` picks colour and marker.
+
+    NaN as a mean leaves a gap, as a half-width draws no bar.
+    """
+    colour, marker = PALETTE[series % len(PALETTE)], MARKERS[series % len(MARKERS)]
+    axes.errorbar(
+        list(x),
+        list(mean),
+        yerr=[0.0 if width != width else width for width in half_width],
+        color=colour,
+        linestyle="-" if connected else "none",
+        marker=marker,
+        markeredgecolor="white",
+        markeredgewidth=0.6,
+        elinewidth=1.1,
+        capsize=2.5,
+        label=label,
+    )

@@ -1,0 +1,85 @@
+"""The stages of a run as functions of plain arguments: what the command line calls and what jobs pickle.
+
+Each stage is idempotent: it returns at once when its output is complete, continues what an earlier process
+left, and holds a lock while it works, so that no two processes write the same output. Importing this module is
+cheap; torch and the rest load when a stage runs.
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+from tsae import config as configuration
+from tsae import locks
+from tsae.checkpoint import RunFolder
+from tsae.config import RunConfig
+
+log = logging.getLogger("tsae")
+
+
+def harvest_stage(config_path: str, task: int = 0, tasks: int = 1) -> None:
+    """Write share `task` of `tasks` of the activation store of the run described by `config_path`."""
+    config = configuration.load(config_path)
+    with locks.hold(harvest_lock(config, task, tasks), "harvest"):
+        from tsae.store.harvest import harvest
+
+        harvest(config, task, tasks)
+
+
+def train_stage(config_path: str, checkpoints_path: str, run_name: str) -> None:
+    """Train the dictionary of run `run_name`, from its last resumable state if there is one."""
+    config = configuration.load(config_path)
+    run = RunFolder.of(checkpoints_path, run_name)
+    with locks.hold(run_lock(run, "train"), f"train {run_name}"):
+        if run.is_trained(config):
+            log.info("%s: already trained", run.path)
+            return
+        from tsae.training.run import train
+
+        train(config, run)
+
+
+def evaluate_stage(config_path: str, checkpoints_path: str, run_name: str) -> None:
+    """Measure the trained dictionary of run `run_name` on held-out activations."""
+    config = configuration.load(config_path)
+    run = RunFolder.of(checkpoints_path, run_name)
+    with locks.hold(run_lock(run, "evaluate"), f"evaluate {run_name}"):
+        if run.is_evaluated(config):
+            log.info("%s: already evaluated", run.path)
+            return
+        from tsae.evaluation.driver import evaluate
+
+        evaluate(config, run)
+
+
+def store_path(config: RunConfig) -> Path:
+    """The folder of the activation store of a run."""
+    from tsae.store import layout
+
+    return layout.store_path(config)
+
+
+def harvest_lock(config: RunConfig, task: int = 0, tasks: int = 1) -> Path:
+    """Where the lock on one share of a harvest lies: beside the store, which may not exist yet."""
+    store = store_path(config)
+    return store.with_name(f"{store.name}.harvest_{task}of{tasks}.lock")
+
+
+def run_lock(run: RunFolder, stage: str) -> Path:
+    """Where the lock on one stage of a run lies."""
+    return run.result(stage, "lock")
+
+
+def is_harvested(config: RunConfig) -> bool:
+    """Whether the store of exactly this configuration is complete."""
+    from tsae.store import layout
+
+    return layout.is_harvested(config)
+
+
+def harvest_progress(config: RunConfig) -> Path:
+    """The progress file of a harvest."""
+    from tsae.store import layout
+
+    return layout.StoreLayout(layout.store_path(config)).progress
