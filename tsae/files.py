@@ -25,6 +25,11 @@ def write_atomically(path: str | Path, write: Callable[[BinaryIO], object]) -> N
     sync_folder(path.parent)
 
 
+def write_text(path: str | Path, text: str) -> None:
+    """Write `text` as UTF-8, atomically."""
+    write_atomically(path, lambda stream: stream.write(text.encode()))
+
+
 def write_json(path: str | Path, value: Any) -> None:
     """Write `value` as indented JSON, atomically."""
     write_atomically(path, lambda stream: stream.write((json.dumps(value, indent=2) + "\n").encode()))
