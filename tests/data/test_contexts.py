@@ -14,7 +14,7 @@ PACKINGS = ("split", "truncate", "concat")
 def corpus(count: int = 40, seed: int = 0) -> list[Document]:
     """Documents of 1 to 60 words, labelled a, b or not at all."""
     random = np.random.default_rng(seed)
-    words = "the quick brown fox jumps over a lazy dog".split()
+    words = ["the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog"]
     return [
         Document(" ".join(random.choice(words, random.integers(1, 60))), (None, "b", "a")[index % 3])
         for index in range(count)
@@ -126,7 +126,7 @@ def test_max_tokens_is_a_random_sample_of_whole_contexts_of_both_parts(make_toke
     limited = make_contexts(corpus(400), make_tokenizer(), settings(max_tokens=2000))
     assert 2000 <= limited.lengths.sum() < 2000 + 2 * 16
     assert limited.lengths[-limited.heldout :].sum() == pytest.approx(500, abs=16)
-    assert limited.document.max() > 300 > everything.document.max() - 300
+    assert limited.document.max() > 350  # from all over the source
     cut = len(limited.tokens) - limited.heldout
     assert (limited.tokens[:cut] == everything.tokens[:cut]).all()
 
@@ -158,9 +158,13 @@ def test_labels_are_numbered_per_document(make_tokenizer):
 @pytest.mark.parametrize(
     ("documents", "changes", "message"),
     [
-        ([Document("fox", None)] * 5, {}, "0 documents give a context of at least 4 tokens"),
-        ([Document("the quick brown fox jumps", None)], {}, "1 documents give a context"),
-        (corpus(2), {"packing": "concat", "min_length": 16, "context_length": 16}, "no .* context of 16 tokens is left"),
+        ([Document("fox", None)] * 5, {}, "at least 2 documents must give a context of 4 tokens or more, .*; 0 do"),
+        ([Document("the quick brown fox jumps", None)], {}, "1 do: 1 documents were read"),
+        (
+            [Document("quick fox", None)] * 2,
+            {"packing": "concat", "min_length": 16, "context_length": 16},
+            "no .* context of 16 tokens is left",
+        ),
     ],
 )
 def test_too_little_text_is_refused_with_the_counts(make_tokenizer, documents, changes, message):
@@ -169,7 +173,7 @@ def test_too_little_text_is_refused_with_the_counts(make_tokenizer, documents, c
 
 
 def test_a_tokenizer_without_the_token_that_is_needed_is_refused(make_tokenizer):
-    with pytest.raises(TsaeError, match="data.bos"):
+    with pytest.raises(TsaeError, match=r"data\.bos"):
         make_contexts(corpus(), make_tokenizer(bos_token=None), settings(bos="always"))
-    with pytest.raises(TsaeError, match="data.packing"):
+    with pytest.raises(TsaeError, match=r"data\.packing"):
         make_contexts(corpus(), make_tokenizer(eos_token=None), settings(packing="concat"))

@@ -124,8 +124,8 @@ def _split_documents(
     usable = np.flatnonzero(_kept(tokenized.sizes, room, extra, data))
     if len(usable) < 2:
         raise TsaeError(
-            f"data.holdout: {len(usable)} documents give a context of at least {data.min_length} tokens and at least 2 "
-            f"are needed, one to train on and one to hold out; {_size(tokenized)}"
+            f"data.holdout: at least 2 documents must give a context of {data.min_length} tokens or more, one to train "
+            f"on and one to hold out; {len(usable)} do: {_size(tokenized)}"
         )
     heldout = min(max(round(len(usable) * data.holdout), 1), len(usable) - 1)
     order = random.permutation(usable)

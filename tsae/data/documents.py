@@ -60,7 +60,7 @@ def _is_local(source: str) -> bool:
     path = Path(source).expanduser()
     if path.is_dir():
         return not _has_dataset_card(path)
-    return path.exists() or local.kind_of(path) is not None or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source)
+    return path.exists() or local.kind_of(path) is not None or not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", source)
 
 
 def _has_dataset_card(folder: Path) -> bool:
