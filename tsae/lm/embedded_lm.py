@@ -1,0 +1,147 @@
+"""The embedded language model: a small GPT-NeoX over the embedded corpus, shipped with the package.
+
+`tsae embedded-lm` makes it again: tokenizer, weights (bfloat16) and a recipe with its measured figures.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import importlib.metadata
+import os
+import platform
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tsae.errors import TsaeError
+from tsae.files import write_atomically, write_json
+from tsae.progress import Progress
+
+if TYPE_CHECKING:
+    from transformers import GPTNeoXForCausalLM
+
+    from tsae.lm.embedded_text import Rows
+    from tsae.lm.pretraining import Recipe
+
+TOKENS = 8_000_000
+CHECKPOINT_MINUTES = 10.0
+PROBED_LAYER = 2
+PACKAGES = ("torch", "transformers", "tokenizers", "numpy", "scikit-learn")
+
+
+def train_embedded_lm(out: Path, tokens: int = TOKENS, seed: int = 0, **settings: Any) -> dict[str, Any]:
+    """Train the embedded language model into `out` (a folder in the hub's format) and return its recipe.
+
+    One torch thread; every few minutes the unfinished model is written beside `out` as `<out>.unfinished`. `settings`
+    are further fields of Recipe. Raises TsaeError when `out` is not empty.
+    """
+    import torch
+
+    from tsae.config import DataConfig
+    from tsae.data.documents import fingerprint, read_documents
+    from tsae.lm import embedded_text
+    from tsae.lm.pretraining import Recipe, initial_model
+
+    if out.exists() and any(out.iterdir()):
+        raise TsaeError(f"{out}: is not empty; name a new folder")
+    recipe = Recipe(tokens=tokens, seed=seed, **settings)
+    torch.set_num_threads(1)
+    documents = list(read_documents(DataConfig()))
+    label_names = tuple(sorted({document.label or "" for document in documents}))
+    train = [document for document in documents if not embedded_text.is_held_out(document.text)]
+    heldout = [document for document in documents if embedded_text.is_held_out(document.text)]
+    tokenizer = embedded_text.train_tokenizer((item.text for item in train), recipe.vocabulary, recipe.context_length)
+    cut = (tokenizer, label_names, recipe.context_length, recipe.min_length)
+    train_rows, heldout_rows = embedded_text.make_rows(train, *cut), embedded_text.make_rows(heldout, *cut)
+    text = {
+        "source": "embedded corpus",
+        "fingerprint": fingerprint(DataConfig()),
+        "python": platform.python_version(),
+        "split": embedded_text.SPLIT_RULE,
+        "documents": {"train": len(train), "heldout": len(heldout)},
+        "tokens": {"train": int(train_rows.lengths.sum()), "heldout": int(heldout_rows.lengths.sum())},
+        "topics": list(label_names),
+    }
+    model = initial_model(recipe)
+    training = _pretrain(model, train_rows, recipe, tokenizer, out.with_name(out.name + ".unfinished"))
+    weights_sha256 = save_folder(model, tokenizer, out)
+    record = {
+        "recipe": dataclasses.asdict(recipe),
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "text": text,
+        "training": training,
+        "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
+        "heldout": measure(out, train_rows, heldout_rows, recipe),
+        "weights_sha256": weights_sha256,
+    }
+    write_json(out / "recipe.json", record)
+    return record
+
+
+def _pretrain(
+    model: GPTNeoXForCausalLM, rows: Rows, recipe: Recipe, tokenizer: Any, unfinished: Path
+) -> dict[str, Any]:
+    from tsae.lm.pretraining import pretrain
+
+    progress = Progress("embedded-lm", recipe.tokens, "tokens")
+    began, cpu, saved = time.monotonic(), time.process_time(), time.monotonic()
+
+    def report(step: int, seen: int, loss: float) -> None:
+        nonlocal saved
+        progress.update(seen, step=step, loss=loss)
+        if time.monotonic() - saved > 60 * CHECKPOINT_MINUTES:
+            saved = time.monotonic()
+            save_folder(model, tokenizer, unfinished)
+
+    steps, seen = pretrain(model, rows, recipe, report)
+    return {
+        "steps": steps,
+        "tokens_seen": seen,
+        "epochs": round(seen / int(rows.lengths.sum()), 2),
+        "precision": "float32 weights, bfloat16 autocast; shipped as bfloat16",
+        "threads": 1,
+        "wall_seconds": round(time.monotonic() - began),
+        "cpu_seconds": round(time.process_time() - cpu),
+    }
+
+
+def save_folder(model: GPTNeoXForCausalLM, tokenizer: Any, out: Path) -> str:
+    """Write config, tokenizer and bfloat16 weights, readable by everyone; returns the sha256 of the weights' file."""
+    import torch
+    from safetensors.torch import save
+
+    out.mkdir(parents=True, exist_ok=True)
+    tokenizer.save_pretrained(out)
+    model.config.dtype = torch.bfloat16
+    model.config.save_pretrained(out)
+    state = {name: value.detach().to(torch.bfloat16).contiguous() for name, value in model.state_dict().items()}
+    packed = save(state, metadata={"format": "pt"})
+    write_atomically(out / "model.safetensors", lambda stream: stream.write(packed))
+    for path in out.iterdir():
+        os.chmod(path, 0o644)
+    return hashlib.sha256(packed).hexdigest()
+
+
+def measure(folder: Path, train: Rows, heldout: Rows, recipe: Recipe) -> dict[str, Any]:
+    """Held-out figures of the weights as written to `folder`, beside the baselines on the same rows."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from tsae.lm.embedded_text import ngram_losses
+    from tsae.lm.pretraining import initial_model, mean_loss
+    from tsae.lm.topic_probe import majority_share, probe_accuracy
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True).eval()
+    unigram, bigram = ngram_losses(train, heldout, recipe.vocabulary)
+    return {
+        "loss_nats": round(mean_loss(model, heldout), 4),
+        "unigram_loss_nats": round(unigram, 4),
+        "bigram_loss_nats": round(bigram, 4),
+        "topic_probe": {
+            "layer": PROBED_LAYER,
+            "trained": round(probe_accuracy(model, train, heldout, PROBED_LAYER), 4),
+            "random_init": round(probe_accuracy(initial_model(recipe).eval(), train, heldout, PROBED_LAYER), 4),
+            "majority": round(majority_share(heldout), 4),
+        },
+    }

@@ -1,0 +1,201 @@
+"""Any Hugging Face causal language model, read and changed at one hook point through nnsight.
+
+Rows are right-padded. Since attention is causal, what follows a real position cannot change it, so no attention mask is
+given: the fast kernels need none, and numbers do not depend on the padding.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tsae.config import ModelConfig
+from tsae.errors import TsaeError
+from tsae.lm.source import check_layer, local_folder, weights_fingerprint
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+__all__ = ["LanguageModel", "check_layer", "load_language_model", "load_tokenizer", "weights_fingerprint"]
+
+TOLERANCE = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 3e-2}
+"""Largest relative difference of two readings of one activation vector that still counts as the same."""
+
+
+class LanguageModel:
+    """A causal LM with one hook point; it never computes gradients.
+
+    `tokens` are [S, L] integers and `lengths` [S] counts of real tokens, on any device; results are on `device`, in the
+    model's precision, and meaningless at pad positions.
+    """
+
+    def __init__(self, module: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, model: ModelConfig) -> None:
+        import torch
+        from nnsight import NNsight
+
+        from tsae.lm.hook import find_hook, probe
+
+        self.module = module.eval().requires_grad_(False)
+        self.tokenizer = tokenizer
+        text_config = module.config.get_text_config()
+        self.n_layers: int = text_config.num_hidden_layers
+        self.max_length: int | None = getattr(text_config, "max_position_embeddings", None)
+        self.vocabulary = int(module.get_input_embeddings().get_parameter("weight").shape[0])
+        self.layer: int | None = model.layer if model.hook_point is None else None
+        self.hook_path = find_hook(module, model, self.n_layers)
+        with torch.no_grad():
+            self.activation_dim = probe(module, self.hook_path, torch.zeros(2, 3, dtype=torch.long, device=self.device))
+        self._traced = NNsight(module)
+        target = module.get_submodule(self.hook_path)
+        # Looked up by identity: nnsight renames modules whose name is one of its own attributes.
+        self._hook = next(envoy for envoy in self._traced.modules() if envoy._module is target)
+        self.identity = _identity(self, model)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model runs."""
+        return self.module.device
+
+    def read(self, tokens: Tensor, lengths: Tensor) -> Tensor:
+        """[S, L, D] activations at the hook point; nothing after it is computed."""
+        import torch
+
+        from tsae.lm.hook import hidden_of
+
+        inputs = self._inputs(tokens, lengths)
+        with torch.no_grad(), self._traced.trace(**inputs) as tracer:
+            output = self._hook.output.save()
+            tracer.stop()
+        return hidden_of(output)
+
+    def logits(self, tokens: Tensor, lengths: Tensor) -> Tensor:
+        """[S, L, V] next-token scores."""
+        import torch
+
+        with torch.no_grad():
+            return self.module(**self._inputs(tokens, lengths)).logits
+
+    def splice(self, tokens: Tensor, lengths: Tensor, replace: Callable[[Tensor], Tensor]) -> Tensor:
+        """[S, L, V] next-token scores when the activations [S, L, D] at the hook point are exchanged by `replace`."""
+        import torch
+
+        from tsae.lm.hook import hidden_of, with_hidden
+
+        def exchanged(output: Any) -> Any:
+            hidden = hidden_of(output)
+            new = replace(hidden)
+            if new.shape != hidden.shape:
+                raise ValueError(f"replace gave shape {list(new.shape)} for activations of shape {list(hidden.shape)}")
+            return with_hidden(output, new.to(hidden))
+
+        inputs = self._inputs(tokens, lengths)
+        with torch.no_grad(), self._traced.trace(**inputs):
+            self._hook.output = exchanged(self._hook.output)
+            logits = self._traced.output.logits.save()
+        return logits  # noqa: RET504 - only names that were saved inside a trace outlive it
+
+    def verify_hook(self, tokens: Tensor, lengths: Tensor) -> None:
+        """Prove on a batch that `read` gives the model's own `hidden_states[layer + 1]`, or what the named module gives.
+
+        The last block's entry of that tuple is final-normed, so there the raw output is traced through the norm.
+        Raises TsaeError with the largest relative difference.
+        """
+        from tsae.lm.verification import expected_activations, largest_difference
+
+        found = self.read(tokens, lengths)
+        expected, what = expected_activations(self, self._inputs(tokens, lengths))
+        difference = largest_difference(found, expected, lengths)
+        if not difference <= TOLERANCE[str(self.module.dtype).removeprefix("torch.")]:
+            raise TsaeError(
+                f"model: what is read at {self.hook_path} is not {what} (relative difference {difference:.2g}); "
+                "name the module to read in model.hook_point"
+            )
+
+    def _inputs(self, tokens: Tensor, lengths: Tensor) -> dict[str, Any]:
+        """Keyword arguments of the forward pass; pad positions get token 0, whatever stands there."""
+        import torch
+
+        if self.max_length is not None and tokens.shape[1] > self.max_length:
+            raise TsaeError(
+                f"data.context_length: {tokens.shape[1]} is impossible; {self.identity['name']} has {self.max_length} positions"
+            )
+        position = torch.arange(tokens.shape[1], device=tokens.device)
+        ids = tokens.long().masked_fill(position >= lengths.to(tokens.device)[:, None], 0)
+        if ids.numel() and int(ids.max()) >= self.vocabulary:
+            raise TsaeError(
+                f"model: token {int(ids.max())} is not in the vocabulary of {self.vocabulary}; "
+                "the tokens come from another model's tokenizer"
+            )
+        return {"input_ids": ids.to(self.device), "use_cache": False}
+
+
+def load_language_model(model: ModelConfig) -> LanguageModel:
+    """The language model of a configuration, in its precision, on its device. Raises TsaeError."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    device = model.device if model.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    options = {"attn_implementation": model.attn_implementation} if model.attn_implementation else {}
+    module, info = _load(
+        AutoModelForCausalLM, model, dtype=getattr(torch, model.dtype), output_loading_info=True, **options
+    )
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise TsaeError(
+            f"model.name: the weights of {model.name} lack {len(missing)} tensors ({missing[0]}, …), which would be "
+            "random; name a complete causal language model"
+        )
+    return LanguageModel(module.to(device), load_tokenizer(model), model)
+
+
+def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerFast:
+    """The fast tokenizer of a language model. Raises TsaeError."""
+    from transformers import AutoTokenizer
+
+    tokenizer = _load(AutoTokenizer, model)
+    if not tokenizer.is_fast:
+        raise TsaeError(f"model.name: {model.name} has no fast tokenizer; add its tokenizer.json")
+    return tokenizer
+
+
+def _load(auto: Any, model: ModelConfig, **options: Any) -> Any:
+    folder = local_folder(model)
+    place: dict[str, Any] = {"local_files_only": True} if folder else {"revision": model.revision}
+    try:
+        return auto.from_pretrained(str(folder or model.name), **place, **options)
+    except (OSError, ValueError, ImportError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        remedy = _remedy(folder, model)
+        raise TsaeError(f"model.name: {model.name} cannot be loaded: {reason} {remedy}") from error
+
+
+def _remedy(folder: Path | None, model: ModelConfig) -> str:
+    from huggingface_hub import constants
+
+    if folder is not None:
+        return "(the folder needs config.json, tokenizer.json and model.safetensors)"
+    if constants.HF_HUB_OFFLINE:
+        return f"(offline: run `hf download {model.name}` on a machine with network and the same HF_HOME)"
+    return "(check the id, the revision and HF_TOKEN)"
+
+
+def _identity(lm: LanguageModel, model: ModelConfig) -> dict[str, Any]:
+    config = lm.module.config
+    tokenizer = lm.tokenizer.backend_tokenizer.to_str()
+    return {
+        "name": model.name,
+        "architecture": type(lm.module).__name__,
+        "revision": getattr(config, "_commit_hash", None) or model.revision,
+        "weights": weights_fingerprint(model),
+        "dtype": model.dtype,
+        "attn_implementation": config._attn_implementation,
+        "layer": model.layer,
+        "hook_path": lm.hook_path,
+        "activation_dim": lm.activation_dim,
+        "vocabulary": lm.vocabulary,
+        "tokenizer_sha256": hashlib.sha256(tokenizer.encode()).hexdigest(),
+    }

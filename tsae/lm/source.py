@@ -1,0 +1,94 @@
+"""What can be known of a language model without loading it: where its files are, its depth, its weights' fingerprint."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from tsae.config import ModelConfig
+from tsae.errors import TsaeError
+
+EMBEDDED = "embedded"
+FOLDER = Path(__file__).parent / "embedded"
+"""The embedded language model, in the hub's format."""
+DEPTH_KEYS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
+SAMPLE = 1 << 20  # bytes read at either end of a weights file
+
+
+def local_folder(model: ModelConfig) -> Path | None:
+    """The folder that holds the model, or None for a hub id. Raises TsaeError for a path that is no model folder."""
+    if model.name == EMBEDDED:
+        return FOLDER
+    path = Path(model.name).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise TsaeError(f"model.name: {path} holds no config.json; name a folder in the hub's format")
+        return path
+    if path.exists() or model.name.startswith(("/", ".", "~")) or model.name.count("/") > 1:
+        raise TsaeError(
+            f"model.name: there is no folder {path}; name a model folder, a Hugging Face id or '{EMBEDDED}'"
+        )
+    return None
+
+
+def check_layer(model: ModelConfig, where: str) -> None:
+    """Refuse a layer that the model does not have; a hub model that is not in the local cache is not looked at.
+
+    With a hook point, `model.layer` is only a label and anything goes. Raises TsaeError naming `where`.
+    """
+    try:
+        folder = local_folder(model)
+    except TsaeError as error:
+        raise TsaeError(f"{where}: {error}") from None
+    path = folder / "config.json" if folder else _cached_config(model)
+    if path is None or model.hook_point is not None:
+        return
+    depth = _depth(json.loads(path.read_text()))
+    if depth is not None and model.layer >= depth:
+        raise TsaeError(f"{where}: model.layer: {model.layer} is impossible; {model.name} has blocks 0 to {depth - 1}")
+
+
+def _cached_config(model: ModelConfig) -> Path | None:
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(model.name, "config.json", revision=model.revision)
+    return Path(found) if isinstance(found, str) else None
+
+
+def _depth(config: dict[str, Any]) -> int | None:
+    for tree in (config.get("text_config") or {}, config):
+        for key in DEPTH_KEYS:
+            if isinstance(tree.get(key), int):
+                return int(tree[key])
+    return None
+
+
+def weights_fingerprint(model: ModelConfig) -> str:
+    """What tells two models of the same name apart, cheaply.
+
+    Embedded: the recorded hash of the weights. Folder: names, sizes and both ends of the weight files. Hub: the revision.
+    """
+    folder = local_folder(model)
+    if folder is None:
+        return model.revision or ""
+    if model.name == EMBEDDED:
+        return str(read_recipe(folder)["weights_sha256"])
+    digest = hashlib.sha256()
+    for path in sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin")):
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size}\n".encode())
+        with open(path, "rb") as stream:
+            digest.update(stream.read(SAMPLE))
+            stream.seek(max(size - SAMPLE, 0))
+            digest.update(stream.read(SAMPLE))
+    return digest.hexdigest()
+
+
+def read_recipe(folder: Path = FOLDER) -> dict[str, Any]:
+    """The recipe of an embedded language model. Raises TsaeError when the installation lacks it."""
+    path = folder / "recipe.json"
+    if not path.is_file():
+        raise TsaeError(f"{path}: not found; make the model with `tsae embedded-lm {folder}`")
+    return dict(json.loads(path.read_text()))
