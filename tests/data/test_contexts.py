@@ -22,7 +22,7 @@ def corpus(count: int = 40, seed: int = 0) -> list[Document]:
 
 
 def settings(**changes: object) -> DataConfig:
-    return DataConfig(**{"context_length": 16, "min_length": 4, "holdout": 0.25, **changes})  # type: ignore[arg-type]
+    return DataConfig(**{"context_length": 16, "min_length": 4, "holdout": 0.25, "source": "texts.jsonl", **changes})  # type: ignore[arg-type]
 
 
 def text_tokens(contexts: Contexts, row: int) -> list[int]:

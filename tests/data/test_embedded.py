@@ -41,6 +41,12 @@ def test_documents_are_labelled_prose_and_no_paragraph_comes_twice():
 
 
 @pytest.mark.usefixtures("small_corpus")
+def test_the_first_documents_are_of_all_topics():
+    labels = [document.label for document in read_documents(DataConfig(max_documents=60))]
+    assert min(labels.count(label) for label in ("hub", "stdlib-system")) >= 2
+
+
+@pytest.mark.usefixtures("small_corpus")
 def test_reading_stops_after_max_documents():
     assert list(read_documents(DataConfig(max_documents=3))) == list(itertools.islice(read_documents(DataConfig()), 3))
 

@@ -10,7 +10,7 @@ import pyarrow.parquet
 import pytest
 
 from tsae.config import DataConfig
-from tsae.data.documents import Document, fingerprint, is_streamed, read_documents
+from tsae.data.documents import Document, fingerprint, may_stop_early, read_documents
 from tsae.errors import TsaeError
 
 CARD = """---
@@ -85,12 +85,12 @@ def test_a_wrong_name_is_refused_with_those_found(dataset, changes, message):
         read(dataset, **changes)
 
 
-def test_a_hub_id_is_streamed_and_a_path_is_not():
-    assert is_streamed(DataConfig(source="monology/pile-uncopyrighted"))
-    assert is_streamed(DataConfig(source="imdb"))
+def test_reading_a_hub_dataset_may_stop_early_and_local_files_are_read_wholly():
+    assert may_stop_early(DataConfig(source="monology/pile-uncopyrighted"))
+    assert may_stop_early(DataConfig(source="imdb"))
     assert fingerprint(DataConfig(source="monology/pile-uncopyrighted")) == ""
-    assert not is_streamed(DataConfig(source="texts.jsonl"))
-    assert not is_streamed(DataConfig())
+    assert not may_stop_early(DataConfig(source="texts.jsonl"))
+    assert may_stop_early(DataConfig())
 
 
 def test_offline_the_hub_cache_is_read_and_what_is_not_in_it_is_refused_with_the_remedy(tmp_path):

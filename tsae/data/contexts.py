@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from tsae.config import DataConfig
-from tsae.data.documents import Document, is_streamed
+from tsae.data.documents import Document, may_stop_early
 from tsae.data.tokens import TokenizedDocuments, starts_with_bos, tokenize
 from tsae.errors import TsaeError
 
@@ -51,12 +51,12 @@ class _Pieces(NamedTuple):
 def make_contexts(documents: Iterable[Document], tokenizer: Any, data: DataConfig) -> Contexts:
     """Tokenise `documents` and cut them into contexts by `data.packing`.
 
-    A streamed source is read until it holds `data.max_tokens`; any other is read wholly, so that the limit takes a
-    random sample of it. Raises TsaeError if no context is left or no document can be held out.
+    The embedded corpus and hub datasets are read until they give `data.max_tokens`; local files are read wholly, so
+    that the limit takes a random sample of them. Raises TsaeError if no context is left or no document can be held out.
     """
     bos = _bos_token(tokenizer, data)
     room = data.context_length - len(bos)  # tokens of text per row
-    enough = data.max_tokens if is_streamed(data) else None
+    enough = data.max_tokens if may_stop_early(data) else None
     tokenized = tokenize(documents, tokenizer, enough, lambda sizes: _kept(sizes, room, len(bos), data))
     random = np.random.default_rng(data.seed)
     parts = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Iterator
 from itertools import islice
@@ -13,7 +14,7 @@ from tsae.data import embedded, hub, local
 from tsae.data.records import Document
 from tsae.errors import TsaeError
 
-__all__ = ["Document", "fingerprint", "is_streamed", "read_documents"]
+__all__ = ["Document", "fingerprint", "may_stop_early", "read_documents"]
 
 EMBEDDED = "embedded"
 
@@ -21,7 +22,7 @@ EMBEDDED = "embedded"
 def read_documents(data: DataConfig) -> Iterator[Document]:
     """The documents of `data.source` in a fixed order, at most `data.max_documents`. Raises TsaeError."""
     if data.source == EMBEDDED:
-        documents: Iterator[Document] = (Document(text, topic) for topic, text in embedded.read_corpus())
+        documents: Iterator[Document] = iter(_mixed([Document(text, topic) for topic, text in embedded.read_corpus()]))
     elif _is_local(data.source):
         documents = local.read_local(data)
     else:
@@ -36,9 +37,18 @@ def read_documents(data: DataConfig) -> Iterator[Document]:
         )
 
 
-def is_streamed(data: DataConfig) -> bool:
-    """Whether the source may be far larger than what is wanted of it, so that reading stops once there is enough."""
-    return data.source != EMBEDDED and not _is_local(data.source)
+def _mixed(documents: list[Document]) -> list[Document]:
+    """The topics mixed in an order that follows from the texts, so that the first documents are a fair sample."""
+    return sorted(documents, key=lambda document: hashlib.sha256(document.text.encode()).digest())
+
+
+def may_stop_early(data: DataConfig) -> bool:
+    """Whether the first documents stand for all, so that reading ends once there is enough.
+
+    So it is for the embedded corpus and has to be for a hub dataset, which may be endless; local files are often
+    sorted, and are read wholly.
+    """
+    return data.source == EMBEDDED or not _is_local(data.source)
 
 
 def fingerprint(data: DataConfig) -> str:
