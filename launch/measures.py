@@ -6,19 +6,19 @@ from dataclasses import dataclass
 from typing import Any
 
 LABELS = {
-    "frac_variance_explained": "FVE",
-    "frac_variance_explained_high": "FVE, high-level only",
-    "frac_variance_explained_low": "FVE, low-level only",
-    "frac_variance_explained_pooled": "FVE, pooled",
-    "cossim": "Cosine similarity",
-    "lipschitz_cont_tot": "Smoothness",
-    "lipschitz_cont_h": "Smoothness, high",
-    "lipschitz_cont_l": "Smoothness, low",
-    "frac_recovered": "CE recovered",
-    "frac_alive": "Alive",
-    "l0": "L0",
+    "frac_variance_explained": ("FVE", "all"),
+    "frac_variance_explained_high": ("FVE", "high only"),
+    "frac_variance_explained_low": ("FVE", "low only"),
+    "frac_variance_explained_pooled": ("FVE", "pooled"),
+    "cossim": ("Cosine", ""),
+    "lipschitz_cont_tot": ("Smoothness", "all"),
+    "lipschitz_cont_h": ("Smoothness", "high"),
+    "lipschitz_cont_l": ("Smoothness", "low"),
+    "frac_recovered": ("CE recovered", ""),
+    "frac_alive": ("Alive", ""),
+    "l0": ("L0", ""),
 }
-"""Measures of the summary, in its order; the rest keep the names of the file."""
+"""Measures of the summary, in its order, as (family, member); the rest keep the names of the file."""
 
 NOT_MEASURES = frozenset({"contexts", "documents", "tokens"})
 """Counts that say how much was measured."""
@@ -54,9 +54,9 @@ CHARTS = (
         "Smoothness",
         "largest |Δf| / ‖Δx‖",
         (
+            ("lipschitz_cont_tot", "all latents"),
             ("lipschitz_cont_h", "high-level"),
             ("lipschitz_cont_l", "low-level"),
-            ("lipschitz_cont_tot", "all latents"),
         ),
         "The largest change of an active latent from one token to the next, relative to the change of the activation, "
         "mean over active latents and held-out contexts. Lower is smoother.",
@@ -94,8 +94,8 @@ def scalars(results: dict[str, Any]) -> dict[str, float]:
 
 
 def label(measure: str) -> str:
-    """The measure's name for people."""
-    return LABELS.get(measure, measure)
+    """The measure's name for people, in one line."""
+    return " ".join(LABELS.get(measure, (measure,))).strip()
 
 
 def figures(value: float, digits: int = 4) -> str:
@@ -105,5 +105,6 @@ def figures(value: float, digits: int = 4) -> str:
     magnitude = abs(value)
     if magnitude and (magnitude < 1e-3 or magnitude >= 1e6):
         return f"{value:.{digits - 1}e}"
-    decimals = max(0, digits - 1 if magnitude < 10 else digits - len(str(int(magnitude))))
+    before_point = len(str(int(magnitude))) if magnitude >= 1 else 0
+    decimals = max(0, digits - before_point)
     return f"{value:.{decimals}f}"

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import base64
 import html
+import itertools
 import time
 from pathlib import Path
 
 import yaml
-from measures import LABELS, Chart, figures, label
+from measures import LABELS, Chart, figures
 from points import short_names
 from summary import Group, Summary
 from sweepfile import shown
@@ -17,7 +18,7 @@ STYLE = """
 :root { color-scheme: light; --ink: #1c1c1c; --soft: #5f6368; --line: #dcdcdc; --accent: #0072b2; }
 * { box-sizing: border-box; }
 body { margin: 0; background: #fff; color: var(--ink); font: 15px/1.55 Charter, "Bitstream Charter", Cambria, Georgia, serif; }
-main { max-width: 1080px; margin: 0 auto; padding: 40px 28px 72px; }
+main { max-width: 1120px; margin: 0 auto; padding: 40px 28px 72px; }
 h1 { font-size: 27px; line-height: 1.2; margin: 0 0 6px; letter-spacing: -.01em; }
 h2 { font-size: 18px; margin: 38px 0 10px; padding-bottom: 5px; border-bottom: 1px solid var(--line); }
 p { margin: 8px 0; max-width: 76ch; }
@@ -27,15 +28,16 @@ p { margin: 8px 0; max-width: 76ch; }
 code, pre { font: 12.5px/1.5 ui-monospace, "DejaVu Sans Mono", Menlo, monospace; }
 pre { background: #f7f7f7; padding: 12px 16px; overflow-x: auto; border-radius: 4px; }
 .wide { overflow-x: auto; }
-table { border-collapse: collapse; font-size: 13.5px; font-variant-numeric: tabular-nums lining-nums; }
-thead th { border-top: 1.5px solid var(--ink); border-bottom: 1px solid var(--ink); font-weight: 600; vertical-align: bottom; }
+table { border-collapse: collapse; font-size: 13px; font-variant-numeric: tabular-nums lining-nums; }
+thead th { font-weight: 600; vertical-align: bottom; padding-bottom: 3px; }
+thead tr:first-child th { border-top: 1.5px solid var(--ink); }
+thead tr:last-child th, thead th[rowspan] { border-bottom: 1px solid var(--ink); }
+thead th.family { text-align: center; box-shadow: inset 0 -1px 0 var(--line); }
 tbody tr:last-child > * { border-bottom: 1.5px solid var(--ink); }
-th, td { padding: 5px 12px 5px 0; text-align: right; white-space: nowrap; }
-th:first-child, td.key { text-align: left; }
-thead th { white-space: normal; max-width: 9em; }
-thead th.key { text-align: left; }
+th, td { padding: 4px 12px 4px 0; text-align: right; white-space: nowrap; }
+th.key, td.key, .every th:first-child { text-align: left; }
 tbody th { font-weight: 400; text-align: left; }
-td .pm { color: var(--soft); font-size: 12px; }
+td small { display: block; color: var(--soft); font-size: 11.5px; line-height: 1.2; }
 .every tbody th { position: sticky; left: 0; background: #fff; padding-right: 24px; }
 .every tbody tr:hover > * { background: #f5f9fc; }
 .figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(430px, 1fr)); gap: 22px 30px; }
@@ -105,30 +107,37 @@ def _interval_note(summary: Summary) -> str:
 
 
 def _summary_table(summary: Summary) -> str:
+    """Groups as rows; measures of one family stand under a common head."""
     keys = list(dict.fromkeys(key for group in summary.groups for key in group.axes))
     short = short_names(keys)
     measures = [name for name in LABELS if name in summary.measures]
     several = summary.seeds > 1
-    head = "".join(f'<th class="key">{html.escape(short[key].replace("_", " "))}</th>' for key in keys)
-    head += "<th>seeds</th>" if several else ""
-    head += "".join(f"<th>{html.escape(label(name))}</th>" for name in measures)
+    head = "".join(f'<th class="key" rowspan="2">{_words(short[key])}</th>' for key in keys)
+    head += '<th rowspan="2">seeds</th>' if several else ""
+    members = ""
+    for family, members_of in itertools.groupby(measures, key=lambda name: LABELS[name][0]):
+        names = [LABELS[name][1] for name in members_of]
+        alone = names == [""]
+        head += f"<th{' rowspan=2' if alone else f' colspan={len(names)} class=family'}>{html.escape(family)}</th>"
+        members += "" if alone else "".join(f"<th>{html.escape(name)}</th>" for name in names)
     body = ""
     for group in summary.groups:
         cells = "".join(f'<td class="key">{html.escape(shown(group.value(key)))}</td>' for key in keys)
         cells += f"<td>{sum(not row.missing for row in group.rows)}</td>" if several else ""
         cells += "".join(f"<td>{_cell(group, name)}</td>" for name in measures)
         body += f"<tr>{cells}</tr>"
-    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+    return f"<table><thead><tr>{head}</tr><tr>{members}</tr></thead><tbody>{body}</tbody></table>"
 
 
 def _cell(group: Group, measure: str) -> str:
     mean, half = group.interval(measure)
-    text = figures(mean, 3 if measure != "l0" else 4)
-    return (
-        text
-        if half != half
-        else f'{text} <span class="pm">± {figures(half, 2) if half >= 0.1 else f"{half:.3f}"}</span>'
-    )
+    text = figures(mean, 3)
+    decimals = len(text.partition(".")[2])
+    return text if half != half else f"{text}<small>± {half:.{decimals}f}</small>"
+
+
+def _words(name: str) -> str:
+    return html.escape(name.replace("_", " "))
 
 
 def _figure(chart: Chart, path: Path, charts: int) -> str:
@@ -151,14 +160,20 @@ def _every_measure(summary: Summary) -> str:
     rows = [row for row in summary.rows if not row.missing]
     if not rows:
         return "<p>No point has results yet.</p>"
-    head = "<th></th>" + "".join(f"<th>{html.escape(row.point.name).replace(',', ', ')}</th>" for row in rows)
+    axes = short_names([key for row in rows for key in row.point.axes])
+    head = "".join(
+        f"<tr><th>{_words(name)}</th>"
+        + "".join(f"<th>{html.escape(shown(row.point.value(key)))}</th>" for row in rows)
+        + "</tr>"
+        for key, name in axes.items()
+    )
     body = "".join(
         f"<tr><th><code>{html.escape(name)}</code></th>"
         + "".join(f"<td>{figures(row.values.get(name, float('nan')))}</td>" for row in rows)
         + "</tr>"
         for name in summary.measures
     )
-    return f'<table class="every"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>'
+    return f'<table class="every"><thead>{head}</thead><tbody>{body}</tbody></table>'
 
 
 def _settings(summary: Summary) -> str:

@@ -97,9 +97,13 @@ def make_plan(sweep: Sweep) -> Plan:
     """Points and stages of `sweep`. Raises TsaeError for every setting that cannot work, before anything starts."""
     points = expand(sweep)
     table: dict[str, Stage] = {}
+    harvests: dict[str, Stage] = {}
     for point in points:
         _refuse_impossible(sweep, point)
-        for stage in _stages_of(sweep, point):
+        # The name of a store takes a look at the text's sources; once for each distinct store is enough.
+        source = schema.stable_hash(configuration.store_settings(point.config))
+        harvest = harvests.get(source) or harvests.setdefault(source, _harvest_stage(sweep, point))
+        for stage in _stages_of(sweep, point, harvest):
             known = table.setdefault(stage.key, stage)
             if known is not stage:
                 table[stage.key] = dataclasses.replace(known, points=(*known.points, point.name))
@@ -154,16 +158,16 @@ def _first_difference(there: dict[str, Any], here: dict[str, Any]) -> str:
     return "a setting that this version does not know"
 
 
-def _stages_of(sweep: Sweep, point: Point) -> list[Stage]:
+def _stages_of(sweep: Sweep, point: Point, harvest: Stage) -> list[Stage]:
     """The chain of one point; what the sweep does not list is left out and must be done already."""
     config, run = point.config, RunFolder.of(checkpoints_path(sweep), point.name)
-    harvest = _harvest_stage(sweep, point)
     training = configuration.training_settings(config)
     train = _run_stage(sweep, point, "train", training, (harvest.key,), lambda: run.is_trained(config))
     measuring = configuration.evaluation_settings(config)
     inputs = (harvest.key, train.key)
     evaluate = _run_stage(sweep, point, "evaluate", measuring, inputs, lambda: run.is_evaluated(config))
-    return [stage for stage in (harvest, train, evaluate) if stage.kind in sweep.config.stages]
+    chain = (dataclasses.replace(harvest, points=(point.name,)), train, evaluate)
+    return [stage for stage in chain if stage.kind in sweep.config.stages]
 
 
 def _harvest_stage(sweep: Sweep, point: Point) -> Stage:
@@ -177,8 +181,8 @@ def _harvest_stage(sweep: Sweep, point: Point) -> Stage:
         arguments=(str(config_path(sweep, point)), 0, 1),
         points=(point.name,),
         depends_on=(),
-        progress=stages.harvest_progress(config),
-        lock=stages.harvest_lock(config),
+        progress=stages.harvest_progress(store),
+        lock=stages.harvest_lock(store),
         logs=sweep_folder(sweep) / "logs" / file_name(f"harvest-{store.name}"),
         resources=sweep.config.resources.harvest,
         on_gpu=config.model.device != "cpu",

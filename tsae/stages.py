@@ -21,7 +21,7 @@ log = logging.getLogger("tsae")
 def harvest_stage(config_path: str, task: int = 0, tasks: int = 1) -> None:
     """Write share `task` of `tasks` of the activation store of the run described by `config_path`."""
     config = configuration.load(config_path)
-    with locks.hold(harvest_lock(config, task, tasks), "harvest"):
+    with locks.hold(harvest_lock(store_path(config), task, tasks), "harvest"):
         from tsae.store.harvest import harvest
 
         harvest(config, task, tasks)
@@ -60,10 +60,16 @@ def store_path(config: RunConfig) -> Path:
     return layout.store_path(config)
 
 
-def harvest_lock(config: RunConfig, task: int = 0, tasks: int = 1) -> Path:
+def harvest_lock(store: Path, task: int = 0, tasks: int = 1) -> Path:
     """Where the lock on one share of a harvest lies: beside the store, which may not exist yet."""
-    store = store_path(config)
     return store.with_name(f"{store.name}.harvest_{task}of{tasks}.lock")
+
+
+def harvest_progress(store: Path) -> Path:
+    """The progress file of a harvest."""
+    from tsae.store import layout
+
+    return layout.StoreLayout(store).progress
 
 
 def run_lock(run: RunFolder, stage: str) -> Path:
@@ -76,10 +82,3 @@ def is_harvested(config: RunConfig) -> bool:
     from tsae.store import layout
 
     return layout.is_harvested(config)
-
-
-def harvest_progress(config: RunConfig) -> Path:
-    """The progress file of a harvest."""
-    from tsae.store import layout
-
-    return layout.StoreLayout(layout.store_path(config)).progress

@@ -36,9 +36,9 @@ def write_sweep(tmp_path):
 
 @pytest.fixture
 def plan_of(write_sweep):
-    """The plan of a sweep of the given sections."""
+    """The plan of a sweep of the given sections; `command_line` are overrides, `on` stands for --base."""
 
-    def make(overrides: tuple[str, ...] = (), base: str | None = None, name: str | None = None, **sections) -> Plan:
-        return make_plan(sweepfile.load_sweep(write_sweep(**sections), base, list(overrides), name))
+    def make(command_line: tuple[str, ...] = (), on: str | None = None, named: str | None = None, **sections) -> Plan:
+        return make_plan(sweepfile.load_sweep(write_sweep(**sections), on, list(command_line), named))
 
     return make

@@ -67,7 +67,7 @@ def test_a_finished_sweep_needs_no_store(plan_of):
 def test_results_of_other_measuring_settings_are_made_again(plan_of):
     plan = plan_of(grid={"sae.k": [8]})
     finish(plan, plan.points[0], l0=8.0)
-    plan = plan_of(grid={"sae.k": [8]}, **{"overrides": {"evaluation.sequences": 7}})
+    plan = plan_of(grid={"sae.k": [8]}, overrides={"evaluation.sequences": 7})
     assert kinds(plan.unfinished()) == ["harvest", "evaluate"]
 
 
@@ -75,7 +75,7 @@ def test_a_run_folder_of_another_configuration_is_refused_with_the_difference(pl
     plan = plan_of(grid={"sae.k": [8]})
     finish(plan, plan.points[0])
     with pytest.raises(TsaeError, match=r"training.steps is \d+ there, 77 here.*--name"):
-        plan_of(grid={"sae.k": [8]}, **{"overrides": {"training.steps": 77}})
+        plan_of(grid={"sae.k": [8]}, overrides={"training.steps": 77})
 
 
 def test_only_the_stages_asked_for_are_planned(plan_of):
@@ -83,7 +83,7 @@ def test_only_the_stages_asked_for_are_planned(plan_of):
 
 
 def test_jobs_read_configurations_that_say_exactly_what_the_point_is(plan_of):
-    plan = plan_of(overrides=["objective=paper"], grid={"sae.k": [8, 16]})
+    plan = plan_of(command_line=["objective=paper"], grid={"sae.k": [8, 16]})
     plan.write_configs()
     for point, train in zip(plan.points, (s for s in plan.stages if s.kind == "train"), strict=True):
         assert configuration.load(train.arguments[0]) == point.config

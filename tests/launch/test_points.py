@@ -61,13 +61,13 @@ def test_names_of_runs_are_names_of_files(plan_of):
 
 
 def test_a_named_preset_survives_an_axis_in_its_section(plan_of):
-    plan = plan_of(overrides=["objective=paper"], grid={"objective.temporal_alpha": [0.5]})
+    plan = plan_of(command_line=["objective=paper"], grid={"objective.temporal_alpha": [0.5]})
     objective = plan.points[0].config.objective
     assert (objective.similarity, objective.temporal_alpha) == ("cosine", 0.5)
 
 
 def test_overrides_lie_over_the_sweep_which_lies_over_the_base(plan_of):
-    plan = plan_of(overrides=["sae.k=9"], grid={"training.seed": [0]}, **{"overrides": {"sae.k": 8, "data.seed": 3}})
+    plan = plan_of(command_line=["sae.k=9"], grid={"training.seed": [0]}, overrides={"sae.k": 8, "data.seed": 3})
     config = plan.points[0].config
     assert (config.sae.k, config.data.seed, config.training.batch_size) == (9, 3, 1024)
 
@@ -75,10 +75,10 @@ def test_overrides_lie_over_the_sweep_which_lies_over_the_base(plan_of):
 def test_overrides_and_base_that_change_results_get_folders_of_their_own(plan_of):
     grid = {"training.seed": [0]}
     assert plan_of(grid=grid).name == "little-embedded"
-    assert plan_of(overrides=["sae.k=9"], grid=grid).name == "little-embedded,sae.k=9"
-    assert plan_of(overrides=["training.device=cpu"], grid=grid).name == "little-embedded"
-    assert plan_of(base="pythia-160m", grid=grid).name == "little-pythia-160m"
-    assert plan_of(name="mine", overrides=["sae.k=9"], grid=grid).name == "mine,sae.k=9"
+    assert plan_of(command_line=["sae.k=9"], grid=grid).name == "little-embedded,sae.k=9"
+    assert plan_of(command_line=["training.device=cpu"], grid=grid).name == "little-embedded"
+    assert plan_of(on="pythia-160m", grid=grid).name == "little-pythia-160m"
+    assert plan_of(named="mine", command_line=["sae.k=9"], grid=grid).name == "mine"
 
 
 @pytest.mark.parametrize(
@@ -117,7 +117,7 @@ def test_bad_sweeps_are_refused_in_one_line_that_names_the_file(plan_of, home, s
 
 def test_an_override_of_a_swept_setting_is_refused(plan_of):
     with pytest.raises(TsaeError, match=r"command line: sae\.k: .* sweeps it"):
-        plan_of(overrides=["sae.k=9"], grid={"sae.k": [8]})
+        plan_of(command_line=["sae.k=9"], grid={"sae.k": [8]})
 
 
 def test_malformed_yaml_is_refused_with_its_line(tmp_path):
