@@ -15,17 +15,17 @@ never an exception; total variation of silence is 0.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from tsae.evaluation.codes import ActiveCode, Ranges, reduce_ranges
+from tsae.evaluation.codes import ActiveCode, Ranges
 
 EPSILON = 1e-10  # the reference's guard of denominators
 WAVELET_LEVELS = 3
 SCALES = (8, 4, 2, 1)
+BLOCK_VALUES = 1 << 18
 
 
 class Smoothness(NamedTuple):
@@ -39,33 +39,59 @@ class Smoothness(NamedTuple):
     relative_variation: Tensor
 
 
+class _PerLatent(NamedTuple):
+    """What the measures need to know of each latent, each [A]."""
+
+    variation: Tensor
+    mass: Tensor
+    steepest: Tensor
+    power_ratio: Tensor
+    detail: Tensor
+    rest: Tensor
+    short_variance: Tensor
+    long_variance: Tensor
+
+
 def smoothness(code: ActiveCode, x: Tensor, ranges: Ranges) -> Smoothness:
     """The measures of one context from its codes and its activations x [T, D]."""
-    series, slices = code.values, code.slices(ranges)
-    silent = torch.tensor([part.start == part.stop for part in slices])
-    steps = series.diff(dim=1).abs_()
-    variation = reduce_ranges(steps.sum(1), slices)
-    detail, rest = _wavelet_energies(series)
-    short, long = _difference_variances(series)
+    slices = code.slices(ranges)
+    distances = torch.linalg.vector_norm(x.float().diff(dim=0), dim=1)
+    # Blocks of latents that fit in a cache: long contexts have many values per latent.
+    blocks = code.values.split(max(1, BLOCK_VALUES // len(x)))
+    latents = torch.cat([torch.stack(_per_latent(block, distances)) for block in blocks], dim=1).double().cpu()
+    totals = _PerLatent(*torch.stack([latents[:, part].sum(1) for part in slices], dim=1))
+    means = _PerLatent(*torch.stack([latents[:, part].mean(1) for part in slices], dim=1))
+    silent = totals.mass == 0
     return Smoothness(
-        total_variation=variation,
-        lipschitz=reduce_ranges(_steepest(steps, x), slices, mean=True),
-        fft=reduce_ranges(_high_over_low_power(series), slices, mean=True),
-        wavelet=(reduce_ranges(detail, slices) / (reduce_ranges(rest, slices) + EPSILON)).masked_fill(
-            silent, torch.nan
-        ),
-        multiscale=_ratio_of_means(short, long, slices),
-        relative_variation=variation / (2 * reduce_ranges(series.sum(1), slices)),
+        total_variation=totals.variation,
+        lipschitz=means.steepest,
+        fft=means.power_ratio,
+        wavelet=(totals.detail / (totals.rest + EPSILON)).masked_fill(silent, torch.nan),
+        multiscale=means.short_variance / (means.long_variance + EPSILON),
+        relative_variation=totals.variation / (2 * totals.mass),
     )
 
 
-def _ratio_of_means(above: Tensor, below: Tensor, slices: Sequence[slice]) -> Tensor:
-    return reduce_ranges(above, slices, mean=True) / (reduce_ranges(below, slices, mean=True) + EPSILON)
+def _per_latent(series: Tensor, distances: Tensor) -> _PerLatent:
+    """From the activations of some latents [A, T] and how far x moves at each step [T-1]."""
+    steps = series.diff(dim=1)
+    detail, rest = _wavelet_energies(series)
+    short, long = _difference_variances(series, steps)
+    absolute = steps.abs()
+    return _PerLatent(
+        variation=absolute.sum(1),
+        mass=series.sum(1),
+        steepest=_steepest(absolute, distances),
+        power_ratio=_high_over_low_power(series),
+        detail=detail,
+        rest=rest,
+        short_variance=short,
+        long_variance=long,
+    )
 
 
-def _steepest(steps: Tensor, x: Tensor) -> Tensor:
-    """Largest |step of f| per |step of x| of each latent [A]; steps is [A, T-1], x is [T, D]."""
-    distances = torch.linalg.vector_norm(x.float().diff(dim=0), dim=1)
+def _steepest(steps: Tensor, distances: Tensor) -> Tensor:
+    """Largest |step of f| over |step of x| of each latent [A]; steps is [A, T-1], distances [T-1]."""
     # Where x does not move, f cannot either, and 0/0 says nothing about the code.
     moving = distances > 0
     if not moving.all():
@@ -80,10 +106,9 @@ def _high_over_low_power(series: Tensor) -> Tensor:
     if len(series) == 0:
         return series.new_empty(0)
     spectrum = torch.view_as_real(torch.fft.rfft(series))
-    cut = spectrum.shape[1] // 2
-    low = spectrum[:, :cut].square().sum((1, 2))
-    high = spectrum[:, cut:].square().sum((1, 2))
-    return high / (low + EPSILON)
+    power = spectrum.flatten(1).square()
+    cut = 2 * (spectrum.shape[1] // 2)
+    return power[:, cut:].sum(1) / (power[:, :cut].sum(1) + EPSILON)
 
 
 def _wavelet_energies(series: Tensor) -> tuple[Tensor, Tensor]:
@@ -100,12 +125,16 @@ def _wavelet_energies(series: Tensor) -> tuple[Tensor, Tensor]:
     return energy, rest.square().sum(1)
 
 
-def _difference_variances(series: Tensor) -> tuple[Tensor, Tensor]:
+def _difference_variances(series: Tensor, steps: Tensor) -> tuple[Tensor, Tensor]:
     """Unbiased variance over time of each latent's differences over 1 step and over the largest scale, two [A]."""
     positions = series.shape[1]
-    scale = next((scale for scale in SCALES if scale < positions), None)
-    if len(series) == 0 or scale is None or positions - scale < 2:
+    scale = next((scale for scale in SCALES if scale < positions), positions)
+    if positions - scale < 2:
         undefined = series.new_full((len(series),), torch.nan)
         return undefined, undefined
-    long = series[:, scale:] - series[:, :-scale]
-    return series.diff(dim=1).var(1), long.var(1)
+    return _variance(steps), _variance(series[:, scale:] - series[:, :-scale])
+
+
+def _variance(rows: Tensor) -> Tensor:
+    """Unbiased variance of each row; ten times as fast as Tensor.var for short rows."""
+    return (rows - rows.mean(1, keepdim=True)).square_().sum(1) / (rows.shape[1] - 1)
