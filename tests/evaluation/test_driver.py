@@ -74,11 +74,12 @@ def test_results_do_not_depend_on_the_batch_size(config: RunConfig, tmp_path: Pa
             assert second[name] == pytest.approx(value, rel=1e-4), name
 
 
-def test_packed_documents_are_scored_one_by_one(config: RunConfig, tmp_path: Path) -> None:
+def test_packed_documents_are_scored_one_by_one_and_one_group_has_no_splits(config: RunConfig, tmp_path: Path) -> None:
     packed = configuration.replace(
         config,
         data={"packing": "concat"},
         store={"path": str(tmp_path / "store")},
+        sae={"kind": "batch_topk"},
         evaluation={"loss_recovered": False},
     )
     run = run_folder(packed, tmp_path / "run")
@@ -86,6 +87,9 @@ def test_packed_documents_are_scored_one_by_one(config: RunConfig, tmp_path: Pat
     store = Store.open(harvest(packed), packed)
     assert results["contexts"] > len(store.heldout_range)
     assert "frac_recovered" not in results
+    assert results["lipschitz_cont_h"] is None
+    assert results["lipschitz_cont_group"] == [results["lipschitz_cont_tot"]]
+    assert run.result("eval_results", "png").exists()
 
 
 def test_dictionary_of_another_width_is_refused(config: RunConfig, tmp_path: Path) -> None:

@@ -63,7 +63,7 @@ def _score(config: RunConfig, run: RunFolder, dictionary: Dictionary, store: Sto
     settings, device = config.evaluation, dictionary.b_dec.device
     scores = Scores(dictionary)
     sequences = min(settings.sequences, len(store.heldout_range))
-    progress = Progress(f"evaluate {run.path.parent.name}", sequences, "contexts", run.progress)
+    progress = Progress(f"evaluate {run.path.parent.name}", sequences, "sequences", run.progress)
     for batch in held_out_batches(store, settings.sequences, settings.batch_size, config.data.skip_positions):
         scores.add(batch.x.to(device), batch.lengths, batch.documents)
         progress.update(batch.sequences_done, tokens=scores.tokens)
@@ -88,7 +88,7 @@ def _loss_recovered(
     tokens, lengths, document = (
         torch.from_numpy(array[rows]) for array in (store.tokens, store.lengths, store.document)
     )
-    progress = Progress(f"evaluate {run.path.parent.name}: loss recovered", len(rows), "contexts", run.progress)
+    progress = Progress(f"evaluate {run.path.parent.name}: loss recovered", len(rows), "sequences", run.progress)
     batches = []
     for start in range(0, len(rows), settings.batch_size):
         part = slice(start, start + settings.batch_size)
