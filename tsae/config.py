@@ -181,6 +181,8 @@ class TrainingConfig:
     """`auto` (this process's GPU, else the CPU) or `cpu`."""
     precision: Literal["no", "bf16"] = "no"
     """`no`: float32; `bf16`: matrix products under bfloat16 autocast, parameters stay float32."""
+    engine: Literal["sparse", "dense"] = "sparse"
+    """`sparse`: gradients at the selected entries only; `dense`: the readable definition, same numbers, several times slower."""
     pool_sequences: int = 16384
     """Sequences held in memory and mixed at a time; at least half the batch size mixes well."""
     log_every: int = 10

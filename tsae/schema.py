@@ -10,6 +10,7 @@ import ast
 import dataclasses
 import hashlib
 import inspect
+import itertools
 import json
 import math
 import textwrap
@@ -61,7 +62,7 @@ def nested(path: str, value: Any) -> dict[str, Any]:
     """`("a.b", 1)` → `{"a": {"b": 1}}`."""
     for key in reversed(path.split(".")):
         value = {key: value}
-    return value  # type: ignore[no-any-return]
+    return value
 
 
 def merge_into(base: dict[str, Any], extra: Mapping[str, Any]) -> dict[str, Any]:
@@ -178,7 +179,7 @@ def field_docs(cls: type) -> dict[str, str]:
     """Field name → the string literal that follows the field in the source of `cls`."""
     body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0].body  # type: ignore[attr-defined]
     docs = {}
-    for field, doc in zip(body, body[1:], strict=False):
+    for field, doc in itertools.pairwise(body):
         if (
             isinstance(field, ast.AnnAssign)
             and isinstance(field.target, ast.Name)

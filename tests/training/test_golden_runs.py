@@ -37,17 +37,19 @@ def config_of(record: dict) -> configuration.RunConfig:
     return configuration.from_mapping({"sae": sae, "objective": objective, "training": training}, "golden")
 
 
+@torch.no_grad()
 def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
     """Relative error in norm."""
     return float((found.double() - expected.double()).norm() / expected.double().norm().clamp_min(1e-30))
 
 
+@pytest.mark.parametrize("engine", ["sparse", "dense"])
 @pytest.mark.parametrize("name", RUNS)
-def test_every_step_of_the_reference_is_reproduced(name: str) -> None:
+def test_every_step_of_the_reference_is_reproduced(name: str, engine: str) -> None:
     record = json.loads((GOLDEN / f"{name}.json").read_text())
     tensors = load_file(GOLDEN / f"{name}.safetensors")
     data = load_file(GOLDEN / "data.safetensors")
-    config = config_of(record)
+    config = configuration.replace(config_of(record), training={"engine": engine})
     initial = {key.removeprefix("init."): value for key, value in tensors.items() if key.startswith("init.")}
     initial.pop("num_tokens_since_fired")
     trainer = Trainer(config, data["batches"].shape[-1], initial)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ from tsae.sae.dictionary import Dictionary, ThresholdDictionary
 class BatchTopKSAE(ThresholdDictionary):
     """BatchTopK SAE (Bussmann et al. 2024, arXiv 2412.06410)."""
 
-    file_tensors = {
+    file_tensors: ClassVar[dict[str, str]] = {
         "b_dec": "b_dec",
         "k": "k",
         "threshold": "threshold",
@@ -27,7 +28,7 @@ class BatchTopKSAE(ThresholdDictionary):
 class MatryoshkaBatchTopKSAE(ThresholdDictionary):
     """BatchTopK SAE with nested groups of latents (Bussmann et al. 2025, arXiv 2503.17547)."""
 
-    file_tensors = {
+    file_tensors: ClassVar[dict[str, str]] = {
         "W_enc": "W_enc",
         "b_enc": "b_enc",
         "W_dec": "W_dec",

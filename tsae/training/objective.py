@@ -80,6 +80,8 @@ class Losses(NamedTuple):
     """Temporal term before its weight; 0 without one."""
     error: Tensor
     """Residual of the full reconstruction [B, D], detached."""
+    temp_gradient: Tensor
+    """Largest absolute gradient of the temporal term with respect to the current tokens' codes."""
 
 
 def encode_batch(dictionary: ThresholdDictionary, current: Tensor, partner: Tensor | None) -> Codes:
@@ -113,7 +115,7 @@ def objective(
         else:
             temporal = weighted_l1(*pair, cosine_similarity(current, partner, dim=-1)) * weights.group_weights[0]
     loss = l2_loss + weights.auxk_alpha * auxk + weights.temporal_alpha * temporal
-    return Losses(loss, l2_loss, group_losses, auxk, temporal, error)
+    return Losses(loss, l2_loss, group_losses, auxk, temporal, error, l2_loss.new_zeros(()))
 
 
 def sum_scaled(group_losses: Tensor, weights: Weights) -> Tensor:

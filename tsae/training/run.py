@@ -108,7 +108,7 @@ class Metrics:
 
     def __init__(self, path: Path, offset: int) -> None:
         path.touch()
-        self._stream = open(path, "r+b")
+        self._stream = path.open("r+b")
         self._stream.truncate(offset)
         self._stream.seek(offset)
 

@@ -13,7 +13,9 @@ from tsae.errors import TsaeError
 from tsae.sae.classes import from_state
 from tsae.sae.dictionary import ThresholdDictionary
 from tsae.sae.init import geometric_median, new_dictionary, normalise_rows
-from tsae.training.objective import Codes, Weights, encode_batch, objective
+from tsae.training.engine import DenseEngine, Engine
+from tsae.training.objective import Losses, Weights
+from tsae.training.sparse_engine import CHUNK_BYTES, SparseEngine
 
 
 class Terms(NamedTuple):
@@ -60,6 +62,7 @@ class Trainer:
             dictionary = loaded
         self.dictionary = dictionary.to(device)
         self.weights = Weights.of(config, activation_dim)
+        self.engine: Engine = SparseEngine() if config.training.engine == "sparse" else DenseEngine()
         self.peak_lr = config.training.lr or 2e-4 / (config.sae.dict_size / 16384) ** 0.5
         self.optimizer = torch.optim.Adam(self.dictionary.parameters(), lr=self.peak_lr, fused=True)
         self.tokens_since_fired = torch.zeros(config.sae.dict_size, dtype=torch.int64, device=device)
@@ -70,18 +73,14 @@ class Trainer:
         current, partner = self._halves(batch)
         if self.steps_done == 0:
             self.dictionary.b_dec.data.copy_(geometric_median(current))
-        codes = encode_batch(self.dictionary, current, partner)
-        fired = (codes.current > 0).any(dim=0)
-        self._count_tokens(fired, len(batch))
-        self._track_threshold(codes.current.detach())
+        encoded = self.engine.encode(self.dictionary, current, partner)
+        self._count_tokens(encoded.fired, len(batch))
+        self._track_threshold(encoded.smallest)
         dead = self.tokens_since_fired >= self.settings.dead_after
-        losses = objective(self.dictionary, self.weights, codes, current, partner, dead)
-        self._require_temporal_gradient(codes, losses.temp_loss)
+        losses = self.engine.backward(self.dictionary, self.weights, encoded, current, partner, dead)
+        self._require_temporal_gradient(losses)
 
-        self.optimizer.zero_grad(set_to_none=True)
-        losses.loss.backward()
-        self._remove_parallel_gradient()
-        grad_norm = torch.nn.utils.clip_grad_norm_(list(self.dictionary.parameters()), self.settings.clip_norm)
+        grad_norm = self._project_and_measure()
         lr = self.learning_rate(self.steps_done)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
@@ -91,14 +90,17 @@ class Trainer:
 
         variance = (current - current.mean(dim=0)).pow(2).sum()
         return Terms(
-            *(term.detach() for term in (losses.loss, losses.l2_loss, losses.auxk_loss, losses.temp_loss)),
-            min_l2_loss=losses.group_losses.detach().min(),
-            max_l2_loss=losses.group_losses.detach().max(),
+            losses.loss,
+            losses.l2_loss,
+            losses.auxk_loss,
+            losses.temp_loss,
+            min_l2_loss=losses.group_losses.min(),
+            max_l2_loss=losses.group_losses.max(),
             grad_norm=grad_norm,
             threshold=self.dictionary.threshold.clone(),
             dead_features=dead.sum(),
-            n_active=(codes.current > 0).sum(),
-            n_fired_features=fired.sum(),
+            n_active=encoded.n_active,
+            n_fired_features=encoded.fired.sum(),
             fve=1 - losses.error.pow(2).sum() / variance,
             lr=lr,
         )
@@ -126,35 +128,39 @@ class Trainer:
         self.tokens_since_fired += tokens
         self.tokens_since_fired[fired] = 0
 
-    @torch.no_grad()
-    def _track_threshold(self, code: Tensor) -> None:
+    def _track_threshold(self, smallest: Tensor) -> None:
         """Move the inference threshold towards the smallest activation that survived batch-top-k."""
-        if self.steps_done <= self.settings.threshold_start_step:
-            return
-        smallest = torch.where(code > 0, code, torch.inf).min()
-        if not torch.isfinite(smallest):
+        if self.steps_done <= self.settings.threshold_start_step or not torch.isfinite(smallest):
             return
         threshold, beta = self.dictionary.threshold, self.settings.threshold_beta
         threshold.copy_(smallest if threshold < 0 else beta * threshold + (1 - beta) * smallest)
 
-    def _require_temporal_gradient(self, codes: Codes, temporal: Tensor) -> None:
+    def _require_temporal_gradient(self, losses: Losses) -> None:
         """At the first step, refuse a temporal term that is switched on and does nothing."""
         if self.steps_done > 0 or self.weights.temporal is None or self.weights.temporal_alpha == 0:
             return
-        (gradient,) = torch.autograd.grad(temporal, codes.current, retain_graph=True)
-        if not (bool(temporal != 0) and bool((gradient != 0).any())):
+        if float(losses.temp_loss) == 0 or float(losses.temp_gradient) == 0:
             raise TsaeError(
                 "the temporal term is switched on but is zero or has no gradient in the first batch: "
                 "are the two halves of every pair equal, or is the high-level split silent?"
             )
 
     @torch.no_grad()
-    def _remove_parallel_gradient(self) -> None:
-        """Take out of each decoder row's gradient what would only change the row's norm."""
-        rows, gradient = self.dictionary.W_dec, self.dictionary.W_dec.grad
-        assert gradient is not None
-        direction = rows / (rows.norm(dim=1, keepdim=True) + 1e-6)
-        gradient -= (gradient * direction).sum(dim=1, keepdim=True) * direction
+    def _project_and_measure(self) -> Tensor:
+        """Take out of each decoder row's gradient what would only change the row's norm; set the optimizer's clip.
+
+        Returns the gradient's norm over all parameters, before clipping.
+        """
+        dictionary = self.dictionary
+        gradients = [parameter.grad for parameter in dictionary.parameters() if parameter.grad is not None]
+        assert dictionary.W_dec.grad is not None
+        size = max(1, CHUNK_BYTES // (dictionary.activation_dim * dictionary.W_dec.element_size()))
+        for rows, gradient in zip(dictionary.W_dec.split(size), dictionary.W_dec.grad.split(size), strict=True):
+            direction = rows / (rows.norm(dim=1, keepdim=True) + 1e-6)
+            gradient -= (gradient * direction).sum(dim=1, keepdim=True) * direction
+        norm = torch.nn.utils.get_total_norm(gradients)
+        torch.nn.utils.clip_grads_with_norm_(list(dictionary.parameters()), self.settings.clip_norm, norm)
+        return norm
 
     def state(self) -> dict[str, Any]:
         """Everything that a bit-exact continuation needs, besides the configuration."""

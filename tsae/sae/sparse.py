@@ -1,0 +1,123 @@
+"""Sparse codes and the three products a dictionary needs of them. None builds a dense [N, F] tensor.
+
+Shapes: N rows (tokens), F dict_size, D activation_dim, n nonzero entries.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import embedding_bag
+
+# Said once per process by torch for every CSR tensor; what is used of them here is tested against dense products.
+warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
+
+
+class SparseCode(NamedTuple):
+    """Nonzero feature activations of N tokens, row by row (CSR); latents ascend within a row."""
+
+    offsets: Tensor
+    """Where each row's entries begin [N + 1], int64."""
+    latents: Tensor
+    """Latent of each entry [n], int64."""
+    values: Tensor
+    """Feature activation of each entry [n]."""
+    dict_size: int
+    """F."""
+
+    @property
+    def rows(self) -> Tensor:
+        """Row of each entry [n]."""
+        counts = self.offsets.diff()
+        return torch.repeat_interleave(torch.arange(len(counts), device=counts.device), counts)
+
+    def dense(self) -> Tensor:
+        """The [N, F] tensor."""
+        full = self.values.new_zeros(len(self.offsets) - 1, self.dict_size)
+        full[self.rows, self.latents] = self.values
+        return full
+
+    def within(self, latents: slice) -> tuple[SparseCode, Tensor]:
+        """The entries of a run of latents, which are counted from 0 again; and their places among all entries."""
+        chosen = ((self.latents >= latents.start) & (self.latents < latents.stop)).nonzero()[:, 0]
+        offsets = torch.searchsorted(chosen, self.offsets)
+        part = SparseCode(
+            offsets, self.latents[chosen] - latents.start, self.values[chosen], latents.stop - latents.start
+        )
+        return part, chosen
+
+    def with_values(self, values: Tensor) -> SparseCode:
+        """The same entries with other values [n]."""
+        return self._replace(values=values)
+
+
+def from_entries(rows: Tensor, latents: Tensor, values: Tensor, n_rows: int, dict_size: int) -> SparseCode:
+    """A code of entries that already ascend by row and, within it, by latent."""
+    bounds = torch.arange(n_rows + 1, device=rows.device)
+    return SparseCode(torch.searchsorted(rows, bounds), latents, values, dict_size)
+
+
+def from_dense(f: Tensor) -> SparseCode:
+    """The positive entries of dense codes [N, F]."""
+    rows, latents = f.nonzero(as_tuple=True)
+    return from_entries(rows, latents, f[rows, latents], len(f), f.shape[1])
+
+
+def weighted_rows(code: SparseCode, matrix: Tensor) -> Tensor:
+    """code [N, F] @ matrix [F, D] → [N, D]: each row sums its latents' rows of the matrix."""
+    return embedding_bag(
+        code.latents, matrix, code.offsets, mode="sum", per_sample_weights=code.values, include_last_offset=True
+    )
+
+
+def sampled_products(code: SparseCode, left: Tensor, right: Tensor) -> Tensor:
+    """left [N, D] @ right [F, D].T at the entries of `code` only → [n]."""
+    pattern = torch.sparse_csr_tensor(
+        code.offsets, code.latents, torch.zeros_like(code.values), (len(left), len(right)), check_invariants=False
+    )
+    return torch.sparse.sampled_addmm(pattern, left, right.T, beta=0.0).values()
+
+
+class ByLatent(NamedTuple):
+    """The entries of a code in order of their latents: what sums over tokens need."""
+
+    order: Tensor
+    """Permutation of the entries [n]."""
+    rows: Tensor
+    """Row of each entry in that order [n]."""
+    offsets: Tensor
+    """Where each latent's entries begin [F + 1]."""
+
+    @classmethod
+    def of(cls, rows: Tensor, latents: Tensor, dict_size: int) -> ByLatent:
+        """Sort entries stably, so that every sum has a fixed order."""
+        ascending, order = latents.sort(stable=True)
+        bounds = torch.arange(dict_size + 1, device=latents.device)
+        return cls(order, rows[order], torch.searchsorted(ascending, bounds))
+
+    def sum_rows(self, values: Tensor, x: Tensor, out: Tensor, chunk: int) -> None:
+        """Σ over a latent's entries of value · x[row], into `out` [F, D]; `values` [n] in the code's own order.
+
+        Goes through `chunk` latents at a time, so that the sums are still in the cache when they are copied.
+        """
+        weights = values[self.order]
+        bounds = [int(bound) for bound in self.offsets[::chunk]]
+        last = int(self.offsets[-1])
+        for index, start in enumerate(bounds):
+            first = index * chunk
+            stop = bounds[index + 1] if index + 1 < len(bounds) else last
+            size = min(chunk, len(out) - first)
+            if size <= 0:
+                break
+            offsets = self.offsets[first : first + size + 1] - start
+            out[first : first + size] = embedding_bag(
+                self.rows[start:stop],
+                x,
+                offsets,
+                mode="sum",
+                per_sample_weights=weights[start:stop],
+                include_last_offset=True,
+            )

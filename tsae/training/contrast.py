@@ -1,0 +1,121 @@
+"""The temporal terms on sparse high-level codes, with their gradients in closed form and no [B, B] array.
+
+Shapes: B pairs, F0 latents of the high-level split, n entries of a code.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from tsae.sae.sparse import SparseCode, sampled_products, weighted_rows
+
+BLOCK_ELEMENTS = 4 * 2**20
+
+
+class TemporalTerm(NamedTuple):
+    """Value of the term and its gradient with respect to the entries of both codes."""
+
+    loss: Tensor
+    current: Tensor
+    """[n of the current code]"""
+    partner: Tensor
+    """[n of the partner code]"""
+
+
+def contrastive(high: SparseCode, other: SparseCode, similarity: str, temperature: float, scale: float) -> TemporalTerm:
+    """Symmetric InfoNCE of codes [B, F0]; `scale` multiplies the sum of the two directions' cross-entropies.
+
+    Logits are made block of rows by block of rows, twice: first for the log-sum-exp of rows (exact) and of columns
+    (running), then for the gradients.
+    """
+    if similarity == "cosine":
+        high_unit, high_norm = _unit_rows(high)
+        other_unit, other_norm = _unit_rows(other)
+        term = _dot_contrastive(high_unit, other_unit, temperature, scale)
+        return TemporalTerm(
+            term.loss,
+            _through_norm(high_unit, high_norm, term.current),
+            _through_norm(other_unit, other_norm, term.partner),
+        )
+    return _dot_contrastive(high, other, temperature, scale)
+
+
+def _dot_contrastive(high: SparseCode, other: SparseCode, temperature: float, scale: float) -> TemporalTerm:
+    batch = len(high.offsets) - 1
+    columns = other.dense().T.contiguous()
+    rows = max(1, BLOCK_ELEMENTS // batch)
+    blocks = [(start, min(start + rows, batch)) for start in range(0, batch, rows)]
+
+    row_lse = high.values.new_empty(batch)
+    diagonal = high.values.new_empty(batch)
+    top = high.values.new_full((batch,), -torch.inf)
+    total = high.values.new_zeros(batch)
+    for start, stop in blocks:
+        logits = weighted_rows(_row_block(high, start, stop), columns).div_(temperature)
+        row_lse[start:stop] = logits.logsumexp(dim=1)
+        diagonal[start:stop] = logits[:, start:stop].diagonal()
+        new_top = torch.maximum(top, logits.amax(dim=0))
+        total = total * (top - new_top).exp() + logits.sub_(new_top).exp_().sum(dim=0)
+        top = new_top
+    column_lse = top + total.log()
+    loss = scale * (row_lse + column_lse - 2 * diagonal).mean()
+
+    current = torch.empty_like(high.values)
+    partner = torch.zeros_like(other.values)
+    factor = scale / (batch * temperature)
+    for start, stop in blocks:
+        block = _row_block(high, start, stop)
+        logits = weighted_rows(block, columns).div_(temperature)
+        gradient = (logits - row_lse[start:stop, None]).exp_() + logits.sub_(column_lse).exp_()
+        gradient[:, start:stop].diagonal().sub_(2)
+        gradient *= factor
+        first, last = int(high.offsets[start]), int(high.offsets[stop])
+        current[first:last] = sampled_products(block, gradient, columns)
+        partner += sampled_products(other, gradient.T.contiguous(), block.dense().T.contiguous())
+    return TemporalTerm(loss, current, partner)
+
+
+def _row_block(code: SparseCode, start: int, stop: int) -> SparseCode:
+    offsets = code.offsets[start : stop + 1]
+    first, last = int(offsets[0]), int(offsets[-1])
+    return SparseCode(offsets - first, code.latents[first:last], code.values[first:last], code.dict_size)
+
+
+def _unit_rows(code: SparseCode) -> tuple[SparseCode, Tensor]:
+    """Rows scaled to norm 1, and the norm of each entry's row [n]."""
+    squares = code.values.new_zeros(len(code.offsets) - 1).index_add_(0, code.rows, code.values.square())
+    norms = squares.sqrt().clamp_min(1e-8)[code.rows]
+    return code.with_values(code.values / norms), norms
+
+
+def _through_norm(unit: SparseCode, norms: Tensor, gradient: Tensor) -> Tensor:
+    """Gradient with respect to the entries before they were scaled to unit rows."""
+    along = gradient.new_zeros(len(unit.offsets) - 1).index_add_(0, unit.rows, gradient * unit.values)
+    return (gradient - along[unit.rows] * unit.values) / norms
+
+
+def weighted_l1(high: SparseCode, other: SparseCode, cosine: Tensor) -> TemporalTerm:
+    """Mean over pairs of the L1 distance of codes [B, F0] times the cosine [B] of their inputs."""
+    batch = len(high.offsets) - 1
+    own, theirs = high.rows, other.rows
+    keys = own * high.dict_size + high.latents
+    other_keys = theirs * other.dict_size + other.latents
+    difference = high.values - _values_at(keys, other_keys, other.values)
+    reverse = other.values - _values_at(other_keys, keys, high.values)
+    # An entry that both codes hold is in both lists; it counts once, on the current side.
+    alone = ~torch.isin(other_keys, keys, assume_unique=True)
+    distance = (difference.abs() * cosine[own]).sum() + (reverse.abs() * cosine[theirs])[alone].sum()
+    return TemporalTerm(
+        distance / batch, difference.sign() * cosine[own] / batch, reverse.sign() * cosine[theirs] / batch
+    )
+
+
+def _values_at(keys: Tensor, among: Tensor, values: Tensor) -> Tensor:
+    """The value stored under each of `keys` in the ascending list `among`; 0 where there is none."""
+    if len(among) == 0:
+        return values.new_zeros(len(keys))
+    place = torch.searchsorted(among, keys).clamp_max(len(among) - 1)
+    return torch.where(among[place] == keys, values[place], 0)

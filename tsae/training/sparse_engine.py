@@ -1,0 +1,195 @@
+"""The objective and its gradients in closed form, at the selected entries only.
+
+Equal to autograd through `tsae.training.objective` up to rounding. After batch-top-k a step needs one encoder product
+of both halves; everything else is sums over the k·B nonzero entries, and no [B, F] tensor outlives its block of rows.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cosine_similarity
+
+from tsae.sae.dictionary import ThresholdDictionary
+from tsae.sae.select import GUESS_MARGIN, Encoder, batch_top_k_codes
+from tsae.sae.sparse import ByLatent, SparseCode, sampled_products, weighted_rows
+from tsae.training.contrast import TemporalTerm, contrastive, weighted_l1
+from tsae.training.engine import Encoded
+from tsae.training.objective import Losses, Weights
+
+CHUNK_BYTES = 4 * 2**20
+
+
+class _Codes(NamedTuple):
+    centred: Tensor
+    """Inputs minus b_dec, [halves · B, D]: current tokens, then partners."""
+    current: SparseCode
+    partner: SparseCode | None
+
+
+class _Entries(NamedTuple):
+    """Entries that carry a gradient into the encoder; rows index the centred inputs."""
+
+    rows: Tensor
+    latents: Tensor
+    gradient: Tensor
+
+
+class SparseEngine:
+    """Remembers the last cuts (the next guesses) and owns the gradient buffers, which are written in place."""
+
+    def __init__(self) -> None:
+        self._encoder = Encoder()
+        self._guesses: list[float | None] = [None, None]
+
+    @torch.no_grad()
+    def encode(self, dictionary: ThresholdDictionary, current: Tensor, partner: Tensor | None) -> Encoded:
+        halves = [current] if partner is None else [current, partner]
+        centred = torch.stack(halves).sub_(dictionary.b_dec)
+        selections = batch_top_k_codes(
+            self._encoder, list(centred), dictionary.W_enc, dictionary.b_enc, int(dictionary.k), self._guesses[: len(halves)]
+        )
+        self._guesses = [GUESS_MARGIN * selection.cut for selection in selections]
+        codes = [selection.code for selection in selections]
+        fired = torch.zeros(dictionary.dict_size, dtype=torch.bool, device=current.device)
+        fired[codes[0].latents] = True
+        values = codes[0].values
+        smallest = values.min() if len(values) else values.new_tensor(torch.inf)
+        own = _Codes(centred.flatten(0, 1), codes[0], codes[1] if partner is not None else None)
+        return Encoded(own, fired, torch.tensor(len(values)), smallest)
+
+    @torch.no_grad()
+    def backward(
+        self,
+        dictionary: ThresholdDictionary,
+        weights: Weights,
+        encoded: Encoded,
+        current: Tensor,
+        partner: Tensor | None,
+        dead: Tensor,
+    ) -> Losses:
+        codes: _Codes = encoded.codes
+        batch = len(current)
+        gradients = _Gradients(dictionary)
+        parts = [codes.current.within(group) for group in dictionary.group_slices]
+        residuals = _residuals(dictionary, [part for part, _ in parts], codes.centred[:batch])
+        group_losses = torch.stack(
+            [
+                weight * residual.square().sum() / batch
+                for weight, residual in zip(weights.group_weights, residuals, strict=True)
+            ]
+        )
+        l2_loss = group_losses.sum() * (weights.groups[0] / weights.group_weights[0])
+
+        value_gradient = torch.empty_like(codes.current.values)
+        back = torch.zeros_like(residuals[-1])
+        for g in reversed(range(len(parts))):
+            part, places = parts[g]
+            group = dictionary.group_slices[g]
+            back.add_(residuals[g], alpha=-2 * weights.groups[g] / batch)
+            value_gradient[places] = sampled_products(part, back, dictionary.W_dec[group])
+            gradients.decoder(part, back, group)
+        gradients.b_dec.copy_(back.sum(dim=0))
+
+        term = self._temporal(weights, codes, parts[0][0], dictionary.group_slices[0], current, partner)
+        rows, latents = codes.current.rows, codes.current.latents
+        entries = [_Entries(rows, latents, value_gradient)]
+        if term is not None:
+            value_gradient[parts[0][1]] += weights.temporal_alpha * term[0].current
+            partner_high = term[1]
+            entries.append(
+                _Entries(partner_high.rows + batch, partner_high.latents, weights.temporal_alpha * term[0].partner)
+            )
+        gradients.encoder(entries, codes.centred)
+
+        auxk = self._auxiliary(dictionary, weights, codes.centred[:batch], residuals[-1], dead, gradients)
+        gradients.finish()
+        temporal = term[0].loss if term else l2_loss.new_zeros(())
+        loss = l2_loss + weights.auxk_alpha * auxk + weights.temporal_alpha * temporal
+        strongest = term[0].current.abs().max() if term and len(term[0].current) else l2_loss.new_zeros(())
+        return Losses(loss, l2_loss, group_losses, auxk, temporal, residuals[-1], strongest)
+
+    def _temporal(
+        self, weights: Weights, codes: _Codes, high: SparseCode, group: slice, current: Tensor, partner: Tensor | None
+    ) -> tuple[TemporalTerm, SparseCode] | None:
+        """The temporal term and the partner's high-level code; none if the objective has no such term."""
+        if weights.temporal is None or codes.partner is None or partner is None:
+            return None
+        other, _ = codes.partner.within(group)
+        if weights.temporal == "contrastive":
+            scale = weights.direction_scale
+            return contrastive(high, other, weights.similarity, weights.temperature, scale), other
+        term = weighted_l1(high, other, cosine_similarity(current, partner, dim=-1))
+        return TemporalTerm(*(weights.group_weights[0] * part for part in term)), other
+
+    def _auxiliary(
+        self,
+        dictionary: ThresholdDictionary,
+        weights: Weights,
+        centred: Tensor,
+        error: Tensor,
+        dead: Tensor,
+        gradients: _Gradients,
+    ) -> Tensor:
+        """Aux-k on the columns of the dead latents alone; adds its gradients."""
+        latents = dead.nonzero()[:, 0]
+        if len(latents) == 0:
+            return error.new_zeros(())
+        W_enc, W_dec = dictionary.W_enc.T[latents], dictionary.W_dec[latents]
+        pre = torch.relu(torch.addmm(dictionary.b_enc[latents], centred, W_enc.T))
+        strongest = pre.topk(min(weights.aux_k, len(latents)), dim=1, sorted=False)
+        revived = torch.zeros_like(pre).scatter_(1, strongest.indices, strongest.values)
+        difference = error - revived @ W_dec
+        variance = (error - error.mean(dim=0)).square().sum(dim=1).mean()
+        loss = difference.square().sum(dim=1).mean() / variance
+        if not torch.isfinite(loss):
+            return loss.nan_to_num(0.0)
+        back = difference.mul_(-2 * weights.auxk_alpha / (len(error) * variance))
+        gradients.W_dec.index_add_(0, latents, revived.T @ back)
+        pre_gradient = (back @ W_dec.T).mul_(revived > 0)
+        gradients.W_enc.index_add_(0, latents, pre_gradient.T @ centred)
+        gradients.b_enc.index_add_(0, latents, pre_gradient.sum(dim=0))
+        return loss
+
+
+def _residuals(dictionary: ThresholdDictionary, parts: list[SparseCode], centred: Tensor) -> list[Tensor]:
+    """x minus each nested reconstruction, G tensors [B, D]."""
+    residuals, residual = [], centred
+    for part, group in zip(parts, dictionary.group_slices, strict=True):
+        residual = residual - weighted_rows(part, dictionary.W_dec[group])
+        residuals.append(residual)
+    return residuals
+
+
+class _Gradients:
+    """The four gradient buffers, both matrices latent by latent [F, D]; made once, then overwritten."""
+
+    def __init__(self, dictionary: ThresholdDictionary) -> None:
+        for parameter in dictionary.parameters():
+            if parameter.grad is None:
+                parameter.grad = torch.empty_like(parameter)  # keeps the [F, D] memory order of W_enc
+        assert dictionary.W_enc.grad is not None
+        self.W_enc = dictionary.W_enc.grad.T
+        self.W_dec, self.b_enc, self.b_dec = (
+            parameter.grad for parameter in (dictionary.W_dec, dictionary.b_enc, dictionary.b_dec)
+        )
+        self._dictionary = dictionary
+        self._chunk = max(1, CHUNK_BYTES // (dictionary.activation_dim * self.W_dec.element_size()))
+
+    def decoder(self, part: SparseCode, back: Tensor, group: slice) -> None:
+        """Rows of W_dec's gradient for one group: Σ value · back[row], with `back` [B, D] the output's gradient."""
+        by_latent = ByLatent.of(part.rows, part.latents, part.dict_size)
+        by_latent.sum_rows(part.values, back, self.W_dec[group], self._chunk)
+
+    def encoder(self, entries: list[_Entries], centred: Tensor) -> None:
+        """W_enc's and b_enc's gradients from all entries."""
+        rows, latents, gradient = (torch.cat(parts) for parts in zip(*entries, strict=True))
+        by_latent = ByLatent.of(rows, latents, len(self.b_enc))
+        by_latent.sum_rows(gradient, centred, self.W_enc, self._chunk)
+        self.b_enc.zero_().index_add_(0, latents, gradient)
+
+    def finish(self) -> None:
+        """b_dec's part through the encoder, −W_enc · ∂b_enc: both halves are centred by it before they are encoded."""
+        self.b_dec.addmv_(self._dictionary.W_enc, self.b_enc, alpha=-1)
