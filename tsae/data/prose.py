@@ -18,11 +18,11 @@ PLAIN_SHARE = 0.72
 
 _TOKEN = re.compile(
     r"""(?P<comment>\#[^\n]*)
-      | (?:\b[rRbBuUfFtT]{1,2})?
-        (?P<string> \"{3}(?:[^"\\]|\\.|"(?!""))*\"{3} | '{3}(?:[^'\\]|\\.|'(?!''))*'{3}
+      | (?P<string> \"{3}(?:[^"\\]|\\.|"(?!""))*\"{3} | '{3}(?:[^'\\]|\\.|'(?!''))*'{3}
                   | "(?:[^"\\\n]|\\.)*" | '(?:[^'\\\n]|\\.)*' )""",
     re.VERBOSE | re.DOTALL,
 )
+_PREFIX = re.compile(r"\b[rRbBuUfFtT]{1,2}$")
 _ROLE = re.compile(r":[a-z:]+:`([^`<]*?)\s*(?:<[^`>]*>)?`")
 _LINK = re.compile(r"!?\[([^\]]*)\]\([^)]*\)|`([^`<]+?)\s*<[^`>]*>`_+|<https?:[^>]*>|\s?\[#?[\w-]+\]_")
 _MARKUP = re.compile(r"\*\*|`+_{0,2}|(?<![\w)])\*(?=\w)|(?<=\w)\*(?![\w(])|\|(?=\w)|(?<=\w)\|")
@@ -50,12 +50,15 @@ def texts(source: str) -> Iterator[str]:
     kind, end = "", 0
     pieces: list[str] = []
     for match in _TOKEN.finditer(source):
-        found = "comment" if match["comment"] else "string"
-        if found != kind or source[end : match.start()].strip(" \t\r\n\\"):
+        found, start = ("comment" if match["comment"] else "string"), match.start()
+        # Sought here and not by the pattern, which can so skip to the next quote at once.
+        if found == "string" and (prefix := _PREFIX.search(source, max(start - 3, 0), start)):
+            start = prefix.start()
+        if found != kind or source[end:start].strip(" \t\r\n\\"):
             yield from _text(kind, pieces)
             kind, pieces = found, []
         end = match.end()
-        pieces.append(match.group())
+        pieces.append(source[start:end])
     yield from _text(kind, pieces)
 
 
@@ -110,13 +113,20 @@ def _blocks(lines: list[str]) -> Iterator[str]:
 
 
 def _unmarked(block: str) -> str:
-    block = _ROLE.sub(lambda role: role[1].lstrip("~!").rpartition(".")[2] if role[1][:1] in "~!" else role[1], block)
-    block = _LINK.sub(lambda link: link[1] or link[2] or "", block)
+    if ":`" in block:
+        block = _ROLE.sub(_spelled_out, block)
+    if "]" in block or "`_" in block or "<h" in block:
+        block = _LINK.sub(lambda link: link[1] or link[2] or "", block)
     block = _ITEM.sub("", block, count=1) if _ITEM.match(block) else block
     block = _PARAMETER.sub("", block, count=1) if _PARAMETER.match(block) else block
     block = " ".join(_MARKUP.sub("", block).split())
     # A lower-case word at the start is one that followed markup; a name such as csr_array is left as it is spelt.
     return block[:1].upper() + block[1:] if re.match(r"[a-z]+ ", block) else block
+
+
+def _spelled_out(role: re.Match[str]) -> str:
+    """What a Sphinx role shows: of `~torch.nn.Linear` the last part."""
+    return role[1].lstrip("~!").rpartition(".")[2] if role[1][:1] in "~!" else role[1]
 
 
 def is_prose(block: str) -> bool:
