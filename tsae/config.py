@@ -43,7 +43,7 @@ class DataConfig:
     """The text, and how it is cut into contexts."""
 
     source: str = "embedded"
-    """Hub dataset id, a local file or folder (jsonl, parquet, txt; also .gz, .zst), or `embedded` (English documentation found on this machine)."""
+    """Hub dataset id, a local file or folder (jsonl, json, parquet, txt, md; the text formats also as .gz, .zst), or `embedded` (English documentation found on this machine)."""
     subset: str | None = None
     """Configuration name of a hub dataset."""
     revision: str | None = None
@@ -57,7 +57,7 @@ class DataConfig:
     max_documents: int | None = None
     """Stop after this many documents."""
     max_tokens: int | None = None
-    """Stop after this many tokens (whole contexts, after shuffling)."""
+    """Stop after this many tokens (whole contexts, after shuffling); local files are read wholly before, a hub dataset and the embedded corpus only as far as needed."""
     context_length: int = 128
     """Tokens per context (L)."""
     min_length: int = 16
