@@ -13,7 +13,7 @@ shapes = st.tuples(st.integers(1, 40), st.integers(1, 150), st.integers(1, 6), s
 
 
 @given(shapes, st.booleans())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 def test_exactly_kn_entries_survive_unless_fewer_are_positive(shape: tuple[int, int, int, int], ties: bool) -> None:
     rows, width, k, seed = shape
     x = torch.randn(rows, width, generator=torch.Generator().manual_seed(seed))
@@ -41,7 +41,7 @@ def test_rows_may_be_permuted() -> None:
 
 
 @given(shapes, st.sampled_from(["random", "ties", "negative"]), st.sampled_from([None, 0.0, 0.5, 5.0]))
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=50, deadline=None)
 def test_selection_equals_the_dense_definition_whatever_the_guess(
     shape: tuple[int, int, int, int], kind: str, guess: float | None
 ) -> None:

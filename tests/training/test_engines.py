@@ -42,7 +42,7 @@ def gradients(built: Trainer) -> dict[str, torch.Tensor]:
     fractions=st.sampled_from([[0.2, 0.8], [0.5, 0.5], [0.1, 0.3, 0.6], [0.05, 0.95]]),
     seed=st.integers(0, 2**16),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 def test_losses_and_gradients_equal_the_dense_definition(
     kind: str, objective: str, dict_size: int, k: int, fractions: list[float], seed: int
 ) -> None:

@@ -65,6 +65,6 @@ class DenseEngine:
         if losses.temp_loss.requires_grad:
             # Asked for by the trainer's check that the temporal term really acts.
             (gradient,) = torch.autograd.grad(losses.temp_loss, encoded.codes.current, retain_graph=True)
-            losses = losses._replace(temp_gradient=gradient.abs().max())
+            losses = losses._replace(temp_gradient=(gradient * (encoded.codes.current > 0)).abs().max())
         losses.loss.backward()
         return Losses(*(term.detach() for term in losses))

@@ -49,7 +49,12 @@ class SparseEngine:
         halves = [current] if partner is None else [current, partner]
         centred = torch.stack(halves).sub_(dictionary.b_dec)
         selections = batch_top_k_codes(
-            self._encoder, list(centred), dictionary.W_enc, dictionary.b_enc, int(dictionary.k), self._guesses[: len(halves)]
+            self._encoder,
+            list(centred),
+            dictionary.W_enc,
+            dictionary.b_enc,
+            int(dictionary.k),
+            self._guesses[: len(halves)],
         )
         self._guesses = [GUESS_MARGIN * selection.cut for selection in selections]
         codes = [selection.code for selection in selections]

@@ -78,7 +78,7 @@ class Trainer:
         self._track_threshold(encoded.smallest)
         dead = self.tokens_since_fired >= self.settings.dead_after
         losses = self.engine.backward(self.dictionary, self.weights, encoded, current, partner, dead)
-        self._require_temporal_gradient(losses)
+        self._require_temporal_gradient(losses, len(batch))
 
         grad_norm = self._project_and_measure()
         lr = self.learning_rate(self.steps_done)
@@ -135,11 +135,12 @@ class Trainer:
         threshold, beta = self.dictionary.threshold, self.settings.threshold_beta
         threshold.copy_(smallest if threshold < 0 else beta * threshold + (1 - beta) * smallest)
 
-    def _require_temporal_gradient(self, losses: Losses) -> None:
+    def _require_temporal_gradient(self, losses: Losses, batch: int) -> None:
         """At the first step, refuse a temporal term that is switched on and does nothing."""
         if self.steps_done > 0 or self.weights.temporal is None or self.weights.temporal_alpha == 0:
             return
-        if float(losses.temp_loss) == 0 or float(losses.temp_gradient) == 0:
+        # A term that is a mean over the batch has gradients of about 1/B; a millionth of that is rounding noise.
+        if float(losses.temp_loss) == 0 or float(losses.temp_gradient) < 1e-6 / batch:
             raise TsaeError(
                 "the temporal term is switched on but is zero or has no gradient in the first batch: "
                 "are the two halves of every pair equal, or is the high-level split silent?"
