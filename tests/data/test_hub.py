@@ -61,6 +61,14 @@ def read(source: str, **changes: str | None) -> list[Document]:
     return list(read_documents(DataConfig(source=source, **changes)))  # type: ignore[arg-type]
 
 
+def test_the_fingerprint_of_a_copy_follows_its_files(tmp_path):
+    data = DataConfig(source=str(write_dataset(tmp_path / "copy")))
+    before = fingerprint(data)
+    assert before
+    (tmp_path / "copy" / "plain" / "train-1.parquet").unlink()
+    assert fingerprint(data) != before
+
+
 def test_a_folder_with_a_dataset_card_is_read_by_configuration_and_split(dataset):
     labelled = read(dataset, subset="plain", label_field="topic")
     assert labelled == [Document("one", "letters"), Document("two", "letters"), Document("three", "letters")]

@@ -59,8 +59,9 @@ def fingerprint(data: DataConfig) -> str:
     """
     if data.source == EMBEDDED:
         return embedded.corpus_fingerprint()
-    if _is_local(data.source):
-        files = local.list_files(data.source)
+    root = Path(data.source).expanduser()
+    if _is_local(data.source) or root.is_dir():
+        files = local.list_files(data.source) if _is_local(data.source) else sorted(root.rglob("*.*"))
         return schema.stable_hash([[path.name, path.stat().st_size] for path in files])
     return ""
 
