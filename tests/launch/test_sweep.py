@@ -1,0 +1,217 @@
+"""`launch/sweep.py` as a user runs it: a tiny language model, local text, real processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tsae import locks
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+WORDS = [a + b for a in ("ka", "lo", "mi", "ru", "se", "ta") for b in ("ba", "do", "fe", "gi", "nu")]
+
+
+@pytest.fixture(scope="session")
+def language_model(tmp_path_factory):
+    """A folder in the hub's format: random GPT-NeoX of width 32 with 3 blocks, one token per word."""
+    import torch
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerFast
+
+    vocabulary = {word: index for index, word in enumerate(["<unk>", "<eos>", *WORDS])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    torch.manual_seed(0)
+    shape = GPTNeoXConfig(
+        vocab_size=len(vocabulary),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        max_position_embeddings=64,
+        bos_token_id=1,
+        eos_token_id=1,
+        initializer_range=0.3,
+    )
+    folder = tmp_path_factory.mktemp("model") / "tiny"
+    GPTNeoXForCausalLM(shape).save_pretrained(folder)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", eos_token="<eos>").save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def sweep_file(tmp_path_factory, language_model):
+    """A sweep of two fractions on the tiny model; one point takes a second or two beyond its imports."""
+    folder = tmp_path_factory.mktemp("sweep")
+    generator = random.Random(0)
+    texts = [" ".join(generator.choices(WORDS, k=generator.randint(20, 60))) for _ in range(200)]
+    (folder / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    base = {
+        "model": {"name": str(language_model), "layer": 1},
+        "data": {"source": str(folder / "text.jsonl"), "context_length": 32, "min_length": 8, "holdout": 0.2},
+        "sae": {"dict_size": 64, "k": 6},
+        "training": {"steps": 40, "batch_size": 64, "lr": 1e-3, "warmup_steps": 5, "resume_every": 10}
+        | {"threshold_start_step": 10, "threshold_beta": 0.9, "pool_sequences": 64},
+        "evaluation": {"sequences": 20, "loss_sequences": 4},
+    }
+    (folder / "tiny.yaml").write_text(yaml.safe_dump(base))
+    path = folder / "fractions.yaml"
+    path.write_text(yaml.safe_dump({"base": "tiny.yaml", "grid": {"sae.split_fraction": [0.25, 0.5]}}))
+    return path
+
+
+@pytest.fixture(scope="session")
+def raced(sweep_file, tmp_path_factory):
+    """The TSAE_HOME and the outputs of two launchers that ran the same sweep at the same time."""
+    folder = tmp_path_factory.mktemp("raced") / "home"
+    environ = os.environ | {"TSAE_HOME": str(folder)}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    pair = [subprocess.Popen(command(sweep_file), env=environ, **pipes) for _ in range(2)]
+    outputs = [launcher.communicate() for launcher in pair]
+    assert [launcher.returncode for launcher in pair] == [0, 0], outputs
+    return folder, outputs
+
+
+@pytest.fixture
+def finished(raced, home):
+    """The test's own copy of a TSAE_HOME with a finished sweep."""
+    shutil.copytree(raced[0], home)
+    return home
+
+
+def command(*arguments):
+    return [sys.executable, str(REPOSITORY / "launch" / "sweep.py"), *map(str, arguments)]
+
+
+def run(*arguments, code=0):
+    done = subprocess.run(command(*arguments), capture_output=True, text=True, check=False)
+    assert done.returncode == code, done.stdout + done.stderr
+    return done
+
+
+def recorded_steps(run_folder):
+    return [json.loads(line)["step"] for line in (run_folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_sweep_ends_in_a_report(raced):
+    _, outputs = raced
+    page = Path(outputs[0][0].splitlines()[-1].removeprefix("report: "))
+    assert page.read_text().count("data:image/png;base64,") == 4
+    points = json.loads(page.with_name("results.json").read_text())["points"]
+    assert [point["name"] for point in points] == ["split_fraction=0.25", "split_fraction=0.5"]
+    assert all(0 < point["results"]["l0"] < 64 for point in points)
+
+
+def test_two_launchers_at_once_do_each_stage_once(raced):
+    home, outputs = raced
+    assert all("report: " in out for out, _ in outputs)
+    for run_folder in home.glob("checkpoints/fractions-tiny/*/trainer_0"):
+        assert recorded_steps(run_folder) == sorted(set(recorded_steps(run_folder)))
+    assert not list(home.rglob("*.lock"))
+
+
+def test_a_second_run_does_nothing_and_says_so(sweep_file, finished):
+    run(sweep_file)
+    before = {path: path.stat().st_mtime_ns for path in finished.rglob("*") if path.is_file()}
+    again = run(sweep_file)
+    assert "nothing to do, all 2 points are complete" in again.stderr
+    assert "report: " in again.stdout
+    assert {path: path.stat().st_mtime_ns for path in finished.rglob("*") if path.is_file()} == before
+
+
+def test_a_point_that_cannot_train_does_not_take_the_others_with_it(sweep_file, finished):
+    foreign = finished / "checkpoints" / "fractions-tiny" / "split_fraction=0.5" / "trainer_0" / "ae.pt"
+    shutil.rmtree(foreign.parent)
+    foreign.parent.mkdir()
+    foreign.write_bytes(b"somebody's weights")
+    done = run(sweep_file, "--executor", "local", code=1)
+    assert "train split_fraction=0.5: FAILED" in done.stderr
+    assert "1 of 2 points are not complete" in done.stderr
+    log = done.stderr.partition("log: ")[2].splitlines()[0]
+    assert "holds weights but no resolved.yaml" in Path(log).read_text()
+    assert "split_fraction=0.5  (not trained)" in done.stdout.replace("   ", "  ")
+    assert "split_fraction=0.25    0." in done.stdout
+    assert foreign.read_bytes() == b"somebody's weights"
+
+
+def test_a_launcher_and_a_job_that_are_killed_are_continued(sweep_file, finished):
+    sweep = yaml.safe_load(sweep_file.read_text()) | {"grid": {"sae.split_fraction": [0.25]}}
+    sweep_file.with_name("one.yaml").write_text(yaml.safe_dump(sweep))
+    long = (sweep_file.with_name("one.yaml"), "training.steps=1000")
+    with subprocess.Popen(command(*long), stderr=subprocess.DEVNULL) as launcher:
+        lock = wait_for(lambda: next(iter(finished.rglob("train.lock")), None))
+        wait_for(lambda: any((lock.parent / "resume").glob("*")) or None)
+        launcher.send_signal(signal.SIGKILL)
+    holder = locks.owner(lock)
+    os.kill(holder.pid, signal.SIGKILL)
+    assert "report: " in run(*long).stdout
+    assert (lock.parent / "eval_results.json").exists()
+    assert recorded_steps(lock.parent) == sorted(set(recorded_steps(lock.parent)))
+    assert recorded_steps(lock.parent)[-1] == 999
+
+
+def test_an_interrupted_launcher_leaves_no_process_behind(sweep_file, finished):
+    endless = command(sweep_file, "training.steps=1000000")
+    with subprocess.Popen(endless, stderr=subprocess.PIPE, text=True) as launcher:
+        lock = wait_for(lambda: next(iter(finished.rglob("train.lock")), None))
+        holder = wait_for(lambda: locks.owner(lock))
+        launcher.send_signal(signal.SIGINT)
+        said = launcher.stderr.read()
+    assert launcher.returncode == 130
+    assert "the same command continues" in said
+    assert locks.started_at(holder.pid) == ""
+    assert locks.owner(lock) is None
+
+
+def test_a_dry_run_shows_everything_and_writes_nothing(sweep_file, home):
+    shown = run(sweep_file, "--dry-run").stdout
+    assert "2 points" in shown
+    assert "5 stages, 5 to run" in shown
+    assert not home.exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((), "FILE: the sweep's YAML is missing"),
+        (("nowhere.yaml",), "nowhere.yaml: cannot be read"),
+        (("{sweep}", "sae.kk=3"), "command line: sae.kk: unknown key; did you mean 'k'"),
+        (("{sweep}", "model.layer=3"), "model.layer: 3 is impossible"),
+        (("{sweep}", "--base", "pythia"), "did you mean 'pythia-160m'"),
+    ],
+)
+def test_bad_input_is_one_line_and_code_2(sweep_file, home, arguments, message):
+    done = run(*(argument.format(sweep=sweep_file) for argument in arguments), code=2)
+    assert message in done.stderr
+    assert done.stderr.startswith("error: ")
+    assert len(done.stderr.splitlines()) == 1
+    assert not home.exists()
+
+
+def test_help_loads_nothing_heavy():
+    script = f"import sys; sys.path.insert(0, {str(REPOSITORY / 'launch')!r}); import sweep, report\n"
+    script += (
+        "print([name for name in ('torch', 'numpy', 'submitit', 'matplotlib', 'transformers') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+    assert "--dry-run" in run("--help").stdout
+
+
+def wait_for(look):
+    """What `look` finds, as soon as it finds something."""
+    deadline = time.monotonic() + 120
+    while (found := look()) is None:
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.05)
+    return found
