@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import importlib.metadata
 import os
@@ -14,6 +13,8 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tsae import schema
+from tsae.config import DataConfig
 from tsae.errors import TsaeError
 from tsae.files import write_atomically, write_json
 from tsae.progress import Progress
@@ -30,15 +31,17 @@ PROBED_LAYER = 2
 PACKAGES = ("torch", "transformers", "tokenizers", "numpy", "scikit-learn")
 
 
-def train_embedded_lm(out: Path, tokens: int = TOKENS, seed: int = 0, **settings: Any) -> dict[str, Any]:
+def train_embedded_lm(
+    out: Path, tokens: int = TOKENS, seed: int = 0, data: DataConfig | None = None, **settings: Any
+) -> dict[str, Any]:
     """Train the embedded language model into `out` (a folder in the hub's format) and return its recipe.
 
-    One torch thread; every few minutes the unfinished model is written beside `out` as `<out>.unfinished`. `settings`
-    are further fields of Recipe. Raises TsaeError when `out` is not empty.
+    One torch thread; every few minutes the unfinished model is written beside `out` as `<out>.unfinished`. `data` names
+    another text than the embedded corpus; `settings` are further fields of Recipe. Raises TsaeError when `out` is not
+    empty.
     """
     import torch
 
-    from tsae.config import DataConfig
     from tsae.data.documents import fingerprint, read_documents
     from tsae.lm import embedded_text
     from tsae.lm.pretraining import Recipe, initial_model
@@ -47,7 +50,8 @@ def train_embedded_lm(out: Path, tokens: int = TOKENS, seed: int = 0, **settings
         raise TsaeError(f"{out}: is not empty; name a new folder")
     recipe = Recipe(tokens=tokens, seed=seed, **settings)
     torch.set_num_threads(1)
-    documents = list(read_documents(DataConfig()))
+    data = data or DataConfig()
+    documents = list(read_documents(data))
     label_names = tuple(sorted({document.label or "" for document in documents}))
     train = [document for document in documents if not embedded_text.is_held_out(document.text)]
     heldout = [document for document in documents if embedded_text.is_held_out(document.text)]
@@ -55,8 +59,8 @@ def train_embedded_lm(out: Path, tokens: int = TOKENS, seed: int = 0, **settings
     cut = (tokenizer, label_names, recipe.context_length, recipe.min_length)
     train_rows, heldout_rows = embedded_text.make_rows(train, *cut), embedded_text.make_rows(heldout, *cut)
     text = {
-        "source": "embedded corpus",
-        "fingerprint": fingerprint(DataConfig()),
+        "source": data.source,
+        "fingerprint": fingerprint(data),
         "python": platform.python_version(),
         "split": embedded_text.SPLIT_RULE,
         "documents": {"train": len(train), "heldout": len(heldout)},
@@ -67,7 +71,7 @@ def train_embedded_lm(out: Path, tokens: int = TOKENS, seed: int = 0, **settings
     training = _pretrain(model, train_rows, recipe, tokenizer, out.with_name(out.name + ".unfinished"))
     weights_sha256 = save_folder(model, tokenizer, out)
     record = {
-        "recipe": dataclasses.asdict(recipe),
+        "recipe": schema.to_plain(recipe),
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "text": text,
         "training": training,
