@@ -1,0 +1,238 @@
+"""The layout of an activation store: where everything is, and what its attributes mean.
+
+    <store>/
+        zarr.json                   group; attributes: settings, model, geometry, digests, statistics, manifest, complete
+        activations/                [N, L, D]; bfloat16 is kept as uint16 (attribute `dtype`)
+            zarr.json  c/<k>/0/0    one file per shard
+            shards/<k>.json         marker of a finished shard: size, checksums, partial statistics
+        checksums/                  [chunks] crc32c of each chunk of the activations
+        tokens/ document/           [N, L]; document is -1 at padding, BOS and other special tokens
+        lengths/                    [N] real tokens of each sequence
+        label/                      [documents] index into the attribute `label_names`, -1: none
+        progress.json               only while a harvest runs
+
+Shard `k` holds sequences `k·S` to `(k+1)·S`; the last `heldout` sequences belong to evaluation. `complete` turns true
+last of all. Nothing else in the package builds a path into a store.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tsae import config as configuration
+from tsae import files, schema
+from tsae.config import RunConfig
+from tsae.environment import home
+from tsae.errors import TsaeError
+from tsae.store.geometry import Geometry, crc32c
+
+FORMAT = "tsae-activations"
+VERSION = 1
+SIBLINGS = {
+    "tokens": ("sequence", "position"),
+    "lengths": ("sequence",),
+    "document": ("sequence", "position"),
+    "label": ("document",),
+}
+"""Arrays beside the activations, with the names of their dimensions."""
+
+
+def content_hash(config: RunConfig) -> str:
+    """Hash of all that decides the content of the store of `config`; reads no text and no weights."""
+    from tsae.data.documents import fingerprint
+    from tsae.lm.source import weights_fingerprint
+
+    return schema.stable_hash(
+        {
+            "version": VERSION,
+            "settings": configuration.store_settings(config),
+            "text": fingerprint(config.data),
+            "weights": weights_fingerprint(config.model),
+        }
+    )
+
+
+def store_path(config: RunConfig) -> Path:
+    """Where the store of `config` is: `store.path`, or TSAE_HOME/stores/<model>-<hook>-<hash>."""
+    if config.store.path is not None:
+        return Path(config.store.path).expanduser().absolute()
+    model = Path(config.model.name.rstrip("/")).name
+    hook = config.model.hook_point or f"layer{config.model.layer}"
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", f"{model}-{hook}")
+    return home() / "stores" / f"{name[:80]}-{content_hash(config)}"
+
+
+def is_harvested(config: RunConfig) -> bool:
+    """Whether the store of exactly this configuration is complete, with every shard of the right size."""
+    layout = StoreLayout(store_path(config))
+    return layout.exists() and layout.attributes.get("config_hash") == content_hash(config) and layout.is_whole()
+
+
+class StoreLayout:
+    """Paths and small files of one store. Creating the object touches nothing on disk."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.activations = self.path / "activations"
+        self.progress = self.path / "progress.json"
+        self._metadata = self.path / "zarr.json"
+
+    def exists(self) -> bool:
+        """Whether a store, complete or not, is here. Raises TsaeError if the folder holds something else."""
+        if self._metadata.exists():
+            return True
+        if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+            raise TsaeError(f"{self.path}: is not an activation store and not empty; choose another store.path")
+        return False
+
+    @property
+    def attributes(self) -> dict[str, Any]:
+        """The group's attributes as they are on disk now. Raises TsaeError if this is no store."""
+        try:
+            attributes = json.loads(self._metadata.read_text())["attributes"]
+        except FileNotFoundError:
+            raise TsaeError(f"{self.path}: no activation store is here; harvest one first") from None
+        except (OSError, ValueError, KeyError, TypeError):
+            raise TsaeError(f"{self._metadata}: the store's attributes are damaged; harvest it again") from None
+        if not isinstance(attributes, dict) or attributes.get("format") != FORMAT:
+            raise TsaeError(f"{self.path}: is a zarr group but no activation store of tsae")
+        if attributes.get("version") != VERSION:
+            raise TsaeError(
+                f"{self.path}: has store version {attributes.get('version')}, this tsae reads version {VERSION}; "
+                "harvest it again"
+            )
+        return attributes
+
+    def set_attributes(self, **values: Any) -> None:
+        """Change some of the group's attributes, atomically."""
+        metadata = json.loads(self._metadata.read_text())
+        metadata["attributes"] |= values
+        files.write_json(self._metadata, metadata)
+
+    @cached_property
+    def identity(self) -> str:
+        """Hash of what the store was prepared from; every marker carries it."""
+        return str(self.attributes["identity"])
+
+    @cached_property
+    def geometry(self) -> Geometry:
+        """Shape and cutting of the activations; fixed when the store is prepared."""
+        return Geometry(**self.attributes["geometry"])
+
+    @cached_property
+    def heldout(self) -> int:
+        """How many of the last sequences belong to evaluation."""
+        return int(self.attributes["heldout"])
+
+    def shard(self, shard: int) -> Path:
+        """The file of one shard."""
+        return self.activations / "c" / str(shard) / "0" / "0"
+
+    def marker(self, shard: int) -> Path:
+        """The marker that says a shard is finished."""
+        return self.activations / "shards" / f"{shard:06d}.json"
+
+    def array(self, name: str) -> np.ndarray:
+        """One of the arrays beside the activations, whole. Raises TsaeError if it is damaged."""
+        import zarr
+
+        try:
+            array = np.asarray(zarr.open_array(self.path / name, mode="r")[:])
+        except (OSError, ValueError, RuntimeError) as error:
+            raise TsaeError(
+                f"{self.path / name}: cannot be read ({error}); remove the store and harvest again"
+            ) from None
+        if digest(array) != self.attributes["digests"][name]:
+            raise TsaeError(f"{self.path / name}: has changed since the harvest; remove the store and harvest again")
+        return array
+
+    @cached_property
+    def lengths(self) -> np.ndarray:
+        """[N] int32."""
+        return self.array("lengths")
+
+    @cached_property
+    def document(self) -> np.ndarray:
+        """[N, L] int32."""
+        return self.array("document")
+
+    def read_checksums(self) -> np.ndarray:
+        """[chunks] uint32: the crc32c of every chunk of a complete store. Raises TsaeError if it is damaged."""
+        path = self.path / "checksums" / "c" / "0"
+        data = path.read_bytes() if path.exists() else b""
+        checksums = np.frombuffer(data[: 4 * self.geometry.chunks], "<u4")
+        if digest(checksums) != self.attributes["manifest"]["checksums"]:
+            raise TsaeError(f"{path}: is damaged; run the same harvest again")
+        return checksums
+
+    def write_checksums(self, checksums: np.ndarray) -> None:
+        """Write the array `checksums`: one chunk of plain numbers and its own crc32c."""
+        data = checksums.astype("<u4").tobytes()
+        files.write_atomically(self.path / "checksums" / "c" / "0", lambda stream: stream.write(data + crc32c(data)))
+
+    def name_of(self, shard: int) -> str:
+        """How messages call a shard."""
+        return f"{self.path}: shard {shard} ({self.shard(shard).relative_to(self.path)})"
+
+    def read_marker(self, shard: int) -> dict[str, Any] | None:
+        """The marker of a shard of this store, or None while there is none."""
+        try:
+            marker = json.loads(self.marker(shard).read_text())
+        except (FileNotFoundError, ValueError):
+            # Markers are written atomically, so a broken one was damaged later: the shard is written again.
+            return None
+        belongs = isinstance(marker, dict) and marker.get("store") == self.identity
+        return marker if belongs else None
+
+    def is_written(self, shard: int) -> bool:
+        """Whether a shard is finished: marked, and its file has the right size."""
+        return self.size_of(shard) == self.geometry.shard_bytes(shard) and self.read_marker(shard) is not None
+
+    def size_of(self, shard: int) -> int | None:
+        """Bytes of the file of a shard, None if it is missing."""
+        path = self.shard(shard)
+        return path.stat().st_size if path.exists() else None
+
+    def is_whole(self) -> bool:
+        """Whether the store is complete and all shard files have their size; reads no activations."""
+        geometry = self.geometry
+        return bool(self.attributes["complete"]) and all(
+            self.size_of(shard) == geometry.shard_bytes(shard) for shard in range(geometry.shards)
+        )
+
+    def require(self, config: RunConfig) -> None:
+        """Raise TsaeError, naming a difference, if the store was made from another configuration."""
+        attributes = self.attributes
+        if attributes.get("config_hash") == content_hash(config):
+            return
+        wanted, found = _flat(configuration.store_settings(config)), _flat(attributes.get("settings") or {})
+        different = [key for key in sorted({*wanted, *found}) if wanted.get(key) != found.get(key)]
+        reason = "its text or model has changed since"
+        if different:
+            key = different[0]
+            reason = f"{key} is {found.get(key)!r} there and {wanted.get(key)!r} here"
+        raise TsaeError(
+            f"{self.path}: the store was harvested with another configuration ({reason}); "
+            "choose another store.path or remove the folder"
+        )
+
+
+def digest(array: np.ndarray) -> str:
+    """sha256 of an array's type, shape and content."""
+    hasher = hashlib.sha256(f"{array.dtype.str}{array.shape}".encode())
+    hasher.update(np.ascontiguousarray(array).data)
+    return hasher.hexdigest()
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat

@@ -1,0 +1,288 @@
+"""Pairs of tokens for training, in an order that is a pure function of (store, rule, batch size, seed, step).
+
+An epoch is a permutation of blocks of consecutive sequences; the pairs of its blocks, in that order, are cut into pools
+that fit in memory, and a pool's pairs are permuted among its batches. Every pair comes once an epoch, but for the
+remainder of less than one batch. A pool and each of its batches are cut alike into lanes that mix within
+themselves, so that a process reads only the lanes that its part of the batch touches.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tsae.config import parse_pair_rule
+from tsae.errors import TsaeError
+from tsae.store.reader import Store, uninitialised
+
+BLOCK_BYTES = 2_000_000
+FEWEST_BLOCKS = 64
+MOST_LANES = 8
+BATCHES_AHEAD = 3
+MOST_FREE = 8
+SCRATCH_BYTES = 512 * 1024
+SEQUENCES_AT_A_TIME = 4096
+BLOCK_ORDER, PAIR_ORDER = 1, 2  # keep the two kinds of random streams apart
+
+
+class Pool(NamedTuple):
+    """The part of an epoch that is in memory."""
+
+    key: tuple[int, int]  # epoch, number of the pool in it
+    blocks: np.ndarray  # in file order
+    buffer: Tensor  # [sequences, L, D]: the blocks, one after the other
+    scratch: Tensor  # [rows, D]
+    pairs: Tensor  # [lanes, n, 2 or 1] rows of the buffer seen as [sequences·L, D]: current, partner
+
+
+class PairStream:
+    """Batches of pairs from the training part of a store.
+
+    `stream[step]` is [B / world, 2, D] float32 (slot 0 the current token, slot 1 its partner), or [B / world, D] for
+    the rule `none`. The batches of all ranks, put together in order, are the batch of a single process. Positions
+    before `skip_positions`, padding and special tokens never enter; a partner is an earlier token of the same
+    document in the same context. `pool_sequences` contexts are mixed at a time, over all ranks.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        rule: str,
+        batch_size: int,
+        seed: int,
+        *,
+        skip_positions: int,
+        pool_sequences: int,
+        rank: int = 0,
+        world: int = 1,
+    ) -> None:
+        if batch_size % world or not 0 <= rank < world:
+            raise TsaeError(f"training.batch_size: {batch_size} cannot be shared by {world} processes; use a multiple")
+        self._store, self._batch_size, self._seed = store, batch_size, seed % 2**64
+        self._rule, self._reach = parse_pair_rule(rule)
+        self._skip = skip_positions
+        self._block = _block_sequences(store)
+        self._pairs = self._pairs_per_block()
+        total = int(self._pairs.sum())
+        self.steps_per_epoch = total // batch_size
+        if self.steps_per_epoch == 0:
+            raise TsaeError(
+                f"training.batch_size: {batch_size} is impossible; the training part of {store.path} has only {total} "
+                f"pairs for the rule {rule!r}"
+            )
+        steps_per_pool = max(1, pool_sequences * total // (len(store.train) * batch_size))
+        pools = -(-self.steps_per_epoch // steps_per_pool)
+        self._pool_starts = np.arange(pools + 1) * self.steps_per_epoch // pools
+        self._lanes = max(lanes for lanes in range(1, MOST_LANES + 1) if batch_size % lanes == 0)
+        share, lane = batch_size // world, batch_size // self._lanes
+        self._lane_rows = lane
+        self._my_lanes = range(rank * share // lane, -(-(rank + 1) * share // lane))
+        begin = rank * share - self._my_lanes.start * lane
+        self._my_rows = slice(begin, begin + share)
+        self._pool: Pool | None = None
+        self._batches = Recycled()
+
+    def __getitem__(self, step: int) -> Tensor:
+        """The batch of `step`; cheap when steps follow each other, since the current pool is kept."""
+        if step < 0:
+            raise IndexError(f"step {step}: steps are counted from 0")
+        key, offset = self._place(step)
+        if self._pool is None or self._pool.key != key:
+            # Forgotten first: should reading fail, its buffer is half overwritten.
+            before, self._pool = self._pool, None
+            self._pool = self._load(key, before, None if before is None else before.buffer)
+        return self._batch(self._pool, offset)
+
+    def iterate(self, start: int, stop: int) -> Iterator[Tensor]:
+        """The batches of steps `start` to `stop`, made ahead of need by one thread while another reads the next pool."""
+        loader, gatherer = ThreadPoolExecutor(1, "pool"), ThreadPoolExecutor(1, "batch")
+        ahead = _Ahead(self, stop, loader)
+        waiting: list[Future[Tensor]] = []
+        try:
+            for step in range(start, stop):
+                waiting.append(gatherer.submit(ahead.batch, step))
+                if len(waiting) > BATCHES_AHEAD:
+                    yield waiting.pop(0).result()
+            while waiting:
+                yield waiting.pop(0).result()
+        finally:
+            for executor in (gatherer, loader):
+                executor.shutdown(cancel_futures=True)
+
+    def _place(self, step: int) -> tuple[tuple[int, int], int]:
+        """Epoch and pool of a step, and the step's number within the pool."""
+        epoch, within = divmod(step, self.steps_per_epoch)
+        pool = int(np.searchsorted(self._pool_starts, within, side="right")) - 1
+        return (epoch, pool), within - int(self._pool_starts[pool])
+
+    def _after(self, key: tuple[int, int]) -> tuple[int, int]:
+        epoch, pool = key
+        return (epoch, pool + 1) if pool + 2 < len(self._pool_starts) else (epoch + 1, 0)
+
+    def _begins(self, key: tuple[int, int]) -> int:
+        """The first step of a pool."""
+        return key[0] * self.steps_per_epoch + int(self._pool_starts[key[1]])
+
+    def _batch(self, pool: Pool, offset: int) -> Tensor:
+        n = self._lane_rows
+        mine = pool.pairs[:, offset * n : (offset + 1) * n].flatten(0, 1)[self._my_rows]
+        source, rows, scratch = pool.buffer.flatten(0, 1), mine.flatten(), pool.scratch
+        batch = self._batches.take((len(rows), self._store.activation_dim))
+        # A piece at a time, so that what is gathered is still in the processor's cache when it is widened.
+        for begin in range(0, len(rows), len(scratch)):
+            piece = rows[begin : begin + len(scratch)]
+            gathered = torch.index_select(source, 0, piece, out=scratch[: len(piece)])
+            batch[begin : begin + len(piece)] = gathered
+        return batch.view(*mine.shape, -1).squeeze(1)
+
+    def _load(self, key: tuple[int, int], resident: Pool | None, spare: Tensor | None) -> Pool:
+        """Pool `key`; the rows of `resident` serve again if they are the same blocks, else `spare` is filled."""
+        blocks, pairs = self._plan(key)
+        if resident is not None and np.array_equal(resident.blocks, blocks):
+            buffer = resident.buffer
+        else:
+            buffer = self._read(blocks, spare)
+        dim, dtype = self._store.activation_dim, self._store.dtype
+        scratch = uninitialised((max(1, SCRATCH_BYTES // (dim * dtype.itemsize)), dim), dtype)
+        return Pool(key, blocks, buffer, scratch, torch.from_numpy(pairs))
+
+    def _plan(self, key: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+        """Blocks of this rank's lanes of a pool, in file order, and [lanes, n, 2 or 1] rows of the buffer they fill."""
+        epoch, pool = key
+        order = np.random.default_rng([self._seed, epoch, BLOCK_ORDER]).permutation(len(self._pairs))
+        ends = np.cumsum(self._pairs[order])
+        first, last = (int(start) * self._batch_size for start in self._pool_starts[pool : pool + 2])
+        per_lane = (last - first) // self._lanes
+        begin, end = (first + lane * per_lane for lane in (self._my_lanes.start, self._my_lanes.stop))
+        low, high = int(np.searchsorted(ends, begin, side="right")), int(np.searchsorted(ends, end, side="left")) + 1
+        order, before = order[low:high], int(ends[low - 1]) if low else 0
+        blocks = np.sort(order)
+        earlier, rows = self._rows_of(order, np.searchsorted(blocks, order))
+        lanes = []
+        for lane, mine in zip(self._my_lanes, rows[begin - before : end - before].reshape(-1, per_lane), strict=True):
+            random = np.random.default_rng([self._seed, epoch, PAIR_ORDER, pool, lane])
+            mine = random.permutation(mine)
+            lanes.append(mine[:, None] if self._rule == "none" else self._with_partners(mine, earlier, random))
+        return blocks, np.stack(lanes)
+
+    def _rows_of(self, order: np.ndarray, slots: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """For a buffer with block `order[i]` in slot `slots[i]`: `earlier` of all its rows, and the current rows of the
+        blocks' pairs, blocks in the order given."""
+        places = np.empty_like(order)
+        places[slots] = order
+        sequences = places[:, None] * self._block + np.arange(self._block)
+        sequences[sequences >= len(self._store.train)] = -1
+        earlier = self._earlier(sequences.reshape(-1)).reshape(len(order), -1)
+        per_block = earlier.shape[1]
+        kind = np.int32 if earlier.size < 2**31 else np.int64
+        found = np.flatnonzero(earlier[slots] >= self._fewest).astype(kind)
+        shift = ((slots - np.arange(len(order))) * per_block).astype(kind)
+        return earlier.reshape(-1), found + np.repeat(shift, self._pairs[order])
+
+    def _with_partners(self, rows: np.ndarray, earlier: np.ndarray, random: np.random.Generator) -> np.ndarray:
+        """[n, 2]: rows and their partners, given how many tokens of the document stand before each row of the buffer."""
+        pairs = np.repeat(rows[:, None], 2, axis=1)
+        pairs[:, 1] -= 1
+        if self._rule != "previous":
+            reach = earlier[rows] if self._reach is None else np.minimum(earlier[rows], self._reach)
+            pairs[:, 1] -= (random.random(len(rows)) * reach).astype(rows.dtype)
+        return pairs
+
+    @property
+    def _fewest(self) -> int:
+        """Earlier tokens that a current token must have."""
+        return 0 if self._rule == "none" else 1
+
+    def _earlier(self, sequences: np.ndarray) -> np.ndarray:
+        """[n, L]: how many tokens of its document stand directly before each position; -1: not a token to train on.
+
+        A sequence number of -1 stands for a place without a sequence.
+        """
+        document = self._store.document[sequences]
+        valid = document >= 0
+        valid[:, : self._skip] = False
+        valid[sequences < 0] = False
+        positions = np.arange(document.shape[1], dtype=np.int32)
+        begins = np.ones_like(valid)
+        begins[:, 1:] = ~valid[:, :-1] | (document[:, 1:] != document[:, :-1])
+        start = np.maximum.accumulate(np.where(begins, positions, 0), axis=1)
+        return np.where(valid, positions - start, -1)
+
+    def _pairs_per_block(self) -> np.ndarray:
+        """[blocks] int64: pairs in each block of the training part."""
+        train, counts = len(self._store.train), []
+        at_a_time = -(-SEQUENCES_AT_A_TIME // self._block) * self._block
+        for first in range(0, train, at_a_time):
+            found = (self._earlier(np.arange(first, min(first + at_a_time, train))) >= self._fewest).sum(1)
+            counts.append(np.add.reduceat(found, np.arange(0, len(found), self._block)))
+        return np.concatenate(counts or [np.zeros(0, np.int64)]).astype(np.int64)
+
+    def _read(self, blocks: np.ndarray, spare: Tensor | None) -> Tensor:
+        """[sequences, L, D]: the activations of `blocks`, in a buffer that is `spare` where that is large enough."""
+        store = self._store
+        per_chunk, last_chunk = store.chunk_sequences, -(-len(store.train) // store.chunk_sequences)
+        needed = len(blocks) * self._block
+        buffer = spare if spare is not None and len(spare) >= needed else store.empty(needed + needed // 16)
+        for slot, block in enumerate(blocks.tolist()):
+            first = block * self._block // per_chunk
+            count = min(self._block // per_chunk, last_chunk - first)
+            store.read_chunks(first, count, buffer[slot * self._block :])
+        return buffer
+
+
+class Recycled:
+    """Memory for batches that serves again once no tensor refers to it: new pages cost as much as filling them."""
+
+    def __init__(self) -> None:
+        self._free: list[np.ndarray] = []
+
+    def take(self, shape: tuple[int, ...]) -> Tensor:
+        """An uninitialised float32 tensor."""
+        fitting = self._free and self._free[-1].shape == shape
+        memory = self._free.pop() if fitting else np.empty(shape, np.float32)
+        # torch holds this very object until the last view of the tensor is gone.
+        held = memory[:]
+        weakref.finalize(held, self._give_back, memory).atexit = False
+        return torch.from_numpy(held)
+
+    def _give_back(self, memory: np.ndarray) -> None:
+        if len(self._free) < MOST_FREE:
+            self._free.append(memory)
+
+
+class _Ahead:
+    """Makes batches in order, reading each pool while the one before it is used. All state belongs to one thread."""
+
+    def __init__(self, stream: PairStream, stop: int, loader: ThreadPoolExecutor) -> None:
+        self._stream, self._stop, self._loader = stream, stop, loader
+        self._pool: Pool | None = None
+        self._next: Future[Pool] | None = None
+
+    def batch(self, step: int) -> Tensor:
+        key, offset = self._stream._place(step)
+        if self._pool is None or self._pool.key != key:
+            self._advance(key)
+        assert self._pool is not None
+        return self._stream._batch(self._pool, offset)
+
+    def _advance(self, key: tuple[int, int]) -> None:
+        before = self._pool
+        self._pool = self._next.result() if self._next is not None else self._stream._load(key, None, None)
+        following = self._stream._after(key)
+        if self._stream._begins(following) < self._stop:
+            spare = None if before is None or before.buffer is self._pool.buffer else before.buffer
+            self._next = self._loader.submit(self._stream._load, following, self._pool, spare)
+
+
+def _block_sequences(store: Store) -> int:
+    """Sequences per block: about 2 MB, but no more than leaves a small store 64 blocks; whole chunks."""
+    chunk = store.chunk_sequences
+    chunk_bytes = chunk * store.context_length * store.activation_dim * store.dtype.itemsize
+    wanted = min(BLOCK_BYTES // chunk_bytes, len(store.train) // (FEWEST_BLOCKS * chunk))
+    return max(1, wanted) * chunk

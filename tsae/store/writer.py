@@ -1,0 +1,287 @@
+"""Writing a store: prepare it once, write whole shards in any order and from any number of tasks, finalise.
+
+    layout = prepare(path, contexts, activation_dim, store=config.store)
+    write_shard(layout, shard, activations)     # for every shard
+    finalise(layout)
+
+Where the activations come from is the caller's business: a language model (`harvest`) or anything else.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import shutil
+import socket
+import time
+import uuid
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tsae import files, schema
+from tsae.config import StoreConfig
+from tsae.errors import TsaeError
+from tsae.locks import started_at
+from tsae.store import geometry as cutting
+from tsae.store import layout as layouts
+from tsae.store.geometry import Geometry, crc32c
+from tsae.store.layout import StoreLayout, digest
+from tsae.store.summary import Summary, decode, encode, merge, statistics
+
+if TYPE_CHECKING:
+    from tsae.data.contexts import Contexts
+
+STALE_SECONDS = 3600.0
+TORCH_DTYPE = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+DISK_DTYPE = {"bfloat16": "uint16", "float16": "float16", "float32": "float32"}
+# What stands where nothing was written is NaN, so that a hole can never pass for data.
+BFLOAT16_NAN = 0x7FC0
+
+
+def prepare(
+    path: str | Path,
+    contexts: Contexts,
+    activation_dim: int,
+    *,
+    store: StoreConfig,
+    attributes: Mapping[str, Any] | None = None,
+) -> StoreLayout:
+    """Create a store without activations at `path`: its final shape, tokens, lengths, documents, labels.
+
+    The folder appears whole or not at all; if another process was first, its store is kept. `attributes` are added
+    to the group's. Raises TsaeError if `path` holds something else.
+    """
+    layout = StoreLayout(path)
+    if layout.exists():
+        return layout
+    layout.path.parent.mkdir(parents=True, exist_ok=True)
+    discard_leftovers(layout.path.parent, f".{layout.path.name}.")
+    draft = layout.path.with_name(_temporary_name(layout.path.name))
+    try:
+        _write_draft(draft, contexts, activation_dim, store, dict(attributes or {}))
+        os.rename(draft, layout.path)
+        files.sync_folder(layout.path.parent)
+    except OSError:
+        if not layout.exists():
+            raise
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+    return layout
+
+
+def _write_draft(
+    path: Path, contexts: Contexts, activation_dim: int, store: StoreConfig, attributes: dict[str, Any]
+) -> None:
+    import zarr
+    from zarr.codecs import BytesCodec, Crc32cCodec, ZstdCodec
+
+    sequences, length = contexts.tokens.shape
+    geometry = cutting.choose(sequences, length, activation_dim, store.dtype, store.shard_mb)
+    arrays = {name: np.ascontiguousarray(getattr(contexts, name)) for name in layouts.SIBLINGS}
+    group = zarr.create_group(path)
+    for name, array in arrays.items():
+        group.create_array(
+            name,
+            data=array,
+            chunks=(max(1, min(len(array), 2**20 // array[:1].size if array.size else 1)), *array.shape[1:]),
+            compressors=[ZstdCodec(level=3), Crc32cCodec()],
+            dimension_names=layouts.SIBLINGS[name],
+        )
+    group.create_array(
+        "activations",
+        shape=(sequences, length, activation_dim),
+        dtype=DISK_DTYPE[store.dtype],
+        chunks=(geometry.chunk_sequences, length, activation_dim),
+        shards=(geometry.shard_sequences, length, activation_dim),
+        serializer=BytesCodec(endian="little"),
+        compressors=[Crc32cCodec()],
+        filters=None,
+        fill_value=BFLOAT16_NAN if store.dtype == "bfloat16" else float("nan"),
+        attributes={"dtype": store.dtype},
+        dimension_names=("sequence", "position", "dimension"),
+    )
+    group.create_array(
+        "checksums",
+        shape=(geometry.chunks,),
+        dtype="uint32",
+        chunks=(geometry.chunks,),
+        serializer=BytesCodec(endian="little"),
+        compressors=[Crc32cCodec()],
+        filters=None,
+        dimension_names=("chunk",),
+    )
+    described = dataclasses.asdict(geometry)
+    digests = {name: digest(array) for name, array in arrays.items()}
+    attributes = {
+        "format": layouts.FORMAT,
+        "version": layouts.VERSION,
+        "identity": schema.stable_hash([described, digests, attributes]),
+        **attributes,
+        "dtype": store.dtype,
+        "geometry": described,
+        "heldout": int(contexts.heldout),
+        "tokens": int(contexts.lengths.sum()),
+        "label_names": list(contexts.label_names),
+        "contexts": contexts.fingerprint,
+        "digests": digests,
+        "complete": False,
+    }
+    StoreLayout(path).set_attributes(**attributes)
+    for folder, _, names in os.walk(path):
+        for name in names:
+            with open(Path(folder) / name, "rb") as stream:
+                os.fsync(stream.fileno())
+        files.sync_folder(Path(folder))
+
+
+def write_shard(layout: StoreLayout, shard: int, activations: Iterable[Tensor]) -> None:
+    """Write one shard and its marker from its sequences' activations, given in order as tensors [S, L, D].
+
+    Padding is stored as zeros. A process that dies leaves the shard as it was: the file is renamed into place when it
+    is whole, and the marker follows. Raises TsaeError for NaN or infinite activations.
+    """
+    geometry, rows = layout.geometry, layout.geometry.sequences_of(shard)
+    path = layout.shard(shard)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    discard_leftovers(path.parent, ".")
+    temporary = path.with_name(_temporary_name(path.name))
+    summary = Summary.empty(geometry.activation_dim)
+    try:
+        with open(temporary, "wb", buffering=0) as stream:
+            chunks = _ChunkStream(stream, geometry)
+            for first, block in _numbered(activations, rows):
+                chunks.append(_storable(layout, first, block, summary))
+            chunks.finish(geometry.index(shard))
+            os.fsync(stream.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    for folder in (path.parent, path.parent.parent, path.parent.parent.parent, layout.activations):
+        files.sync_folder(folder)
+    marker = {
+        "store": layout.identity,
+        "shard": shard,
+        "sequences": len(rows),
+        "bytes": geometry.shard_bytes(shard),
+        "checksums": encode(np.concatenate(chunks.checksums), "<u4"),
+        "summary": summary.to_json(),
+        "written_by": {"host": socket.gethostname(), "pid": os.getpid(), "job": os.environ.get("SLURM_JOB_ID")},
+    }
+    files.write_json(layout.marker(shard), marker)
+
+
+def _numbered(activations: Iterable[Tensor], rows: range) -> Iterable[tuple[int, Tensor]]:
+    first = rows.start
+    for block in activations:
+        yield first, block
+        first += len(block)
+    if first != rows.stop:
+        raise ValueError(f"{first - rows.start} sequences were given for a shard of {len(rows)}")
+
+
+def _storable(layout: StoreLayout, first: int, block: Tensor, summary: Summary) -> np.ndarray:
+    """The bytes [S, sequence_bytes] of activations [S, L, D] of the sequences from `first` on; `summary` takes them in."""
+    dtype = TORCH_DTYPE[layout.geometry.dtype]
+    rows = slice(first, first + len(block))
+    lengths = torch.from_numpy(layout.lengths[rows]).to(block.device)
+    positions = torch.arange(block.shape[1], device=block.device)
+    real = positions < lengths[:, None]
+    values = torch.where(real[..., None], block, 0).to(dtype).contiguous()
+    finite = torch.isfinite(values).flatten(1).all(1)
+    if not bool(finite.all()):
+        sequence = first + int((~finite).nonzero()[0])
+        remedy = " or do not fit float16; choose store.dtype bfloat16" if dtype == torch.float16 else ""
+        raise TsaeError(f"{layout.path}: the activations of sequence {sequence} are not finite{remedy}")
+    document = torch.from_numpy(layout.document[rows]).to(block.device)
+    sequences = torch.arange(first, first + len(block), device=block.device)
+    trained = sequences < layout.geometry.sequences - layout.heldout
+    summary.add(values[(document >= 0) & (positions > 0) & trained[:, None]])
+    return values.cpu().view(torch.uint8).numpy().reshape(len(block), -1)
+
+
+class _ChunkStream:
+    """Cuts sequences into chunks, each followed by its checksum."""
+
+    def __init__(self, stream: BinaryIO, geometry: Geometry) -> None:
+        self._stream, self._filled = stream, 0
+        hole = np.array([BFLOAT16_NAN], "<u2") if geometry.dtype == "bfloat16" else np.array([np.nan], geometry.dtype)
+        self._hole = np.tile(hole.view(np.uint8), geometry.sequence_bytes // hole.itemsize)
+        self._chunk = np.empty((geometry.chunk_sequences, geometry.sequence_bytes), np.uint8)
+        self.checksums: list[np.ndarray] = []
+
+    def append(self, sequences: np.ndarray) -> None:
+        """Take the bytes [S, sequence_bytes] of the next sequences."""
+        while len(sequences):
+            taken = min(len(self._chunk) - self._filled, len(sequences))
+            self._chunk[self._filled : self._filled + taken] = sequences[:taken]
+            sequences = sequences[taken:]
+            self._filled += taken
+            if self._filled == len(self._chunk):
+                self._flush()
+
+    def finish(self, index: bytes) -> None:
+        """Fill up the last chunk and end the shard with its index."""
+        if self._filled:
+            self._chunk[self._filled :] = self._hole
+            self._flush()
+        _write_fully(self._stream, index)
+
+    def _flush(self) -> None:
+        checksum = crc32c(self._chunk)
+        _write_fully(self._stream, self._chunk)
+        _write_fully(self._stream, checksum)
+        self.checksums.append(np.frombuffer(checksum, "<u4"))
+        self._filled = 0
+
+
+def _write_fully(stream: BinaryIO, data: bytes | np.ndarray) -> None:
+    remaining = memoryview(data).cast("B")  # type: ignore[arg-type]
+    while len(remaining):
+        remaining = remaining[stream.write(remaining) :]
+
+
+def finalise(layout: StoreLayout) -> None:
+    """Write the checksums, the statistics and the manifest, then declare the store complete.
+
+    Any task may call it, several at once too. Raises TsaeError naming the shards that are missing.
+    """
+    geometry = layout.geometry
+    found = [(shard, layout.read_marker(shard)) for shard in range(geometry.shards)]
+    missing = [shard for shard, marker in found if marker is None]
+    if missing:
+        raise TsaeError(f"{layout.path}: shards {missing} are not written; run the same harvest again")
+    markers = [marker for _, marker in found if marker is not None]
+    checksums = np.concatenate([decode(marker["checksums"], "<u4") for marker in markers])
+    layout.write_checksums(checksums)
+    summary = merge((Summary.from_json(marker["summary"]) for marker in markers), geometry.activation_dim)
+    manifest = {
+        "shards": geometry.shards,
+        "bytes": sum(marker["bytes"] for marker in markers),
+        "checksums": digest(checksums),
+    }
+    layout.set_attributes(statistics=statistics(summary), manifest=manifest, complete=True)
+
+
+def _temporary_name(name: str) -> str:
+    return f".{name}.{_host()}.{os.getpid()}.{uuid.uuid4().hex[:8]}.tmp"
+
+
+def _host() -> str:
+    return socket.gethostname().replace(".", "-")
+
+
+def discard_leftovers(folder: Path, prefix: str) -> None:
+    """Remove what killed processes left in `folder`: of this host and no longer alive, or untouched for an hour."""
+    for leftover in folder.glob(f"{prefix}*.tmp"):
+        host, pid = leftover.name.rsplit(".", 4)[1:3]
+        try:
+            silent = time.time() - leftover.stat().st_mtime
+        except FileNotFoundError:
+            continue
+        if silent > STALE_SECONDS or (host == _host() and not started_at(int(pid))):
+            shutil.rmtree(leftover, ignore_errors=True) if leftover.is_dir() else leftover.unlink(missing_ok=True)
