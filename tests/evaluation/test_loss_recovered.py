@@ -48,6 +48,7 @@ def test_perfect_reconstruction_recovers_all_and_ablation_nothing(model: Languag
     perfect = losses_with(model, lambda x: x)
     assert perfect["loss_reconstructed"] == perfect["loss_original"]
     assert perfect["frac_recovered"] == pytest.approx((1, 0))
+    assert perfect["loss_increase"] == (0, 0)
     assert perfect["loss_zero"][0] != pytest.approx(perfect["loss_original"][0], rel=1e-3)
 
     nothing = losses_with(model, torch.zeros_like)

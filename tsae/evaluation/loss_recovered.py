@@ -79,7 +79,8 @@ def _summed(logits: Tensor, tokens: Tensor, targets: Tensor) -> np.ndarray:
 
 
 def loss_results(losses: SequenceLosses, documents: np.ndarray, ablation: str) -> dict[str, Any]:
-    """Value and half-width of the pooled losses and of frac_recovered, under the reference's names.
+    """Value and half-width of the pooled losses and of frac_recovered, under the reference's names, and of the loss that
+    reconstructions add (an absolute measure: frac_recovered is close to 1 wherever ablation is a catastrophe).
 
     `documents` [S] names the document of each sequence; `ablation` is `zero` or `mean` and names the third loss.
     """
@@ -87,6 +88,7 @@ def loss_results(losses: SequenceLosses, documents: np.ndarray, ablation: str) -
         "loss_original": ratio_interval(losses.original, losses.targets, documents),
         "loss_reconstructed": ratio_interval(losses.reconstructed, losses.targets, documents),
         f"loss_{ablation}": ratio_interval(losses.ablated, losses.targets, documents),
+        "loss_increase": ratio_interval(losses.reconstructed - losses.original, losses.targets, documents),
         "frac_recovered": ratio_interval(
             losses.reconstructed - losses.ablated, losses.original - losses.ablated, documents
         ),
