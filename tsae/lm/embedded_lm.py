@@ -20,7 +20,7 @@ from tsae.files import write_atomically, write_json
 from tsae.progress import Progress
 
 if TYPE_CHECKING:
-    from transformers import GPTNeoXForCausalLM
+    from transformers import GPTNeoXForCausalLM, PreTrainedTokenizerFast
 
     from tsae.lm.embedded_text import Rows
     from tsae.lm.pretraining import Recipe
@@ -42,33 +42,15 @@ def train_embedded_lm(
     """
     import torch
 
-    from tsae.data.documents import fingerprint, read_documents
-    from tsae.lm import embedded_text
     from tsae.lm.pretraining import Recipe, initial_model
 
     if out.exists() and any(out.iterdir()):
         raise TsaeError(f"{out}: is not empty; name a new folder")
     recipe = Recipe(tokens=tokens, seed=seed, **settings)
     torch.set_num_threads(1)
-    data = data or DataConfig()
-    documents = list(read_documents(data))
-    label_names = tuple(sorted({document.label or "" for document in documents}))
-    train = [document for document in documents if not embedded_text.is_held_out(document.text)]
-    heldout = [document for document in documents if embedded_text.is_held_out(document.text)]
-    tokenizer = embedded_text.train_tokenizer((item.text for item in train), recipe.vocabulary, recipe.context_length)
-    cut = (tokenizer, label_names, recipe.context_length, recipe.min_length)
-    train_rows, heldout_rows = embedded_text.make_rows(train, *cut), embedded_text.make_rows(heldout, *cut)
-    text = {
-        "source": data.source,
-        "fingerprint": fingerprint(data),
-        "python": platform.python_version(),
-        "split": embedded_text.SPLIT_RULE,
-        "documents": {"train": len(train), "heldout": len(heldout)},
-        "tokens": {"train": int(train_rows.lengths.sum()), "heldout": int(heldout_rows.lengths.sum())},
-        "topics": list(label_names),
-    }
+    tokenizer, train, heldout, text = _prepare(data or DataConfig(), recipe)
     model = initial_model(recipe)
-    training = _pretrain(model, train_rows, recipe, tokenizer, out.with_name(out.name + ".unfinished"))
+    training = _pretrain(model, train, recipe, tokenizer, out.with_name(out.name + ".unfinished"))
     weights_sha256 = save_folder(model, tokenizer, out)
     record = {
         "recipe": schema.to_plain(recipe),
@@ -76,11 +58,35 @@ def train_embedded_lm(
         "text": text,
         "training": training,
         "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
-        "heldout": measure(out, train_rows, heldout_rows, recipe),
+        "heldout": measure(out, train, heldout, recipe),
         "weights_sha256": weights_sha256,
     }
     write_json(out / "recipe.json", record)
     return record
+
+
+def _prepare(data: DataConfig, recipe: Recipe) -> tuple[PreTrainedTokenizerFast, Rows, Rows, dict[str, Any]]:
+    """Tokenizer (from the training documents alone), training rows, held-out rows, and their description."""
+    from tsae.data.documents import fingerprint, read_documents
+    from tsae.lm.embedded_text import SPLIT_RULE, is_held_out, make_rows, train_tokenizer
+
+    train, heldout = [], []
+    for document in read_documents(data):
+        (heldout if is_held_out(document.text) else train).append(document)
+    label_names = tuple(sorted({document.label or "" for document in train + heldout}))
+    tokenizer = train_tokenizer((document.text for document in train), recipe.vocabulary, recipe.context_length)
+    cut = (tokenizer, label_names, recipe.context_length, recipe.min_length)
+    train_rows, heldout_rows = make_rows(train, *cut), make_rows(heldout, *cut)
+    text = {
+        "source": data.source,
+        "fingerprint": fingerprint(data),
+        "python": platform.python_version(),
+        "split": SPLIT_RULE,
+        "documents": {"train": len(train), "heldout": len(heldout)},
+        "tokens": {"train": int(train_rows.lengths.sum()), "heldout": int(heldout_rows.lengths.sum())},
+        "topics": list(label_names),
+    }
+    return tokenizer, train_rows, heldout_rows, text
 
 
 def _pretrain(
