@@ -9,6 +9,7 @@ import hashlib
 import importlib.metadata
 import os
 import platform
+import shutil
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -50,7 +51,7 @@ def train_embedded_lm(
     torch.set_num_threads(1)
     tokenizer, train, heldout, text = _prepare(data or DataConfig(), recipe)
     model = initial_model(recipe)
-    training = _pretrain(model, train, recipe, tokenizer, out.with_name(out.name + ".unfinished"))
+    training = _pretrain(model, train, recipe, tokenizer, _unfinished(out))
     weights_sha256 = save_folder(model, tokenizer, out)
     record = {
         "recipe": schema.to_plain(recipe),
@@ -62,7 +63,12 @@ def train_embedded_lm(
         "weights_sha256": weights_sha256,
     }
     write_json(out / "recipe.json", record)
+    shutil.rmtree(_unfinished(out), ignore_errors=True)
     return record
+
+
+def _unfinished(out: Path) -> Path:
+    return out.with_name(out.name + ".unfinished")
 
 
 def _prepare(data: DataConfig, recipe: Recipe) -> tuple[PreTrainedTokenizerFast, Rows, Rows, dict[str, Any]]:
@@ -70,10 +76,12 @@ def _prepare(data: DataConfig, recipe: Recipe) -> tuple[PreTrainedTokenizerFast,
     from tsae.data.documents import fingerprint, read_documents
     from tsae.lm.embedded_text import SPLIT_RULE, is_held_out, make_rows, train_tokenizer
 
-    train, heldout = [], []
-    for document in read_documents(data):
-        (heldout if is_held_out(document.text) else train).append(document)
-    label_names = tuple(sorted({document.label or "" for document in train + heldout}))
+    documents = list(read_documents(data))
+    train = [document for document in documents if not is_held_out(document.text)]
+    heldout = [document for document in documents if is_held_out(document.text)]
+    if not train or not heldout:
+        raise TsaeError(f"data.source: {len(documents)} documents in {data.source} are too few to hold one in 20 out")
+    label_names = tuple(sorted({document.label or "" for document in documents}))
     tokenizer = train_tokenizer((document.text for document in train), recipe.vocabulary, recipe.context_length)
     cut = (tokenizer, label_names, recipe.context_length, recipe.min_length)
     train_rows, heldout_rows = make_rows(train, *cut), make_rows(heldout, *cut)
