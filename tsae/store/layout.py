@@ -4,8 +4,8 @@
         zarr.json                   group; attributes: settings, model, geometry, digests, statistics, manifest, complete
         activations/                [N, L, D]; bfloat16 is kept as uint16 (attribute `dtype`)
             zarr.json  c/<k>/0/0    one file per shard
-            shards/<k>.json         marker of a finished shard: size, checksums, partial statistics
         checksums/                  [chunks] crc32c of each chunk of the activations
+            shards/<k>.json         marker of a finished shard: size, checksums, partial statistics
         tokens/ document/           [N, L]; document is -1 at padding, BOS and other special tokens
         lengths/                    [N] real tokens of each sequence
         label/                      [documents] index into the attribute `label_names`, -1: none
@@ -137,7 +137,7 @@ class StoreLayout:
 
     def marker(self, shard: int) -> Path:
         """The marker that says a shard is finished."""
-        return self.activations / "shards" / f"{shard:06d}.json"
+        return self.path / "checksums" / "shards" / f"{shard:06d}.json"
 
     def array(self, name: str) -> np.ndarray:
         """One of the arrays beside the activations, whole. Raises TsaeError if it is damaged."""

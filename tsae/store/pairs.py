@@ -9,6 +9,7 @@ themselves, so that a process reads only the lanes that its part of the batch to
 from __future__ import annotations
 
 import weakref
+from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple
@@ -101,19 +102,16 @@ class PairStream:
 
     def iterate(self, start: int, stop: int) -> Iterator[Tensor]:
         """The batches of steps `start` to `stop`, made ahead of need by one thread while another reads the next pool."""
+        # Abandoned early, the threads end by themselves after the few batches that are under way.
         loader, gatherer = ThreadPoolExecutor(1, "pool"), ThreadPoolExecutor(1, "batch")
         ahead = _Ahead(self, stop, loader)
-        waiting: list[Future[Tensor]] = []
-        try:
-            for step in range(start, stop):
-                waiting.append(gatherer.submit(ahead.batch, step))
-                if len(waiting) > BATCHES_AHEAD:
-                    yield waiting.pop(0).result()
-            while waiting:
-                yield waiting.pop(0).result()
-        finally:
-            for executor in (gatherer, loader):
-                executor.shutdown(cancel_futures=True)
+        waiting: deque[Future[Tensor]] = deque()
+        for step in range(start, stop):
+            waiting.append(gatherer.submit(ahead.batch, step))
+            if len(waiting) > BATCHES_AHEAD:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
 
     def _place(self, step: int) -> tuple[tuple[int, int], int]:
         """Epoch and pool of a step, and the step's number within the pool."""

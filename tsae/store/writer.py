@@ -178,10 +178,12 @@ def write_shard(layout: StoreLayout, shard: int, activations: Iterable[Tensor]) 
 def _numbered(activations: Iterable[Tensor], rows: range) -> Iterable[tuple[int, Tensor]]:
     first = rows.start
     for block in activations:
+        if first + len(block) > rows.stop:
+            raise ValueError(f"more sequences were given than the {len(rows)} of the shard")
         yield first, block
         first += len(block)
     if first != rows.stop:
-        raise ValueError(f"{first - rows.start} sequences were given for a shard of {len(rows)}")
+        raise ValueError(f"only {first - rows.start} sequences were given for a shard of {len(rows)}")
 
 
 def _storable(layout: StoreLayout, first: int, block: Tensor, summary: Summary) -> np.ndarray:

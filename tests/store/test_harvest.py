@@ -1,0 +1,163 @@
+from __future__ import annotations
+
+import multiprocessing
+import random
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from tsae.config import RunConfig
+from tsae.errors import TsaeError
+from tsae.lm.model import load_language_model
+from tsae.store.harvest import harvest
+from tsae.store.layout import StoreLayout, is_harvested
+from tsae.store.reader import Store
+from tsae.store.verify import verify
+
+Start = Callable[..., multiprocessing.Process]
+Make = Callable[..., RunConfig]
+
+
+def content(path: Path) -> dict[str, bytes]:
+    """Every file of a store but its markers, which name their writers."""
+    files = (file for file in path.rglob("*") if file.is_file() and file.parent.name != "shards")
+    return {str(file.relative_to(path)): file.read_bytes() for file in files}
+
+
+def written(path: Path) -> int:
+    return len(list(path.glob("checksums/shards/*.json")))
+
+
+def assert_same_store(path: Path, expected: Path) -> None:
+    assert verify(path, deep=True) == []
+    assert content(path) == content(expected)
+    assert not [file for file in path.parent.iterdir() if file.name.endswith(".tmp")]
+
+
+def test_store_holds_what_the_language_model_computes(harvested: Path, make_config: Make) -> None:
+    store, lm = Store.open(harvested, make_config(harvested)), load_language_model(make_config(harvested).model)
+    sequences = np.array([5, 0, store.n_sequences - 1])
+    tokens, lengths = torch.from_numpy(store.tokens[sequences]), torch.from_numpy(store.lengths[sequences])
+    real = torch.arange(store.context_length) < lengths[:, None]
+    expected = lm.read(tokens, lengths)
+    torch.testing.assert_close(store.read(sequences)[real].float(), expected[real], rtol=1e-2, atol=1e-3)
+    assert (store.read(sequences)[~real] == 0).all()
+    assert store.attributes["model"]["hook_path"] == "gpt_neox.layers.0"
+
+
+def test_statistics_are_those_of_the_training_part(harvested: Path) -> None:
+    store = Store.open(harvested)
+    valid = store.valid(1)
+    valid[store.heldout_range.start :] = False
+    trained = store.read(range(store.n_sequences))[torch.from_numpy(valid)].double()
+    statistics = store.attributes["statistics"]
+    assert statistics["count"] == len(trained)
+    np.testing.assert_allclose(store.mean, trained.mean(0), rtol=1e-5, atol=1e-7)
+    np.testing.assert_allclose(statistics["variance"], trained.var(0, correction=0), rtol=1e-9)
+    np.testing.assert_allclose(store.mean_squared_norm, trained.square().sum(1).mean(), rtol=1e-12)
+    np.testing.assert_array_equal(statistics["max_abs"], trained.abs().amax(0))
+
+
+def test_harvest_killed_at_any_moment_continues_to_the_same_store(
+    tmp_path: Path, harvested: Path, make_config: Make, start_harvest: Start
+) -> None:
+    path, pick = tmp_path / "store", random.Random(0)
+    config = make_config(path)
+    shards = StoreLayout(harvested).geometry.shards
+    assert shards >= 5
+    moments = [
+        lambda: any(".tmp" in file.name for file in tmp_path.iterdir()),
+        lambda: path.exists(),
+        *(lambda wanted=wanted: written(path) >= wanted for wanted in (1, 2, 4)),
+    ]
+    killed = 0
+    for moment in moments:
+        process = start_harvest(config)
+        while process.is_alive() and not moment():
+            time.sleep(0.0005)
+        time.sleep(pick.uniform(0, 0.02))
+        process.kill()
+        process.join()
+        killed += process.exitcode == -9
+        if killed and not is_harvested(config):
+            with pytest.raises(TsaeError, match=r"not finished|no activation store is here"):
+                Store.open(path)
+    assert killed >= 3
+    harvest(config)
+    assert is_harvested(config)
+    assert_same_store(path, harvested)
+
+
+def test_two_tasks_at_once_make_the_store_of_one(
+    tmp_path: Path, harvested: Path, make_config: Make, start_harvest: Start
+) -> None:
+    path = tmp_path / "store"
+    processes = [start_harvest(make_config(path), task, 2) for task in range(2)]
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0, 0]
+    assert_same_store(path, harvested)
+
+
+def test_one_task_of_two_leaves_the_store_incomplete(tmp_path: Path, make_config: Make) -> None:
+    config = make_config(tmp_path / "store")
+    harvest(config, 1, 2)
+    assert not is_harvested(config)
+    with pytest.raises(TsaeError, match="shards are missing"):
+        Store.open(tmp_path / "store", config)
+
+
+def test_complete_store_is_left_alone(harvested: Path, make_config: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tsae.lm.model.load_language_model", lambda *_: pytest.fail("the model was loaded"))
+    assert harvest(make_config(harvested)) == harvested
+
+
+@pytest.mark.parametrize("damage", ["delete", "truncate"])
+def test_harvest_brings_back_a_lost_shard(tmp_path: Path, harvested: Path, make_config: Make, damage: str) -> None:
+    path = tmp_path / "store"
+    shutil.copytree(harvested, path)
+    shard = StoreLayout(path).shard(2)
+    shard.unlink() if damage == "delete" else shard.write_bytes(shard.read_bytes()[:-7])
+    assert not is_harvested(make_config(path))
+    harvest(make_config(path))
+    assert_same_store(path, harvested)
+
+
+def test_another_configuration_is_refused(tmp_path: Path, harvested: Path, make_config: Make) -> None:
+    other = make_config(harvested, model={"layer": 1})
+    for refuse in (harvest, lambda config: Store.open(harvested, config)):
+        with pytest.raises(TsaeError, match=r"model.layer is 0 there and 1 here"):
+            refuse(other)
+    assert not is_harvested(other)
+    (tmp_path / "notes.txt").touch()
+    with pytest.raises(TsaeError, match="not an activation store"):
+        harvest(make_config(tmp_path))
+
+
+def test_store_begun_with_other_weights_is_not_continued(tmp_path: Path, harvested: Path, make_config: Make) -> None:
+    path = tmp_path / "store"
+    shutil.copytree(harvested, path)
+    layout = StoreLayout(path)
+    layout.shard(0).unlink()
+    layout.set_attributes(model={**layout.attributes["model"], "dtype": "bfloat16"})
+    with pytest.raises(TsaeError, match="dtype was 'bfloat16' and is now 'float32'"):
+        harvest(make_config(path))
+
+
+def test_default_path_follows_from_the_content(
+    tmp_path: Path, make_config: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tsae.store.layout import store_path
+
+    monkeypatch.setenv("TSAE_HOME", str(tmp_path))
+    paths = {
+        store_path(make_config(tmp_path, store={"path": None}, **sections))
+        for sections in ({}, {"sae": {"k": 3}}, {"model": {"layer": 1}}, {"data": {"seed": 1}})
+    }
+    assert len(paths) == 3
+    assert all(path.parent == tmp_path / "stores" for path in paths)

@@ -1,0 +1,209 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from tsae.errors import TsaeError
+from tsae.store.pairs import PairStream
+from tsae.store.reader import Store
+
+WriteStore = Callable[..., Store]
+RULES = ["previous", "random", "within:3", "none"]
+SKIP = 1
+
+
+@pytest.fixture(scope="session")
+def store(write_store: WriteStore, ragged: np.ndarray) -> Store:
+    """1003 sequences of 32 positions, 100 of them held out."""
+    return write_store(ragged, heldout=100)
+
+
+def stream_of(store: Store, rule: str = "previous", batch_size: int = 24, seed: int = 3, **more: Any) -> PairStream:
+    return PairStream(store, rule, batch_size, seed, **{"skip_positions": SKIP, "pool_sequences": 200, **more})
+
+
+def places(batch: torch.Tensor) -> np.ndarray:
+    """[B, slots, 3]: sequence, position and document that each row of a batch says it comes from."""
+    return batch.view(len(batch), -1, batch.shape[-1])[..., :3].numpy().astype(int)
+
+
+def partners_of(document: np.ndarray, rule: str, skip: int) -> dict[tuple[int, int], set[int]]:
+    """(sequence, position) of every current token → the positions its partner may have."""
+    allowed = {}
+    for sequence, row in enumerate(document):
+        for position in range(skip, len(row)):
+            if row[position] < 0:
+                continue
+            back = []
+            while position - len(back) - 1 >= skip and row[position - len(back) - 1] == row[position]:
+                back.append(position - len(back) - 1)
+            reach = {"previous": 1, "random": len(back), "within:3": 3, "none": 0}[rule]
+            if back or rule == "none":
+                allowed[sequence, position] = set(back[:reach])
+    return allowed
+
+
+def check_epoch(stream: PairStream, document: np.ndarray, rule: str, skip: int, batch_size: int) -> dict[int, set[int]]:
+    """Every pair of an epoch is allowed, none comes twice, fewer than a batch are left out; how far partners were back."""
+    allowed, seen, distances = partners_of(document, rule, skip), set(), {}
+    for step in range(stream.steps_per_epoch):
+        for slots in places(stream[step]):
+            sequence, position, _ = map(int, slots[0])
+            assert (sequence, position) not in seen
+            seen.add((sequence, position))
+            if rule != "none":
+                assert int(slots[1, 0]) == sequence
+                assert int(slots[1, 1]) in allowed[sequence, position]
+                distances.setdefault(len(allowed[sequence, position]), set()).add(position - int(slots[1, 1]))
+    assert seen <= set(allowed)
+    assert len(allowed) - len(seen) < batch_size
+    return distances
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_an_epoch_has_every_pair_of_the_training_part_once(store: Store, ragged: np.ndarray, rule: str) -> None:
+    distances = check_epoch(stream_of(store, rule), ragged[:903], rule, SKIP, 24)
+    if rule == "random":
+        assert distances[10] == set(range(1, 11))
+    if rule == "within:3":
+        assert distances[3] == {1, 2, 3}
+
+
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    document=st.lists(st.lists(st.integers(-1, 2), min_size=6, max_size=6), min_size=9, max_size=30),
+    rule=st.sampled_from(RULES),
+    skip=st.integers(0, 2),
+    heldout=st.integers(0, 4),
+    batch_size=st.integers(1, 9),
+    pool=st.integers(1, 40),
+)
+def test_partners_are_right_for_any_documents(
+    write_store: WriteStore,
+    document: list[list[int]],
+    rule: str,
+    skip: int,
+    heldout: int,
+    batch_size: int,
+    pool: int,
+) -> None:
+    documents = np.array(document, np.int32)
+    documents[0] = 0
+    store = write_store(documents, heldout=heldout, dim=6000)  # two sequences a block
+    trained = documents[: len(documents) - heldout]
+    stream = stream_of(store, rule, min(batch_size, 3), skip_positions=skip, pool_sequences=pool)
+    check_epoch(stream, trained, rule, skip, min(batch_size, 3))
+
+
+def test_rows_are_the_activations_and_slot_1_is_the_partner(store: Store) -> None:
+    everything = store.read(range(1003))
+    batch = stream_of(store)[5]
+    assert batch.shape == (24, 2, 64)
+    assert batch.dtype == torch.float32
+    said = places(batch)
+    for slot in (0, 1):
+        assert torch.equal(batch[:, slot], everything[said[:, slot, 0], said[:, slot, 1]])
+    np.testing.assert_array_equal(said[:, 1, 1], said[:, 0, 1] - 1)
+    assert stream_of(store, "none")[0].shape == (24, 64)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_batches_are_float32_of_what_is_stored(write_store: WriteStore, ragged: np.ndarray, dtype: str) -> None:
+    store = write_store(ragged[:60], dtype=dtype)
+    everything = store.read(range(60)).float()
+    batch = stream_of(store)[0]
+    assert batch.dtype == torch.float32
+    said = places(batch)[:, 0]
+    assert torch.equal(batch[:, 0], everything[said[:, 0], said[:, 1]])
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_a_batch_follows_from_the_step_alone(store: Store, rule: str) -> None:
+    steps = stream_of(store, rule).steps_per_epoch
+    asked = [steps + 3, 0, 2 * steps - 1, 7, 8, steps - 1, steps]
+    one, other = stream_of(store, rule), stream_of(store, rule)
+    forward = {step: one[step] for step in sorted(asked)}
+    for step in asked:
+        assert torch.equal(other[step], forward[step])
+
+
+def test_iterating_gives_the_same_batches_across_epochs_and_from_any_step(store: Store) -> None:
+    stream = stream_of(store, "random", 96)
+    steps = stream.steps_per_epoch
+    expected = [stream[step] for step in range(2 * steps + 5)]
+    for start in (0, 1, steps - 1, steps, steps + steps // 2):
+        # All are kept, so that memory used twice would show.
+        batches = list(stream_of(store, "random", 96).iterate(start, len(expected)))
+        assert len(batches) == len(expected) - start
+        assert all(map(torch.equal, batches, expected[start:]))
+
+
+def test_a_store_that_fits_in_one_pool_gives_a_new_order_every_epoch(store: Store) -> None:
+    stream = stream_of(store, pool_sequences=10_000)
+    steps = stream.steps_per_epoch
+    first, second = (
+        np.concatenate([places(batch)[:, 0] for batch in stream.iterate(epoch * steps, (epoch + 1) * steps)])
+        for epoch in (0, 1)
+    )
+    assert not np.array_equal(first, second)
+    assert len(np.unique(second, axis=0)) == len(second)
+    assert all(
+        map(torch.equal, stream.iterate(steps - 2, steps + 2), (stream[step] for step in range(steps - 2, steps + 2)))
+    )
+
+
+def test_batches_mix_the_sequences_of_a_pool(store: Store) -> None:
+    for step in (0, 100, 300):
+        assert len(np.unique(places(stream_of(store)[step])[:, 0, 0])) > 18
+
+
+@pytest.mark.parametrize(("batch_size", "worlds"), [(24, (2, 3, 4, 8, 24)), (21, (3, 7)), (11, (11,))])
+def test_the_batches_of_all_ranks_make_the_batch_of_one(store: Store, batch_size: int, worlds: tuple[int, ...]) -> None:
+    alone = stream_of(store, "within:3", batch_size)
+    for world in worlds:
+        ranks = [stream_of(store, "within:3", batch_size, rank=rank, world=world) for rank in range(world)]
+        for step in (0, 1, alone.steps_per_epoch - 1, alone.steps_per_epoch + 50):
+            assert torch.equal(torch.cat([rank[step] for rank in ranks]), alone[step])
+
+
+def test_a_rank_reads_only_its_share(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    read = []
+    real = Store.read_chunks
+    monkeypatch.setattr(
+        Store, "read_chunks", lambda self, first, count, out: (read.append(count), real(self, first, count, out))[1]
+    )
+    stream_of(store, pool_sequences=10_000)[0]
+    whole = sum(read)
+    read.clear()
+    stream_of(store, pool_sequences=10_000, rank=1, world=4)[0]
+    assert sum(read) <= whole / 4 + 2
+
+
+def test_seeds_give_different_orders(store: Store) -> None:
+    assert not torch.equal(stream_of(store, seed=0)[0], stream_of(store, seed=1)[0])
+    assert torch.equal(stream_of(store, seed=-1)[0], stream_of(store, seed=-1)[0])
+
+
+def test_damage_found_while_reading_ahead_reaches_the_loop(write_store: WriteStore, ragged: np.ndarray) -> None:
+    store = write_store(ragged)
+    batches = stream_of(store).iterate(0, 10_000)
+    next(batches)
+    for shard in range(store.layout.geometry.shards):
+        store.layout.shard(shard).unlink()
+    with pytest.raises(TsaeError, match=r"shard \d+ .* cannot be opened"):
+        list(batches)
+
+
+def test_batches_that_cannot_be_are_refused(store: Store) -> None:
+    with pytest.raises(TsaeError, match=r"10000000 is impossible; .* has only"):
+        stream_of(store, batch_size=10_000_000)
+    with pytest.raises(TsaeError, match="cannot be shared by 5 processes"):
+        stream_of(store, rank=0, world=5)
+    with pytest.raises(IndexError):
+        stream_of(store)[-1]
