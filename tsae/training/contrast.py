@@ -55,10 +55,11 @@ def _dot_contrastive(high: SparseCode, other: SparseCode, temperature: float, sc
     total = high.values.new_zeros(batch)
     for start, stop in blocks:
         logits = weighted_rows(_row_block(high, start, stop), columns).div_(temperature)
-        row_lse[start:stop] = logits.logsumexp(dim=1)
+        highest = logits.amax(dim=1, keepdim=True)
+        row_lse[start:stop] = highest[:, 0] + _exp_(logits - highest).sum(dim=1).log()
         diagonal[start:stop] = logits[:, start:stop].diagonal()
         new_top = torch.maximum(top, logits.amax(dim=0))
-        total = total * (top - new_top).exp() + logits.sub_(new_top).exp_().sum(dim=0)
+        total = total * (top - new_top).exp() + _exp_(logits.sub_(new_top)).sum(dim=0)
         top = new_top
     column_lse = top + total.log()
     loss = scale * (row_lse + column_lse - 2 * diagonal).mean()
@@ -69,13 +70,18 @@ def _dot_contrastive(high: SparseCode, other: SparseCode, temperature: float, sc
     for start, stop in blocks:
         block = _row_block(high, start, stop)
         logits = weighted_rows(block, columns).div_(temperature)
-        gradient = (logits - row_lse[start:stop, None]).exp_() + logits.sub_(column_lse).exp_()
+        gradient = _exp_(logits - row_lse[start:stop, None]).add_(_exp_(logits.sub_(column_lse)))
         gradient[:, start:stop].diagonal().sub_(2)
         gradient *= factor
         first, last = int(high.offsets[start]), int(high.offsets[stop])
         current[first:last] = sampled_products(block, gradient, columns)
         partner += sampled_products(other, gradient.T.contiguous(), block.dense().T.contiguous())
     return TemporalTerm(loss, current, partner)
+
+
+def _exp_(exponents: Tensor) -> Tensor:
+    """exp in place, of values up to 0. What is below e^-80 of the whole is cut there: subnormal results are slow."""
+    return exponents.clamp_min_(-80).exp_()
 
 
 def _row_block(code: SparseCode, start: int, stop: int) -> SparseCode:
