@@ -17,6 +17,8 @@ from tsae import locks
 
 POLL_SECONDS = 0.2
 LOOK_SECONDS = 2.0
+MOST_CORES = 16
+"""A job that names no number of cores gets no more than this: small models do not gain from more threads."""
 
 
 @dataclass
@@ -139,12 +141,12 @@ class Queue:
         return Share(cpus, tuple(free[:gpus]))
 
     def _fair_cores(self, task: Task, gpus: int) -> int:
-        """Cores divided by the jobs of this kind that could run side by side."""
+        """Cores divided by the jobs of this kind that could run side by side, within reason."""
         peers = sum(
             entry.stage.kind == task.stage.kind and entry.state in ("waiting", "running") for entry in self.tasks
         )
         side_by_side = min(peers, len(self._gpus) // gpus) if gpus else peers
-        return max(1, self._cores // max(1, side_by_side))
+        return min(max(1, self._cores // max(1, side_by_side)), MOST_CORES)
 
     def _enter(self, task: Task, state: str) -> None:
         task.state = state

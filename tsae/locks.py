@@ -106,7 +106,7 @@ def _beat(path: Path, leaving: threading.Event) -> None:
 @contextmanager
 def _guard(path: Path) -> Iterator[None]:
     """Keep other processes out while the lock file is looked at and replaced."""
-    with open(path.with_name(path.name + ".guard"), "w") as stream:
+    with open(path.with_name(f".{path.name}.guard"), "w") as stream:
         fcntl.flock(stream, fcntl.LOCK_EX)
         yield
 
