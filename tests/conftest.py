@@ -1,4 +1,7 @@
-"""Settings for every test: one thread a process, since tests share the machine with each other and with Slurm."""
+"""What every test may use: a tiny language model with its tokenizer, and text to harvest from.
+
+One thread a process, since tests share the machine with each other.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,49 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("MPLBACKEND", "agg")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import json
+import random
+from pathlib import Path
+
+import pytest
 import torch
 
 torch.set_num_threads(1)
+
+WORDS = [a + b for a in ("ka", "lo", "mi", "ru", "se", "ta") for b in ("ba", "do", "fe", "gi", "nu")]
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in the hub's format: random GPT-NeoX of width 32 with 3 blocks, one token per word."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerFast
+
+    vocabulary = {word: index for index, word in enumerate(["<unk>", "<eos>", *WORDS])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    torch.manual_seed(0)
+    shape = GPTNeoXConfig(
+        vocab_size=len(vocabulary),
+        hidden_size=32,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        intermediate_size=64,
+        max_position_embeddings=64,
+        bos_token_id=1,
+        eos_token_id=1,
+        initializer_range=0.3,
+    )
+    folder = tmp_path_factory.mktemp("model") / "tiny-neox"
+    GPTNeoXForCausalLM(shape).save_pretrained(folder)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", eos_token="<eos>").save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """60 documents of 20 to 60 words."""
+    generator, path = random.Random(0), tmp_path_factory.mktemp("text") / "documents.jsonl"
+    documents = [" ".join(generator.choices(WORDS, k=generator.randint(20, 60))) for _ in range(60)]
+    path.write_text("".join(json.dumps({"text": document}) + "\n" for document in documents))
+    return path

@@ -18,39 +18,45 @@ from tsae.config import RunConfig
 log = logging.getLogger("tsae")
 
 
-def harvest_stage(config_path: str, task: int = 0, tasks: int = 1) -> None:
-    """Write share `task` of `tasks` of the activation store of the run described by `config_path`."""
-    config = configuration.load(config_path)
+def harvest_stage(config: RunConfig | str, task: int = 0, tasks: int = 1) -> Path:
+    """Write share `task` of `tasks` of the activation store of the run described by `config`, a configuration or its file."""
+    config = _resolved(config)
     with locks.hold(harvest_lock(store_path(config), task, tasks), "harvest"):
         from tsae.store.harvest import harvest
 
-        harvest(config, task, tasks)
+        return harvest(config, task, tasks)
 
 
-def train_stage(config_path: str, checkpoints_path: str, run_name: str) -> None:
+def train_stage(config: RunConfig | str, checkpoints_path: Path | str, run_name: str) -> Path:
     """Train the dictionary of run `run_name`, from its last resumable state if there is one."""
-    config = configuration.load(config_path)
+    config = _resolved(config)
     run = RunFolder.of(checkpoints_path, run_name)
     with locks.hold(run_lock(run, "train"), f"train {run_name}"):
         if run.is_trained(config):
             log.info("%s: already trained", run.path)
-            return
+            return run.path
         from tsae.training.run import train
 
         train(config, run)
+    return run.path
 
 
-def evaluate_stage(config_path: str, checkpoints_path: str, run_name: str) -> None:
+def evaluate_stage(config: RunConfig | str, checkpoints_path: Path | str, run_name: str) -> Path:
     """Measure the trained dictionary of run `run_name` on held-out activations."""
-    config = configuration.load(config_path)
+    config = _resolved(config)
     run = RunFolder.of(checkpoints_path, run_name)
     with locks.hold(run_lock(run, "evaluate"), f"evaluate {run_name}"):
         if run.is_evaluated(config):
             log.info("%s: already evaluated", run.path)
-            return
+            return run.path
         from tsae.evaluation.driver import evaluate
 
         evaluate(config, run)
+    return run.path
+
+
+def _resolved(config: RunConfig | str) -> RunConfig:
+    return config if isinstance(config, RunConfig) else configuration.load(config)
 
 
 def store_path(config: RunConfig) -> Path:

@@ -76,7 +76,7 @@ def _accelerator(config: RunConfig, run: RunFolder) -> Accelerator:
     accelerator = Accelerator(
         cpu=settings.device == "cpu",
         mixed_precision=settings.precision,
-        log_with=list(settings.trackers),
+        log_with=list(settings.trackers) or None,
         project_dir=str(run.path),
     )
     if settings.trackers:

@@ -172,14 +172,8 @@ class _Gradients:
     """The four gradient buffers, both matrices latent by latent [F, D]; made once, then overwritten."""
 
     def __init__(self, dictionary: ThresholdDictionary) -> None:
-        for parameter in dictionary.parameters():
-            if parameter.grad is None:
-                parameter.grad = torch.empty_like(parameter)  # keeps the [F, D] memory order of W_enc
-        assert dictionary.W_enc.grad is not None
-        self.W_enc = dictionary.W_enc.grad.T
-        self.W_dec, self.b_enc, self.b_dec = (
-            parameter.grad for parameter in (dictionary.W_dec, dictionary.b_enc, dictionary.b_dec)
-        )
+        self.W_enc, self.b_enc = _buffer(dictionary.W_enc).T, _buffer(dictionary.b_enc)
+        self.W_dec, self.b_dec = _buffer(dictionary.W_dec), _buffer(dictionary.b_dec)
         self._dictionary = dictionary
         self._chunk = max(1, CHUNK_BYTES // (dictionary.activation_dim * self.W_dec.element_size()))
 
@@ -198,3 +192,10 @@ class _Gradients:
     def finish(self) -> None:
         """b_dec's part through the encoder, −W_enc · ∂b_enc: both halves are centred by it before they are encoded."""
         self.b_dec.addmv_(self._dictionary.W_enc, self.b_enc, alpha=-1)
+
+
+def _buffer(parameter: Tensor) -> Tensor:
+    """The gradient of `parameter`, made (not filled) where there is none; it keeps the [F, D] memory order of W_enc."""
+    if parameter.grad is None:
+        parameter.grad = torch.empty_like(parameter)
+    return parameter.grad

@@ -1,0 +1,142 @@
+"""The training loop on a real store: what it writes, and that a kill leaves no trace."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import multiprocessing
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from tsae import config as configuration
+from tsae.checkpoint import RunFolder, load_dictionary
+from tsae.config import RunConfig
+from tsae.errors import TsaeError
+from tsae.store.harvest import harvest
+from tsae.training.run import train
+
+STEPS = 60
+
+
+@pytest.fixture
+def config(tiny_model: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
+    """A run of 60 steps on a store that the tests of this session share."""
+    store = tmp_path_factory.getbasetemp() / "training-store"
+    tree = {
+        "model": {"name": str(tiny_model), "layer": 1, "device": "cpu"},
+        "data": {"source": str(text), "context_length": 32, "min_length": 8, "holdout": 0.2},
+        "store": {"path": str(store)},
+        "sae": {"dict_size": 96, "k": 4},
+        "training": {
+            "steps": STEPS,
+            "batch_size": 64,
+            "lr": 0.003,
+            "warmup_steps": 5,
+            "decay_start": 40,
+            "threshold_start_step": 10,
+            "threshold_beta": 0.9,
+            "dead_after": 1000,
+            "log_every": 3,
+            "save_steps": [20],
+            "resume_every": 7,
+            "device": "cpu",
+        },
+    }
+    made = configuration.from_mapping(tree, "test")
+    harvest(made)
+    return made
+
+
+def outputs(run: RunFolder) -> dict[str, bytes]:
+    """Bytes of everything a run computes."""
+    return {path.name: path.read_bytes() for path in (run.weights, run.metrics, run.checkpoint(20), run.config_json)}
+
+
+def start_training(config: RunConfig, run: RunFolder) -> multiprocessing.process.BaseProcess:
+    process = multiprocessing.get_context("spawn").Process(target=train, args=(config, run))
+    process.start()
+    return process
+
+
+def test_run_writes_the_checkpoint_layout(config: RunConfig, tmp_path: Path) -> None:
+    run = RunFolder.of(tmp_path, "whole")
+    train(config, run)
+    assert run.is_trained(config)
+    dictionary, written = load_dictionary(tmp_path / "whole")
+    assert type(dictionary).__name__ == "TemporalMatryoshkaBatchTopKSAE"
+    assert dictionary.group_sizes == (19, 77)
+    assert float(dictionary.threshold) > 0
+    assert written["trainer"]["temp_alpha"] == 0.1
+    assert written["trainer"]["temporal"] == "p"
+    lines = [json.loads(line) for line in run.metrics.read_text().splitlines()]
+    assert [line["step"] for line in lines] == [*range(0, STEPS, 3), STEPS - 1]
+    assert lines[-1]["fve"] > lines[0]["fve"]
+    assert lines[-1]["l0"] == pytest.approx(4)
+    assert not run.resume.exists()
+    norms = dictionary.W_dec.norm(dim=1)
+    assert torch.allclose(norms, torch.ones_like(norms), atol=1e-6)
+
+
+def test_resume_is_bit_exact_after_kills(config: RunConfig, tmp_path: Path) -> None:
+    whole, killed = RunFolder.of(tmp_path, "whole"), RunFolder.of(tmp_path, "killed")
+    train(config, whole)
+    for least_step in (7, 28):
+        process = start_training(config, killed)
+        latest = killed.resume / "latest"
+        deadline = time.monotonic() + 120
+        while process.is_alive() and time.monotonic() < deadline:
+            if latest.exists() and int(latest.read_text().removeprefix("step_")) >= least_step:
+                os.kill(process.pid or 0, signal.SIGKILL)
+            time.sleep(0.002)
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
+        assert not killed.is_trained(config)
+    train(config, killed)
+    assert outputs(killed) == outputs(whole)
+
+
+def test_a_folder_of_another_configuration_is_refused(config: RunConfig, tmp_path: Path) -> None:
+    run = RunFolder.of(tmp_path, "run")
+    train(configuration.replace(config, training={"steps": 41}), run)
+    before = outputs(run)
+    with pytest.raises(TsaeError, match="another configuration"):
+        train(config, run)
+    assert outputs(run) == before
+
+
+def test_trackers_receive_the_measures(config: RunConfig, tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run = RunFolder.of(tmp_path, "tracked")
+    train(configuration.replace(config, training={"trackers": ("tensorboard",)}), run)
+    tags: set[str] = set()
+    for events in run.path.rglob("events.out.tfevents.*"):
+        accumulator = EventAccumulator(str(events))
+        accumulator.Reload()
+        tags |= set(accumulator.Tags()["scalars"])
+    assert {"fve", "l0", "temp_loss"} <= tags
+
+
+def test_a_missing_tracker_is_named(config: RunConfig, tmp_path: Path) -> None:
+    if importlib.util.find_spec("wandb"):
+        pytest.skip("wandb is installed here, so it cannot be missing")
+    with pytest.raises(TsaeError, match="wandb is not installed"):
+        train(configuration.replace(config, training={"trackers": ("wandb",)}), RunFolder.of(tmp_path, "run"))
+
+
+def test_intermediate_checkpoints_hold_the_state_before_their_step(config: RunConfig, tmp_path: Path) -> None:
+    full, short = RunFolder.of(tmp_path, "full"), RunFolder.of(tmp_path, "short")
+    train(config, full)
+    train(configuration.replace(config, training={"save_steps": (0, 20)}), short)
+    dictionary, _ = load_dictionary(tmp_path / "full", checkpoint=20)
+    again, _ = load_dictionary(tmp_path / "short", checkpoint=20)
+    assert torch.equal(dictionary.W_dec, again.W_dec)
+    final, _ = load_dictionary(tmp_path / "full")
+    assert not torch.equal(dictionary.W_dec, final.W_dec)
+    with pytest.raises(TsaeError, match="never calibrated"):
+        load_dictionary(tmp_path / "short", checkpoint=0)
