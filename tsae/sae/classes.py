@@ -1,62 +1,35 @@
-"""The dictionary classes of the field that this package trains, under the names their files carry."""
+"""From names and tensors of a file to a dictionary: the class is looked up, and every tensor is accounted for."""
 
 from __future__ import annotations
-
-from collections.abc import Sequence
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from tsae.errors import TsaeError, suggestion
+from tsae.sae.architectures import (
+    AutoEncoder,
+    AutoEncoderNew,
+    AutoEncoderTopK,
+    BatchTopKSAE,
+    GatedAutoEncoder,
+    JumpReluAutoEncoder,
+    MatryoshkaBatchTopKSAE,
+    TemporalMatryoshkaBatchTopKSAE,
+)
 from tsae.sae.dictionary import Dictionary, ThresholdDictionary
 
-
-class BatchTopKSAE(ThresholdDictionary):
-    """BatchTopK SAE (Bussmann et al. 2024, arXiv 2412.06410)."""
-
-    file_tensors: ClassVar[dict[str, str]] = {
-        "b_dec": "b_dec",
-        "k": "k",
-        "threshold": "threshold",
-        "decoder.weight": "W_dec.T",
-        "encoder.weight": "W_enc.T",
-        "encoder.bias": "b_enc",
-    }
-
-
-class MatryoshkaBatchTopKSAE(ThresholdDictionary):
-    """BatchTopK SAE with nested groups of latents (Bussmann et al. 2025, arXiv 2503.17547)."""
-
-    file_tensors: ClassVar[dict[str, str]] = {
-        "W_enc": "W_enc",
-        "b_enc": "b_enc",
-        "W_dec": "W_dec",
-        "b_dec": "b_dec",
-        "k": "k",
-        "threshold": "threshold",
-        "group_sizes": "group_size_tensor",
-    }
-
-    def __init__(self, activation_dim: int, dict_size: int, k: int, group_sizes: Sequence[int]) -> None:
-        super().__init__(activation_dim, dict_size, k)
-        if sum(group_sizes) != dict_size or min(group_sizes) <= 0:
-            raise TsaeError(f"group sizes {tuple(group_sizes)} are not positive numbers that sum to {dict_size}")
-        self.register_buffer("group_size_tensor", torch.tensor(list(group_sizes), dtype=torch.int64))
-
-    @property
-    def group_sizes(self) -> tuple[int, ...]:
-        """Latents per group."""
-        return tuple(int(size) for size in self.group_size_tensor)
-
-
-class TemporalMatryoshkaBatchTopKSAE(MatryoshkaBatchTopKSAE):
-    """Temporal SAE (Bhalla & Oesterling et al. 2025, arXiv 2511.05541): a Matryoshka SAE in every file and at inference,
-    whose first group was trained to agree between neighbouring tokens."""
-
-
 CLASSES: dict[str, type[Dictionary]] = {
-    cls.__name__: cls for cls in (BatchTopKSAE, MatryoshkaBatchTopKSAE, TemporalMatryoshkaBatchTopKSAE)
+    cls.__name__: cls
+    for cls in (
+        AutoEncoder,
+        AutoEncoderNew,
+        GatedAutoEncoder,
+        JumpReluAutoEncoder,
+        AutoEncoderTopK,
+        BatchTopKSAE,
+        MatryoshkaBatchTopKSAE,
+        TemporalMatryoshkaBatchTopKSAE,
+    )
 }
 
 
@@ -70,25 +43,64 @@ def dictionary_class(name: object, where: str) -> type[Dictionary]:
 
 
 def from_state(name: object, state: dict[str, Tensor], k: int | None, where: str) -> Dictionary:
-    """A dictionary of class `name` around the tensors of a reference state dict.
+    """A dictionary of class `name` around the tensors of a reference state dict (shared, not copied).
 
     Raises TsaeError if the tensors are not those of the class, or if `k` (of the config) disagrees with the file.
     """
     cls = dictionary_class(name, where)
-    shaped = state.get("W_dec", state.get("decoder.weight"))
-    if shaped is None or shaped.ndim != 2:
-        raise TsaeError(f"{where}: holds no decoder matrix; it is not the weights of a {cls.__name__}")
-    dict_size, activation_dim = shaped.shape if "W_dec" in state else shaped.shape[::-1]
+    cls.check_names(state, where)
+    key = "W_dec" if "W_dec" in state else "decoder.weight"
+    if state[key].ndim != 2:
+        raise TsaeError(f"{where}: {key} has shape {tuple(state[key].shape)}; a matrix is expected")
+    dict_size, activation_dim = state[key].shape if key == "W_dec" else state[key].T.shape
     arguments: list[object] = [activation_dim, dict_size]
     if issubclass(cls, ThresholdDictionary):
-        stored = state.get("k")
-        if stored is not None and k is not None and int(stored) != k:
-            raise TsaeError(f"{where}: k is {int(stored)} in the weights and {k} in config.json; one of them is wrong")
-        arguments.append(int(stored) if stored is not None else k or 0)
+        arguments.append(_agreed_k(state["k"], k, dict_size, where))
     if issubclass(cls, MatryoshkaBatchTopKSAE):
-        sizes = state.get("group_sizes")
-        arguments.append(sizes.tolist() if sizes is not None and sizes.ndim == 1 else [dict_size])
+        arguments.append(_group_sizes(state["group_sizes"], dict_size, where))
     with torch.device("meta"):
         dictionary = cls(*arguments)  # type: ignore[arg-type]
     dictionary.from_file(state, where)
     return dictionary
+
+
+def _agreed_k(stored: Tensor, k: int | None, dict_size: int, where: str) -> int:
+    if stored.numel() != 1 or not 0 < int(stored) <= dict_size:
+        raise TsaeError(f"{where}: k is {stored.tolist()}; one number from 1 to {dict_size} (the latents) is expected")
+    if k is not None and int(stored) != k:
+        raise TsaeError(f"{where}: k is {int(stored)} in the weights and {k} in config.json; one of them is wrong")
+    return int(stored)
+
+
+def _group_sizes(stored: Tensor, dict_size: int, where: str) -> list[int]:
+    sizes: list[int] = stored.flatten().tolist()
+    if stored.ndim != 1 or not sizes or min(sizes) <= 0 or sum(sizes) != dict_size:
+        raise TsaeError(
+            f"{where}: group_sizes are {stored.tolist()}; positive numbers that sum to the {dict_size} latents are expected"
+        )
+    return sizes
+
+
+def random_dictionary(name: str, activation_dim: int, dict_size: int, seed: int = 0) -> Dictionary:
+    """A dictionary of class `name` with random weights, biases and thresholds; for tests of files and formats."""
+    cls = dictionary_class(name, "random_dictionary")
+    arguments: list[object] = [activation_dim, dict_size]
+    if issubclass(cls, ThresholdDictionary):
+        arguments.append(max(1, dict_size // 16))
+    if issubclass(cls, MatryoshkaBatchTopKSAE):
+        high = max(1, dict_size // 5)
+        arguments.append([high, dict_size - high])
+    dictionary = cls(*arguments)  # type: ignore[arg-type]
+    generator = torch.Generator().manual_seed(seed)
+    rows = torch.randn(dict_size, activation_dim, generator=generator)
+    rows /= rows.norm(dim=1, keepdim=True)
+    dictionary.W_dec.data = rows
+    mixed = rows + 0.1 * torch.randn(dict_size, activation_dim, generator=generator) / activation_dim**0.5
+    dictionary.W_enc.data = mixed.T
+    for parameter in dictionary.parameters():
+        if parameter.ndim == 1:
+            parameter.data = 0.1 * torch.randn(len(parameter), generator=generator)
+    threshold = getattr(dictionary, "threshold", None)
+    if threshold is not None:
+        threshold.data = 0.2 + 0.3 * torch.rand(threshold.shape, generator=generator)
+    return dictionary.eval().requires_grad_(False)

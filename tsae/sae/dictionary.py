@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from tsae.errors import TsaeError
+from tsae.sae.topk import batch_top_k
 
 UNCALIBRATED = -1.0
 
@@ -27,6 +28,8 @@ class Dictionary(nn.Module):
     file_tensors: ClassVar[dict[str, str]] = {}
     centre_input: ClassVar[bool] = True
     """Whether `b_dec` is subtracted from the input before encoding."""
+    scales_with_input: ClassVar[tuple[str, ...]] = ("b_enc", "b_dec")
+    """Tensors that must grow with the activations for the dictionary to do the same on a larger scale."""
 
     def __init__(self, activation_dim: int, dict_size: int) -> None:
         super().__init__()
@@ -59,6 +62,16 @@ class Dictionary(nn.Module):
             start += size
         return tuple(slices)
 
+    @property
+    def encode_rule(self) -> str:
+        """What decides at inference which latents are active."""
+        raise NotImplementedError(f"{type(self).__name__} defines no encoder")
+
+    @property
+    def scalar_threshold(self) -> float | None:
+        """The one threshold that encoding uses; none where the rule has none, or one for each latent."""
+        return None
+
     def pre_activations(self, x: Tensor) -> Tensor:
         """[..., D] → [..., F], before any nonlinearity."""
         return (x - self.b_dec if self.centre_input else x) @ self.W_enc + self.b_enc
@@ -83,13 +96,18 @@ class Dictionary(nn.Module):
         """Reconstruction [..., D] of activations [..., D]."""
         return self.decode(self.encode(x))
 
-    def to_file(self) -> dict[str, Tensor]:
-        """The state dict of the reference's class: CPU tensors under its names, in its order."""
+    def to_file(self, scale: float = 1.0) -> dict[str, Tensor]:
+        """The state dict of the reference's class: CPU tensors under its names, in its order.
+
+        With `scale`, of the same dictionary for activations that are `scale` times as large as those it knows.
+        """
         state = {}
         for key, attribute in self.file_tensors.items():
             name, _, transposed = attribute.partition(".")
             tensor = getattr(self, name).detach()
             state[key] = (tensor.T if transposed else tensor).to("cpu", copy=True).contiguous()
+            if scale != 1 and name in self.scales_with_input:
+                state[key] *= scale
         return state
 
     def from_file(self, state: dict[str, Tensor], where: str = "state dict") -> None:
@@ -97,35 +115,46 @@ class Dictionary(nn.Module):
 
         Raises TsaeError for missing or extra tensors, wrong shapes and non-finite values.
         """
-        self._check_names(state, where)
+        self.check_names(state, where)
         for key, attribute in self.file_tensors.items():
             name, _, transposed = attribute.partition(".")
             own, given = getattr(self, name), state[key]
-            tensor = given.T if transposed else given
-            if tensor.shape != own.shape:
-                expected = tuple(own.T.shape if transposed else own.shape)
+            expected = own.T.shape if transposed else own.shape
+            if given.shape != expected:
                 raise TsaeError(
-                    f"{where}: {key} has shape {tuple(given.shape)}; {type(self).__name__} needs {expected}"
+                    f"{where}: {key} has shape {tuple(given.shape)}; {type(self).__name__} needs {tuple(expected)}"
                 )
-            # A sum is finite only if no term is NaN or infinite; isfinite() itself would copy the whole matrix.
-            if given.is_floating_point() and not bool(torch.isfinite(given.sum(dtype=torch.float64))):
+            if given.is_floating_point() != own.is_floating_point():
+                raise TsaeError(f"{where}: {key} is {given.dtype}; {type(self).__name__} needs {own.dtype}")
+            if not is_finite(given):
                 raise TsaeError(f"{where}: {key} holds values that are not finite; the file is damaged or diverged")
-            tensor = tensor.to(own.dtype)
+            tensor = (given.T if transposed else given).to(own.dtype)
             setattr(self, name, nn.Parameter(tensor) if isinstance(own, nn.Parameter) else tensor)
 
-    def _check_names(self, state: dict[str, Tensor], where: str) -> None:
-        missing = [key for key in self.file_tensors if key not in state]
-        extra = [key for key in state if key not in self.file_tensors]
+    @classmethod
+    def check_names(cls, state: dict[str, Tensor], where: str) -> None:
+        """Raise TsaeError unless `state` has exactly the tensors of this class."""
+        missing = [key for key in cls.file_tensors if key not in state]
+        extra = [key for key in state if key not in cls.file_tensors]
         if missing or extra:
             raise TsaeError(
-                f"{where}: not a {type(self).__name__}: missing tensors {missing or 'none'}, "
+                f"{where}: not a {cls.__name__}: missing tensors {missing or 'none'}, "
                 f"unexpected tensors {extra or 'none'}; does dict_class in config.json match the weights?"
             )
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether no value is NaN or infinite, without a copy of the tensor (which isfinite would make)."""
+    if not tensor.is_floating_point() or tensor.numel() == 0:
+        return True
+    # Both extremes of a tensor that holds a NaN are NaN.
+    return bool(torch.isfinite(torch.stack(torch.aminmax(tensor if tensor.is_contiguous() else tensor.T))).all())
 
 
 class ThresholdDictionary(Dictionary):
     """A dictionary trained with (batch-)top-k and used with a threshold that stands in for the batch's cut."""
 
+    scales_with_input: ClassVar[tuple[str, ...]] = ("b_enc", "b_dec", "threshold")
     k: Tensor
     threshold: Tensor
 
@@ -133,6 +162,27 @@ class ThresholdDictionary(Dictionary):
         super().__init__(activation_dim, dict_size)
         self.register_buffer("k", torch.tensor(k, dtype=torch.int32))
         self.register_buffer("threshold", torch.tensor(UNCALIBRATED))
+
+    @property
+    def encode_rule(self) -> str:
+        """`threshold`: one for all latents, whatever else is in the batch."""
+        return "threshold"
+
+    @property
+    def scalar_threshold(self) -> float | None:
+        """The threshold; none before it was calibrated."""
+        return float(self.threshold) if self.threshold >= 0 else None
+
+    def keep_largest(self, activations: Tensor) -> Tensor:
+        """The code in training: of rectified pre-activations [..., F], the k·N largest of N tokens."""
+        return batch_top_k(activations, int(self.k))
+
+    def to_file(self, scale: float = 1.0) -> dict[str, Tensor]:
+        """As for every dictionary; a threshold that was never calibrated keeps its mark."""
+        state = super().to_file(scale)
+        if self.threshold < 0:
+            state["threshold"].fill_(UNCALIBRATED)
+        return state
 
     def encode(self, x: Tensor) -> Tensor:
         """Feature activations [..., F]: those above the threshold, exactly (strict inequality)."""
@@ -149,5 +199,5 @@ class ThresholdDictionary(Dictionary):
         if self.threshold < 0:
             raise TsaeError(
                 f"{where}: the threshold was never calibrated ({float(self.threshold):g}), so codes would be dense; "
-                "train past training.threshold_start_step"
+                "train past training.threshold_start_step, or set it with: tsae calibrate RUN"
             )

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tsae.config import SaeConfig
-from tsae.sae.classes import BatchTopKSAE, MatryoshkaBatchTopKSAE, TemporalMatryoshkaBatchTopKSAE
+from tsae.sae.architectures import BatchTopKSAE, MatryoshkaBatchTopKSAE, TemporalMatryoshkaBatchTopKSAE
 from tsae.sae.dictionary import ThresholdDictionary
 
 EPSILON = float(torch.finfo(torch.float32).eps)

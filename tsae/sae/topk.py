@@ -1,4 +1,4 @@
-"""Batch-top-k, the dense definition."""
+"""Top-k over a batch and over each token, the dense definitions."""
 
 from __future__ import annotations
 
@@ -15,3 +15,9 @@ def batch_top_k(activations: Tensor, k: int) -> Tensor:
     count = min(k * (flat.numel() // activations.shape[-1]), flat.numel())
     top = flat.topk(count, sorted=False)
     return torch.zeros_like(flat).scatter(0, top.indices, top.values).reshape(activations.shape)
+
+
+def top_k(activations: Tensor, k: int) -> Tensor:
+    """Keep the k largest of non-negative activations [..., F] of each token; zeros elsewhere."""
+    top = activations.topk(min(k, activations.shape[-1]), dim=-1, sorted=False)
+    return torch.zeros_like(activations).scatter(-1, top.indices, top.values)
