@@ -9,6 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from tsae.sae.sparse import SparseCode
+
 Ranges = Sequence[tuple[int, int]]
 """R pairs (first, end) of latent indices."""
 
@@ -32,6 +34,17 @@ def active_code(f: Tensor) -> ActiveCode:
     """The active part of dense codes f [T, F], none of them negative."""
     latents = f.amax(0).nonzero()[:, 0]
     return ActiveCode(latents, f.index_select(1, latents).T.contiguous().float())
+
+
+def context_code(code: SparseCode, rows: slice) -> ActiveCode:
+    """The code of one context, the tokens `rows` of a batch's sparse code."""
+    first, end = (int(code.offsets[edge]) for edge in (rows.start, rows.stop))
+    latents, place = torch.unique(code.latents[first:end], return_inverse=True)
+    values = code.values.new_zeros(len(latents), rows.stop - rows.start, dtype=torch.float32)
+    counts = code.offsets[rows.start : rows.stop + 1].diff()
+    position = torch.repeat_interleave(torch.arange(len(counts), device=counts.device), counts)
+    values[place, position] = code.values[first:end].float()
+    return ActiveCode(latents, values)
 
 
 def split_ranges(group_sizes: Sequence[int]) -> list[tuple[int, int]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from tsae.evaluation.results import plain, summarise
 from tsae.evaluation.scores import Scores
 from tsae.progress import Progress
 from tsae.sae.dictionary import Dictionary, ThresholdDictionary
+from tsae.sae.inference import reconstruct
 from tsae.store.layout import store_path
 from tsae.store.reader import Store
 
@@ -95,7 +97,7 @@ def _loss_recovered(
         batches.append(
             sequence_losses(
                 model,
-                dictionary,
+                functools.partial(reconstruct, dictionary),
                 tokens[part],
                 lengths[part],
                 document[part],

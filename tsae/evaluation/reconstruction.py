@@ -12,17 +12,18 @@ from torch import Tensor
 
 from tsae.evaluation.codes import ActiveCode, Ranges, reduce_ranges
 from tsae.sae.dictionary import Dictionary
+from tsae.sae.inference import decode_latents
+from tsae.sae.sparse import SparseCode
 
 
-def decode_ranges(dictionary: Dictionary, f: Tensor) -> list[Tensor]:
-    """R reconstructions [..., D] of codes f [..., F]: whole, high-level only, low-level only, each group alone.
+def decode_ranges(dictionary: Dictionary, code: SparseCode) -> list[Tensor]:
+    """R reconstructions [N, D] of the codes of N tokens: whole, high-level only, low-level only, each group alone.
 
     The whole one holds the decoder's bias, the others do not.
     """
-    groups = range(len(dictionary.group_sizes))
-    alone = [dictionary.decode_groups(f, [group]) for group in groups]
+    alone = [decode_latents(dictionary, code, group) for group in dictionary.group_slices]
     rest = sum(alone[2:], start=alone[1]) if len(alone) > 1 else torch.zeros_like(alone[0])
-    return [dictionary.decode(f), alone[0], rest, *alone]
+    return [sum(alone[1:], start=alone[0]) + dictionary.b_dec, alone[0], rest, *alone]
 
 
 def variance_explained(x: Tensor, reconstructions: Sequence[Tensor]) -> Tensor:

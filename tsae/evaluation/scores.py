@@ -14,9 +14,11 @@ from torch import Tensor
 
 from tsae.errors import TsaeError
 from tsae.evaluation import reconstruction
-from tsae.evaluation.codes import active_code, split_ranges
+from tsae.evaluation.codes import ActiveCode, context_code, split_ranges
 from tsae.evaluation.smoothness import smoothness
 from tsae.sae.dictionary import Dictionary
+from tsae.sae.inference import encode_sparse
+from tsae.sae.select import Encoder
 
 
 class Scores:
@@ -27,6 +29,7 @@ class Scores:
         self.ranges = split_ranges(dictionary.group_sizes)
         self.firings = torch.zeros(dictionary.dict_size, dtype=torch.int64)
         """Tokens on which each latent was active, [F]."""
+        self._encoder = Encoder()
         self._rows: list[dict[str, Tensor]] = []
         self._documents: list[int] = []
         self._lengths: list[int] = []
@@ -36,18 +39,17 @@ class Scores:
     def add(self, x: Tensor, lengths: Sequence[int], documents: Sequence[int]) -> None:
         """Score contexts that lie one after the other in x [N, D]: lengths and document index of each."""
         x = x.float()
-        f = self.dictionary.encode(x)
-        reconstructions = reconstruction.decode_ranges(self.dictionary, f)
+        code = encode_sparse(self.dictionary, x, self._encoder)
+        reconstructions = reconstruction.decode_ranges(self.dictionary, code)
         start = 0
         for length, document in zip(lengths, documents, strict=True):
             here = slice(start, start + length)
-            self._add_context(x[here], f[here], [x_hat[here] for x_hat in reconstructions])
+            self._add_context(x[here], context_code(code, here), [x_hat[here] for x_hat in reconstructions])
             self._documents.append(document)
             self._lengths.append(length)
             start += length
 
-    def _add_context(self, x: Tensor, f: Tensor, reconstructions: list[Tensor]) -> None:
-        code = active_code(f)
+    def _add_context(self, x: Tensor, code: ActiveCode, reconstructions: list[Tensor]) -> None:
         self.firings.index_add_(0, code.latents.cpu(), (code.values > 0).sum(1).cpu())
         self._sums.append(x.double().sum(0).cpu())
         self._rows.append(

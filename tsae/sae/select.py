@@ -68,11 +68,11 @@ def _select_half(encoder: Encoder, x: Tensor, weight: Tensor, bias: Tensor, k: i
     if guess is None:
         guess = _first_guess(x, weight, bias, k)
     passes = 1
-    rows, latents, values = _candidates(encoder, x, weight, bias, guess)
+    rows, latents, values = entries_above(encoder, x, weight, bias, guess)
     while len(values) < wanted and guess > 0:
         # Nearly enough: a small step down; far too few: a large one; and soon all positive ones.
         guess = guess * (0.8 if len(values) > wanted // 2 else 0.5) if passes < 4 else 0.0
-        rows, latents, values = _candidates(encoder, x, weight, bias, guess)
+        rows, latents, values = entries_above(encoder, x, weight, bias, guess)
         passes += 1
     cut = 0.0
     if len(values) > wanted:
@@ -102,7 +102,7 @@ def _first_guess(x: Tensor, weight: Tensor, bias: Tensor, k: int) -> float:
     return GUESS_MARGIN * float(top.min())
 
 
-def _candidates(
+def entries_above(
     encoder: Encoder, x: Tensor, weight: Tensor, bias: Tensor, guess: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Row, latent and value of every pre-activation above max(guess, 0), ascending by row and latent."""

@@ -1,0 +1,39 @@
+"""Codes at inference without a dense [N, F] tensor: what evaluation and experiments read."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tsae.sae.dictionary import Dictionary, ThresholdDictionary
+from tsae.sae.select import Encoder, entries_above
+from tsae.sae.sparse import SparseCode, from_dense, from_entries, weighted_rows
+
+
+@torch.no_grad()
+def encode_sparse(dictionary: Dictionary, x: Tensor, encoder: Encoder | None = None) -> SparseCode:
+    """The code of activations x [N, D], by the class's own rule; equal to `dictionary.encode`.
+
+    `encoder` keeps its scratch buffer between calls. Raises TsaeError if a threshold is needed and uncalibrated.
+    """
+    if not (isinstance(dictionary, ThresholdDictionary) and dictionary.scalar_threshold is not None):
+        return from_dense(dictionary.encode(x))
+    dictionary.require_calibrated(type(dictionary).__name__)
+    centred = x - dictionary.b_dec if dictionary.centre_input else x
+    rows, latents, values = entries_above(
+        encoder or Encoder(), centred, dictionary.W_enc, dictionary.b_enc, float(dictionary.scalar_threshold)
+    )
+    return from_entries(rows, latents, values, len(x), dictionary.dict_size)
+
+
+@torch.no_grad()
+def decode_latents(dictionary: Dictionary, code: SparseCode, latents: slice) -> Tensor:
+    """What a run of latents alone writes, [N, D]; without the bias."""
+    part, _ = code.within(latents)
+    return weighted_rows(part, dictionary.W_dec[latents])
+
+
+@torch.no_grad()
+def reconstruct(dictionary: Dictionary, x: Tensor) -> Tensor:
+    """The reconstruction [N, D] of activations x [N, D]."""
+    return weighted_rows(encode_sparse(dictionary, x), dictionary.W_dec) + dictionary.b_dec
