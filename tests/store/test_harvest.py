@@ -128,6 +128,20 @@ def test_harvest_brings_back_a_lost_shard(tmp_path: Path, harvested: Path, make_
     assert_same_store(path, harvested)
 
 
+def test_store_is_incomplete_from_the_loss_of_a_shard_to_its_return(
+    tmp_path: Path, harvested: Path, make_config: Make
+) -> None:
+    path = tmp_path / "store"
+    shutil.copytree(harvested, path)
+    for shard in (0, 1):
+        StoreLayout(path).shard(shard).unlink()
+    harvest(make_config(path), 0, 2)
+    with pytest.raises(TsaeError, match=r"1 of \d+ shards are missing \(1\)"):
+        Store.open(path)
+    harvest(make_config(path), 1, 2)
+    assert_same_store(path, harvested)
+
+
 def test_another_configuration_is_refused(tmp_path: Path, harvested: Path, make_config: Make) -> None:
     other = make_config(harvested, model={"layer": 1})
     for refuse in (harvest, lambda config: Store.open(harvested, config)):

@@ -158,6 +158,16 @@ def test_a_store_that_fits_in_one_pool_gives_a_new_order_every_epoch(store: Stor
     )
 
 
+def test_every_epoch_puts_other_sequences_into_its_first_pool(store: Store) -> None:
+    stream = stream_of(store)
+    first, second = (
+        set(np.concatenate([places(stream[epoch * stream.steps_per_epoch + step])[:, 0, 0] for step in range(50)]))
+        for epoch in (0, 1)
+    )
+    assert min(len(first), len(second)) > 150
+    assert len(first & second) < 100
+
+
 def test_batches_mix_the_sequences_of_a_pool(store: Store) -> None:
     for step in (0, 100, 300):
         assert len(np.unique(places(stream_of(store)[step])[:, 0, 0])) > 18
