@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from tsae.phases import phase
 from tsae.sae.sparse import SparseCode, from_entries
 
 SEGMENT = 64
@@ -40,6 +41,7 @@ class Encoder:
         """Rows per block: about 64 MB of activations, at least 64 rows, so that the product runs at full speed."""
         return max(64, BLOCK_BYTES // (4 * dict_size))
 
+    @phase("encoder product")
     def block(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         """x [n, D] @ weight [D, F] + bias as [n, segments·64]; the padding past F holds −inf."""
         rows, width = len(x), weight.shape[1]
@@ -53,6 +55,7 @@ class Encoder:
         return buffer
 
 
+@phase("selection")
 def batch_top_k_codes(
     encoder: Encoder, halves: list[Tensor], weight: Tensor, bias: Tensor, k: int, guesses: list[float | None]
 ) -> list[Selection]:

@@ -5,7 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from tsae.phases import phase
 
+
+@phase("selection")
 def batch_top_k(activations: Tensor, k: int) -> Tensor:
     """Keep the k·N largest of non-negative activations [..., F] over all N leading rows; zeros elsewhere.
 

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from tsae.phases import phase
 from tsae.sae.dictionary import ThresholdDictionary
 from tsae.training.objective import Losses, Weights, encode_batch, objective
 
@@ -66,5 +67,6 @@ class DenseEngine:
             # Asked for by the trainer's check that the temporal term really acts.
             (gradient,) = torch.autograd.grad(losses.temp_loss, encoded.codes.current, retain_graph=True)
             losses = losses._replace(temp_gradient=(gradient * (encoded.codes.current > 0)).abs().max())
-        losses.loss.backward()
+        with phase("weight gradients"):
+            losses.loss.backward()
         return Losses(*(term.detach() for term in losses))

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity, cross_entropy
 
 from tsae.config import RunConfig
+from tsae.phases import phase
 from tsae.sae.dictionary import ThresholdDictionary
 from tsae.sae.topk import batch_top_k
 
@@ -84,6 +85,7 @@ class Losses(NamedTuple):
     """Largest absolute gradient of the temporal term with respect to the current tokens' codes."""
 
 
+@phase("encoder product")
 def encode_batch(dictionary: ThresholdDictionary, current: Tensor, partner: Tensor | None) -> Codes:
     """Codes of the current tokens [B, D] and of their partners; batch-top-k is taken over each half by itself."""
     k = int(dictionary.k)
@@ -124,6 +126,7 @@ def sum_scaled(group_losses: Tensor, weights: Weights) -> Tensor:
     return group_losses.sum() * scale
 
 
+@phase("decode")
 def nested_reconstruction(
     dictionary: ThresholdDictionary, f: Tensor, x: Tensor, weights: tuple[float, ...]
 ) -> tuple[Tensor, Tensor]:
@@ -136,6 +139,7 @@ def nested_reconstruction(
     return torch.stack(losses), (x - reconstruction).detach()
 
 
+@phase("contrast")
 def contrastive(high: Tensor, other: Tensor, weights: Weights) -> Tensor:
     """Symmetric InfoNCE of high-level codes [B, F0]: each token's own partner against all partners of the batch."""
     if weights.similarity == "cosine":
@@ -145,11 +149,13 @@ def contrastive(high: Tensor, other: Tensor, weights: Weights) -> Tensor:
     return weights.direction_scale * (cross_entropy(logits, labels) + cross_entropy(logits.T, labels))
 
 
+@phase("contrast")
 def weighted_l1(high: Tensor, other: Tensor, cosine: Tensor) -> Tensor:
     """Mean L1 distance of high-level codes [B, F0], each pair weighted by the cosine [B] of its inputs."""
     return ((high - other).abs().sum(dim=-1) * cosine).mean()
 
 
+@phase("aux-k")
 def auxiliary(dictionary: ThresholdDictionary, pre: Tensor, error: Tensor, dead: Tensor, aux_k: int) -> Tensor:
     """How well the strongest dead latents explain the residual [B, D], relative to its variance (Gao et al. 2024, A.2)."""
     n_dead = int(dead.sum())

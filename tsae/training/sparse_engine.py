@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
+from tsae.phases import phase
 from tsae.sae.dictionary import ThresholdDictionary
 from tsae.sae.select import GUESS_MARGIN, Encoder, batch_top_k_codes
 from tsae.sae.sparse import ByLatent, SparseCode, sampled_products, weighted_rows
@@ -88,16 +89,7 @@ class SparseEngine:
         )
         l2_loss = group_losses.sum() * (weights.groups[0] / weights.group_weights[0])
 
-        value_gradient = torch.empty_like(codes.current.values)
-        back = torch.zeros_like(residuals[-1])
-        for g in reversed(range(len(parts))):
-            part, places = parts[g]
-            group = dictionary.group_slices[g]
-            back.add_(residuals[g], alpha=-2 * weights.groups[g] / batch)
-            value_gradient[places] = sampled_products(part, back, dictionary.W_dec[group])
-            gradients.decoder(part, back, group)
-        gradients.b_dec.copy_(back.sum(dim=0))
-
+        value_gradient = _through_decoder(dictionary, weights, codes.current, parts, residuals, gradients)
         term = self._temporal(weights, codes, parts[0][0], dictionary.group_slices[0], current, partner)
         rows, latents = codes.current.rows, codes.current.latents
         entries = [_Entries(rows, latents, value_gradient)]
@@ -116,6 +108,7 @@ class SparseEngine:
         strongest = term[0].current.abs().max() if term and len(term[0].current) else l2_loss.new_zeros(())
         return Losses(loss, l2_loss, group_losses, auxk, temporal, residuals[-1], strongest)
 
+    @phase("contrast")
     def _temporal(
         self, weights: Weights, codes: _Codes, high: SparseCode, group: slice, current: Tensor, partner: Tensor | None
     ) -> tuple[TemporalTerm, SparseCode] | None:
@@ -129,6 +122,7 @@ class SparseEngine:
         term = weighted_l1(high, other, cosine_similarity(current, partner, dim=-1))
         return TemporalTerm(*(weights.group_weights[0] * part for part in term)), other
 
+    @phase("aux-k")
     def _auxiliary(
         self,
         dictionary: ThresholdDictionary,
@@ -159,6 +153,7 @@ class SparseEngine:
         return loss
 
 
+@phase("decode")
 def _residuals(dictionary: ThresholdDictionary, parts: list[SparseCode], centred: Tensor) -> list[Tensor]:
     """x minus each nested reconstruction, G tensors [B, D]."""
     residuals, residual = [], centred
@@ -166,6 +161,29 @@ def _residuals(dictionary: ThresholdDictionary, parts: list[SparseCode], centred
         residual = residual - weighted_rows(part, dictionary.W_dec[group])
         residuals.append(residual)
     return residuals
+
+
+@phase("decode")
+def _through_decoder(
+    dictionary: ThresholdDictionary,
+    weights: Weights,
+    code: SparseCode,
+    parts: list[tuple[SparseCode, Tensor]],
+    residuals: list[Tensor],
+    gradients: _Gradients,
+) -> Tensor:
+    """The reconstruction's gradient with respect to the code's entries [n]; W_dec's and b_dec's go to `gradients`."""
+    batch = len(residuals[0])
+    value_gradient = torch.empty_like(code.values)
+    back = torch.zeros_like(residuals[-1])
+    for g in reversed(range(len(parts))):
+        part, places = parts[g]
+        group = dictionary.group_slices[g]
+        back.add_(residuals[g], alpha=-2 * weights.groups[g] / batch)
+        value_gradient[places] = sampled_products(part, back, dictionary.W_dec[group])
+        gradients.decoder(part, back, group)
+    gradients.b_dec.copy_(back.sum(dim=0))
+    return value_gradient
 
 
 class _Gradients:
@@ -177,11 +195,13 @@ class _Gradients:
         self._dictionary = dictionary
         self._chunk = max(1, CHUNK_BYTES // (dictionary.activation_dim * self.W_dec.element_size()))
 
+    @phase("weight gradients")
     def decoder(self, part: SparseCode, back: Tensor, group: slice) -> None:
         """Rows of W_dec's gradient for one group: Σ value · back[row], with `back` [B, D] the output's gradient."""
         by_latent = ByLatent.of(part.rows, part.latents, part.dict_size)
         by_latent.sum_rows(part.values, back, self.W_dec[group], self._chunk)
 
+    @phase("weight gradients")
     def encoder(self, entries: list[_Entries], centred: Tensor) -> None:
         """W_enc's and b_enc's gradients from all entries."""
         rows, latents, gradient = (torch.cat(parts) for parts in zip(*entries, strict=True))
@@ -189,6 +209,7 @@ class _Gradients:
         by_latent.sum_rows(gradient, centred, self.W_enc, self._chunk)
         self.b_enc.zero_().index_add_(0, latents, gradient)
 
+    @phase("weight gradients")
     def finish(self) -> None:
         """b_dec's part through the encoder, −W_enc · ∂b_enc: both halves are centred by it before they are encoded."""
         self.b_dec.addmv_(self._dictionary.W_enc, self.b_enc, alpha=-1)

@@ -10,6 +10,7 @@ from torch import Tensor
 from tsae.checkpoint import REFERENCE_NAMES
 from tsae.config import RunConfig
 from tsae.errors import TsaeError
+from tsae.phases import phase
 from tsae.sae.classes import from_state
 from tsae.sae.dictionary import ThresholdDictionary
 from tsae.sae.init import geometric_median, new_dictionary, normalise_rows
@@ -84,8 +85,9 @@ class Trainer:
         lr = self.learning_rate(self.steps_done)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        self.optimizer.step()
-        normalise_rows(self.dictionary.W_dec.data)
+        with phase("optimizer"):
+            self.optimizer.step()
+            normalise_rows(self.dictionary.W_dec.data)
         self.steps_done += 1
 
         variance = (current - current.mean(dim=0)).pow(2).sum()
@@ -146,6 +148,7 @@ class Trainer:
                 "are the two halves of every pair equal, or is the high-level split silent?"
             )
 
+    @phase("projection and norm")
     @torch.no_grad()
     def _project_and_measure(self) -> Tensor:
         """Take out of each decoder row's gradient what would only change the row's norm; set the optimizer's clip.
