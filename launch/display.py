@@ -30,7 +30,7 @@ class Terminal:
         print(text, file=self._stream, flush=True)
 
     def changed(self, task: Task) -> None:
-        """Print the line of an event."""
+        """Print the line of an event; what a failure blocks is counted in the live lines and named at the end."""
         label = task.stage.label
         if task.state == "running" and task.share is not None and task.job is not None:
             gpus = f", GPU {','.join(task.share.gpus)}" if task.share.gpus else ""
@@ -45,8 +45,6 @@ class Terminal:
             self.say(f"{label}: FAILED: {task.error}")
             if task.job is not None:
                 self.say(f"    log: {task.job.log}")
-        elif task.state == "blocked":
-            self.say(f"{label}: {task.error}")
 
     def refresh(self, tasks: list[Task]) -> None:
         """Redraw the live lines when it is time."""

@@ -13,7 +13,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
-from plan import Plan, make_plan
+from plan import Plan, Stage, make_plan
 from sweepfile import BASES, load_sweep, shown
 
 from tsae import config as configuration
@@ -56,7 +56,7 @@ def run(plan: Plan, executor: str = "auto") -> int:
     broken: list[Task] = []
     if unfinished:
         plan.write_configs()
-        broken = _run_stages(plan, executor)
+        broken = _run_stages(plan, unfinished, executor)
     else:
         print(f"{plan.name}: nothing to do, all {len(plan.points)} points are complete", file=sys.stderr)
     if "report" in plan.sweep.config.stages:
@@ -83,12 +83,11 @@ def dry_run(plan: Plan) -> list[str]:
     return [*lines, f"results: {plan.folder}", "dry run: nothing was started"]
 
 
-def _run_stages(plan: Plan, executor: str) -> list[Task]:
+def _run_stages(plan: Plan, stages: list[Stage], executor: str) -> list[Task]:
     from display import Terminal
     from jobs import visible_gpus
     from runner import Queue
 
-    stages = plan.unfinished()
     skipped = len(plan.stages) - len(stages)
     terminal = Terminal()
     cores, gpus = environment.available_cores(), visible_gpus()
