@@ -168,27 +168,62 @@ def save_dictionary(path: Path, dictionary: Dictionary) -> None:
 
 
 def load_dictionary(
-    path: str | Path, device: str | torch.device = "cpu", checkpoint: int | str | None = None
+    path: str | Path,
+    device: str | torch.device = "cpu",
+    checkpoint: int | str | None = None,
+    *,
+    calibrated: bool = True,
 ) -> tuple[Dictionary, dict[str, Any]]:
     """The dictionary in a run folder (or hub repository) and the content of its config.json.
 
     `path` is a folder that holds config.json and ae.pt, one whose trainer_0/ does, or a hub id `owner/name`;
     `checkpoint` a step number, or a weights file relative to the folder. Raises TsaeError for an unknown class,
-    wrong tensors, non-finite weights, an uncalibrated threshold, and files that are not plain tensors.
+    wrong tensors, non-finite weights, a config.json that contradicts the weights, files that are not plain tensors,
+    and (unless not `calibrated`) a threshold that was never set or not recorded to its end.
     """
     folder = _dictionary_folder(path)
-    config = json.loads((folder / "config.json").read_text())
-    trainer = config.get("trainer", {})
+    config = _read_config(folder / "config.json")
+    trainer = config["trainer"]
     weights = folder / "ae.pt"
     if checkpoint is not None:
         by_step = isinstance(checkpoint, int) or checkpoint.isdigit()
         weights = folder / (f"checkpoints/ae_{checkpoint}.pt" if by_step else str(checkpoint))
     state = _read_weights(weights)
+    from tsae.sae.architectures import AutoEncoderTopK
     from tsae.sae.classes import from_state
 
     dictionary = from_state(trainer.get("dict_class"), state, trainer.get("k"), str(weights))
-    dictionary.require_calibrated(str(weights))
+    _require_agreement(dictionary, trainer, str(weights))
+    calibration = config.get("calibration")
+    if calibration and isinstance(dictionary, AutoEncoderTopK):
+        dictionary.rule = calibration["encode_rule"]
+    if calibrated:
+        dictionary.require_calibrated(str(weights))
+        if calibration and checkpoint is None and dictionary.scalar_threshold != calibration["threshold"]:
+            raise TsaeError(
+                f"{weights}: the threshold is {dictionary.scalar_threshold}, config.json records "
+                f"{calibration['threshold']}: a calibration was interrupted; run it again: tsae calibrate {path}"
+            )
     return dictionary.to(device).eval().requires_grad_(False), config
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise TsaeError(f"{path}: not readable JSON: {error}") from None
+    if not (isinstance(config, dict) and isinstance(config.get("trainer"), dict)):
+        raise TsaeError(f'{path}: a mapping with a section "trainer", which names dict_class, is expected')
+    return config
+
+
+def _require_agreement(dictionary: Dictionary, trainer: dict[str, Any], where: str) -> None:
+    """Refuse sizes in config.json that are not those of the weights; older files do not carry all of them."""
+    for key in ("activation_dim", "dict_size", "group_sizes"):
+        found = getattr(dictionary, key)
+        found = list(found) if key == "group_sizes" else found
+        if trainer.get(key, found) != found:
+            raise TsaeError(f"{where}: {key} is {found} in the weights and {trainer[key]} in config.json; one is wrong")
 
 
 def _dictionary_folder(path: str | Path) -> Path:
@@ -222,12 +257,16 @@ def _read_weights(path: Path) -> dict[str, torch.Tensor]:
     if not path.is_file():
         others = sorted(p.stem.removeprefix("ae_") for p in path.parent.glob("*.pt"))
         raise TsaeError(f"{path}: no such weights; found here: {', '.join(others) or 'none'}")
+    with path.open("rb") as stream:
+        zipped = stream.read(4) == b"PK\x03\x04"
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        # Mapped, so that a tensor is in memory once, and only when it is used; torch's first format knows no mapping.
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except pickle.UnpicklingError:
         raise TsaeError(f"{path}: holds more than tensors and might run code when loaded; refused") from None
     except (RuntimeError, OSError, EOFError) as error:
-        raise TsaeError(f"{path}: not a readable weights file: {str(error).splitlines()[0]}") from None
+        reason = (str(error) or "it ends too early").splitlines()[0]
+        raise TsaeError(f"{path}: not a readable weights file: {reason}") from None
     if not (isinstance(state, dict) and all(isinstance(value, torch.Tensor) for value in state.values())):
         raise TsaeError(f"{path}: a plain state dict of tensors is expected")
     return state

@@ -102,6 +102,22 @@ def test_a_dictionary_shares_the_memory_of_its_state_dict(name: str) -> None:
         assert tensor.untyped_storage().data_ptr() in owned
 
 
+def mapped(path: Path) -> list[range]:
+    """Addresses of this process at which the file at `path` is mapped."""
+    lines = [line.split() for line in Path("/proc/self/maps").read_text().splitlines() if line.endswith(str(path))]
+    return [range(*(int(address, 16) for address in line[0].split("-"))) for line in lines]
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_a_loaded_dictionary_lies_in_the_mapped_file(name: str, tmp_path: Path) -> None:
+    save_dictionary(tmp_path / "ae.pt", random_dictionary(name, 64, 512))
+    files.write_json(tmp_path / "config.json", {"trainer": {"dict_class": name}})
+    dictionary, _ = load_dictionary(tmp_path)
+    pages = mapped(tmp_path / "ae.pt")
+    for tensor in (dictionary.W_enc, dictionary.W_dec, dictionary.b_enc, dictionary.b_dec):
+        assert any(tensor.data_ptr() in addresses for addresses in pages)
+
+
 @pytest.mark.parametrize("name", CLASSES)
 def test_a_file_for_larger_activations_does_the_same_on_them(name: str) -> None:
     dictionary = random_dictionary(name, A, F)
