@@ -181,7 +181,7 @@ def load_dictionary(
     wrong tensors, non-finite weights, a config.json that contradicts the weights, files that are not plain tensors,
     and (unless not `calibrated`) a threshold that was never set or not recorded to its end.
     """
-    folder = _dictionary_folder(path)
+    folder = find_dictionary(path)
     config = _read_config(folder / "config.json")
     trainer = config["trainer"]
     weights = folder / "ae.pt"
@@ -226,7 +226,11 @@ def _require_agreement(dictionary: Dictionary, trainer: dict[str, Any], where: s
             raise TsaeError(f"{where}: {key} is {found} in the weights and {trainer[key]} in config.json; one is wrong")
 
 
-def _dictionary_folder(path: str | Path) -> Path:
+def find_dictionary(path: str | Path) -> Path:
+    """The folder with config.json and ae.pt behind a run folder or a hub id (fetched, or found in the hub's cache).
+
+    Raises TsaeError if there is none.
+    """
     local = Path(path)
     for folder in (local, local / "trainer_0"):
         if (folder / "config.json").is_file():
