@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import html
 import itertools
+import math
 import time
 from pathlib import Path
 
@@ -131,9 +132,12 @@ def _summary_table(summary: Summary) -> str:
 
 def _cell(group: Group, measure: str) -> str:
     mean, half = group.interval(measure)
-    text = figures(mean, 3)
-    decimals = len(text.partition(".")[2])
-    return text if half != half else f"{text}<small>± {half:.{decimals}f}</small>"
+    if half != half:
+        return figures(mean, 3)
+    # As many decimals as the value deserves, and enough to show the first digit of its interval.
+    first_digit = -math.floor(math.log10(half)) if half > 0 else 0
+    decimals = min(max(len(figures(mean, 3).partition(".")[2]), first_digit), 5)
+    return f"{mean:.{decimals}f}<small>± {half:.{decimals}f}</small>"
 
 
 def _words(name: str) -> str:

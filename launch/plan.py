@@ -155,7 +155,7 @@ def _first_difference(there: dict[str, Any], here: dict[str, Any]) -> str:
         for key, value in values.items():
             if there.get(section, {}).get(key) != value:
                 return f"{section}.{key} is {there.get(section, {}).get(key)} there, {value} here"
-    return "a setting that this version does not know"
+    return "made by another version of tsae"
 
 
 def _stages_of(sweep: Sweep, point: Point, harvest: Stage) -> list[Stage]:
