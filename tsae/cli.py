@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 from tsae import config as configuration
 from tsae.environment import home, load_dotenv
 from tsae.errors import TsaeError
+from tsae.interop.commands import add_commands
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -50,6 +52,8 @@ def _parser() -> argparse.ArgumentParser:
     verify = _command(store, "verify", _verify, "check every shard of a store")
     verify.add_argument("path", type=Path)
     verify.add_argument("--deep", action="store_true", help="read every byte and check its checksum")
+
+    add_commands(functools.partial(_command, commands))
 
     embedded = _command(commands, "embedded-lm", _embedded_lm, "train the small language model that ships inside")
     embedded.add_argument("--out", type=Path, required=True, help="folder for the model and its recipe")

@@ -1,0 +1,107 @@
+"""The commands `tsae export`, `import`, `explanations`, `push` and `formats`: parse, call one function, print."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+FORMATS = ("sae_lens", "sae_bench", "reference")
+EXTRA_FORMATS = ("sae_lens", "sae_bench")
+
+AddCommand = Callable[[str, object, str], argparse.ArgumentParser]
+"""Makes the parser of a command from its name, its function and its help."""
+
+
+def add_commands(add: AddCommand) -> None:
+    """Declare the commands; nothing heavy is imported before one runs."""
+    export = add("export", _export, "write a trained dictionary in another library's format")
+    export.add_argument("source", metavar="RUN", help="run folder or hub id owner/name")
+    export.add_argument("--format", required=True, choices=FORMATS)
+    export.add_argument("--out", type=Path, required=True, help="new folder to write")
+    export.add_argument("--chunk", type=int, default=None, help="one group of latents alone; 0: the high-level split")
+    export.add_argument("--checkpoint", type=int, default=None, help="weights of this step instead of the final ones")
+
+    take = add("import", _import, "make a run of a SAELens folder (the authors' folders need no import)")
+    take.add_argument("folder", type=Path, metavar="DIR", help="folder with cfg.json and sae_weights.safetensors")
+    take.add_argument("--out", type=Path, required=True, help="new run folder")
+
+    explanations = add(
+        "explanations", _explanations, "take a run's explanations.json from SAEBench's autointerp result"
+    )
+    explanations.add_argument("result", type=Path, metavar="RESULT", help="..._eval_results.json of SAEBench")
+    explanations.add_argument("--run", dest="target", required=True, help="run folder that gets explanations.json")
+
+    push = add("push", _push, "upload a run with its model card to the Hugging Face hub")
+    push.add_argument("source", metavar="RUN", help="run folder")
+    push.add_argument("repo_id", metavar="REPO_ID", help="owner/name on the hub")
+    push.add_argument("--dry-run", action="store_true", help="write the folder, show it, upload nothing")
+    push.add_argument("--out", type=Path, default=None, help="keep the uploaded folder here (new folder)")
+    push.add_argument("--private", action="store_true", help="make the repository private if it is new")
+    push.add_argument("--licence", "--license", default=None, help="licence of the weights, as the hub names it (mit)")
+    push.add_argument("--with", dest="formats", action="append", default=[], choices=EXTRA_FORMATS)
+    push.add_argument("--checkpoint", type=int, default=None, help="weights of this step instead of the final ones")
+
+    add("formats", _formats, "list what a trip through each format changes, per class of dictionary")
+
+
+def _export(options: argparse.Namespace) -> None:
+    from tsae.interop.export import export
+
+    print(export(options.source, options.format, options.out, chunk=options.chunk, checkpoint=options.checkpoint))
+
+
+def _import(options: argparse.Namespace) -> None:
+    from tsae.interop.importing import import_folder
+
+    print(import_folder(options.folder, options.out))
+
+
+def _explanations(options: argparse.Namespace) -> None:
+    from tsae.interop.explanations import import_sae_bench
+
+    print(import_sae_bench(options.result, options.target))
+
+
+def _push(options: argparse.Namespace) -> None:
+    import tempfile
+
+    from tsae.interop import hub
+
+    name = options.repo_id.rpartition("/")[2]
+    out = options.out
+    if out is None and options.dry_run:
+        out = Path(tempfile.mkdtemp(prefix="tsae-push-")) / name
+    with tempfile.TemporaryDirectory(prefix="tsae-push-") as place:
+        folder = hub.prepare(
+            options.source,
+            options.repo_id,
+            out or Path(place) / name,
+            licence=options.licence,
+            formats=options.formats,
+            checkpoint=options.checkpoint,
+        )
+        if options.dry_run:
+            print((folder / "README.md").read_text())
+            for name, size in hub.contents(folder):
+                print(f"{size:>12,}  {name}")
+            print(f"{folder}: nothing was uploaded")
+            return
+        print(hub.upload(folder, options.repo_id, private=options.private))
+
+
+def _formats(_: argparse.Namespace) -> int:
+    from tsae.interop.formats import TOLERANCE, deviations, installed
+
+    print(f"{'dict_class':32}{'format':42}{'read by':9}{'encode':>9}{'decode':>9}")
+    bad = 0
+    for row in deviations():
+        wrong = not max(row.encode, row.decode) <= TOLERANCE
+        bad += wrong
+        mark = "  <-- above the bound" if wrong else ""
+        print(f"{row.dict_class:32}{row.format:42}{row.read_by:9}{row.encode:9.1e}{row.decode:9.1e}{mark}")
+    print(f"largest difference over largest value; bound {TOLERANCE:g}")
+    if not installed():
+        print("SAELens is not installed, so it read nothing itself: pip install 'tsae[sae_lens]'", file=sys.stderr)
+    return 2 if bad else 0

@@ -1,0 +1,147 @@
+"""How exactly each class of dictionary survives each format: written, read back, and compared on random activations."""
+
+from __future__ import annotations
+
+import importlib.util
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from tsae.checkpoint import load_dictionary
+from tsae.files import write_json
+from tsae.interop import sae_lens
+from tsae.interop.export import WRITERS, Source
+from tsae.interop.origin import Origin
+from tsae.interop.portable import Portable, encode, has_unit_rows, portable
+from tsae.interop.sae_lens_config import TRAINERS
+from tsae.sae.classes import CLASSES, random_dictionary
+from tsae.sae.dictionary import Dictionary, ThresholdDictionary
+
+TOLERANCE = 1e-6
+ACTIVATION_DIM, DICT_SIZE, TOKENS = 64, 256, 512
+
+
+class Row(NamedTuple):
+    """One trip through a format; deviations are the largest difference over the largest value."""
+
+    dict_class: str
+    format: str
+    read_by: str
+    encode: float
+    decode: float
+
+
+Codec = tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]
+"""Encode and decode."""
+
+
+def deviations() -> Iterator[Row]:
+    """Every class through every export format, and every SAELens architecture into a class.
+
+    Where SAELens is installed, it reads our exports and checks our reading of its architectures.
+    """
+    x = torch.randn(TOKENS, ACTIVATION_DIM, generator=torch.Generator().manual_seed(1))
+    for name in CLASSES:
+        dictionary = random_dictionary(name, ACTIVATION_DIM, DICT_SIZE)
+        yield from _exports(dictionary, x, "")
+        if not isinstance(dictionary, ThresholdDictionary) and name != "AutoEncoder":
+            norms = torch.linspace(0.5, 2, DICT_SIZE)[:, None]
+            dictionary.W_dec.data *= norms
+            yield from _exports(dictionary, x, ", free norms")
+    for architecture in sae_lens.TENSORS:
+        for centred in (True, False):
+            yield from _imports(_random_form(architecture, centred), x)
+
+
+def _exports(dictionary: Dictionary, x: Tensor, note: str) -> Iterator[Row]:
+    name = type(dictionary).__name__
+    source = Source(dictionary, _config(dictionary), ORIGIN, {}, {}, name)
+    for form, write in WRITERS.items():
+        with tempfile.TemporaryDirectory() as place:
+            folder = Path(place)
+            write(folder, source)
+            # Formats with unit rows give each latent its row's norm as a factor.
+            norms = dictionary.W_dec.norm(dim=1) if form != "reference" and not _unit(dictionary) else torch.ones(1)
+            expected: Codec = (_scaled(dictionary, norms), dictionary)
+            if form != "sae_lens":
+                loaded, _ = load_dictionary(folder)
+                yield _row(name, form + note, "tsae", expected, (loaded.encode, loaded), x)
+                continue
+            loaded, _ = sae_lens.load(folder)
+            yield _row(name, form + note, "tsae", expected, (loaded.encode, loaded), x)
+            if installed():
+                yield _row(name, form + note, "SAELens", expected, _by_sae_lens(folder), x)
+
+
+def _imports(form: Portable, x: Tensor) -> Iterator[Row]:
+    from safetensors.torch import save_file
+
+    title = f"sae_lens {form.architecture}, b_dec {'' if form.centred else 'not '}subtracted"
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
+        save_file({name: tensor.contiguous() for name, tensor in form.tensors.items()}, folder / sae_lens.WEIGHTS)
+        settings: dict[str, Any] = {"architecture": form.architecture, "apply_b_dec_to_input": form.centred}
+        settings |= {"d_in": ACTIVATION_DIM, "d_sae": DICT_SIZE, "dtype": "float32"} | ({"k": form.k} if form.k else {})
+        write_json(folder / sae_lens.CONFIG, {**settings, "metadata": {"sae_lens_version": sae_lens.VERSION}})
+        loaded, _ = sae_lens.load(folder)
+        found: Codec = (loaded.encode, loaded)
+        expected: Codec = (
+            lambda y: encode(form, y),
+            lambda y: encode(form, y) @ form.tensors["W_dec"] + form.tensors["b_dec"],
+        )
+        yield _row(type(loaded).__name__, title, "tsae", expected, found, x)
+        if installed():
+            yield _row(type(loaded).__name__, title, "SAELens", _by_sae_lens(folder), found, x)
+
+
+@torch.no_grad()
+def _row(name: str, form: str, reader: str, expected: Codec, found: Codec, x: Tensor) -> Row:
+    errors = []
+    for one, other in zip(expected, found, strict=True):
+        value = one(x)
+        errors.append(float((other(x) - value).abs().max() / value.abs().max()))
+    return Row(name, form, reader, *errors)
+
+
+def installed() -> bool:
+    """Whether SAELens can be imported."""
+    return importlib.util.find_spec("sae_lens") is not None
+
+
+def _by_sae_lens(folder: Path) -> Codec:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from sae_lens import SAE
+
+        sae = SAE.load_from_disk(folder)
+    return sae.encode, lambda y: sae.decode(sae.encode(y))
+
+
+def _scaled(dictionary: Dictionary, factors: Tensor) -> Callable[[Tensor], Tensor]:
+    return lambda x: dictionary.encode(x) * factors
+
+
+def _unit(dictionary: Dictionary) -> bool:
+    return has_unit_rows(portable(dictionary, ""))
+
+
+def _random_form(architecture: str, centred: bool) -> Portable:
+    like = {"standard": "AutoEncoder", "topk": "AutoEncoderTopK", "jumprelu": "JumpReluAutoEncoder"}
+    dictionary = random_dictionary(like.get(architecture, "GatedAutoEncoder"), ACTIVATION_DIM, DICT_SIZE, seed=2)
+    form = portable(dictionary, architecture)
+    tensors = {**form.tensors, "W_dec": form.tensors["W_dec"] * torch.linspace(0.5, 2, DICT_SIZE)[:, None]}
+    return form._replace(centred=centred, tensors=tensors)
+
+
+ORIGIN = Origin("EleutherAI/pythia-160m", 8, "gpt_neox.layers.8", None, 256, 1, False, None)
+
+
+def _config(dictionary: Dictionary) -> dict[str, Any]:
+    name = type(dictionary).__name__
+    trainer = {"trainer_class": TRAINERS[name], "dict_class": name, "lm_name": ORIGIN.model, "layer": ORIGIN.layer}
+    return {"trainer": trainer | {"temporal": "p"} if name.startswith("Temporal") else trainer}

@@ -1,0 +1,208 @@
+"""Folders of SAELens 6 (github.com/decoderesearch/SAELens): cfg.json and sae_weights.safetensors, written and read.
+
+A batch-top-k dictionary is written as SAELens writes its own: `jumprelu`, with the threshold repeated. Its architecture
+named `temporal` is another method (Lubana et al. 2025, arXiv 2511.01836) and is neither written nor read.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tsae.errors import TsaeError, suggestion
+from tsae.files import write_json
+from tsae.interop.origin import Origin, read_json
+from tsae.interop.portable import Portable, has_unit_rows, portable, recentred, state_dict, with_unit_rows
+from tsae.interop.sae_lens_config import imported_config, is_modern, modernised
+from tsae.sae.classes import CLASSES, from_state
+from tsae.sae.dictionary import Dictionary, ThresholdDictionary
+
+CONFIG = "cfg.json"
+WEIGHTS = "sae_weights.safetensors"
+SCALER = "activation_scaler.json"
+
+VERSION = "6.54.12"
+"""The release the format was tested with; below 6 SAELens would convert the file and drop our metadata."""
+
+TENSORS = {
+    "standard": ("W_enc", "b_enc", "W_dec", "b_dec"),
+    "topk": ("W_enc", "b_enc", "W_dec", "b_dec"),
+    "jumprelu": ("W_enc", "b_enc", "W_dec", "b_dec", "threshold"),
+    "gated": ("W_enc", "W_dec", "b_dec", "b_gate", "b_mag", "r_mag"),
+}
+
+
+def write(folder: Path, dictionary: Dictionary, origin: Origin, notes: dict[str, Any], where: str) -> None:
+    """Fill `folder` with what `SAE.load_from_disk` reads; `notes` go into the metadata.
+
+    Decoder rows get norm 1, except those of a top-k dictionary. Raises TsaeError while it is not calibrated.
+    """
+    from safetensors.torch import save_file
+
+    form = portable(dictionary, where)
+    if form.architecture != "topk":
+        form = with_unit_rows(form, where)
+    tensors = {name: form.tensors[name].float().contiguous() for name in TENSORS[form.architecture]}
+    save_file(tensors, folder / WEIGHTS)
+    settings: dict[str, Any] = {
+        "architecture": form.architecture,
+        "d_in": dictionary.activation_dim,
+        "d_sae": dictionary.dict_size,
+        "dtype": "float32",
+        "device": "cpu",
+        "apply_b_dec_to_input": form.centred,
+        "normalize_activations": "none",
+        "reshape_activations": "none",
+    }
+    if form.k is not None:
+        settings |= {"k": form.k, "rescale_acts_by_decoder_norm": False}
+    ours = {
+        "tsae_dict_class": type(dictionary).__name__,
+        "tsae_group_sizes": list(dictionary.group_sizes),
+        "tsae_k": int(dictionary.k) if isinstance(dictionary, ThresholdDictionary) else None,
+        "tsae_threshold": dictionary.scalar_threshold,
+        "tsae_unit_decoder_rows": has_unit_rows(form),
+        **notes,
+    }
+    write_json(folder / CONFIG, {**settings, "metadata": {**_metadata(origin), **ours}})
+
+
+def _metadata(origin: Origin) -> dict[str, Any]:
+    first = origin.skip_positions
+    return {
+        "sae_lens_version": VERSION,
+        "sae_lens_training_version": None,
+        "model_name": origin.lens_model,
+        "model_class_name": "HookedTransformer",
+        "hook_name": origin.lens_hook,
+        "hf_hook_name": origin.module,
+        "hook_head_index": None,
+        "prepend_bos": origin.prepends_bos,
+        "context_size": origin.context_length,
+        "dataset_path": origin.dataset,
+        "seqpos_slice": [first, None] if first else [None],
+        "model_from_pretrained_kwargs": {},
+        "neuronpedia_id": None,
+        "tsae_commit": origin.commit,
+    }
+
+
+def load(folder: str | Path) -> tuple[Dictionary, dict[str, Any]]:
+    """The dictionary in a SAELens folder, and the config.json that this package would write for it.
+
+    Encode and decode give what SAELens gives, to rounding. A folder that we wrote comes back as the class it was.
+    Raises TsaeError for architectures, normalisations and tensors that have no exact counterpart here.
+    """
+    folder = Path(folder)
+    config = read_json(folder / CONFIG)
+    if not is_modern(config):
+        config = modernised(config, str(folder / CONFIG))
+    form = _form(folder, config)
+    metadata = config.get("metadata") or {}
+    name, form = _class_for(form, metadata)
+    where = str(folder / WEIGHTS)
+    k = metadata.get("tsae_k") if form.architecture == "jumprelu" else form.k
+    state = state_dict(CLASSES[name], form, k, metadata.get("tsae_group_sizes"))
+    dictionary = from_state(name, state, k, where)
+    dictionary.require_calibrated(where)
+    return dictionary.eval().requires_grad_(False), imported_config(name, dictionary, config)
+
+
+def _form(folder: Path, config: dict[str, Any]) -> Portable:
+    """The numbers in the folder, with every setting either honoured or refused."""
+    where = str(folder / CONFIG)
+    architecture = _architecture(config, where)
+    if config.get("reshape_activations", "none") != "none":
+        raise TsaeError(
+            f"{where}: reshape_activations {config['reshape_activations']!r}: it reads attention heads, which this "
+            "package does not; dictionaries on whole activation vectors ('none') can be read"
+        )
+    tensors = _tensors(folder / WEIGHTS, architecture)
+    k = config.get("k") if architecture == "topk" else None
+    if architecture == "topk" and not (isinstance(k, int) and k > 0):
+        raise TsaeError(f"{where}: k is {k!r}; a topk SAE needs a positive whole number")
+    sizes = [list(tensors["W_enc"].shape), list(tensors["W_dec"].shape[::-1])]
+    wanted = [config.get("d_in"), config.get("d_sae")]
+    if any(size != wanted for size in sizes):
+        raise TsaeError(f"{folder}: d_in, d_sae are {wanted} in {CONFIG}, W_enc is {sizes[0]}, W_dec.T {sizes[1]}")
+    form = Portable(architecture, bool(config.get("apply_b_dec_to_input", True)), k, tensors)
+    if config.get("rescale_acts_by_decoder_norm"):
+        # Selected by activation times row norm and decoded by unit rows: scaled once, it is a plain top-k.
+        form = with_unit_rows(form._replace(architecture="standard"), where)._replace(architecture="topk")
+    return _without_normalisation(form, config.get("normalize_activations", "none"), folder)
+
+
+def _architecture(config: dict[str, Any], where: str) -> str:
+    name = config.get("architecture")
+    if name in TENSORS:
+        return str(name)
+    hints = {
+        "temporal": "it is the attention-based SAE of Lubana et al., not a temporal SAE of this package; ",
+        "batchtopk": "it is a training checkpoint: save it in SAELens with save_inference_model; ",
+        "matryoshka_batchtopk": "it is a training checkpoint: save it in SAELens with save_inference_model; ",
+    }
+    hint = hints.get(str(name)) or suggestion(name, TENSORS)
+    raise TsaeError(f"{where}: architecture {name!r} cannot be read; {hint}readable: {', '.join(TENSORS)}")
+
+
+def _tensors(path: Path, architecture: str) -> dict[str, Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        tensors = load_file(path)
+    except FileNotFoundError:
+        raise TsaeError(f"{path}: no such file; a SAELens folder holds {CONFIG} and {WEIGHTS}") from None
+    except (SafetensorError, OSError) as error:
+        raise TsaeError(f"{path}: not a readable safetensors file: {error}") from None
+    scale = tensors.pop("scaling_factor", torch.ones(1))
+    missing = [name for name in TENSORS[architecture] if name not in tensors]
+    extra = [name for name in tensors if name not in TENSORS[architecture]]
+    if missing or extra:
+        raise TsaeError(
+            f"{path}: not the weights of a {architecture} SAE: missing {missing or 'nothing'}, unexpected {extra or 'nothing'}"
+        )
+    if not bool((scale == 1).all()):
+        raise TsaeError(f"{path}: latents carry a scaling_factor other than 1, which has no counterpart here")
+    return {name: tensor.float() for name, tensor in tensors.items()}
+
+
+def _without_normalisation(form: Portable, rule: object, folder: Path) -> Portable:
+    """Fold a constant input scale into the weights; refuse what depends on the single activation."""
+    if rule == "none":
+        return form
+    path = folder / SCALER
+    if rule == "expected_average_only_in" and path.is_file():
+        scale = read_json(path).get("scaling_factor")
+        if not isinstance(scale, (int, float)) or not scale > 0:
+            raise TsaeError(f"{path}: scaling_factor is {scale!r}; a positive number is expected")
+        tensors = dict(form.tensors)
+        tensors |= {"W_enc": tensors["W_enc"] * scale}
+        tensors |= {name: tensors[name] / scale for name in ("W_dec", "b_dec")}
+        return form._replace(tensors=tensors)
+    remedy = f"{SCALER} with its factor is missing" if rule == "expected_average_only_in" else "it is not linear"
+    raise TsaeError(
+        f"{folder / CONFIG}: normalize_activations {rule!r} cannot be folded into the weights ({remedy}); "
+        "fold it in SAELens and save again with 'none'"
+    )
+
+
+def _class_for(form: Portable, metadata: dict[str, Any]) -> tuple[str, Portable]:
+    """The class that encodes by this architecture, and the numbers brought to its convention about centring."""
+    if form.architecture == "gated":
+        return "GatedAutoEncoder", recentred(form, True)
+    if form.architecture == "topk":
+        return "AutoEncoderTopK", recentred(form, True)
+    if form.architecture == "standard":
+        # AutoEncoder rescales decoder rows to norm 1, which would change the latents' units.
+        if form.centred and has_unit_rows(form):
+            return "AutoEncoder", form
+        return "AutoEncoderNew", recentred(form, False)
+    ours, threshold = metadata.get("tsae_dict_class"), form.tensors["threshold"]
+    if ours in CLASSES and form.centred and metadata.get("tsae_k") and bool((threshold == threshold[0]).all()):
+        form.tensors["threshold"] = threshold[0].clone()
+        return str(ours), form
+    return "JumpReluAutoEncoder", recentred(form, False)
