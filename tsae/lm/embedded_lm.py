@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from tsae.lm.embedded_text import Rows
     from tsae.lm.pretraining import Recipe
 
-TOKENS = 8_000_000
+TOKENS = 10_000_000
 CHECKPOINT_MINUTES = 10.0
 PROBED_LAYER = 2
 PACKAGES = ("torch", "transformers", "tokenizers", "numpy", "scikit-learn")

@@ -31,7 +31,7 @@ class Recipe:
     layers: int = 4
     heads: int = 4
     initial_std: float = 0.06
-    tokens: int = 8_000_000
+    tokens: int = 10_000_000
     batch_rows: int = 16
     lr: float = 3e-3
     warmup_tokens: int = 200_000
