@@ -90,5 +90,5 @@ def read_recipe(folder: Path = FOLDER) -> dict[str, Any]:
     """The recipe of an embedded language model. Raises TsaeError when the installation lacks it."""
     path = folder / "recipe.json"
     if not path.is_file():
-        raise TsaeError(f"{path}: not found; make the model with `tsae embedded-lm {folder}`")
+        raise TsaeError(f"{path}: not found; make the model with `tsae embedded-lm --out {folder}`")
     return dict(json.loads(path.read_text()))
