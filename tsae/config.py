@@ -86,16 +86,23 @@ class StoreConfig:
     """Size of one shard file in MB (10^6 bytes): the unit of writing, of resuming and of sharing a harvest."""
 
 
+GROUPED_KINDS = frozenset({"temporal", "matryoshka"})
+PENALTY_KINDS = frozenset({"jump_relu", "gated", "standard", "standard_april"})
+"""Kinds whose codes are sparse because of a term of the loss."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class SaeConfig:
     """The dictionary."""
 
-    kind: Literal["temporal", "matryoshka", "batch_topk"] = "temporal"
-    """`temporal`: T-SAE; `matryoshka`: the same nested groups without the temporal term; `batch_topk`: one group."""
+    kind: Literal[
+        "temporal", "matryoshka", "batch_topk", "topk", "jump_relu", "gated", "standard", "standard_april"
+    ] = "temporal"
+    """`temporal`: T-SAE; `matryoshka`: the same nested groups without the temporal term; `batch_topk`: one group; `topk`: k for every token; `jump_relu`, `gated`; `standard`: ReLU and L1; `standard_april`: the same as of Anthropic's April 2024 update."""
     dict_size: int = 16384
     """Number of latents (F)."""
     k: int = 20
-    """Active latents per token, on average over a batch."""
+    """Active latents per token, on average over a batch; where a penalty makes codes sparse, what it aims at."""
     split_fraction: float = 0.2
     """Share of the latents in the high-level split (group 0); the rest is the low-level split."""
     group_fractions: tuple[float, ...] | None = None
@@ -104,7 +111,7 @@ class SaeConfig:
     @property
     def fractions(self) -> tuple[float, ...]:
         """Share of the latents of each group; they sum to 1."""
-        if self.kind == "batch_topk":
+        if self.kind not in GROUPED_KINDS:
             return (1.0,)
         return self.group_fractions or (self.split_fraction, 1.0 - self.split_fraction)
 
@@ -137,6 +144,14 @@ class ObjectiveConfig:
     """How the weighted nested reconstruction losses are combined."""
     auxk_alpha: float = 1 / 32
     """Weight of the auxiliary loss that revives dead latents."""
+    sparsity_penalty: float | None = None
+    """Weight of the penalty of `standard`, `standard_april`, `gated` (L1) and `jump_relu` (squared relative distance of L0 from its target); none: 1 for `jump_relu`, and an L1 weight that is adjusted in training until target_l0 is reached."""
+    target_l0: float | None = None
+    """Active latents per token that the penalty aims at; by default sae.k."""
+    sparsity_warmup_steps: int | None = None
+    """Steps over which the penalty grows from 0; by default training.warmup_steps."""
+    bandwidth: float = 0.001
+    """Width of the kernel through which the thresholds of `jump_relu` get their gradient, in units of the (normalised) activations."""
 
 
 OBJECTIVE_PRESETS: dict[str, dict[str, Any]] = {
@@ -167,6 +182,8 @@ class TrainingConfig:
     """First step of the linear decay to zero; none: no decay."""
     pair_rule: str = "previous"
     """Partner of a token: `previous`, `random` (any earlier token of the document), `within:N` (at most N back) or `none` (single tokens)."""
+    normalize: Literal["none", "mean_squared_norm"] = "none"
+    """`mean_squared_norm`: train on activations divided by the root of their mean squared norm; saved weights apply to raw activations either way."""
     threshold_beta: float = 0.999
     """Decay of the moving average of the inference threshold."""
     threshold_start_step: int = 1000
@@ -293,6 +310,27 @@ def validate(config: RunConfig, where: str) -> None:
             list(objective.group_weights),
             f"one weight for each of the {len(sae.fractions)} groups is expected",
         )
+    if objective.sparsity_penalty is not None:
+        need(
+            objective.sparsity_penalty >= 0,
+            "objective.sparsity_penalty",
+            objective.sparsity_penalty,
+            "it must be at least 0",
+        )
+    if objective.target_l0 is not None:
+        need(
+            0 < objective.target_l0 <= sae.dict_size,
+            "objective.target_l0",
+            objective.target_l0,
+            f"a number above 0 and at most sae.dict_size ({sae.dict_size}) is allowed",
+        )
+    if objective.sparsity_warmup_steps is not None:
+        need(
+            objective.sparsity_warmup_steps >= 0,
+            "objective.sparsity_warmup_steps",
+            objective.sparsity_warmup_steps,
+            "it must be at least 0",
+        )
     need(objective.temporal_alpha >= 0, "objective.temporal_alpha", objective.temporal_alpha, "it must be at least 0")
     need(objective.auxk_alpha >= 0, "objective.auxk_alpha", objective.auxk_alpha, "it must be at least 0")
     need(training.warmup_steps >= 0, "training.warmup_steps", training.warmup_steps, "it must be at least 0")
@@ -342,7 +380,7 @@ def validate(config: RunConfig, where: str) -> None:
 def _positive(config: RunConfig) -> list[tuple[str, float]]:
     """Key paths and values of the settings that must be greater than 0 (where set)."""
     paths = """model.batch_size data.max_documents data.max_tokens data.context_length data.min_length store.shard_mb
-        sae.dict_size sae.k objective.temperature training.steps training.batch_size training.lr training.dead_after
+        sae.dict_size sae.k objective.temperature objective.bandwidth training.steps training.batch_size training.lr training.dead_after
         training.clip_norm training.pool_sequences training.log_every evaluation.sequences evaluation.batch_size
         evaluation.loss_sequences"""
     values = []

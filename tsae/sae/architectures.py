@@ -154,6 +154,11 @@ class AutoEncoderTopK(ThresholdDictionary):
         """The code in training: the k largest of each token's rectified pre-activations [..., F]."""
         return top_k(activations, int(self.k))
 
+    def cut_of(self, smallest: Tensor) -> Tensor:
+        """What the threshold follows: the mean over tokens of the smallest kept activation [N] (infinite: none kept)."""
+        found = smallest[torch.isfinite(smallest)]
+        return found.mean() if len(found) else smallest.new_tensor(torch.inf)
+
     def encode(self, x: Tensor) -> Tensor:
         """Feature activations [..., F]: the k largest of each token, or all above the threshold."""
         if self.rule == "threshold":

@@ -177,6 +177,10 @@ class ThresholdDictionary(Dictionary):
         """The code in training: of rectified pre-activations [..., F], the k·N largest of N tokens."""
         return batch_top_k(activations, int(self.k))
 
+    def cut_of(self, smallest: Tensor) -> Tensor:
+        """What the threshold follows: the least of each token's smallest kept activation [N] (infinite: none kept)."""
+        return smallest.min()
+
     def to_file(self, scale: float = 1.0) -> dict[str, Tensor]:
         """As for every dictionary; a threshold that was never calibrated keeps its mark."""
         state = super().to_file(scale)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from tsae.phases import phase
-from tsae.sae.dictionary import ThresholdDictionary
+from tsae.sae.dictionary import Dictionary, ThresholdDictionary
 from tsae.training.objective import Losses, Weights, encode_batch, objective
+
+D_contra = TypeVar("D_contra", bound=Dictionary, contravariant=True)
 
 
 class Encoded(NamedTuple):
@@ -20,19 +22,19 @@ class Encoded(NamedTuple):
     """Latents that fired on a current token [F], bool."""
     n_active: Tensor
     """Nonzero entries of the current tokens' codes."""
-    smallest: Tensor
-    """Smallest positive feature activation; infinite if there is none."""
+    cut: Tensor
+    """What the inference threshold follows: about the smallest activation kept; infinite if there is none."""
 
 
-class Engine(Protocol):
+class Engine(Protocol[D_contra]):
     """Encodes a batch, then leaves the objective's gradients in the dictionary's parameters."""
 
-    def encode(self, dictionary: ThresholdDictionary, current: Tensor, partner: Tensor | None) -> Encoded:
+    def encode(self, dictionary: D_contra, current: Tensor, partner: Tensor | None) -> Encoded:
         """Batch-top-k codes of current tokens [B, D] and their partners [B, D]."""
 
     def backward(
         self,
-        dictionary: ThresholdDictionary,
+        dictionary: D_contra,
         weights: Weights,
         encoded: Encoded,
         current: Tensor,
@@ -41,16 +43,24 @@ class Engine(Protocol):
     ) -> Losses:
         """Set `.grad` of all four parameters; returns the terms, detached. `dead` [F] marks what aux-k revives."""
 
+    def state(self) -> dict[str, Any]:
+        """What a bit-exact continuation needs of the engine."""
+        return {}
 
-class DenseEngine:
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Continue from what `state()` returned."""
+        del state  # most engines need nothing
+
+
+class DenseEngine(Engine[ThresholdDictionary]):
     """Autograd through the readable definition."""
 
     def encode(self, dictionary: ThresholdDictionary, current: Tensor, partner: Tensor | None) -> Encoded:
         codes = encode_batch(dictionary, current, partner)
         code = codes.current.detach()
         positive = code > 0
-        smallest = torch.where(positive, code, torch.inf).min()
-        return Encoded(codes, positive.any(dim=0), positive.sum(), smallest)
+        smallest = torch.where(positive, code, torch.inf).amin(dim=1)
+        return Encoded(codes, positive.any(dim=0), positive.sum(), dictionary.cut_of(smallest))
 
     def backward(
         self,

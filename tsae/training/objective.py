@@ -16,7 +16,6 @@ from torch.nn.functional import cosine_similarity, cross_entropy
 from tsae.config import RunConfig
 from tsae.phases import phase
 from tsae.sae.dictionary import ThresholdDictionary
-from tsae.sae.topk import batch_top_k
 
 
 @dataclass(frozen=True)
@@ -63,9 +62,9 @@ class Codes(NamedTuple):
     pre: Tensor
     """Rectified pre-activations of the current tokens [B, F]."""
     current: Tensor
-    """Their batch-top-k code [B, F]."""
+    """Their code after selection [B, F]."""
     partner: Tensor | None
-    """The partners' batch-top-k code [B, F]; none without a temporal term."""
+    """The partners' code after selection [B, F]; none without a temporal term."""
 
 
 class Losses(NamedTuple):
@@ -83,17 +82,20 @@ class Losses(NamedTuple):
     """Residual of the full reconstruction [B, D], detached."""
     temp_gradient: Tensor
     """Largest absolute gradient of the temporal term with respect to the current tokens' codes."""
+    sparsity_loss: Tensor = torch.zeros(())
+    """Penalty for dense codes, its weight included; 0 where selection makes them sparse."""
+    sparsity_weight: Tensor = torch.zeros(())
+    """That weight, which may be adjusted during training."""
 
 
 @phase("encoder product")
 def encode_batch(dictionary: ThresholdDictionary, current: Tensor, partner: Tensor | None) -> Codes:
-    """Codes of the current tokens [B, D] and of their partners; batch-top-k is taken over each half by itself."""
-    k = int(dictionary.k)
+    """Codes of the current tokens [B, D] and of their partners; selection is taken over each half by itself."""
     pre = torch.relu(dictionary.pre_activations(current))
     other = None
     if partner is not None:
-        other = batch_top_k(torch.relu(dictionary.pre_activations(partner)), k)
-    return Codes(pre, batch_top_k(pre, k), other)
+        other = dictionary.keep_largest(torch.relu(dictionary.pre_activations(partner)))
+    return Codes(pre, dictionary.keep_largest(pre), other)
 
 
 def objective(

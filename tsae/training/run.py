@@ -33,10 +33,12 @@ def train(config: RunConfig, run: RunFolder) -> None:
     accelerator = _accelerator(config, run)
     store = Store.open(store_path(config), config)
     run.claim(config)
-    files.write_json(run.config_json, reference_config(config, store.activation_dim))
     files.write_json(run.provenance, provenance(config, store=store.attributes))
 
-    trainer = Trainer(config, store.activation_dim, device=accelerator.device)
+    trainer = Trainer(
+        config, store.activation_dim, device=accelerator.device, mean_squared_norm=store.mean_squared_norm
+    )
+    files.write_json(run.config_json, reference_config(config, store.activation_dim, trainer.scale))
     metrics = Metrics(run.metrics, offset=_resume(run, trainer))
     stream = PairStream(
         store,
@@ -50,7 +52,7 @@ def train(config: RunConfig, run: RunFolder) -> None:
     for batch in stream.iterate(trainer.steps_done, settings.steps):
         step = trainer.steps_done
         if step in settings.save_steps:
-            save_dictionary(run.checkpoint(step), trainer.dictionary)
+            save_dictionary(run.checkpoint(step), trainer.dictionary, trainer.scale)
         with accelerator.autocast():
             terms = trainer.step(batch.to(accelerator.device, non_blocking=True))
         if step % settings.log_every == 0 or step + 1 == settings.steps:
@@ -64,7 +66,7 @@ def train(config: RunConfig, run: RunFolder) -> None:
             _save_resume(run, trainer, metrics.sync())
     metrics.sync()
     accelerator.end_training()
-    save_dictionary(run.weights, trainer.dictionary)
+    save_dictionary(run.weights, trainer.dictionary, trainer.scale)
     shutil.rmtree(run.resume, ignore_errors=True)
 
 

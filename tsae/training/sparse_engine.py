@@ -13,11 +13,13 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from tsae.phases import phase
+from tsae.sae.architectures import AutoEncoderTopK
 from tsae.sae.dictionary import ThresholdDictionary
+from tsae.sae.row_select import top_k_codes
 from tsae.sae.select import GUESS_MARGIN, Encoder, batch_top_k_codes
 from tsae.sae.sparse import ByLatent, SparseCode, sampled_products, weighted_rows
 from tsae.training.contrast import TemporalTerm, contrastive, weighted_l1
-from tsae.training.engine import Encoded
+from tsae.training.engine import Encoded, Engine
 from tsae.training.objective import Losses, Weights
 
 CHUNK_BYTES = 4 * 2**20
@@ -38,7 +40,7 @@ class _Entries(NamedTuple):
     gradient: Tensor
 
 
-class SparseEngine:
+class SparseEngine(Engine[ThresholdDictionary]):
     """Remembers the last cuts (the next guesses) and owns the gradient buffers, which are written in place."""
 
     def __init__(self) -> None:
@@ -49,7 +51,8 @@ class SparseEngine:
     def encode(self, dictionary: ThresholdDictionary, current: Tensor, partner: Tensor | None) -> Encoded:
         halves = [current] if partner is None else [current, partner]
         centred = torch.stack(halves).sub_(dictionary.b_dec)
-        selections = batch_top_k_codes(
+        select = top_k_codes if isinstance(dictionary, AutoEncoderTopK) else batch_top_k_codes
+        selections = select(
             self._encoder,
             list(centred),
             dictionary.W_enc,
@@ -62,9 +65,9 @@ class SparseEngine:
         fired = torch.zeros(dictionary.dict_size, dtype=torch.bool, device=current.device)
         fired[codes[0].latents] = True
         values = codes[0].values
-        smallest = values.min() if len(values) else values.new_tensor(torch.inf)
+        smallest = values.new_full((len(current),), torch.inf).scatter_reduce_(0, codes[0].rows, values, "amin")
         own = _Codes(centred.flatten(0, 1), codes[0], codes[1] if partner is not None else None)
-        return Encoded(own, fired, torch.tensor(len(values)), smallest)
+        return Encoded(own, fired, torch.tensor(len(values)), dictionary.cut_of(smallest))
 
     @torch.no_grad()
     def backward(

@@ -8,15 +8,20 @@ import torch
 from torch import Tensor
 
 from tsae.checkpoint import REFERENCE_NAMES
-from tsae.config import RunConfig
+from tsae.config import PENALTY_KINDS, RunConfig
 from tsae.errors import TsaeError
 from tsae.phases import phase
+from tsae.sae.architectures import JumpReluAutoEncoder
 from tsae.sae.classes import from_state
-from tsae.sae.dictionary import ThresholdDictionary
-from tsae.sae.init import geometric_median, new_dictionary, normalise_rows
+from tsae.sae.dictionary import Dictionary, ThresholdDictionary
+from tsae.sae.init import centre, geometric_median, new_dictionary, normalise_rows
 from tsae.training.engine import DenseEngine, Engine
 from tsae.training.objective import Losses, Weights
+from tsae.training.penalty_engine import PenaltyEngine
 from tsae.training.sparse_engine import CHUNK_BYTES, SparseEngine
+
+FIRST_MOMENT = {"jump_relu": 0.0, "gated": 0.0}
+"""Adam's β₁ where the source of an objective departs from 0.9."""
 
 
 class Terms(NamedTuple):
@@ -31,12 +36,15 @@ class Terms(NamedTuple):
     grad_norm: Tensor
     """Norm of the gradient after the decoder projection, before clipping."""
     threshold: Tensor
+    """Inference threshold on raw activations: 0 where there is none, the mean where each latent has one."""
     dead_features: Tensor
     n_active: Tensor
     """Nonzero entries of the current half's code."""
     n_fired_features: Tensor
     fve: Tensor
     """Fraction of variance explained on this batch."""
+    sparsity_loss: Tensor
+    sparsity_weight: Tensor
     lr: float
 
 
@@ -44,7 +52,9 @@ class Trainer:
     """A dictionary in training.
 
     `config` gives kind, objective and schedule. `state_dict`, in the reference's names, replaces the fresh weights.
-    `step(batch)` takes pairs [B, 2, D] (slot 0 current, slot 1 partner) or single tokens [B, D].
+    `step(batch)` takes pairs [B, 2, D] (slot 0 current, slot 1 partner) or single tokens [B, D], as they are: where
+    the configuration says so, they are divided by `scale`, the root of the store's `mean_squared_norm`. Weights are
+    kept for activations so divided; `dictionary.to_file(scale)` and every file are for raw ones.
     """
 
     def __init__(
@@ -53,30 +63,31 @@ class Trainer:
         activation_dim: int,
         state_dict: dict[str, Tensor] | None = None,
         device: torch.device | str = "cpu",
+        mean_squared_norm: float | None = None,
     ) -> None:
         self.config, self.settings = config, config.training
+        self.scale = _scale(config, mean_squared_norm)
+        self.steps_done = 0
         dictionary = new_dictionary(config.sae, activation_dim, config.training.seed)
         if state_dict is not None:
-            own = {key: tensor.clone() for key, tensor in state_dict.items()}
-            loaded = from_state(REFERENCE_NAMES[config.sae.kind][1], own, config.sae.k, "initial state")
-            assert isinstance(loaded, ThresholdDictionary)
-            dictionary = loaded
-        self.dictionary = dictionary.to(device)
+            dictionary = _given(config, state_dict, self.scale)
+        self._fresh = state_dict is None
+        self.dictionary: Dictionary = dictionary.to(device)
         self.weights = Weights.of(config, activation_dim)
-        self.engine: Engine = SparseEngine() if config.training.engine == "sparse" else DenseEngine()
+        self.engine = _engine(config)
         self.peak_lr = config.training.lr or 2e-4 / (config.sae.dict_size / 16384) ** 0.5
-        self.optimizer = torch.optim.Adam(self.dictionary.parameters(), lr=self.peak_lr, fused=True)
+        betas = (FIRST_MOMENT.get(config.sae.kind, 0.9), 0.999)
+        self.optimizer = torch.optim.Adam(self.dictionary.parameters(), lr=self.peak_lr, betas=betas, fused=True)
         self.tokens_since_fired = torch.zeros(config.sae.dict_size, dtype=torch.int64, device=device)
-        self.steps_done = 0
 
     def step(self, batch: Tensor) -> Terms:
         """Update the weights once on `batch`. Raises TsaeError if the batch does not fit the objective."""
-        current, partner = self._halves(batch)
-        if self.steps_done == 0:
-            self.dictionary.b_dec.data.copy_(geometric_median(current))
+        current, partner = self._halves(batch if self.scale == 1 else batch / self.scale)
+        if self.steps_done == 0 and (self._fresh or self.dictionary.centre_input):
+            centre(self.dictionary, geometric_median(current))
         encoded = self.engine.encode(self.dictionary, current, partner)
         self._count_tokens(encoded.fired, len(batch))
-        self._track_threshold(encoded.smallest)
+        self._track_threshold(encoded.cut)
         dead = self.tokens_since_fired >= self.settings.dead_after
         losses = self.engine.backward(self.dictionary, self.weights, encoded, current, partner, dead)
         self._require_temporal_gradient(losses, len(batch))
@@ -87,7 +98,7 @@ class Trainer:
             group["lr"] = lr
         with phase("optimizer"):
             self.optimizer.step()
-            normalise_rows(self.dictionary.W_dec.data)
+            self._constrain()
         self.steps_done += 1
 
         variance = (current - current.mean(dim=0)).pow(2).sum()
@@ -99,11 +110,13 @@ class Trainer:
             min_l2_loss=losses.group_losses.min(),
             max_l2_loss=losses.group_losses.max(),
             grad_norm=grad_norm,
-            threshold=self.dictionary.threshold.clone(),
+            threshold=self._threshold(),
             dead_features=dead.sum(),
             n_active=encoded.n_active,
             n_fired_features=encoded.fired.sum(),
             fve=1 - losses.error.pow(2).sum() / variance,
+            sparsity_loss=losses.sparsity_loss,
+            sparsity_weight=losses.sparsity_weight,
             lr=lr,
         )
 
@@ -130,12 +143,32 @@ class Trainer:
         self.tokens_since_fired += tokens
         self.tokens_since_fired[fired] = 0
 
-    def _track_threshold(self, smallest: Tensor) -> None:
-        """Move the inference threshold towards the smallest activation that survived batch-top-k."""
-        if self.steps_done <= self.settings.threshold_start_step or not torch.isfinite(smallest):
+    def _track_threshold(self, cut: Tensor) -> None:
+        """Move the inference threshold towards the smallest activation that survived selection."""
+        if self.steps_done <= self.settings.threshold_start_step or not torch.isfinite(cut):
             return
+        assert isinstance(self.dictionary, ThresholdDictionary)
         threshold, beta = self.dictionary.threshold, self.settings.threshold_beta
-        threshold.copy_(smallest if threshold < 0 else beta * threshold + (1 - beta) * smallest)
+        threshold.copy_(cut if threshold < 0 else beta * threshold + (1 - beta) * cut)
+
+    def _threshold(self) -> Tensor:
+        threshold = getattr(self.dictionary, "threshold", self.dictionary.b_dec.new_zeros(()))
+        if isinstance(self.dictionary, ThresholdDictionary) and threshold < 0:
+            return threshold.clone()
+        return threshold.detach().mean() * self.scale
+
+    @property
+    def _unit_rows(self) -> bool:
+        """Whether decoder rows are kept at norm 1; the April update leaves them free."""
+        return self.config.sae.kind != "standard_april"
+
+    @torch.no_grad()
+    def _constrain(self) -> None:
+        """Bring the weights back to where they must be: unit decoder rows, thresholds of at least 0."""
+        if self._unit_rows:
+            normalise_rows(self.dictionary.W_dec.data)
+        if isinstance(self.dictionary, JumpReluAutoEncoder):
+            self.dictionary.threshold.data.clamp_min_(0)
 
     def _require_temporal_gradient(self, losses: Losses, batch: int) -> None:
         """At the first step, refuse a temporal term that is switched on and does nothing."""
@@ -159,9 +192,10 @@ class Trainer:
         gradients = [parameter.grad for parameter in dictionary.parameters() if parameter.grad is not None]
         assert dictionary.W_dec.grad is not None
         size = max(1, CHUNK_BYTES // (dictionary.activation_dim * dictionary.W_dec.element_size()))
-        for rows, gradient in zip(dictionary.W_dec.split(size), dictionary.W_dec.grad.split(size), strict=True):
-            direction = rows / (rows.norm(dim=1, keepdim=True) + 1e-6)
-            gradient -= (gradient * direction).sum(dim=1, keepdim=True) * direction
+        if self._unit_rows:
+            for rows, gradient in zip(dictionary.W_dec.split(size), dictionary.W_dec.grad.split(size), strict=True):
+                direction = rows / (rows.norm(dim=1, keepdim=True) + 1e-6)
+                gradient -= (gradient * direction).sum(dim=1, keepdim=True) * direction
         norm = torch.nn.utils.get_total_norm(gradients)
         torch.nn.utils.clip_grads_with_norm_(list(dictionary.parameters()), self.settings.clip_norm, norm)
         return norm
@@ -171,6 +205,7 @@ class Trainer:
         return {
             "dictionary": self.dictionary.state_dict(),
             "optimizer": self.optimizer.state_dict(),
+            "engine": self.engine.state(),
             "tokens_since_fired": self.tokens_since_fired,
             "steps_done": self.steps_done,
         }
@@ -179,5 +214,29 @@ class Trainer:
         """Continue from what `state()` returned."""
         self.dictionary.load_state_dict(state["dictionary"])
         self.optimizer.load_state_dict(state["optimizer"])
+        self.engine.load_state(state["engine"])
         self.tokens_since_fired.copy_(state["tokens_since_fired"])
         self.steps_done = int(state["steps_done"])
+
+
+def _engine(config: RunConfig) -> Engine[Any]:
+    if config.sae.kind in PENALTY_KINDS:
+        return PenaltyEngine(config)
+    return SparseEngine() if config.training.engine == "sparse" else DenseEngine()
+
+
+def _scale(config: RunConfig, mean_squared_norm: float | None) -> float:
+    """What activations are divided by before training."""
+    if config.training.normalize == "none":
+        return 1.0
+    if mean_squared_norm is None or not mean_squared_norm > 0:
+        raise TsaeError(f"training.normalize: a positive mean squared norm is needed, found {mean_squared_norm}")
+    return float(mean_squared_norm**0.5)
+
+
+def _given(config: RunConfig, state_dict: dict[str, Tensor], scale: float) -> Dictionary:
+    """The dictionary of a state dict (for raw activations), which is copied."""
+    name, where = REFERENCE_NAMES[config.sae.kind][1], "initial state"
+    own = {key: tensor.clone() for key, tensor in state_dict.items()}
+    dictionary = from_state(name, own, config.sae.k, where)
+    return dictionary if scale == 1 else from_state(name, dictionary.to_file(1 / scale), config.sae.k, where)

@@ -1,0 +1,97 @@
+"""The engine of SAEs that are sparse because of a penalty: its weight grows at first, then holds or seeks a target L0."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from tsae.config import RunConfig
+from tsae.sae.dictionary import Dictionary
+from tsae.training import penalties
+from tsae.training.engine import Encoded, Engine
+from tsae.training.objective import Losses, Weights
+from tsae.training.penalties import Penalised, PenaltySettings
+
+ADJUSTMENT = 0.02
+"""Largest change of the logarithm of an adjusted weight in one step."""
+FIRST_WEIGHT = 0.05
+"""Where an adjusted L1 weight begins, for activations whose distance from b_dec is 1 (root mean square)."""
+
+
+class PenaltyEngine(Engine[Dictionary]):
+    """Reconstruction error plus weight · penalty. Keeps the weight, and the number of steps that it has seen.
+
+    An L1 weight that no one chose is multiplied in every step by (L0 / target) to a small power, so that SAEs of
+    different kinds can be compared at the same sparsity.
+    """
+
+    OBJECTIVES: ClassVar[dict[str, Callable[..., Penalised]]] = {
+        "standard": penalties.standard,
+        "standard_april": penalties.standard_april,
+        "gated": penalties.gated,
+        "jump_relu": penalties.jump_relu,
+    }
+
+    def __init__(self, config: RunConfig) -> None:
+        objective = config.objective
+        self._penalise = self.OBJECTIVES[config.sae.kind]
+        self._settings = PenaltySettings(float(objective.target_l0 or config.sae.k), objective.bandwidth)
+        warmup = objective.sparsity_warmup_steps
+        self._warmup = config.training.warmup_steps if warmup is None else warmup
+        chosen = objective.sparsity_penalty
+        self._adjusted = chosen is None and config.sae.kind != "jump_relu"
+        self.weight = None if self._adjusted else 1.0 if chosen is None else chosen
+        self.steps = 0
+
+    def encode(self, dictionary: Dictionary, current: Tensor, partner: Tensor | None) -> Encoded:
+        del partner  # no penalty looks at pairs
+        penalised = self._penalise(dictionary, current, self._settings)
+        active = penalised.f.detach() > 0
+        return Encoded(penalised, active.any(dim=0), active.sum(), current.new_tensor(torch.inf))
+
+    def backward(
+        self,
+        dictionary: Dictionary,
+        weights: Weights,
+        encoded: Encoded,
+        current: Tensor,
+        partner: Tensor | None,
+        dead: Tensor,
+    ) -> Losses:
+        del weights, partner, dead
+        penalised: Penalised = encoded.codes
+        error = current - dictionary.decode(penalised.f)
+        l2_loss = error.pow(2).sum(dim=-1).mean()
+        weight = l2_loss.new_tensor(self._current_weight(dictionary, current))
+        sparsity = weight * penalised.penalty
+        loss = l2_loss + sparsity + penalised.auxiliary
+        dictionary.zero_grad(set_to_none=True)
+        loss.backward()
+        self._advance(float(encoded.n_active) / len(current))
+        zero = l2_loss.new_zeros(())
+        terms = Losses(loss, l2_loss, l2_loss[None], penalised.auxiliary, zero, error, zero, sparsity, weight)
+        return Losses(*(term.detach() for term in terms))
+
+    def _current_weight(self, dictionary: Dictionary, current: Tensor) -> float:
+        if self.weight is None:
+            self.weight = FIRST_WEIGHT * float((current - dictionary.b_dec).pow(2).sum(dim=-1).mean().sqrt())
+        return self.weight * min(1.0, self.steps / self._warmup if self._warmup else 1.0)
+
+    def _advance(self, l0: float) -> None:
+        """Count a step; after the warm-up, move an adjusted weight up where too many latents are active, else down."""
+        self.steps += 1
+        if self._adjusted and self.weight is not None and self.steps > self._warmup:
+            excess = math.log(max(l0, 1e-3) / self._settings.target_l0)
+            self.weight *= math.exp(ADJUSTMENT * min(1.0, max(-1.0, excess)))
+
+    def state(self) -> dict[str, Any]:
+        """The weight and the number of steps."""
+        return {"weight": self.weight, "steps": self.steps}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Continue from what `state()` returned."""
+        self.weight, self.steps = state["weight"], state["steps"]
