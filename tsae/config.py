@@ -83,7 +83,7 @@ class StoreConfig:
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     """Precision on disk."""
     shard_mb: int = 256
-    """Size of one shard file in MB (10^6 bytes): the unit of writing, of resuming and of sharing a harvest."""
+    """Largest size of one shard file in MB (10^6 bytes): the unit of writing, of resuming and of sharing a harvest. A small store is cut finer, into about 16 shards."""
 
 
 GROUPED_KINDS = frozenset({"temporal", "matryoshka"})
@@ -201,7 +201,7 @@ class TrainingConfig:
     engine: Literal["sparse", "dense"] = "sparse"
     """`sparse`: gradients at the selected entries only; `dense`: the readable definition, same numbers, several times slower."""
     pool_sequences: int = 16384
-    """Sequences held in memory and mixed at a time; at least half the batch size mixes well."""
+    """Sequences mixed at a time, over all processes; at least half the batch size mixes well. Twice as many are held in memory."""
     log_every: int = 10
     """Steps between lines of metrics.jsonl."""
     save_steps: tuple[int, ...] = ()

@@ -60,7 +60,7 @@ def harvest(config: RunConfig, task: int = 0, tasks: int = 1) -> Path:
 
 def _prepare_once(layout: StoreLayout, config: RunConfig, lm: LanguageModel) -> None:
     """Make the store's frame if it is not there; tasks that come meanwhile wait rather than tokenise the same text."""
-    lock = layout.path.with_name(f".{layout.path.name}.lock")
+    lock = layout.path.with_name(f"{layout.path.name}.preparing.lock")
     while not layout.exists():
         try:
             with locks.hold(lock, str(layout.path)):

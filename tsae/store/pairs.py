@@ -48,7 +48,8 @@ class PairStream:
     `stream[step]` is [B / world, 2, D] float32 (slot 0 the current token, slot 1 its partner), or [B / world, D] for
     the rule `none`. The batches of all ranks, put together in order, are the batch of a single process. Positions
     before `skip_positions`, padding and special tokens never enter; a partner is an earlier token of the same
-    document in the same context. `pool_sequences` contexts are mixed at a time, over all ranks.
+    document in the same context. `pool_sequences` contexts are mixed at a time, over all ranks, and
+    twice as many are in memory.
     """
 
     def __init__(
@@ -78,7 +79,8 @@ class PairStream:
                 f"pairs for the rule {rule!r}"
             )
         steps_per_pool = max(1, pool_sequences * total // (len(store.train) * batch_size))
-        pools = -(-self.steps_per_epoch // steps_per_pool)
+        # While one pool is used the next is read, so two are in memory: what fits there is read once and stays.
+        pools = 1 if len(store.train) <= 2 * pool_sequences else -(-self.steps_per_epoch // steps_per_pool)
         self._pool_starts = np.arange(pools + 1) * self.steps_per_epoch // pools
         self._lanes = max(lanes for lanes in range(1, MOST_LANES + 1) if batch_size % lanes == 0)
         share, lane = batch_size // world, batch_size // self._lanes

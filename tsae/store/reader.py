@@ -19,8 +19,6 @@ from tsae.store.geometry import CRC_BYTES, crc32c
 from tsae.store.layout import StoreLayout
 from tsae.store.writer import TORCH_DTYPE
 
-# A vectored read may name 1024 buffers; each chunk takes two of them.
-CHUNKS_PER_READ = 256
 SCRATCH_BYTES = 8_000_000
 
 
@@ -116,20 +114,17 @@ class Store:
         The last chunk of the store brings its padding along. Raises TsaeError as `read` does.
         """
         geometry = self.layout.geometry
-        flat = out.view(torch.uint8).numpy().reshape(-1)
+        payload = out.view(torch.uint8).numpy().reshape(-1)[: count * geometry.chunk_bytes].reshape(count, -1)
         taken = 0
         while taken < count:
-            chunk = first + taken
-            shard = geometry.shard_of(chunk)
-            here = min(count - taken, geometry.chunks_of(shard).stop - chunk, CHUNKS_PER_READ)
-            part = flat[taken * geometry.chunk_bytes : (taken + here) * geometry.chunk_bytes]
-            self._read_run(shard, chunk, part.reshape(here, -1))
+            shard = geometry.shard_of(first + taken)
+            here = min(count - taken, geometry.chunks_of(shard).stop - first - taken)
+            self._read_run(shard, first + taken, payload[taken : taken + here])
             taken += here
 
-    def _read_run(self, shard: int, chunk: int, payload: np.ndarray) -> None:
-        geometry = self.layout.geometry
-        stored = np.empty((len(payload), CRC_BYTES), np.uint8)
-        buffers = [part.data for pair in zip(payload, stored, strict=True) for part in pair]
+    def _read_run(self, shard: int, first: int, payload: np.ndarray) -> None:
+        """Consecutive chunks of one shard into `payload` [chunks, chunk_bytes]."""
+        geometry, stored = self.layout.geometry, np.empty(CRC_BYTES, np.uint8)
         try:
             descriptor = os.open(self.layout.shard(shard), os.O_RDONLY)
         except OSError as error:
@@ -137,15 +132,16 @@ class Store:
         try:
             if shard not in self._sound:
                 self._check_frame(shard, descriptor)
-            offset = (chunk - geometry.chunks_of(shard).start) * geometry.stride
-            if not _read_fully(descriptor, buffers, offset):
-                raise self._damage(shard, "is truncated", harvest=True)
+            # One chunk at a time: its checksum is computed while it is still in the processor's cache.
+            for chunk, part in enumerate(payload, start=first):
+                number = chunk - geometry.chunks_of(shard).start
+                if not _read_fully(descriptor, [part.data, stored.data], number * geometry.stride):
+                    raise self._damage(shard, "is truncated", harvest=True)
+                computed = crc32c(part)
+                if computed != stored.tobytes() or computed != self._checksums[chunk].tobytes():
+                    raise self._damage(shard, f"chunk {number} fails its checksum")
         finally:
             os.close(descriptor)
-        for number, (part, beside) in enumerate(zip(payload, stored, strict=True), start=chunk):
-            computed = crc32c(part)
-            if computed != beside.tobytes() or computed != self._checksums[number].tobytes():
-                raise self._damage(shard, f"chunk {number - geometry.chunks_of(shard).start} fails its checksum")
 
     def _check_frame(self, shard: int, descriptor: int) -> None:
         """Size and index of a shard, once per shard and process."""

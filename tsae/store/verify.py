@@ -67,9 +67,9 @@ def _content_problem(layout: StoreLayout, descriptor: int, wanted: np.ndarray, d
     for number, checksum in enumerate(wanted):
         offset = number * geometry.stride
         if deep:
-            data = os.pread(descriptor, geometry.stride, offset)
-            payload, stored = data[: geometry.chunk_bytes], data[geometry.chunk_bytes :]
-            if crc32c(payload) != stored:
+            data = np.frombuffer(os.pread(descriptor, geometry.stride, offset), np.uint8)
+            stored = data[geometry.chunk_bytes :].tobytes()
+            if crc32c(data[: geometry.chunk_bytes]) != stored:
                 return f"is damaged: chunk {number} fails its checksum"
         else:
             stored = os.pread(descriptor, 4, offset + geometry.chunk_bytes)
