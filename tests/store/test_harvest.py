@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import random
 import shutil
 import time
@@ -117,13 +118,22 @@ def test_complete_store_is_left_alone(harvested: Path, make_config: Make, monkey
     assert harvest(make_config(harvested)) == harvested
 
 
-@pytest.mark.parametrize("damage", ["delete", "truncate"])
-def test_harvest_brings_back_a_lost_shard(tmp_path: Path, harvested: Path, make_config: Make, damage: str) -> None:
+LOSSES: dict[str, Callable[[StoreLayout], object]] = {
+    "a deleted shard": lambda layout: layout.shard(2).unlink(),
+    "a truncated shard": lambda layout: os.truncate(layout.shard(2), 1000),
+    "a deleted marker": lambda layout: layout.marker(2).unlink(),
+    "a damaged marker": lambda layout: layout.marker(2).write_text("{"),
+    "damaged checksums": lambda layout: os.truncate(layout.path / "checksums" / "c" / "0", 10),
+}
+
+
+@pytest.mark.parametrize("what", LOSSES)
+def test_harvest_repairs_what_it_can(tmp_path: Path, harvested: Path, make_config: Make, what: str) -> None:
     path = tmp_path / "store"
     shutil.copytree(harvested, path)
-    shard = StoreLayout(path).shard(2)
-    shard.unlink() if damage == "delete" else shard.write_bytes(shard.read_bytes()[:-7])
+    LOSSES[what](StoreLayout(path))
     assert not is_harvested(make_config(path))
+    assert len(verify(path)) == 1
     harvest(make_config(path))
     assert_same_store(path, harvested)
 

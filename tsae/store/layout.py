@@ -70,7 +70,7 @@ def store_path(config: RunConfig) -> Path:
 
 
 def is_harvested(config: RunConfig) -> bool:
-    """Whether the store of exactly this configuration is complete, with every shard of the right size."""
+    """Whether the store of exactly this configuration is here and whole; reads no activations."""
     layout = StoreLayout(store_path(config))
     return layout.exists() and layout.attributes.get("config_hash") == content_hash(config) and layout.is_whole()
 
@@ -177,9 +177,14 @@ class StoreLayout:
         data = checksums.astype("<u4").tobytes()
         files.write_atomically(self.path / "checksums" / "c" / "0", lambda stream: stream.write(data + crc32c(data)))
 
-    def name_of(self, shard: int) -> str:
-        """How messages call a shard."""
-        return f"{self.path}: shard {shard} ({self.shard(shard).relative_to(self.path)})"
+    def complaint(self, shard: int, problem: str) -> str:
+        """One line about a damaged shard: which, what is wrong, what to do."""
+        remedy = (
+            "remove that file and run the same harvest again"
+            if self.is_written(shard)
+            else "run the same harvest again"
+        )
+        return f"{self.path}: shard {shard} ({self.shard(shard).relative_to(self.path)}) {problem}; {remedy}"
 
     def read_marker(self, shard: int) -> dict[str, Any] | None:
         """The marker of a shard of this store, or None while there is none."""
@@ -201,11 +206,14 @@ class StoreLayout:
         return path.stat().st_size if path.exists() else None
 
     def is_whole(self) -> bool:
-        """Whether the store is complete and all shard files have their size; reads no activations."""
-        geometry = self.geometry
-        return bool(self.attributes["complete"]) and all(
-            self.size_of(shard) == geometry.shard_bytes(shard) for shard in range(geometry.shards)
-        )
+        """Whether the store is complete, with all shards finished and the checksums sound; reads no activations."""
+        if not self.attributes["complete"]:
+            return False
+        try:
+            self.read_checksums()
+        except TsaeError:
+            return False
+        return all(self.is_written(shard) for shard in range(self.geometry.shards))
 
     def require(self, config: RunConfig) -> None:
         """Raise TsaeError, naming a difference, if the store was made from another configuration."""

@@ -128,7 +128,7 @@ class Store:
         try:
             descriptor = os.open(self.layout.shard(shard), os.O_RDONLY)
         except OSError as error:
-            raise self._damage(shard, f"cannot be opened: {error.strerror}", harvest=True) from None
+            raise self._damage(shard, f"cannot be opened: {error.strerror}") from None
         try:
             if shard not in self._sound:
                 self._check_frame(shard, descriptor)
@@ -136,10 +136,14 @@ class Store:
             for chunk, part in enumerate(payload, start=first):
                 number = chunk - geometry.chunks_of(shard).start
                 if not _read_fully(descriptor, [part.data, stored.data], number * geometry.stride):
-                    raise self._damage(shard, "is truncated", harvest=True)
+                    raise self._damage(shard, "is truncated")
                 computed = crc32c(part)
-                if computed != stored.tobytes() or computed != self._checksums[chunk].tobytes():
-                    raise self._damage(shard, f"chunk {number} fails its checksum")
+                if computed != stored.tobytes():
+                    raise self._damage(shard, f"is damaged: chunk {number} fails its checksum")
+                if computed != self._checksums[chunk].tobytes():
+                    raise self._damage(
+                        shard, f"holds other data than was harvested (chunk {number}): swapped or replaced"
+                    )
         finally:
             os.close(descriptor)
 
@@ -147,12 +151,11 @@ class Store:
         """Size and index of a shard, once per shard and process."""
         problem = frame_problem(self.layout, shard, descriptor)
         if problem:
-            raise self._damage(shard, problem, harvest=problem.startswith("has "))
+            raise self._damage(shard, problem)
         self._sound.add(shard)
 
-    def _damage(self, shard: int, problem: str, *, harvest: bool = False) -> TsaeError:
-        remedy = "run the same harvest again" if harvest else "remove that file and run the same harvest again"
-        return TsaeError(f"{self.layout.name_of(shard)} {problem}; {remedy}")
+    def _damage(self, shard: int, problem: str) -> TsaeError:
+        return TsaeError(self.layout.complaint(shard, problem))
 
 
 def uninitialised(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:

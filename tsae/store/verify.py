@@ -38,7 +38,7 @@ def verify(path: str | Path, deep: bool = False) -> list[str]:
     for shard in range(layout.geometry.shards):
         problem = _shard_problem(layout, shard, checksums, deep)
         if problem:
-            problems.append(f"{layout.name_of(shard)} {problem}")
+            problems.append(layout.complaint(shard, problem))
         progress.update(shard + 1, problems=len(problems))
     return problems
 
