@@ -65,6 +65,7 @@ def _explanations(options: argparse.Namespace) -> None:
 
 
 def _push(options: argparse.Namespace) -> None:
+    import os
     import tempfile
 
     from tsae.interop import hub
@@ -72,7 +73,7 @@ def _push(options: argparse.Namespace) -> None:
     name = options.repo_id.rpartition("/")[2]
     out = options.out
     if out is None and options.dry_run:
-        out = Path(tempfile.mkdtemp(prefix="tsae-push-")) / name
+        out = Path(tempfile.gettempdir()) / f"tsae-push-{os.getpid()}" / name
     with tempfile.TemporaryDirectory(prefix="tsae-push-") as place:
         folder = hub.prepare(
             options.source,

@@ -124,10 +124,7 @@ def _form(folder: Path, config: dict[str, Any]) -> Portable:
     k = config.get("k") if architecture == "topk" else None
     if architecture == "topk" and not (isinstance(k, int) and k > 0):
         raise TsaeError(f"{where}: k is {k!r}; a topk SAE needs a positive whole number")
-    sizes = [list(tensors["W_enc"].shape), list(tensors["W_dec"].shape[::-1])]
-    wanted = [config.get("d_in"), config.get("d_sae")]
-    if any(size != wanted for size in sizes):
-        raise TsaeError(f"{folder}: d_in, d_sae are {wanted} in {CONFIG}, W_enc is {sizes[0]}, W_dec.T {sizes[1]}")
+    _check_shapes(tensors, config.get("d_in"), config.get("d_sae"), folder)
     form = Portable(architecture, bool(config.get("apply_b_dec_to_input", True)), k, tensors)
     if config.get("rescale_acts_by_decoder_norm"):
         # Selected by activation times row norm and decoded by unit rows: scaled once, it is a plain top-k.
@@ -168,6 +165,14 @@ def _tensors(path: Path, architecture: str) -> dict[str, Tensor]:
     if not bool((scale == 1).all()):
         raise TsaeError(f"{path}: latents carry a scaling_factor other than 1, which has no counterpart here")
     return {name: tensor.float() for name, tensor in tensors.items()}
+
+
+def _check_shapes(tensors: dict[str, Tensor], d_in: object, d_sae: object, folder: Path) -> None:
+    expected = {"W_enc": [d_in, d_sae], "W_dec": [d_sae, d_in], "b_dec": [d_in]}
+    for name, tensor in tensors.items():
+        shape = expected.get(name, [d_sae])
+        if list(tensor.shape) != shape:
+            raise TsaeError(f"{folder / WEIGHTS}: {name} has shape {list(tensor.shape)}; {CONFIG} says {shape}")
 
 
 def _without_normalisation(form: Portable, rule: object, folder: Path) -> Portable:

@@ -1,0 +1,190 @@
+"""SAELens folders made elsewhere: read exactly, or refused with one line."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from tsae.checkpoint import load_dictionary
+from tsae.cli import main
+from tsae.errors import TsaeError
+from tsae.interop import sae_lens
+
+D, F = 16, 80
+
+
+def tensors(architecture: str) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(5)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    made = {"W_enc": draw(D, F) / D**0.5, "W_dec": draw(F, D), "b_dec": draw(D)}
+    if architecture == "gated":
+        return {**made, "b_gate": draw(F), "b_mag": draw(F), "r_mag": draw(F) / 4}
+    made["b_enc"] = draw(F)
+    return {**made, "threshold": draw(F).abs()} if architecture == "jumprelu" else made
+
+
+def folder(path: Path, architecture: str, weights: dict[str, Tensor] | None = None, **settings: object) -> Path:
+    config = {
+        "architecture": architecture,
+        "d_in": D,
+        "d_sae": F,
+        "dtype": "float32",
+        "device": "cpu",
+        "apply_b_dec_to_input": True,
+        "normalize_activations": "none",
+        "reshape_activations": "none",
+        "metadata": {
+            "sae_lens_version": "6.20.0",
+            "model_name": "gemma-2-2b",
+            "hook_name": "blocks.12.hook_resid_post",
+            "context_size": 1024,
+        },
+    }
+    if architecture == "topk":
+        config |= {"k": 7}
+    path.mkdir(exist_ok=True)
+    (path / "cfg.json").write_text(json.dumps({**config, **settings}))
+    save_file(weights or tensors(architecture), path / "sae_weights.safetensors")
+    return path
+
+
+def defined(architecture: str, x: Tensor, centred: bool, k: int = 7) -> tuple[Tensor, Tensor]:
+    """Codes and reconstruction by SAELens' definition, written down once more."""
+    w = tensors(architecture)
+    z = (x - w["b_dec"] if centred else x) @ w["W_enc"]
+    if architecture == "gated":
+        f = ((z + w["b_gate"]) > 0) * torch.relu(z * w["r_mag"].exp() + w["b_mag"])
+    else:
+        f = torch.relu(z + w["b_enc"])
+    if architecture == "jumprelu":
+        f = f * (f > w["threshold"])
+    if architecture == "topk":
+        f = f * (f >= f.topk(k).values[..., -1:])
+    return f, f @ w["W_dec"] + w["b_dec"]
+
+
+@pytest.mark.parametrize("centred", [True, False])
+@pytest.mark.parametrize("architecture", ["standard", "topk", "jumprelu", "gated"])
+def test_each_architecture_becomes_a_run_that_computes_the_same(
+    tmp_path: Path, activations: Tensor, architecture: str, centred: bool
+) -> None:
+    source = folder(tmp_path / "source", architecture, apply_b_dec_to_input=centred)
+    assert main(["import", str(source), "--out", str(tmp_path / "run")]) == 0
+    dictionary, config = load_dictionary(tmp_path / "run")
+    codes, reconstructions = defined(architecture, activations, centred)
+    assert torch.allclose(dictionary.encode(activations), codes, atol=3e-6)
+    assert torch.allclose(dictionary(activations), reconstructions, atol=1e-5)
+    trainer = config["trainer"]
+    assert (trainer["lm_name"], trainer["layer"], trainer["submodule_name"]) == (
+        "google/gemma-2-2b",
+        12,
+        "resid_post_layer_12",
+    )
+    assert config["buffer"]["ctx_len"] == 1024
+
+
+def test_a_residual_stream_before_a_block_is_that_after_the_block_below(tmp_path: Path) -> None:
+    metadata = {"sae_lens_version": "6.20.0", "hook_name": "blocks.12.hook_resid_pre"}
+    _, config = sae_lens.load(folder(tmp_path, "standard", metadata=metadata))
+    assert config["trainer"]["layer"] == 11
+
+
+def test_a_top_k_that_selects_by_decoder_norm_is_folded(tmp_path: Path, activations: Tensor) -> None:
+    w = tensors("topk")
+    dictionary, _ = sae_lens.load(folder(tmp_path, "topk", rescale_acts_by_decoder_norm=True))
+    norms = w["W_dec"].norm(dim=1)
+    f = torch.relu(((activations - w["b_dec"]) @ w["W_enc"] + w["b_enc"]) * norms)
+    f = f * (f >= f.topk(7).values[..., -1:])
+    assert torch.allclose(dictionary.encode(activations), f, atol=1e-5)
+    assert torch.allclose(dictionary(activations), f / norms @ w["W_dec"] + w["b_dec"], atol=1e-5)
+
+
+def test_a_constant_input_scale_is_folded_where_it_is_known(tmp_path: Path, activations: Tensor) -> None:
+    source = folder(tmp_path, "jumprelu", normalize_activations="expected_average_only_in")
+    with pytest.raises(TsaeError, match=r"activation_scaler.json with its factor is missing"):
+        sae_lens.load(source)
+    (tmp_path / "activation_scaler.json").write_text('{"scaling_factor": 0.25}')
+    codes, reconstructions = defined("jumprelu", activations * 0.25, True)
+    dictionary, _ = sae_lens.load(source)
+    assert torch.allclose(dictionary.encode(activations), codes, atol=3e-6)
+    assert torch.allclose(dictionary(activations) * 0.25, reconstructions, atol=1e-5)
+
+
+def test_a_config_from_before_version_6_is_understood(tmp_path: Path, activations: Tensor) -> None:
+    source = folder(tmp_path, "topk")
+    old = {"d_in": D, "d_sae": F, "activation_fn_str": "topk", "activation_fn_kwargs": {"k": 7}, "dtype": "float32"}
+    old |= {"hook_point": "blocks.3.hook_resid_post", "model_name": "pythia-160m", "normalize_activations": False}
+    (source / "cfg.json").write_text(json.dumps(old))
+    dictionary, config = sae_lens.load(source)
+    assert torch.allclose(dictionary.encode(activations), defined("topk", activations, True)[0], atol=3e-6)
+    assert config["trainer"]["lm_name"] == "EleutherAI/pythia-160m"
+    (source / "cfg.json").write_text(json.dumps(old | {"activation_fn_str": "tanh-relu"}))
+    with pytest.raises(TsaeError, match="tanh-relu"):
+        sae_lens.load(source)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"architecture": "temporal"}, "Lubana"),
+        ({"architecture": "batchtopk"}, "save_inference_model"),
+        ({"architecture": "jump_relu"}, "did you mean 'jumprelu'"),
+        ({"normalize_activations": "layer_norm"}, "not linear"),
+        ({"reshape_activations": "hook_z"}, "attention heads"),
+        ({"d_sae": 81}, r"W_dec has shape \[80, 16\]; cfg.json says \[81, 16\]"),
+        ({"architecture": "topk", "k": None}, "unexpected"),
+        ({"architecture": "gated"}, "missing"),
+    ],
+)
+def test_what_has_no_counterpart_is_refused(tmp_path: Path, capsys, settings: dict, message: str) -> None:
+    source = folder(tmp_path / "source", **{"architecture": "jumprelu", **settings}, weights=tensors("jumprelu"))
+    assert main(["import", str(source), "--out", str(tmp_path / "run")]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert re.search(message, error), error
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"W_enc": torch.full((D, F), torch.nan)}, "not finite"),
+        ({"b_dec": torch.zeros(D + 1)}, "shape"),
+        ({"scaling_factor": torch.full((F,), 2.0)}, "scaling_factor"),
+        ({"extra": torch.zeros(1)}, "unexpected"),
+    ],
+)
+def test_damaged_weights_are_refused(tmp_path: Path, change: dict[str, Tensor], message: str) -> None:
+    with pytest.raises(TsaeError, match=message):
+        sae_lens.load(folder(tmp_path, "standard", weights=tensors("standard") | change))
+
+
+def test_a_truncated_file_and_a_run_folder_are_refused(tmp_path: Path, make_run, capsys) -> None:
+    source = folder(tmp_path / "source", "standard")
+    weights = source / "sae_weights.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    assert main(["import", str(source), "--out", str(tmp_path / "run")]) == 2
+    assert "not a readable safetensors file" in capsys.readouterr().err
+    run, _ = make_run()
+    assert main(["import", str(run / "trainer_0"), "--out", str(tmp_path / "run")]) == 2
+    assert "run folder already" in capsys.readouterr().err
+
+
+def test_our_own_export_comes_back_as_the_class_it_was(make_run, tmp_path: Path, activations: Tensor) -> None:
+    run, dictionary = make_run()
+    assert main(["export", str(run), "--format", "sae_lens", "--out", str(tmp_path / "lens")]) == 0
+    assert main(["import", str(tmp_path / "lens"), "--out", str(tmp_path / "back")]) == 0
+    back, config = load_dictionary(tmp_path / "back")
+    assert type(back) is type(dictionary)
+    assert back.group_sizes == dictionary.group_sizes
+    assert torch.equal(back.encode(activations), dictionary.encode(activations))
+    assert config["trainer"]["temporal"] == "p"
