@@ -114,8 +114,14 @@ class LocalExecutor:
         folder = attempt_folder(stage)
         executor = _session_executor(backend)(folder)
         executor.update_parameters(timeout_min=60 * 24 * 365, stderr_to_stdout=True)
-        threads = dict.fromkeys(THREAD_VARIABLES, str(share.cpus))
-        with environment({**threads, "CUDA_VISIBLE_DEVICES": ",".join(share.gpus), "PYTHONUNBUFFERED": "1"}):
+        variables = {
+            **dict.fromkeys(THREAD_VARIABLES, str(share.cpus)),
+            "CUDA_VISIBLE_DEVICES": ",".join(share.gpus),
+            "PYTHONUNBUFFERED": "1",
+            # Without it, a folder `tsae` in the working directory would stand in for the launcher's own package.
+            "PYTHONSAFEPATH": "1",
+        }
+        with environment(variables):
             submitted = executor.submit(stage.function, *stage.arguments)
         return LocalJob(submitted.paths.stdout, time.time(), submitted.paths.result_pickle, submitted._process)
 

@@ -120,6 +120,13 @@ def test_a_job_that_is_killed_hard_is_a_failure_with_the_last_words_of_its_log(s
     assert "ended without a result" in task.error
 
 
+def test_jobs_import_no_code_from_the_working_directory(stage, tmp_path, monkeypatch):
+    (tmp_path / "submitit").mkdir()
+    (tmp_path / "submitit" / "__init__.py").write_text("raise SystemExit('the wrong one')")
+    monkeypatch.chdir(tmp_path)
+    assert Queue([stage("job")], LocalExecutor(), Silent(), 1).run() == []
+
+
 def test_a_job_that_returns_without_its_output_is_a_failure(stage):
     (task,) = Queue([stage("empty", "true")], LocalExecutor(), Silent(), 1).run()
     assert "its output is not complete" in task.error
