@@ -200,6 +200,10 @@ class TrainingConfig:
     """`no`: float32; `bf16`: matrix products under bfloat16 autocast, parameters stay float32."""
     engine: Literal["sparse", "dense"] = "sparse"
     """`sparse`: gradients at the selected entries only; `dense`: the readable definition, same numbers, several times slower."""
+    encoder_precision: Literal["exact", "float32", "bf16"] = "exact"
+    """Encoder product of the sparse engine. `exact`: float32 numbers, on CUDA from a bfloat16 product whose few candidates are computed again; `float32`: one float32 product; `bf16`: a bfloat16 product as it is, which selects a few per cent of other entries."""
+    deterministic: bool = True
+    """Sum the sparse engine's gradients in a fixed order on CUDA, so that the same run gives the same bits; false: atomic additions."""
     pool_sequences: int = 16384
     """Sequences mixed at a time, over all processes; at least half the batch size mixes well. Twice as many are held in memory."""
     log_every: int = 10

@@ -21,12 +21,13 @@ def top_k_codes(
 
     Takes and returns what `batch_top_k_codes` does; there is no cut to guess, `guesses` only counts the halves.
     """
+    weight = encoder.rounded(weight)
     return [_select_half(encoder, x, weight, bias, k) for x, _ in zip(halves, guesses, strict=True)]
 
 
 def _select_half(encoder: Encoder, x: Tensor, weight: Tensor, bias: Tensor, k: int) -> Selection:
     found = []
-    block_rows = encoder.block_rows(weight.shape[1])
+    block_rows = encoder.block_rows(x, weight.shape[1])
     for start in range(0, len(x), block_rows):
         buffer = encoder.block(x[start : start + block_rows], weight, bias)
         values, latents = _largest_of_rows(buffer, min(k, weight.shape[1]))

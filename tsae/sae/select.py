@@ -7,18 +7,21 @@ guess that turns out too high costs another pass with a lower one; a good guess 
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from tsae.phases import phase
+from tsae.sae.kernels import kernels_for, screens
+from tsae.sae.screening import Screen
 from tsae.sae.sparse import SparseCode, from_entries
 
 SEGMENT = 64
 GUESS_MARGIN = 0.97
 SAMPLE_ROWS = 32
 BLOCK_BYTES = 64 * 2**20
+BLOCK_ROWS, CUDA_BLOCK_ROWS = 64, 1024
 
 
 class Selection(NamedTuple):
@@ -31,15 +34,45 @@ class Selection(NamedTuple):
     """Encoder passes it took."""
 
 
+class Prepared(NamedTuple):
+    """Weights [D, F] and bias [F] of an encoder, in the form that its precision wants."""
+
+    weight: Tensor
+    bias: Tensor
+    screen: Screen | None
+
+
 class Encoder:
-    """Pre-activations of rows [N, D] in blocks, into one scratch buffer that is kept between calls."""
+    """Pre-activations of rows [N, D] in blocks, into one scratch buffer that is kept between calls.
 
-    def __init__(self) -> None:
+    `precision`: `exact` and `float32` give float32 numbers, `exact` by way of a bfloat16 screen where that is faster;
+    `bf16` rounds inputs, weights and products to bfloat16.
+    """
+
+    def __init__(self, precision: str = "exact") -> None:
+        self.precision = precision
         self._scratch = torch.empty(0)
+        self._listing: Any = None
 
-    def block_rows(self, dict_size: int) -> int:
-        """Rows per block: about 64 MB of activations, at least 64 rows, so that the product runs at full speed."""
-        return max(64, BLOCK_BYTES // (4 * dict_size))
+    def block_rows(self, x: Tensor, dict_size: int) -> int:
+        """Rows of x per block: about 64 MB of activations, but enough rows for the product to run at full speed."""
+        return max(CUDA_BLOCK_ROWS if x.is_cuda else BLOCK_ROWS, BLOCK_BYTES // (4 * dict_size))
+
+    def rounded(self, weight: Tensor) -> Tensor:
+        """The weight in the precision of the product."""
+        return weight.bfloat16() if self.precision == "bf16" else weight
+
+    def prepare(self, weight: Tensor, bias: Tensor) -> Prepared:
+        """What depends on weight [D, F] and bias [F] alone: made once for the products of one step."""
+        screened = self.precision == "exact" and screens(weight)
+        return Prepared(self.rounded(weight), bias, Screen(weight, bias) if screened else None)
+
+    def listing(self, x: Tensor) -> Any:
+        """The kernels' list of entries above a guess; None where torch's operations make it."""
+        kernels = kernels_for(x)
+        if kernels is not None and self._listing is None:
+            self._listing = kernels.Candidates()
+        return self._listing if kernels is not None else None
 
     @phase("encoder product")
     def block(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -51,7 +84,11 @@ class Encoder:
         buffer = self._scratch[: rows * padded].view(rows, padded)
         if padded != width:
             buffer[:, width:] = -torch.inf
-        torch.addmm(bias, x, weight, out=buffer[:, :width])
+        if weight.dtype == x.dtype:
+            torch.addmm(bias, x, weight, out=buffer[:, :width])
+        else:
+            buffer[:, :width] = torch.mm(x.to(weight.dtype), weight)
+            buffer[:, :width] += bias
         return buffer
 
 
@@ -63,19 +100,20 @@ def batch_top_k_codes(
 
     `guesses` are estimates of each half's cut (none: estimated from a few rows).
     """
-    return [_select_half(encoder, x, weight, bias, k, guess) for x, guess in zip(halves, guesses, strict=True)]
+    prepared = encoder.prepare(weight, bias)
+    return [_select_half(encoder, x, prepared, k, guess) for x, guess in zip(halves, guesses, strict=True)]
 
 
-def _select_half(encoder: Encoder, x: Tensor, weight: Tensor, bias: Tensor, k: int, guess: float | None) -> Selection:
+def _select_half(encoder: Encoder, x: Tensor, prepared: Prepared, k: int, guess: float | None) -> Selection:
     wanted = k * len(x)
     if guess is None:
-        guess = _first_guess(x, weight, bias, k)
+        guess = _first_guess(x, prepared, k)
     passes = 1
-    rows, latents, values = entries_above(encoder, x, weight, bias, guess)
+    rows, latents, values = _entries_above(encoder, x, prepared, guess)
     while len(values) < wanted and guess > 0:
         # Nearly enough: a small step down; far too few: a large one; and soon all positive ones.
         guess = guess * (0.8 if len(values) > wanted // 2 else 0.5) if passes < 4 else 0.0
-        rows, latents, values = entries_above(encoder, x, weight, bias, guess)
+        rows, latents, values = _entries_above(encoder, x, prepared, guess)
         passes += 1
     cut = 0.0
     if len(values) > wanted:
@@ -83,7 +121,7 @@ def _select_half(encoder: Encoder, x: Tensor, weight: Tensor, bias: Tensor, k: i
         rows, latents, values = rows[chosen], latents[chosen], values[chosen]
     if len(values) == wanted:
         cut = float(values.min())
-    return Selection(from_entries(rows, latents, values, len(x), weight.shape[1]), cut, passes)
+    return Selection(from_entries(rows, latents, values, len(x), len(prepared.bias)), cut, passes)
 
 
 def _largest(values: Tensor, count: int) -> Tensor:
@@ -98,9 +136,10 @@ def _largest(values: Tensor, count: int) -> Tensor:
     return keep.nonzero()[:, 0]
 
 
-def _first_guess(x: Tensor, weight: Tensor, bias: Tensor, k: int) -> float:
+def _first_guess(x: Tensor, prepared: Prepared, k: int) -> float:
     sample = x[:: max(1, len(x) // SAMPLE_ROWS)][:SAMPLE_ROWS]
-    activations = torch.relu(sample @ weight + bias).flatten()
+    product = (sample.to(prepared.weight.dtype) @ prepared.weight).to(x.dtype)
+    activations = torch.relu(product + prepared.bias).flatten()
     top = activations.topk(min(k * len(sample), activations.numel()), sorted=False).values
     return GUESS_MARGIN * float(top.min())
 
@@ -108,9 +147,25 @@ def _first_guess(x: Tensor, weight: Tensor, bias: Tensor, k: int) -> float:
 def entries_above(
     encoder: Encoder, x: Tensor, weight: Tensor, bias: Tensor, guess: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Row, latent and value of every pre-activation above max(guess, 0), ascending by row and latent."""
+    """Row, latent and value of every pre-activation above `guess` ≥ 0, ascending by row and latent."""
+    return _entries_above(encoder, x, encoder.prepare(weight, bias), guess)
+
+
+def _entries_above(encoder: Encoder, x: Tensor, prepared: Prepared, guess: float) -> tuple[Tensor, Tensor, Tensor]:
+    weight, bias, screen = prepared
+    listing = encoder.listing(x)
+    block_rows = encoder.block_rows(x, len(bias))
+    if screen is not None:
+        return screen.entries_above(x, guess, block_rows, listing)
+    if listing is not None:
+        return listing.above(
+            guess,
+            lambda: (encoder.block(rows, weight, bias) for rows in x.split(block_rows)),
+            len(x),
+            len(bias),
+            x.device,
+        )
     found = []
-    block_rows = encoder.block_rows(weight.shape[1])
     for start in range(0, len(x), block_rows):
         buffer = encoder.block(x[start : start + block_rows], weight, bias)
         segments = buffer.view(-1, SEGMENT)

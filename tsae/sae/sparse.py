@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
+from tsae.sae.kernels import kernels_for
+
 # Said once per process by torch for every CSR tensor; what is used of them here is tested against dense products.
 warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
 
@@ -32,7 +34,8 @@ class SparseCode(NamedTuple):
     def rows(self) -> Tensor:
         """Row of each entry [n]."""
         counts = self.offsets.diff()
-        return torch.repeat_interleave(torch.arange(len(counts), device=counts.device), counts)
+        rows = torch.arange(len(counts), device=counts.device)
+        return torch.repeat_interleave(rows, counts, output_size=len(self.latents))
 
     def dense(self) -> Tensor:
         """The [N, F] tensor."""
@@ -48,6 +51,10 @@ class SparseCode(NamedTuple):
             offsets, self.latents[chosen] - latents.start, self.values[chosen], latents.stop - latents.start
         )
         return part, chosen
+
+    def sum_values(self, values: Tensor) -> Tensor:
+        """Sum of each row's entries of `values` [n] → [N]."""
+        return segment_sums(values, self.offsets)
 
     def with_values(self, values: Tensor) -> SparseCode:
         """The same entries with other values [n]."""
@@ -68,6 +75,9 @@ def from_dense(f: Tensor) -> SparseCode:
 
 def weighted_rows(code: SparseCode, matrix: Tensor) -> Tensor:
     """code [N, F] @ matrix [F, D] → [N, D]: each row sums its latents' rows of the matrix."""
+    kernels = kernels_for(matrix)
+    if kernels is not None:
+        return kernels.weighted_rows(code.offsets, code.latents, code.values, matrix)
     return embedding_bag(
         code.latents, matrix, code.offsets, mode="sum", per_sample_weights=code.values, include_last_offset=True
     )
@@ -75,10 +85,34 @@ def weighted_rows(code: SparseCode, matrix: Tensor) -> Tensor:
 
 def sampled_products(code: SparseCode, left: Tensor, right: Tensor) -> Tensor:
     """left [N, D] @ right [F, D].T at the entries of `code` only → [n]."""
+    kernels = kernels_for(left)
+    if kernels is not None:
+        return kernels.sampled_products(code.rows, code.latents, left, right)
     pattern = torch.sparse_csr_tensor(
         code.offsets, code.latents, torch.zeros_like(code.values), (len(left), len(right)), check_invariants=False
     )
     return torch.sparse.sampled_addmm(pattern, left, right.T, beta=0.0).values()
+
+
+def segment_sums(values: Tensor, offsets: Tensor) -> Tensor:
+    """Sum of values [n] between successive `offsets` [R + 1] → [R], always in the same order."""
+    kernels = kernels_for(values)
+    if kernels is not None:
+        return kernels.segment_sums(values, offsets)
+    return torch.segment_reduce(values, "sum", offsets=offsets, initial=0)
+
+
+def add_rows(rows: Tensor, latents: Tensor, values: Tensor, x: Tensor, out: Tensor) -> None:
+    """Set out[latent] [F, D] to the sum of value · x[row] over its entries, which need no order.
+
+    On CUDA the additions are atomic: faster for few entries, and the last bits may differ from run to run.
+    """
+    kernels = kernels_for(x)
+    out.zero_()
+    if kernels is not None:
+        kernels.add_rows(rows, latents, values, x, out)
+    else:
+        out.index_add_(0, latents, values[:, None] * x[rows])
 
 
 class ByLatent(NamedTuple):
@@ -104,6 +138,9 @@ class ByLatent(NamedTuple):
         Goes through `chunk` latents at a time, so that the sums are still in the cache when they are copied.
         """
         weights = values[self.order]
+        if x.is_cuda or kernels_for(x) is not None:
+            self._sum_rows_at_once(weights, x, out)
+            return
         bounds = [int(bound) for bound in self.offsets[::chunk]]
         last = int(self.offsets[-1])
         for index, start in enumerate(bounds):
@@ -121,3 +158,16 @@ class ByLatent(NamedTuple):
                 per_sample_weights=weights[start:stop],
                 include_last_offset=True,
             )
+
+    def sum_values(self, values: Tensor, out: Tensor) -> None:
+        """Σ of a latent's values into `out` [F]; `values` [n] in the code's own order."""
+        out.copy_(segment_sums(values[self.order], self.offsets))
+
+    def _sum_rows_at_once(self, weights: Tensor, x: Tensor, out: Tensor) -> None:
+        """Without chunks: on CUDA each of them would wait for the GPU to know its bounds."""
+        kernels = kernels_for(x)
+        if kernels is not None:
+            kernels.weighted_rows(self.offsets, self.rows, weights, x, out)
+        else:
+            code = SparseCode(self.offsets, self.rows, weights, len(x))
+            out.copy_(weighted_rows(code, x))

@@ -92,14 +92,13 @@ def _row_block(code: SparseCode, start: int, stop: int) -> SparseCode:
 
 def _unit_rows(code: SparseCode) -> tuple[SparseCode, Tensor]:
     """Rows scaled to norm 1, and the norm of each entry's row [n]."""
-    squares = code.values.new_zeros(len(code.offsets) - 1).index_add_(0, code.rows, code.values.square())
-    norms = squares.sqrt().clamp_min(1e-8)[code.rows]
+    norms = code.sum_values(code.values.square()).sqrt().clamp_min(1e-8)[code.rows]
     return code.with_values(code.values / norms), norms
 
 
 def _through_norm(unit: SparseCode, norms: Tensor, gradient: Tensor) -> Tensor:
     """Gradient with respect to the entries before they were scaled to unit rows."""
-    along = gradient.new_zeros(len(unit.offsets) - 1).index_add_(0, unit.rows, gradient * unit.values)
+    along = unit.sum_values(gradient * unit.values)
     return (gradient - along[unit.rows] * unit.values) / norms
 
 

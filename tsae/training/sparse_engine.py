@@ -17,7 +17,7 @@ from tsae.sae.architectures import AutoEncoderTopK
 from tsae.sae.dictionary import ThresholdDictionary
 from tsae.sae.row_select import top_k_codes
 from tsae.sae.select import GUESS_MARGIN, Encoder, batch_top_k_codes
-from tsae.sae.sparse import ByLatent, SparseCode, sampled_products, weighted_rows
+from tsae.sae.sparse import ByLatent, SparseCode, add_rows, sampled_products, weighted_rows
 from tsae.training.contrast import TemporalTerm, contrastive, weighted_l1
 from tsae.training.engine import Encoded, Engine
 from tsae.training.objective import Losses, Weights
@@ -41,10 +41,14 @@ class _Entries(NamedTuple):
 
 
 class SparseEngine(Engine[ThresholdDictionary]):
-    """Remembers the last cuts (the next guesses) and owns the gradient buffers, which are written in place."""
+    """Remembers the last cuts (the next guesses) and owns the gradient buffers, which are written in place.
 
-    def __init__(self) -> None:
-        self._encoder = Encoder()
+    `encoder_precision` and `deterministic` are the settings of that name.
+    """
+
+    def __init__(self, encoder_precision: str = "exact", deterministic: bool = True) -> None:
+        self._encoder = Encoder(encoder_precision)
+        self._deterministic = deterministic
         self._guesses: list[float | None] = [None, None]
 
     @torch.no_grad()
@@ -81,7 +85,7 @@ class SparseEngine(Engine[ThresholdDictionary]):
     ) -> Losses:
         codes: _Codes = encoded.codes
         batch = len(current)
-        gradients = _Gradients(dictionary)
+        gradients = _Gradients(dictionary, self._deterministic)
         parts = [codes.current.within(group) for group in dictionary.group_slices]
         residuals = _residuals(dictionary, [part for part, _ in parts], codes.centred[:batch])
         group_losses = torch.stack(
@@ -192,7 +196,9 @@ def _through_decoder(
 class _Gradients:
     """The four gradient buffers, both matrices latent by latent [F, D]; made once, then overwritten."""
 
-    def __init__(self, dictionary: ThresholdDictionary) -> None:
+    def __init__(self, dictionary: ThresholdDictionary, deterministic: bool) -> None:
+        # Atomic additions pay only on CUDA.
+        self._in_order = deterministic or not dictionary.W_dec.is_cuda
         self.W_enc, self.b_enc = _buffer(dictionary.W_enc).T, _buffer(dictionary.b_enc)
         self.W_dec, self.b_dec = _buffer(dictionary.W_dec), _buffer(dictionary.b_dec)
         self._dictionary = dictionary
@@ -201,16 +207,27 @@ class _Gradients:
     @phase("weight gradients")
     def decoder(self, part: SparseCode, back: Tensor, group: slice) -> None:
         """Rows of W_dec's gradient for one group: Σ value · back[row], with `back` [B, D] the output's gradient."""
-        by_latent = ByLatent.of(part.rows, part.latents, part.dict_size)
-        by_latent.sum_rows(part.values, back, self.W_dec[group], self._chunk)
+        self._sum(part.rows, part.latents, part.values, back, self.W_dec[group])
 
     @phase("weight gradients")
     def encoder(self, entries: list[_Entries], centred: Tensor) -> None:
         """W_enc's and b_enc's gradients from all entries."""
         rows, latents, gradient = (torch.cat(parts) for parts in zip(*entries, strict=True))
-        by_latent = ByLatent.of(rows, latents, len(self.b_enc))
-        by_latent.sum_rows(gradient, centred, self.W_enc, self._chunk)
-        self.b_enc.zero_().index_add_(0, latents, gradient)
+        self._sum(rows, latents, gradient, centred, self.W_enc, self.b_enc)
+
+    def _sum(
+        self, rows: Tensor, latents: Tensor, values: Tensor, x: Tensor, out: Tensor, totals: Tensor | None = None
+    ) -> None:
+        """Sums over each latent's entries: value · x[row] into `out` [F, D], the values into `totals` [F]."""
+        if self._in_order:
+            by_latent = ByLatent.of(rows, latents, len(out))
+            by_latent.sum_rows(values, x, out, self._chunk)
+            if totals is not None:
+                by_latent.sum_values(values, totals)
+            return
+        add_rows(rows, latents, values, x, out)
+        if totals is not None:
+            totals.zero_().index_add_(0, latents, values)
 
     @phase("weight gradients")
     def finish(self) -> None:

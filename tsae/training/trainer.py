@@ -222,7 +222,9 @@ class Trainer:
 def _engine(config: RunConfig) -> Engine[Any]:
     if config.sae.kind in PENALTY_KINDS:
         return PenaltyEngine(config)
-    return SparseEngine() if config.training.engine == "sparse" else DenseEngine()
+    if config.training.engine == "dense":
+        return DenseEngine()
+    return SparseEngine(config.training.encoder_precision, config.training.deterministic)
 
 
 def _scale(config: RunConfig, mean_squared_norm: float | None) -> float:

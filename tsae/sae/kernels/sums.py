@@ -1,0 +1,177 @@
+"""Triton kernels for sums over the entries of sparse codes: decode, sampled products, weight gradients.
+
+Shapes: n entries, R rows or segments of them, D activation_dim. Every sum but `add_rows` has a fixed order, so results
+are the same bits in every run. Tile sizes are fixed as well: tuning them at run time would change the order.
+"""
+
+# Triton gives kernels their own types of arguments.
+# mypy: disable-error-code="no-untyped-def"
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+ENTRIES = 16
+"""Entries whose rows a program loads at a time."""
+WIDTH = 256
+"""Columns of those rows."""
+SCALARS = 256
+"""Single values that a program sums at a time."""
+
+
+@triton.jit
+def _weighted_rows(
+    offsets,
+    columns,
+    values,
+    matrix,
+    out,
+    width,
+    matrix_stride,
+    out_stride,
+    BLOCK_E: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    start = tl.load(offsets + row)
+    stop = tl.load(offsets + row + 1)
+    total = tl.zeros((BLOCK_D,), tl.float32)
+    for first in range(start, stop, BLOCK_E):
+        entry = first + tl.arange(0, BLOCK_E)
+        live = entry < stop
+        column = tl.load(columns + entry, mask=live, other=0)
+        value = tl.load(values + entry, mask=live, other=0.0)
+        tile = tl.load(
+            matrix + column[:, None] * matrix_stride + d[None, :], mask=live[:, None] & (d < width)[None, :], other=0.0
+        )
+        total += tl.sum(value[:, None] * tile, axis=0)
+    tl.store(out + row * out_stride + d, total, mask=d < width)
+
+
+@triton.jit
+def _sampled_products(
+    rows,
+    columns,
+    left,
+    right,
+    out,
+    count,
+    width,
+    left_stride,
+    right_stride,
+    BLOCK_E: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    entry = tl.program_id(0).to(tl.int64) * BLOCK_E + tl.arange(0, BLOCK_E)
+    live = entry < count
+    left_row = left + tl.load(rows + entry, mask=live, other=0) * left_stride
+    right_row = right + tl.load(columns + entry, mask=live, other=0) * right_stride
+    total = tl.zeros((BLOCK_E, BLOCK_D), tl.float32)
+    for first in range(0, width, BLOCK_D):
+        d = first + tl.arange(0, BLOCK_D)
+        inside = live[:, None] & (d < width)[None, :]
+        own = tl.load(left_row[:, None] + d[None, :], mask=inside, other=0.0)
+        other = tl.load(right_row[:, None] + d[None, :], mask=inside, other=0.0)
+        total += own * other
+    tl.store(out + entry, tl.sum(total, axis=1), mask=live)
+
+
+@triton.jit
+def _segment_sums(offsets, values, out, BLOCK: tl.constexpr):
+    segment = tl.program_id(0).to(tl.int64)
+    start = tl.load(offsets + segment)
+    stop = tl.load(offsets + segment + 1)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for first in range(start, stop, BLOCK):
+        entry = first + tl.arange(0, BLOCK)
+        total += tl.load(values + entry, mask=entry < stop, other=0.0)
+    tl.store(out + segment, tl.sum(total, axis=0))
+
+
+@triton.jit
+def _add_rows(
+    rows,
+    targets,
+    values,
+    matrix,
+    out,
+    count,
+    width,
+    matrix_stride,
+    out_stride,
+    BLOCK_E: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    entry = tl.program_id(0).to(tl.int64) * BLOCK_E + tl.arange(0, BLOCK_E)
+    d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    live = entry < count
+    inside = live[:, None] & (d < width)[None, :]
+    row = tl.load(rows + entry, mask=live, other=0)
+    target = tl.load(targets + entry, mask=live, other=0)
+    value = tl.load(values + entry, mask=live, other=0.0)
+    tile = tl.load(matrix + row[:, None] * matrix_stride + d[None, :], mask=inside, other=0.0)
+    tl.atomic_add(out + target[:, None] * out_stride + d[None, :], value[:, None] * tile, mask=inside)
+
+
+def weighted_rows(
+    offsets: Tensor, columns: Tensor, values: Tensor, matrix: Tensor, out: Tensor | None = None
+) -> Tensor:
+    """Row r is the sum of values[e] · matrix[columns[e]] over e in offsets[r] … offsets[r + 1] → [R, D].
+
+    `columns` and `values` [n], `offsets` [R + 1]; the rows of `matrix` and of `out` are contiguous.
+    """
+    n_rows, width = len(offsets) - 1, matrix.shape[1]
+    matrix = _row_major(matrix)
+    out = matrix.new_empty(n_rows, width) if out is None else out
+    assert out.stride(1) == 1
+    if out.numel():
+        block = _width(width)
+        _weighted_rows[(n_rows, triton.cdiv(width, block))](
+            offsets, columns, values, matrix, out, width, matrix.stride(0), out.stride(0), ENTRIES, block
+        )
+    return out
+
+
+def sampled_products(rows: Tensor, columns: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """left[rows[e]] · right[columns[e]] for every entry e → [n]; both matrices have D columns."""
+    left, right = _row_major(left), _row_major(right)
+    out = left.new_empty(len(rows))
+    if len(rows):
+        width = left.shape[1]
+        _sampled_products[(triton.cdiv(len(rows), ENTRIES),)](
+            rows, columns, left, right, out, len(rows), width, left.stride(0), right.stride(0), ENTRIES, _width(width)
+        )
+    return out
+
+
+def segment_sums(values: Tensor, offsets: Tensor) -> Tensor:
+    """Sum of values[offsets[r]] … values[offsets[r + 1] − 1] for every segment r → [R]."""
+    out = values.new_empty(len(offsets) - 1)
+    if len(out):
+        _segment_sums[(len(out),)](offsets, values, out, SCALARS)
+    return out
+
+
+def add_rows(rows: Tensor, targets: Tensor, values: Tensor, matrix: Tensor, out: Tensor) -> None:
+    """Add values[e] · matrix[rows[e]] to out[targets[e]], entries in any order.
+
+    Atomic: the order of additions, hence the last bits, may differ from run to run.
+    """
+    assert out.stride(1) == 1
+    if len(rows) and out.numel():
+        matrix, width = _row_major(matrix), matrix.shape[1]
+        block = _width(width)
+        _add_rows[(triton.cdiv(len(rows), ENTRIES), triton.cdiv(width, block))](
+            rows, targets, values, matrix, out, len(rows), width, matrix.stride(0), out.stride(0), ENTRIES, block
+        )
+
+
+def _row_major(matrix: Tensor) -> Tensor:
+    return matrix if matrix.stride(1) == 1 else matrix.contiguous()
+
+
+def _width(columns: int) -> int:
+    return min(WIDTH, triton.next_power_of_2(columns))
