@@ -18,7 +18,7 @@ from tsae.interop.formats import installed
 from tsae.sae.classes import random_dictionary
 
 needs_sae_lens = pytest.mark.skipif(
-    not installed(),
+    not installed("sae_lens"),
     reason="SAELENS ITSELF DID NOT READ OUR EXPORTS: it is not installed; pip install -e '.[sae_lens]' -c constraints.txt",
 )
 

@@ -10,6 +10,9 @@ from pathlib import Path
 FORMATS = ("sae_lens", "sae_bench", "reference")
 EXTRA_FORMATS = ("sae_lens", "sae_bench")
 
+READERS = {"sae_lens": "'tsae[sae_lens]'", "dictionary_learning": "--no-deps dictionary-learning==0.1.0"}
+"""Libraries that `formats` asks to read our files, and how they are installed beside ours."""
+
 AddCommand = Callable[[str, object, str], argparse.ArgumentParser]
 """Makes the parser of a command from its name, its function and its help."""
 
@@ -95,14 +98,15 @@ def _push(options: argparse.Namespace) -> None:
 def _formats(_: argparse.Namespace) -> int:
     from tsae.interop.formats import TOLERANCE, deviations, installed
 
-    print(f"{'dict_class':32}{'format':42}{'read by':9}{'encode':>9}{'decode':>9}")
+    print(f"{'dict_class':32}{'format':42}{'read by':12}{'encode':>9}{'decode':>9}")
     bad = 0
     for row in deviations():
         wrong = not max(row.encode, row.decode) <= TOLERANCE
         bad += wrong
         mark = "  <-- above the bound" if wrong else ""
-        print(f"{row.dict_class:32}{row.format:42}{row.read_by:9}{row.encode:9.1e}{row.decode:9.1e}{mark}")
+        print(f"{row.dict_class:32}{row.format:42}{row.read_by:12}{row.encode:9.1e}{row.decode:9.1e}{mark}")
     print(f"largest difference over largest value; bound {TOLERANCE:g}")
-    if not installed():
-        print("SAELens is not installed, so it read nothing itself: pip install 'tsae[sae_lens]'", file=sys.stderr)
+    for library, remedy in READERS.items():
+        if not installed(library):
+            print(f"{library} is not installed, so it read nothing itself: pip install {remedy}", file=sys.stderr)
     return 2 if bad else 0

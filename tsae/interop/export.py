@@ -18,7 +18,7 @@ from tsae.interop import sae_lens
 from tsae.interop.explanations import find_explanations, read_explanations, write_explanations
 from tsae.interop.folders import new_folder
 from tsae.interop.origin import Origin, origin_of
-from tsae.interop.portable import has_unit_rows, portable, state_dict, with_unit_rows
+from tsae.interop.portable import has_unit_rows, portable, recentred, state_dict, with_unit_rows
 from tsae.interop.sae_lens_config import TRAINERS
 from tsae.sae.classes import dictionary_class, from_state
 from tsae.sae.dictionary import Dictionary, ThresholdDictionary
@@ -127,6 +127,9 @@ def write_sae_bench(folder: Path, source: Source) -> None:
             f"{where}: decoder rows do not have norm 1 and one threshold cannot make up for it; use --format sae_lens"
         )
     form = with_unit_rows(form, where)
+    if name == "AutoEncoderNew":
+        # SAEBench subtracts b_dec in every ReLU file, and does not find the bias under this class's name.
+        name, form = "AutoEncoder", recentred(form, True)
     k = int(dictionary.k) if isinstance(dictionary, ThresholdDictionary) else None
     state = state_dict(dictionary_class(name, where), form, k, dictionary.group_sizes)
     if isinstance(dictionary, ThresholdDictionary):

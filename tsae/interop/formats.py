@@ -16,9 +16,9 @@ from tsae.checkpoint import load_dictionary
 from tsae.files import write_json
 from tsae.interop import sae_lens
 from tsae.interop.export import WRITERS, Source
-from tsae.interop.origin import Origin
+from tsae.interop.origin import Origin, read_json
 from tsae.interop.portable import Portable, encode, has_unit_rows, portable
-from tsae.interop.sae_lens_config import TRAINERS
+from tsae.interop.sae_lens_config import imported_config
 from tsae.sae.classes import CLASSES, random_dictionary
 from tsae.sae.dictionary import Dictionary, ThresholdDictionary
 
@@ -43,7 +43,8 @@ Codec = tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]
 def deviations() -> Iterator[Row]:
     """Every class through every export format, and every SAELens architecture into a class.
 
-    Where SAELens is installed, it reads our exports and checks our reading of its architectures.
+    Where SAELens and dictionary_learning are installed, they read our exports, and SAELens checks our reading of its
+    architectures.
     """
     x = torch.randn(TOKENS, ACTIVATION_DIM, generator=torch.Generator().manual_seed(1))
     for name in CLASSES:
@@ -68,14 +69,12 @@ def _exports(dictionary: Dictionary, x: Tensor, note: str) -> Iterator[Row]:
             # Formats with unit rows give each latent its row's norm as a factor.
             norms = dictionary.W_dec.norm(dim=1) if form != "reference" and not _unit(dictionary) else torch.ones(1)
             expected: Codec = (_scaled(dictionary, norms), dictionary)
-            if form != "sae_lens":
-                loaded, _ = load_dictionary(folder)
-                yield _row(name, form + note, "tsae", expected, (loaded.encode, loaded), x)
-                continue
-            loaded, _ = sae_lens.load(folder)
+            loaded, _ = sae_lens.load(folder) if form == "sae_lens" else load_dictionary(folder)
             yield _row(name, form + note, "tsae", expected, (loaded.encode, loaded), x)
-            if installed():
+            if form == "sae_lens" and installed("sae_lens"):
                 yield _row(name, form + note, "SAELens", expected, _by_sae_lens(folder), x)
+            if form != "sae_lens" and installed("dictionary_learning") and _is_known_there(folder):
+                yield _row(name, form + note, "d._learning", expected, _by_dictionary_learning(folder), x)
 
 
 def _imports(form: Portable, x: Tensor) -> Iterator[Row]:
@@ -95,7 +94,7 @@ def _imports(form: Portable, x: Tensor) -> Iterator[Row]:
             lambda y: encode(form, y) @ form.tensors["W_dec"] + form.tensors["b_dec"],
         )
         yield _row(type(loaded).__name__, title, "tsae", expected, found, x)
-        if installed():
+        if installed("sae_lens"):
             yield _row(type(loaded).__name__, title, "SAELens", _by_sae_lens(folder), found, x)
 
 
@@ -108,9 +107,9 @@ def _row(name: str, form: str, reader: str, expected: Codec, found: Codec, x: Te
     return Row(name, form, reader, *errors)
 
 
-def installed() -> bool:
-    """Whether SAELens can be imported."""
-    return importlib.util.find_spec("sae_lens") is not None
+def installed(library: str) -> bool:
+    """Whether the library can be imported."""
+    return importlib.util.find_spec(library) is not None
 
 
 def _by_sae_lens(folder: Path) -> Codec:
@@ -124,6 +123,20 @@ def _by_sae_lens(folder: Path) -> Codec:
 
 def _scaled(dictionary: Dictionary, factors: Tensor) -> Callable[[Tensor], Tensor]:
     return lambda x: dictionary.encode(x) * factors
+
+
+def _is_known_there(folder: Path) -> bool:
+    """Whether the dictionary_learning that is installed knows the class: temporal SAEs exist in the authors' fork only."""
+    from dictionary_learning import utils
+
+    return hasattr(utils, read_json(folder / "config.json")["trainer"]["dict_class"])
+
+
+def _by_dictionary_learning(folder: Path) -> Codec:
+    from dictionary_learning.utils import load_dictionary as load
+
+    dictionary, _ = load(str(folder), "cpu")
+    return dictionary.encode, lambda y: dictionary.decode(dictionary.encode(y))
 
 
 def _unit(dictionary: Dictionary) -> bool:
@@ -142,6 +155,5 @@ ORIGIN = Origin("EleutherAI/pythia-160m", 8, "gpt_neox.layers.8", None, 256, 1, 
 
 
 def _config(dictionary: Dictionary) -> dict[str, Any]:
-    name = type(dictionary).__name__
-    trainer = {"trainer_class": TRAINERS[name], "dict_class": name, "lm_name": ORIGIN.model, "layer": ORIGIN.layer}
-    return {"trainer": trainer | {"temporal": "p"} if name.startswith("Temporal") else trainer}
+    metadata = {"model_name": ORIGIN.lens_model, "hook_name": ORIGIN.lens_hook, "context_size": ORIGIN.context_length}
+    return imported_config(type(dictionary).__name__, dictionary, {"metadata": metadata})
