@@ -2,7 +2,7 @@
 
     <checkpoints_path>/<run_name>/trainer_0/
         config.json  ae.pt  checkpoints/ae_<step>.pt        what the reference's scripts read
-        resolved.yaml  provenance.json  metrics.jsonl  eval_results.json  resume/  ...
+        resolved.yaml  provenance.json  metrics.jsonl  calibration.json  eval_results.json  resume/  ...
 
 Nothing else in the package builds a path into a run folder.
 """
@@ -38,6 +38,7 @@ class RunFolder:
         self.metrics = self.path / "metrics.jsonl"
         self.progress = self.path / "progress.json"
         self.eval_results = self.path / "eval_results.json"
+        self.calibration = self.path / "calibration.json"
         self.resume = self.path / "resume"
 
     @classmethod
@@ -83,9 +84,15 @@ class RunFolder:
         return bool(schema.read_yaml(self.resolved).get("training_hash") == wanted)
 
     def is_evaluated(self, config: RunConfig) -> bool:
-        """Whether eval_results.json of exactly this configuration is here."""
+        """Whether eval_results.json of exactly this configuration, and of the last calibration, is here."""
         wanted = schema.stable_hash(configuration.evaluation_settings(config))
-        return self.is_trained(config) and bool(self.read_results().get("config_hash") == wanted)
+        results = self.read_results()
+        if not self.is_trained(config) or results.get("config_hash") != wanted:
+            return False
+        if not self.calibration.exists():
+            return True
+        calibration = json.loads(self.calibration.read_text())
+        return all(results.get(key) == calibration[key] for key in ("encode_rule", "threshold"))
 
     def read_results(self) -> dict[str, Any]:
         """The content of eval_results.json, or an empty mapping."""

@@ -19,7 +19,7 @@ from tsae.evaluation.loss_recovered import SequenceLosses, loss_results, sequenc
 from tsae.evaluation.results import plain, summarise
 from tsae.evaluation.scores import Scores
 from tsae.progress import Progress
-from tsae.sae.dictionary import Dictionary, ThresholdDictionary
+from tsae.sae.dictionary import Dictionary
 from tsae.sae.inference import reconstruct
 from tsae.store.layout import store_path
 from tsae.store.reader import Store
@@ -45,8 +45,8 @@ def evaluate(config: RunConfig, run: RunFolder) -> dict[str, Any]:
             results[name], results["half_width_95"][name] = (plain(number) for number in interval)
         results["loss_ablation"] = config.evaluation.ablation
     results |= {
-        "encode_rule": "threshold" if isinstance(dictionary, ThresholdDictionary) else type(dictionary).__name__,
-        "threshold": float(dictionary.threshold) if isinstance(dictionary, ThresholdDictionary) else None,
+        "encode_rule": dictionary.encode_rule,
+        "threshold": dictionary.scalar_threshold,
         "config_hash": schema.stable_hash(configuration.evaluation_settings(config)),
     }
     figure.draw(results, run.result("eval_results", "png"))

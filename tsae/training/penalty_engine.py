@@ -78,7 +78,7 @@ class PenaltyEngine(Engine[Dictionary]):
 
     def _current_weight(self, dictionary: Dictionary, current: Tensor) -> float:
         if self.weight is None:
-            self.weight = FIRST_WEIGHT * float((current - dictionary.b_dec).pow(2).sum(dim=-1).mean().sqrt())
+            self.weight = FIRST_WEIGHT * float((current - dictionary.b_dec.detach()).pow(2).sum(dim=-1).mean().sqrt())
         return self.weight * min(1.0, self.steps / self._warmup if self._warmup else 1.0)
 
     def _advance(self, l0: float) -> None:

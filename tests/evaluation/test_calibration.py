@@ -1,0 +1,158 @@
+"""Calibration of a trained run on its own held-out activations."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from tsae import cli
+from tsae import config as configuration
+from tsae.checkpoint import RunFolder, load_dictionary
+from tsae.config import RunConfig
+from tsae.errors import TsaeError
+from tsae.evaluation import calibration
+from tsae.evaluation.calibration import calibrate
+from tsae.evaluation.driver import evaluate
+from tsae.store.harvest import harvest
+from tsae.store.reader import Store
+from tsae.training.run import train
+
+
+def trained(config: RunConfig, folder: Path, kind: str = "temporal", threshold_start_step: int = 5) -> RunFolder:
+    """A run of a few steps."""
+    # As little training as gives a threshold.
+    settings = {"steps": 12, "batch_size": 64, "lr": 0.01, "warmup_steps": 2, "device": "cpu"}
+    config = configuration.replace(
+        config,
+        sae={"kind": kind},
+        training={**settings, "threshold_start_step": threshold_start_step},
+        evaluation={"loss_recovered": False},
+    )
+    harvest(config)
+    run = RunFolder.of(folder, "run")
+    train(config, run)
+    return run
+
+
+def held_out(run: RunFolder) -> torch.Tensor:
+    """All valid held-out activations [N, D]."""
+    config = run.load_config()
+    store = Store.open(str(config.store.path), config)
+    rows, valid = np.asarray(store.heldout_range), store.valid(config.data.skip_positions)
+    return torch.cat([store.read([row])[0, torch.from_numpy(valid[row])] for row in rows]).float()
+
+
+def mean_l0(run: RunFolder) -> float:
+    dictionary, _ = load_dictionary(run.path)
+    return float((dictionary.encode(held_out(run)) > 0).sum(dim=1).float().mean())
+
+
+@pytest.mark.parametrize("kind", ["temporal", "topk"])
+@pytest.mark.parametrize("target", [None, 2.5, 9.0])
+def test_the_target_is_met_on_held_out_activations(
+    config: RunConfig, tmp_path: Path, kind: str, target: float | None
+) -> None:
+    run = trained(config, tmp_path, kind)
+    record = calibrate(run, run.load_config(), target)
+    wanted = target or config.sae.k
+    tokens = len(held_out(run))
+    assert record["tokens"] == tokens
+    assert record["after"]["l0"] == pytest.approx(wanted, abs=1 / tokens)
+    assert mean_l0(run) == pytest.approx(wanted, abs=2 / tokens)
+    assert record["target_l0"] == wanted
+    assert record["before"]["encode_rule"] == ("top_k" if kind == "topk" else "threshold")
+    assert load_dictionary(run.path)[0].encode_rule == "threshold"
+
+
+def test_the_record_is_in_the_checkpoint_and_fve_is_right(config: RunConfig, tmp_path: Path) -> None:
+    run = trained(config, tmp_path)
+    record = calibrate(run, run.load_config(), 7)
+    assert json.loads(run.calibration.read_text()) == record
+    dictionary, written = load_dictionary(run.path)
+    assert written["calibration"] == record
+    assert written["trainer"]["dict_class"] == "TemporalMatryoshkaBatchTopKSAE"
+    x = held_out(run)
+    error = (x - dictionary(x)).square().sum() / (x - x.mean(dim=0)).square().sum()
+    assert record["after"]["fve"] == pytest.approx(1 - float(error), abs=1e-5)
+    assert record["after"]["threshold"] == float(dictionary.threshold)
+
+
+def test_a_run_that_tracked_no_threshold_becomes_usable(config: RunConfig, tmp_path: Path) -> None:
+    run = trained(config, tmp_path, threshold_start_step=100)
+    with pytest.raises(TsaeError, match="tsae calibrate"):
+        load_dictionary(run.path)
+    with pytest.raises(TsaeError, match="tracked no threshold"):
+        calibrate(run, run.load_config(), keep=True)
+    record = calibrate(run, run.load_config())
+    assert record["before"] is None
+    assert mean_l0(run) == pytest.approx(config.sae.k, rel=0.02)
+
+
+def test_keep_returns_to_the_threshold_that_training_tracked(config: RunConfig, tmp_path: Path) -> None:
+    run = trained(config, tmp_path)
+    tracked = load_dictionary(run.path)[0].scalar_threshold
+    assert calibrate(run, run.load_config(), 2)["after"]["threshold"] != tracked
+    record = calibrate(run, run.load_config(), keep=True)
+    assert record["after"]["threshold"] == tracked
+    assert record["target_l0"] is None
+    assert load_dictionary(run.path)[0].scalar_threshold == tracked
+
+
+def test_evaluation_states_the_calibrated_threshold_and_becomes_stale_with_it(
+    config: RunConfig, tmp_path: Path
+) -> None:
+    run = trained(config, tmp_path, "topk")
+    resolved = run.load_config()
+    first = evaluate(resolved, run)
+    assert (first["encode_rule"], first["threshold"]) == ("top_k", None)
+    assert run.is_evaluated(resolved)
+    record = calibrate(run, resolved, 3)
+    assert not run.is_evaluated(resolved)
+    second = evaluate(resolved, run)
+    assert (second["encode_rule"], second["threshold"]) == ("threshold", record["threshold"])
+    assert second["l0"] != first["l0"]
+    assert run.is_evaluated(resolved)
+
+
+def test_an_interrupted_calibration_is_noticed_and_repeated(
+    config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = trained(config, tmp_path)
+    tracked = load_dictionary(run.path)[0].scalar_threshold
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(calibration, "save_dictionary", killed)
+        with pytest.raises(KeyboardInterrupt):
+            calibrate(run, run.load_config(), 3)
+    with pytest.raises(TsaeError, match="a calibration was interrupted; run it again"):
+        load_dictionary(run.path)
+    record = calibrate(run, run.load_config(), 3)
+    assert record["tracked_threshold"] == tracked
+    assert mean_l0(run) == pytest.approx(3, abs=0.01)
+
+
+def test_what_cannot_be_calibrated_is_refused(config: RunConfig, tmp_path: Path) -> None:
+    run = trained(config, tmp_path)
+    before = run.weights.read_bytes()
+    for target, message in ((63.9, "latents per token are positive at all"), (0.0, "not one activation")):
+        with pytest.raises(TsaeError, match=message):
+            calibrate(run, run.load_config(), target)
+    assert run.weights.read_bytes() == before
+    with pytest.raises(TsaeError, match="a JumpReluAutoEncoder has no threshold to calibrate"):
+        calibrate(jump := trained(config, tmp_path / "jump", "jump_relu"), jump.load_config())
+
+
+def test_the_command_prints_what_changed(config: RunConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    trained(config, tmp_path)
+    assert cli.main(["calibrate", str(tmp_path / "run"), "--target-l0", "4"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("before: rule threshold, threshold ")
+    assert "L0 4, FVE" in lines[1]
+    assert cli.main(["calibrate", str(tmp_path / "nothing")]) == 2
