@@ -42,6 +42,12 @@ def _parser() -> argparse.ArgumentParser:
     evaluate = _command(commands, "evaluate", _evaluate, "measure a trained dictionary on held-out activations")
     _add_run_arguments(evaluate)
 
+    calibrate = _command(commands, "calibrate", _calibrate, "set a run's threshold to a wanted number of active latents")
+    calibrate.add_argument("path", type=Path, metavar="RUN", help="folder of a run")
+    how = calibrate.add_mutually_exclusive_group()
+    how.add_argument("--target-l0", type=float, help="active latents per held-out token (default: sae.k)")
+    how.add_argument("--keep", action="store_true", help="take the threshold that training tracked, and measure it")
+
     settings = _command(commands, "settings", _settings, "print every setting, or a run's resolved configuration")
     settings.add_argument("config", nargs="?", type=Path, metavar="CONFIG", help="YAML file of a run")
     settings.add_argument("overrides", nargs="*", metavar="section.key=value")
@@ -114,6 +120,13 @@ def _evaluate(options: argparse.Namespace) -> None:
     from tsae.stages import evaluate_stage
 
     print(evaluate_stage(configuration.load(options.config, options.overrides), *_run_of(options)))
+
+
+def _calibrate(options: argparse.Namespace) -> None:
+    from tsae.evaluation.calibration import calibrate, run_at, summary
+
+    run = run_at(options.path)
+    print(summary(calibrate(run, run.load_config(), options.target_l0, keep=options.keep)))
 
 
 def _run_of(options: argparse.Namespace) -> tuple[Path, str]:
