@@ -15,8 +15,9 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 
-from tsae.checkpoint import load_dictionary
+from tsae.checkpoint import RunFolder, load_dictionary
 from tsae.cli import main
+from tsae.files import write_json
 from tsae.interop import sae_lens
 
 
@@ -65,6 +66,27 @@ def test_nothing_uploaded_names_a_place_on_this_machine(make_run, tmp_path: Path
             assert b"private" not in content, path
             assert b"secret-host" not in content, path
     assert "corpus.jsonl" in (tmp_path / "out/README.md").read_text()
+
+
+def test_measures_of_another_threshold_are_left_out_and_the_calibration_told(make_run, tmp_path: Path) -> None:
+    run, dictionary = make_run()
+    folder = RunFolder(run / "trainer_0")
+    write_json(folder.eval_results, {"l0": 99.0, "threshold": float(dictionary.threshold) + 1})
+    before, after = {"l0": 7.5, "fve": 0.5}, {"l0": 5.0, "fve": 0.4375}
+    record = {"encode_rule": "threshold", "threshold": float(dictionary.threshold), "target_l0": 5.0, "tokens": 1234}
+    config = json.loads(folder.config_json.read_text())
+    write_json(folder.config_json, config | {"calibration": record | {"before": before, "after": after}})
+    main(["push", str(run), "someone/tsae", "--dry-run", "--with", "sae_lens", "--out", str(tmp_path / "out")])
+    text = (tmp_path / "out/README.md").read_text()
+    assert "99 latents" not in text
+    assert "Not evaluated" in text
+    assert (
+        "set for 5 active latents per token, on 1,234 held-out tokens: L0 5, fraction of variance explained 0.4375"
+        in text
+    )
+    assert "(before: L0 7.5, 0.5000)" in text
+    metadata = json.loads((tmp_path / "out/sae_lens/cfg.json").read_text())["metadata"]
+    assert metadata["tsae_threshold_l0"] == 5.0
 
 
 def test_without_a_licence_the_card_says_so(make_run, tmp_path: Path) -> None:

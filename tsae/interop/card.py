@@ -106,8 +106,20 @@ def _inference(source: Source) -> str:
         lines.append(f"With this rule {l0:.4g} latents are active per token on held-out text.")
     calibration = source.config.get("calibration")
     if calibration:
-        lines.append(f"The threshold was calibrated after training: `{calibration}`.")
+        lines.append(_calibration(calibration))
     return " ".join(lines)
+
+
+def _calibration(record: dict[str, Any]) -> str:
+    """Where the threshold comes from, and what calibrating changed."""
+    target = record["target_l0"]
+    how = "is the one that training tracked" if target is None else f"was set for {target:.4g} active latents per token"
+    text = f"The threshold {how}, on {record['tokens']:,} held-out tokens: L0 {record['after']['l0']:.4g}, "
+    text += f"fraction of variance explained {record['after']['fve']:.4f}"
+    before = record["before"]
+    if before:
+        text += f" (before: L0 {before['l0']:.4g}, {before['fve']:.4f})"
+    return text + "."
 
 
 def _measures(source: Source) -> str:

@@ -32,7 +32,7 @@ class Source(NamedTuple):
     """The content of config.json, in agreement with the dictionary."""
     origin: Origin
     results: dict[str, Any]
-    """Its held-out measures; empty if there are none."""
+    """Its held-out measures; empty if there are none with its present threshold."""
     explanations: dict[int, str]
     where: str
 
@@ -59,7 +59,9 @@ def open_source(run: str | Path, *, chunk: int | None = None, checkpoint: int | 
     dictionary, config = load_dictionary(folder, checkpoint=checkpoint)
     files = RunFolder(folder)
     # Measures and the calibration record are those of the final, whole dictionary.
-    results = files.read_results() if checkpoint is None else {}
+    results = files.read_results()
+    if checkpoint is not None or results.get("threshold", dictionary.scalar_threshold) != dictionary.scalar_threshold:
+        results = {}
     if checkpoint is not None:
         config = {**config, "trainer": {**config["trainer"], "step": checkpoint}}
         config.pop("calibration", None)
@@ -96,12 +98,15 @@ def one_group(source: Source, index: int) -> Source:
 
 def write_sae_lens(folder: Path, source: Source) -> None:
     """SAELens' cfg.json and weights."""
-    trainer = source.config["trainer"]
+    trainer, calibration = source.config["trainer"], source.config.get("calibration")
+    l0 = source.results.get("l0")
+    if l0 is None and calibration:
+        l0 = calibration["after"]["l0"]
     notes = {
         "tsae_chunk": trainer.get("chunk"),
         "tsae_temporal": trainer.get("temporal"),
-        "tsae_threshold_l0": source.results.get("l0"),
-        "tsae_calibration": source.config.get("calibration"),
+        "tsae_threshold_l0": l0,
+        "tsae_calibration": calibration,
     }
     sae_lens.write(folder, source.dictionary, source.origin, notes, source.where)
 
