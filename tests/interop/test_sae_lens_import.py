@@ -11,10 +11,12 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from tsae.checkpoint import load_dictionary
+from tsae.checkpoint import RunFolder, load_dictionary, save_dictionary
 from tsae.cli import main
 from tsae.errors import TsaeError
+from tsae.files import write_json
 from tsae.interop import sae_lens
+from tsae.sae.classes import random_dictionary
 
 D, F = 16, 80
 
@@ -188,3 +190,21 @@ def test_our_own_export_comes_back_as_the_class_it_was(make_run, tmp_path: Path,
     assert back.group_sizes == dictionary.group_sizes
     assert torch.equal(back.encode(activations), dictionary.encode(activations))
     assert config["trainer"]["temporal"] == "p"
+
+
+@pytest.mark.parametrize("form", ["sae_lens", "sae_bench"])
+def test_a_top_k_calibrated_to_a_threshold_is_exported_with_its_threshold(
+    tmp_path: Path, activations: Tensor, form: str
+) -> None:
+    run = RunFolder(tmp_path / "run")
+    dictionary = random_dictionary("AutoEncoderTopK", D, F)
+    threshold = float(dictionary.threshold)
+    measures = {"l0": 1.0, "fve": 0.5}
+    calibration = {"encode_rule": "threshold", "threshold": threshold, "target_l0": 1.0, "tokens": 1, "before": None}
+    trainer = {"dict_class": "AutoEncoderTopK", "k": int(dictionary.k), "submodule_name": "resid_post_layer_1"}
+    write_json(run.config_json, {"trainer": trainer, "calibration": calibration | {"after": measures}})
+    save_dictionary(run.weights, dictionary)
+    assert main(["export", str(run.path), "--format", form, "--out", str(tmp_path / "out")]) == 0
+    loaded, _ = sae_lens.load(tmp_path / "out") if form == "sae_lens" else load_dictionary(tmp_path / "out")
+    pre = torch.relu(dictionary.pre_activations(activations))
+    assert torch.equal(loaded.encode(activations), pre * (pre > threshold))

@@ -17,6 +17,7 @@ from tsae.files import write_json
 from tsae.interop.origin import Origin, read_json
 from tsae.interop.portable import Portable, has_unit_rows, portable, recentred, state_dict, with_unit_rows
 from tsae.interop.sae_lens_config import imported_config, is_modern, modernised
+from tsae.sae.architectures import AutoEncoderTopK
 from tsae.sae.classes import CLASSES, from_state
 from tsae.sae.dictionary import Dictionary, ThresholdDictionary
 
@@ -206,8 +207,10 @@ def _class_for(form: Portable, metadata: dict[str, Any]) -> tuple[str, Portable]
         if form.centred and has_unit_rows(form):
             return "AutoEncoder", form
         return "AutoEncoderNew", recentred(form, False)
-    ours, threshold = metadata.get("tsae_dict_class"), form.tensors["threshold"]
-    if ours in CLASSES and form.centred and metadata.get("tsae_k") and bool((threshold == threshold[0]).all()):
+    ours, threshold = CLASSES.get(str(metadata.get("tsae_dict_class"))), form.tensors["threshold"]
+    shared = form.centred and bool((threshold == threshold[0]).all())
+    if ours is not None and issubclass(ours, ThresholdDictionary) and metadata.get("tsae_k") and shared:
         form.tensors["threshold"] = threshold[0].clone()
-        return str(ours), form
+        # A top-k dictionary calibrated to a threshold: under its own name it would be read as top-k again.
+        return ("BatchTopKSAE" if ours is AutoEncoderTopK else ours.__name__), form
     return "JumpReluAutoEncoder", recentred(form, False)
