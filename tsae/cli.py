@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tsae import config as configuration
+from tsae.benchmark.command import add_arguments as add_bench_arguments
 from tsae.environment import home, load_dotenv
 from tsae.errors import TsaeError
 from tsae.interop.commands import add_commands
@@ -60,6 +61,9 @@ def _parser() -> argparse.ArgumentParser:
     verify.add_argument("--deep", action="store_true", help="read every byte and check its checksum")
 
     add_commands(functools.partial(_command, commands))
+
+    bench = _command(commands, "bench", _bench, "time a training step against the dense path, the floor and others")
+    add_bench_arguments(bench)
 
     embedded = _command(commands, "embedded-lm", _embedded_lm, "train the small language model that ships inside")
     embedded.add_argument("--out", type=Path, required=True, help="folder for the model and its recipe")
@@ -153,6 +157,12 @@ def _verify(options: argparse.Namespace) -> int:
     if not problems:
         print(f"{options.path}: every shard is whole")
     return 2 if problems else 0
+
+
+def _bench(options: argparse.Namespace) -> None:
+    from tsae.benchmark.command import run
+
+    print(run(options))
 
 
 def _embedded_lm(options: argparse.Namespace) -> None:

@@ -1,0 +1,154 @@
+"""The options of `tsae bench` and what it does, in order: rates, the step, growth; then JSON and a figure."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from tsae import files
+from tsae.benchmark.shape import DTYPES, PRESETS, Shape
+from tsae.environment import home
+from tsae.errors import TsaeError, suggestion
+
+OWN = ("sparse", "dense", "floor")
+LIBRARIES = ("sae_lens", "sparsify", "dictionary_learning")
+GROWTH = "0.25,0.5,2,4"
+SMOOTHNESS_ROUNDS = 50
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options."""
+    parser.add_argument("--preset", choices=sorted(PRESETS), default="embedded", help="sizes of a known model's run")
+    parser.add_argument("--activation-dim", "-D", type=int, metavar="D", help="width of the activations")
+    parser.add_argument("--dict-size", "-F", type=int, metavar="F", help="latents")
+    parser.add_argument("--k", "-k", type=int, help="active latents per token")
+    parser.add_argument("--batch-size", "-B", type=int, metavar="B", help="pairs (or tokens) per step")
+    parser.add_argument("--kind", default="temporal", help="sae.kind of a run")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N")
+    parser.add_argument("--dead", type=float, default=0.0, help="share of dead latents, so that aux-k has work")
+    parser.add_argument("--against", default="", metavar="LIBRARY[=PYTHON],…", help=f"of {', '.join(LIBRARIES)}")
+    parser.add_argument("--rounds", type=int, default=7, help="interleaved rounds")
+    parser.add_argument("--warmup", type=int, default=3, help="steps before the first round")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument(
+        "--clock", choices=("cpu", "wall"), help="processor or wall time (default: cpu with one thread, else wall)"
+    )
+    parser.add_argument(
+        "--growth", nargs="?", const=GROWTH, default="", metavar="FACTORS", help=f"also F, then B, times {GROWTH}"
+    )
+    parser.add_argument("--growth-rounds", type=int, default=3)
+    parser.add_argument("--store-mb", type=int, default=256, help="size of the store that is read; 0: no rates")
+    parser.add_argument("--out", type=Path, help="folder for JSON and figure (default: TSAE_HOME/benchmarks)")
+
+
+def run(options: argparse.Namespace) -> Path:
+    """Measure, print tables, write `<shape>.json` and `<shape>.png`; return the JSON's path. Raises TsaeError."""
+    shape, factors = _shape(options), _factors(options.growth)
+    against, interpreters = _libraries(options.against)
+    _check(options, shape)
+    from tsae.benchmark import figure, report
+    from tsae.benchmark.rounds import Plan, measure
+
+    clock = options.clock or ("cpu" if options.threads == 1 else "wall")
+    plan = Plan(
+        rounds=options.rounds, warmup=options.warmup, threads=options.threads, clock=clock, interpreters=interpreters
+    )
+    results: dict[str, Any] = {"rates": None, "step": None, "growth": []}
+    if options.store_mb:
+        results["rates"] = _rates(shape, options)
+        print(report.rates_table(results["rates"]), flush=True)
+    results["step"] = report.record_of(shape, plan, measure(OWN, shape, plan, against))
+    print(report.table(results["step"]), flush=True)
+    if factors:
+        short = dataclasses.replace(plan, rounds=options.growth_rounds, warmup=2)
+        others = [report.record_of(size, short, measure(OWN, size, short)) for size in _sizes(shape, factors)]
+        results["growth"] = [results["step"], *others]
+        print(report.growth_table(results["growth"]), flush=True)
+    results["machine"] = report.machine(shape.device)
+    folder = options.out or home() / "benchmarks"
+    path: Path = folder / f"{shape.name}.json"
+    files.write_json(path, results)
+    figure.draw(path.with_suffix(".png"), results)
+    return path
+
+
+def _shape(options: argparse.Namespace) -> Shape:
+    sizes = dict(PRESETS[options.preset])
+    sizes.update({name: getattr(options, name) for name in sizes if getattr(options, name) is not None})
+    return Shape(**sizes, kind=options.kind, dtype=options.dtype, device=options.device, dead=options.dead)
+
+
+def _libraries(given: str) -> tuple[list[str], dict[str, str]]:
+    """Names of libraries, and the interpreters of those that have one of their own."""
+    names, interpreters = [], {}
+    for part in filter(None, given.split(",")):
+        name, equals, python = part.strip().partition("=")
+        if name not in LIBRARIES:
+            raise TsaeError(
+                f"--against: {name!r} is not known; {suggestion(name, LIBRARIES)}known: {', '.join(LIBRARIES)}"
+            )
+        if equals and not Path(python).is_file():
+            raise TsaeError(f"--against: {python} is not a file; name the Python interpreter that has {name}")
+        names.append(name)
+        if equals:
+            interpreters[name] = python
+    return names, interpreters
+
+
+def _check(options: argparse.Namespace, shape: Shape) -> None:
+    """Refuse what cannot be measured, before anything starts."""
+    shape.run_config("sparse")
+    for name in ("activation_dim", "rounds", "threads", "growth_rounds"):
+        value = getattr(shape, name, None) or getattr(options, name)
+        if value < 1:
+            raise TsaeError(f"--{name.replace('_', '-')} {value} is impossible; it must be at least 1")
+    if not 0 <= shape.dead < 1:
+        raise TsaeError(f"--dead {shape.dead} is impossible; a share in [0, 1) is allowed")
+    if shape.device.startswith("cuda"):
+        import torch
+
+        if not torch.cuda.is_available():
+            raise TsaeError(f"--device {shape.device}: torch sees no GPU here; use --device cpu")
+
+
+def _rates(shape: Shape, options: argparse.Namespace) -> dict[str, Any]:
+    import torch
+
+    from tsae.benchmark import reading
+    from tsae.benchmark.report import spread
+
+    torch.set_num_threads(options.threads)
+    pairs = reading.read_rates(shape, options.store_mb, options.rounds)
+    return {
+        "store_mb": options.store_mb,
+        "store_pairs_per_second": spread(pairs.store),
+        "memmap_pairs_per_second": spread(pairs.memmap),
+        "harvest_tokens_per_second": spread(reading.harvest_rate(shape.device, options.rounds)),
+        "smoothness_seconds_per_context": spread(reading.smoothness_cost(shape, SMOOTHNESS_ROUNDS)),
+    }
+
+
+def _factors(given: str) -> list[float]:
+    try:
+        factors = [float(part) for part in given.split(",") if part.strip()]
+    except ValueError:
+        factors = [0.0]
+    if not all(factor > 0 for factor in factors):
+        raise TsaeError(f"--growth: {given!r} is not a list of positive factors such as {GROWTH}")
+    return factors
+
+
+def _sizes(shape: Shape, factors: list[float]) -> list[Shape]:
+    """The shape with other dictionaries, then with other batches. Raises TsaeError for sizes that cannot be."""
+    sizes = [
+        dataclasses.replace(shape, **{name: int(getattr(shape, name) * factor)})
+        for name in ("dict_size", "batch_size")
+        for factor in factors
+        if factor != 1
+    ]
+    for size in sizes:
+        size.run_config("sparse")
+    return sizes

@@ -1,0 +1,96 @@
+"""What can be timed: this package's two engines, the floor under both, and other libraries."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from tsae.benchmark import peers
+from tsae.benchmark.shape import Shape
+from tsae.errors import TsaeError, suggestion
+
+FLOOR_BYTES = 256 * 2**20
+
+
+class Contestant(Protocol):
+    """One way to do a step; made in a process of its own."""
+
+    library: str
+    algorithm: str
+    """What one step computes, in words."""
+    encoded: int
+    """Activations that a step encodes."""
+    state_bytes: int
+    """Weights, gradients and both Adam moments."""
+
+    def step(self, batch: Tensor) -> None:
+        """Train on a batch of pairs [B, 2, D], or on what it needs of them."""
+
+
+def build(name: str, shape: Shape) -> Contestant:
+    """Contestant `name`: `sparse` or `dense` (with another kind after a colon), `floor`, or a library.
+
+    Raises TsaeError for an unknown name, ImportError if the library is not installed.
+    """
+    engine, _, kind = name.partition(":")
+    if engine in ("sparse", "dense"):
+        return Own(shape, engine, kind or shape.kind)
+    known: dict[str, Callable[[Shape], Contestant]] = {"floor": Floor, **peers.PEERS}
+    if name not in known:
+        raise TsaeError(f"--against: {name!r} is not known; {suggestion(name, known)}known: {', '.join(peers.PEERS)}")
+    return known[name](shape)
+
+
+class Own:
+    """A step of this package's trainer."""
+
+    def __init__(self, shape: Shape, engine: str, kind: str) -> None:
+        from tsae.training.trainer import Trainer
+
+        self.library, self._kind = "tsae", kind
+        self._trainer = Trainer(shape.run_config(engine, kind), shape.activation_dim, device=shape.device)
+        self._trainer.dictionary.to(getattr(torch, shape.dtype))
+        way = "gradients at the selected entries only" if engine == "sparse" else "autograd through dense codes"
+        self.algorithm = f"{kind} SAE, {way}"
+        self.encoded = shape.batch_size * (2 if kind == "temporal" else 1)
+        self.state_bytes = peers.state_bytes(self._trainer.dictionary)
+        self._dead = torch.zeros(0, dtype=torch.long, device=shape.device)
+        if shape.dead:
+            self._dead = torch.randperm(shape.dict_size)[: int(shape.dead * shape.dict_size)].to(shape.device)
+
+    def step(self, batch: Tensor) -> None:
+        """One update; latents that should be dead have been silent for long."""
+        trainer = self._trainer
+        if len(self._dead):
+            if trainer.steps_done == 1:
+                trainer.dictionary.b_enc.data[self._dead] -= self._strong_activation(batch)
+            trainer.tokens_since_fired[self._dead] = trainer.settings.dead_after
+        trainer.step(batch if self._kind == "temporal" else batch[:, 0])
+
+    @torch.no_grad()
+    def _strong_activation(self, batch: Tensor) -> Tensor:
+        """What few pre-activations exceed: a bias lower by that keeps a latent silent."""
+        return self._trainer.dictionary.pre_activations(batch[:32, 0]).amax(dim=1).median()
+
+
+class Floor:
+    """The one product that exact training cannot avoid."""
+
+    def __init__(self, shape: Shape) -> None:
+        dtype = getattr(torch, shape.dtype)
+        self.library, self.state_bytes = "torch", 0
+        self.algorithm = "the encoder product alone" + (", of both halves of the pairs" if shape.halves == 2 else "")
+        self.encoded = shape.batch_size * shape.halves
+        # Laid out latent by latent, as in a dictionary.
+        self._weight = torch.randn(shape.dict_size, shape.activation_dim, device=shape.device, dtype=dtype).T
+        rows = max(512, FLOOR_BYTES // (shape.dict_size * dtype.itemsize))
+        self._out = torch.empty(min(rows, self.encoded), shape.dict_size, device=shape.device, dtype=dtype)
+        self._halves = shape.halves
+
+    def step(self, batch: Tensor) -> None:
+        """x @ W_enc in blocks of rows, large ones: the speed of a single product, without its memory."""
+        for x in batch[:, : self._halves].transpose(0, 1).flatten(0, 1).split(len(self._out)):
+            torch.mm(x, self._weight, out=self._out[: len(x)])

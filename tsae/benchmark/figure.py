@@ -1,0 +1,140 @@
+"""The benchmark as one figure: times, phases, memory, and growth where it was measured."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tsae import plotting
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+PHASES = (
+    "encoder product",
+    "selection",
+    "decode",
+    "contrast",
+    "aux-k",
+    "weight gradients",
+    "projection and norm",
+    "optimizer",
+    "other",
+)
+COLOURS = (*plotting.PALETTE[:4], "#999933", *plotting.PALETTE[4:6], "#7F7F7F", "#C8C8C8")
+SERIES = ("sparse", "dense", "floor")
+
+
+def draw(path: Path, results: dict[str, Any]) -> None:
+    """Write the figure of a benchmark's results to `path`."""
+    growth = results["growth"]
+    with plotting.figure(path, rows=2 if growth else 1, columns=3, size=(11, 6.2 if growth else 3.2)) as (_, panels):
+        _draw_times(panels[0], results["step"])
+        _draw_phases(panels[1], results["step"])
+        _draw_memory(panels[2], results["step"])
+        if growth:
+            base = results["step"]["shape"]
+            for axes, varied, fixed in ((panels[3], "dict_size", "batch_size"), (panels[4], "batch_size", "dict_size")):
+                records = [record for record in growth if record["shape"][fixed] == base[fixed]]
+                _draw_growth(axes, records, varied)
+            _draw_ratios(panels[5], growth, base)
+
+
+def _draw_times(axes: Axes, record: dict[str, Any]) -> None:
+    entries = record["contestants"][::-1]
+    unit = "CPU seconds" if record["clock"] == "cpu" else "seconds"
+    for place, entry in enumerate(entries):
+        seconds = entry["seconds"]
+        own = entry["library"] in ("tsae", "torch")
+        axes.barh(place, seconds["median"], color=plotting.PALETTE[0] if own else plotting.PALETTE[6], height=0.65)
+        axes.plot([seconds["lowest"], seconds["highest"]], [place, place], color="black", linewidth=1)
+        ratio = entry["ratio_to_sparse"]["median"]
+        axes.annotate(
+            f"{seconds['median']:.3g} ({ratio:.2g}×)",
+            (seconds["highest"], place),
+            xytext=(4, 0),
+            textcoords="offset points",
+            va="center",
+            fontsize=7.5,
+        )
+    axes.set_yticks(range(len(entries)), [entry["name"] for entry in entries])
+    axes.set_xlim(0, 1.6 * max(entry["seconds"]["highest"] for entry in entries))
+    axes.set_xlabel(f"{unit} per step (× sparse)")
+    axes.grid(axis="y", visible=False)
+    shape = record["shape"]
+    axes.set_title(f"D {shape['activation_dim']}, F {shape['dict_size']}, B {shape['batch_size']}, k {shape['k']}")
+
+
+def _draw_phases(axes: Axes, record: dict[str, Any]) -> None:
+    entries = [entry for entry in record["contestants"][::-1] if len(entry["phases"]) > 1]
+    for place, entry in enumerate(entries):
+        total, left = sum(entry["phases"].values()), 0.0
+        for name, colour in zip(PHASES, COLOURS, strict=True):
+            share = 100 * entry["phases"].get(name, 0.0) / total
+            axes.barh(place, share, left=left, color=colour, height=0.65, label=name if place == 0 else None)
+            left += share
+    axes.set_yticks(range(len(entries)), [entry["name"] for entry in entries])
+    axes.set_xlim(0, 100)
+    axes.set_xlabel("share of the step (%)")
+    axes.grid(visible=False)
+    axes.set_title("Phases")
+    axes.figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=len(PHASES), fontsize=7.5)
+
+
+def _draw_memory(axes: Axes, record: dict[str, Any]) -> None:
+    known = [entry for entry in record["contestants"][::-1] if entry["beyond_state_bytes"] is not None]
+    for place, entry in enumerate(known):
+        megabytes = entry["beyond_state_bytes"] / 1e6
+        axes.barh(place, megabytes, color=plotting.PALETTE[2], height=0.65)
+        axes.annotate(f"{megabytes:.0f}", (megabytes, place), xytext=(4, 0), textcoords="offset points", va="center")
+    axes.set_yticks(range(len(known)), [entry["name"] for entry in known])
+    axes.margins(x=0.2)
+    axes.set_xlabel("MB beyond weights, gradients, moments")
+    axes.grid(axis="y", visible=False)
+    axes.set_title("Peak memory")
+
+
+def _draw_growth(axes: Axes, records: list[dict[str, Any]], varied: str) -> None:
+    records = sorted(records, key=lambda record: record["shape"][varied])
+    sizes = [record["shape"][varied] for record in records]
+    for series, name in enumerate(SERIES):
+        seconds = [_seconds(record, name) for record in records]
+        axes.plot(sizes, seconds, **_line(series), label=name)
+    axes.set_yscale("log")
+    _label_sizes(axes, sizes)
+    axes.set_xlabel("latents F" if varied == "dict_size" else "pairs B")
+    axes.set_ylabel("seconds per step")
+    axes.set_title("Growth over F" if varied == "dict_size" else "Growth over B")
+    axes.legend()
+
+
+def _draw_ratios(axes: Axes, growth: list[dict[str, Any]], base: dict[str, Any]) -> None:
+    for series, (varied, fixed) in enumerate((("dict_size", "batch_size"), ("batch_size", "dict_size"))):
+        records = sorted(
+            (record for record in growth if record["shape"][fixed] == base[fixed]), key=lambda r: r["shape"][varied]
+        )
+        scale = [record["shape"][varied] / base[varied] for record in records]
+        ratios = [_seconds(record, "dense") / _seconds(record, "sparse") for record in records]
+        label = "over F" if varied == "dict_size" else "over B"
+        axes.plot(scale, ratios, **_line(series + len(SERIES)), label=label)
+    axes.set_xscale("log", base=2)
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel("size relative to the first panel's")
+    axes.set_ylabel("dense / sparse time")
+    axes.set_title("Gain of the sparse path")
+    axes.legend()
+
+
+def _line(series: int) -> dict[str, Any]:
+    return {"color": plotting.PALETTE[series], "marker": plotting.MARKERS[series], "markeredgecolor": "white"}
+
+
+def _seconds(record: dict[str, Any], name: str) -> float:
+    (entry,) = (entry for entry in record["contestants"] if entry["name"] == name)
+    return float(entry["seconds"]["median"])
+
+
+def _label_sizes(axes: Axes, sizes: list[int]) -> None:
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(sizes, [f"{size // 1024}k" if size % 1024 == 0 else str(size) for size in sizes])
+    axes.minorticks_off()

@@ -1,0 +1,123 @@
+"""One contestant in a process of its own: `python -m tsae.benchmark.worker`, JSON lines in, JSON lines out.
+
+So that memory is its own, that no two libraries share a process, and that one may live in another environment: only
+torch, and what the contestant itself needs, is imported.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from typing import Any, TextIO
+
+import torch
+
+from tsae.benchmark import contestants
+from tsae.benchmark.shape import Shape, batches
+from tsae.errors import TsaeError
+from tsae.phases import record
+
+BATCHES = 2
+
+
+def main() -> None:
+    """Answer requests until the input ends. What libraries print goes to stderr."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    try:
+        _serve(json.loads(sys.stdin.readline()), answers)
+    except TsaeError as error:
+        _answer(answers, {"error": str(error)})
+    except ImportError as error:
+        _answer(answers, {"missing": str(error)})
+    except Exception as error:
+        # Libraries fail in ways of their own; whoever asked says so in one line.
+        _answer(answers, {"error": f"{type(error).__name__} {error}".strip()})
+        raise
+
+
+def _serve(first: dict[str, Any], answers: TextIO) -> None:
+    torch.set_num_threads(first["threads"])
+    shape, name = Shape(**first["shape"]), first["name"]
+    data = batches(shape, BATCHES)
+    _load_libraries(name, shape)
+    memory = _Memory(shape.device)
+    contestant = contestants.build(name, shape)
+    clock = _clock(shape.device, first["clock"])
+    described = {"library": contestant.library, "algorithm": contestant.algorithm, "encoded": contestant.encoded}
+    _answer(answers, {**described, "state_bytes": contestant.state_bytes})
+    for number, line in enumerate(sys.stdin):
+        request, batch = json.loads(line), data[number % len(data)]
+        began = clock()
+        if request["record"]:
+            with record(clock) as times:
+                contestant.step(batch)
+            answer = {"seconds": clock() - began, "phases": times.seconds}
+        else:
+            contestant.step(batch)
+            answer = {"seconds": clock() - began}
+        _answer(answers, {**answer, "peak_bytes": memory.peak()})
+
+
+def _load_libraries(name: str, shape: Shape) -> None:
+    """One step of a tiny contestant: what is imported and initialised once is not a cost of the step."""
+    tiny = dataclasses.replace(shape, activation_dim=16, dict_size=128, k=4, batch_size=32)
+    contestants.build(name, tiny).step(batches(tiny, 1)[0])
+
+
+def _answer(answers: TextIO, value: dict[str, Any]) -> None:
+    print(json.dumps(value), file=answers, flush=True)
+
+
+def _clock(device: str, kind: str) -> Callable[[], float]:
+    """Seconds of CPU (of all threads) or of wall time; a GPU is waited for first."""
+    if device.startswith("cuda"):
+
+        def synchronized() -> float:
+            torch.cuda.synchronize(device)
+            return time.perf_counter()
+
+        return synchronized
+    return time.process_time if kind == "cpu" else time.perf_counter
+
+
+class _Memory:
+    """Bytes above what is in use now: resident memory, or what torch allocates on a GPU."""
+
+    def __init__(self, device: str) -> None:
+        self._device = device if device.startswith("cuda") else None
+        if self._device is None:
+            # Freed memory goes back to the system, where it counts again once it is used.
+            _trim()
+        self._before = self._highest() if self._device else _status("VmRSS")
+
+    def peak(self) -> int | None:
+        """Most bytes since; none where the system does not tell."""
+        highest = self._highest()
+        return None if highest is None or self._before is None else highest - self._before
+
+    def _highest(self) -> int | None:
+        return torch.cuda.max_memory_allocated(self._device) if self._device else _status("VmHWM")
+
+
+def _trim() -> None:
+    if sys.platform == "linux":
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def _status(field: str) -> int | None:
+    """A size that Linux tells of this process, in bytes."""
+    if sys.platform != "linux":
+        return None
+    with open("/proc/self/status") as lines:
+        found = next((line for line in lines if line.startswith(field)), None)
+    return None if found is None else 1024 * int(found.split()[1])
+
+
+if __name__ == "__main__":
+    main()
