@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-ENTRIES = 16
+ENTRIES = 8
 """Entries whose rows a program loads at a time."""
 WIDTH = 256
 """Columns of those rows."""
@@ -38,7 +38,7 @@ def _weighted_rows(
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     start = tl.load(offsets + row)
     stop = tl.load(offsets + row + 1)
-    total = tl.zeros((BLOCK_D,), tl.float32)
+    total = tl.zeros((BLOCK_E, BLOCK_D), tl.float32)
     for first in range(start, stop, BLOCK_E):
         entry = first + tl.arange(0, BLOCK_E)
         live = entry < stop
@@ -47,8 +47,8 @@ def _weighted_rows(
         tile = tl.load(
             matrix + column[:, None] * matrix_stride + d[None, :], mask=live[:, None] & (d < width)[None, :], other=0.0
         )
-        total += tl.sum(value[:, None] * tile, axis=0)
-    tl.store(out + row * out_stride + d, total, mask=d < width)
+        total += value[:, None] * tile
+    tl.store(out + row * out_stride + d, tl.sum(total, axis=0), mask=d < width)
 
 
 @triton.jit

@@ -1,0 +1,156 @@
+"""Kernels against dense products; `test_kernels.py` runs this file in a process of its own, interpreted or on a GPU."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+from torch import Tensor
+
+from tsae import config as configuration
+from tsae.sae.kernels import candidates, kernels_for
+from tsae.sae.screening import round_rows
+from tsae.sae.select import Encoder, batch_top_k_codes, entries_above
+from tsae.sae.sparse import ByLatent, SparseCode, add_rows, from_dense, sampled_products, segment_sums, weighted_rows
+from tsae.training.trainer import Trainer
+
+DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
+
+
+def ragged_code(rows: int, width: int) -> SparseCode:
+    """Rows with no entry, with one, with more than a tile holds; latents that never fire, and one that always does."""
+    dense = torch.relu(normal(rows, width))
+    dense[dense < 1.5] = 0
+    dense[0] = 0
+    dense[1] = normal(width).abs() + 1
+    dense[2:, 3] = 2.0
+    dense[:, -1] = 0
+    return from_dense(dense)
+
+
+def test_kernels_are_what_runs() -> None:
+    assert kernels_for(normal(1)) is not None
+    assert kernels_for(normal(1).double()) is None
+    assert kernels_for(normal(1).requires_grad_()) is None
+
+
+@pytest.mark.parametrize("columns", [1, 5, 300])
+def test_decode_of_ragged_rows(columns: int) -> None:
+    code, matrix = ragged_code(7, 30), normal(30, columns)
+    torch.testing.assert_close(weighted_rows(code, matrix), code.dense() @ matrix)
+
+
+def test_decode_of_an_empty_code() -> None:
+    code = from_dense(torch.zeros(3, 4, device=DEVICE))
+    assert torch.equal(weighted_rows(code, normal(4, 6)), torch.zeros(3, 6, device=DEVICE))
+    assert len(sampled_products(code, normal(3, 6), normal(4, 6))) == 0
+
+
+@pytest.mark.parametrize("columns", [1, 5, 300])
+def test_sampled_products(columns: int) -> None:
+    code, right = ragged_code(7, 30), normal(30, columns, seed=1)
+    left = normal(7, 2, columns, seed=2)[:, 1]
+    expected = (left @ right.T)[code.rows, code.latents]
+    torch.testing.assert_close(sampled_products(code, left, right), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("in_order", [True, False])
+def test_weight_gradients_fill_their_rows_and_no_others(in_order: bool) -> None:
+    code, x = ragged_code(40, 30), normal(40, 7)
+    gradient = torch.full((50, 7), 9.0, device=DEVICE)
+    own = gradient[10:40]
+    if in_order:
+        ByLatent.of(code.rows, code.latents, 30).sum_rows(code.values, x, own, chunk=8)
+    else:
+        shuffled = torch.randperm(len(code.values), device=DEVICE)
+        add_rows(code.rows[shuffled], code.latents[shuffled], code.values[shuffled], x, own)
+    torch.testing.assert_close(own, code.dense().T @ x, rtol=1e-5, atol=1e-5)
+    assert torch.equal(gradient[:10], torch.full_like(gradient[:10], 9))
+    assert torch.equal(gradient[40:], torch.full_like(gradient[40:], 9))
+
+
+def test_sums_in_order_are_the_same_bits_every_time() -> None:
+    code, x = ragged_code(40, 30), normal(40, 7)
+    by_latent, sums = ByLatent.of(code.rows, code.latents, 30), torch.empty(2, 30, 7, device=DEVICE)
+    for out in sums:
+        by_latent.sum_rows(code.values, x, out, chunk=8)
+    assert torch.equal(*sums)
+
+
+def test_segment_sums_with_empty_segments() -> None:
+    values, offsets = normal(700), torch.tensor([0, 0, 3, 3, 600, 700, 700], device=DEVICE)
+    expected = torch.stack([part.sum() for part in values.tensor_split(offsets[1:-1].tolist())])
+    torch.testing.assert_close(segment_sums(values, offsets), expected)
+
+
+def test_rounding_is_measured() -> None:
+    matrix = normal(5, 37)
+    low, norms, errors = round_rows(matrix)
+    assert (low.float() - matrix).abs().max() < 2**-7 * matrix.abs().max()
+    torch.testing.assert_close(errors, (low.float() - matrix).norm(dim=1))
+    torch.testing.assert_close(norms, torch.maximum(matrix.norm(dim=1), low.float().norm(dim=1)))
+
+
+@pytest.mark.parametrize("guess", [0.0, 1.0, 100.0])
+def test_candidates_are_all_entries_above_the_guess_in_order(guess: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    x, weight, bias = normal(11, 6), normal(70, 6, seed=1).T, normal(70, seed=2)
+    weight, bias = weight.round(), bias.round()
+    encoder = Encoder("float32")
+    monkeypatch.setattr(encoder, "block_rows", lambda *_: 4)
+    monkeypatch.setattr(candidates, "FIRST_ROOM", 1)
+    monkeypatch.setattr(candidates, "LATENTS", 32)
+    rows, latents, values = entries_above(encoder, x.round(), weight, bias, guess)
+    dense = x.round() @ weight + bias
+    expected = (dense > guess).nonzero(as_tuple=True)
+    assert torch.equal(rows, expected[0])
+    assert torch.equal(latents, expected[1])
+    assert torch.equal(values, dense[expected])
+
+
+@pytest.mark.parametrize("kind", ["random", "ties", "negative"])
+def test_exact_selection_is_that_of_float32(kind: str) -> None:
+    x, weight, bias = normal(8, 12), normal(100, 12, seed=1).T, normal(100, seed=2)
+    if kind == "ties":
+        x, weight, bias = x.round(), weight.round(), bias.round()
+    elif kind == "negative":
+        bias -= 9
+    dense = torch.relu((x.double() @ weight.double() + bias.double()).float())
+    # The second guess is far too high, so that it takes several passes.
+    first, second = (batch_top_k_codes(Encoder(), [x], weight, bias, 3, [guess])[0] for guess in (None, 30.0))
+    top = dense.flatten().topk(24).values
+    torch.testing.assert_close(first.code.values.sort(descending=True).values, top[top > 0], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(first.code.values, dense[first.code.rows, first.code.latents], rtol=1e-5, atol=1e-5)
+    assert torch.equal(first.code.dense(), second.code.dense())
+    assert second.passes > 1
+
+
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_a_training_step_equals_the_dense_definition(deterministic: bool) -> None:
+    tree = {
+        "sae": {"kind": "temporal", "dict_size": 45, "k": 5, "group_fractions": [0.5, 0.2, 0.3]},
+        "objective": {"similarity": "cosine", "temperature": 0.5},
+        "training": {"warmup_steps": 0, "lr": 0.01, "dead_after": 10, "batch_size": 6, "deterministic": deterministic},
+    }
+    batch = normal(6, 1, 12) + 0.5 * normal(6, 2, 12, seed=1)
+    pair = []
+    for engine in ("dense", "sparse"):
+        tree["training"]["engine"] = engine
+        built = Trainer(configuration.from_mapping(tree, "test"), 12, device=DEVICE)
+        pair.append((built.step(batch), built))
+    (dense, by_autograd), (sparse, by_kernels) = pair
+    for name in ("loss", "l2_loss", "auxk_loss", "temp_loss", "grad_norm", "n_active"):
+        torch.testing.assert_close(
+            getattr(sparse, name).to(DEVICE),
+            getattr(dense, name),
+            rtol=1e-4,
+            atol=1e-5,
+            msg=name,
+        )
+    expected = dict(by_autograd.dictionary.named_parameters())
+    for name, parameter in by_kernels.dictionary.named_parameters():
+        torch.testing.assert_close(parameter.grad, expected[name].grad, rtol=1e-4, atol=1e-5)
