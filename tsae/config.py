@@ -258,6 +258,8 @@ def load(path: str | Path, overrides: list[str] | None = None) -> RunConfig:
     extra = schema.parse_overrides(overrides or [])
     # Overrides are checked on their own first, so that an error names the command line, not the file.
     from_mapping(extra, "command line", partial=True)
+    if isinstance(tree.get("objective"), str):
+        tree["objective"] = {"preset": tree["objective"]}
     return from_mapping(schema.merge_into(tree, extra), str(path))
 
 
