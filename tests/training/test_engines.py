@@ -35,7 +35,7 @@ def gradients(built: Trainer) -> dict[str, torch.Tensor]:
 
 
 @given(
-    kind=st.sampled_from(["temporal", "matryoshka", "batch_topk"]),
+    kind=st.sampled_from(["temporal", "matryoshka", "batch_topk", "topk"]),
     objective=st.sampled_from(sorted(OBJECTIVES)),
     dict_size=st.integers(20, 140),
     k=st.integers(1, 6),
@@ -68,9 +68,10 @@ def test_losses_and_gradients_equal_the_dense_definition(
         pair[1].dictionary.load_state_dict(pair[0].dictionary.state_dict())
 
 
-def test_aux_k_revives_dead_latents_in_both_engines() -> None:
+@pytest.mark.parametrize("kind", ["matryoshka", "topk"])
+def test_aux_k_revives_dead_latents_in_both_engines(kind: str) -> None:
     generator = torch.Generator().manual_seed(0)
-    pair = [trainer(engine, "matryoshka", {}, 100, 2, [0.2, 0.8]) for engine in ("dense", "sparse")]
+    pair = [trainer(engine, kind, {}, 100, 2, [0.2, 0.8]) for engine in ("dense", "sparse")]
     seen_dead = False
     for _ in range(6):
         batch = torch.randn(24, 12, dtype=torch.float64, generator=generator)
