@@ -71,7 +71,7 @@ class Screen:
         """
         rows, latents = self._may_exceed(x, guess * (1 - SLACK), block_rows, listing)
         values = products_at(rows, latents, x, self.latents) + self.bias[latents]
-        above = values > guess
+        above = (values > guess).nonzero()[:, 0]
         return rows[above], latents[above], values[above]
 
     def _may_exceed(self, x: Tensor, guess: float, block_rows: int, listing: Any) -> tuple[Tensor, Tensor]:

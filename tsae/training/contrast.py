@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tsae.sae.sparse import SparseCode, sampled_products, weighted_rows
 
-BLOCK_ELEMENTS = 4 * 2**20
+BLOCK_ELEMENTS, CUDA_BLOCK_ELEMENTS = 4 * 2**20, 64 * 2**20
 
 
 class TemporalTerm(NamedTuple):
@@ -46,7 +46,8 @@ def contrastive(high: SparseCode, other: SparseCode, similarity: str, temperatur
 def _dot_contrastive(high: SparseCode, other: SparseCode, temperature: float, scale: float) -> TemporalTerm:
     batch = len(high.offsets) - 1
     columns = other.dense().T.contiguous()
-    rows = max(1, BLOCK_ELEMENTS // batch)
+    # A CPU wants a block in its cache; a GPU wants few launches, and few waits for the bounds of a block.
+    rows = max(1, (CUDA_BLOCK_ELEMENTS if columns.is_cuda else BLOCK_ELEMENTS) // batch)
     blocks = [(start, min(start + rows, batch)) for start in range(0, batch, rows)]
 
     row_lse = high.values.new_empty(batch)

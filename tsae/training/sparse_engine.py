@@ -22,7 +22,7 @@ from tsae.training.contrast import TemporalTerm, contrastive, weighted_l1
 from tsae.training.engine import Encoded, Engine
 from tsae.training.objective import Losses, Weights
 
-CHUNK_BYTES = 4 * 2**20
+CHUNK_BYTES, CUDA_CHUNK_BYTES = 4 * 2**20, 256 * 2**20
 
 
 class _Codes(NamedTuple):
@@ -193,6 +193,12 @@ def _through_decoder(
     return value_gradient
 
 
+def chunk_rows(matrix: Tensor) -> int:
+    """Rows of a matrix to work on at a time: what a core's cache holds; on CUDA so many that launches are few."""
+    limit = CUDA_CHUNK_BYTES if matrix.is_cuda else CHUNK_BYTES
+    return max(1, limit // (matrix.shape[1] * matrix.element_size()))
+
+
 class _Gradients:
     """The four gradient buffers, both matrices latent by latent [F, D]; made once, then overwritten."""
 
@@ -202,7 +208,7 @@ class _Gradients:
         self.W_enc, self.b_enc = _buffer(dictionary.W_enc).T, _buffer(dictionary.b_enc)
         self.W_dec, self.b_dec = _buffer(dictionary.W_dec), _buffer(dictionary.b_dec)
         self._dictionary = dictionary
-        self._chunk = max(1, CHUNK_BYTES // (dictionary.activation_dim * self.W_dec.element_size()))
+        self._chunk = chunk_rows(self.W_dec)
 
     @phase("weight gradients")
     def decoder(self, part: SparseCode, back: Tensor, group: slice) -> None:

@@ -18,7 +18,7 @@ from tsae.sae.init import centre, geometric_median, new_dictionary, normalise_ro
 from tsae.training.engine import DenseEngine, Engine
 from tsae.training.objective import Losses, Weights
 from tsae.training.penalty_engine import PenaltyEngine
-from tsae.training.sparse_engine import CHUNK_BYTES, SparseEngine
+from tsae.training.sparse_engine import SparseEngine, chunk_rows
 
 FIRST_MOMENT = {"jump_relu": 0.0, "gated": 0.0}
 """Adam's β₁ where the source of an objective departs from 0.9."""
@@ -191,7 +191,7 @@ class Trainer:
         dictionary = self.dictionary
         gradients = [parameter.grad for parameter in dictionary.parameters() if parameter.grad is not None]
         assert dictionary.W_dec.grad is not None
-        size = max(1, CHUNK_BYTES // (dictionary.activation_dim * dictionary.W_dec.element_size()))
+        size = chunk_rows(dictionary.W_dec)
         if self._unit_rows:
             for rows, gradient in zip(dictionary.W_dec.split(size), dictionary.W_dec.grad.split(size), strict=True):
                 direction = rows / (rows.norm(dim=1, keepdim=True) + 1e-6)
