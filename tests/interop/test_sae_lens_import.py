@@ -208,3 +208,6 @@ def test_a_top_k_calibrated_to_a_threshold_is_exported_with_its_threshold(
     loaded, _ = sae_lens.load(tmp_path / "out") if form == "sae_lens" else load_dictionary(tmp_path / "out")
     pre = torch.relu(dictionary.pre_activations(activations))
     assert torch.equal(loaded.encode(activations), pre * (pre > threshold))
+    if form == "sae_bench":
+        written = json.loads((tmp_path / "out/config.json").read_text())["trainer"]
+        assert (written["trainer_class"], written["dict_class"]) == ("BatchTopKTrainer", "BatchTopKSAE")
