@@ -101,12 +101,15 @@ def expected_loss(kind: str, built: Trainer, x: Tensor, weight: float) -> Tensor
 
 @pytest.mark.parametrize("kind", PENALTIES)
 def test_the_loss_is_that_of_the_literature(kind: str) -> None:
-    built = trainer(kind, sparsity_penalty=0.3)
+    built = trainer(kind, sparsity_penalty=0.05)
     for seed in range(4):
         built.step(toy(32, seed))
     x = toy(32, 9)
-    expected = expected_loss(kind, built, x, 0.3)
-    assert float(built.step(x).loss) == pytest.approx(float(expected), rel=1e-5)
+    expected = expected_loss(kind, built, x, 0.05)
+    terms = built.step(x)
+    assert float(terms.loss) == pytest.approx(float(expected), rel=1e-5)
+    assert 0 < int(terms.n_active) < 32 * 48
+    assert float(terms.sparsity_loss) > 0
 
 
 @pytest.mark.parametrize("kind", [kind for kind in PENALTIES if kind != "jump_relu"])
@@ -173,6 +176,33 @@ def test_jump_relu_reaches_its_target() -> None:
         terms = built.step(toy(128, step))
     assert float(terms.n_active) / 128 == pytest.approx(6, rel=0.2)
     assert float(built.dictionary.threshold.detach().min()) >= 0
+
+
+def test_thresholds_of_jump_relu_never_become_negative() -> None:
+    built = trainer("jump_relu", sparsity_penalty=0, bandwidth=0.5)
+    for step in range(5):
+        built.step(toy(32, step))
+        assert float(built.dictionary.threshold.detach().min()) >= 0
+    assert float(built.dictionary.threshold.detach().min()) == 0
+
+
+def test_top_k_tracks_the_mean_over_tokens_of_the_smallest_activation_kept() -> None:
+    for engine in ("sparse", "dense"):
+        tree = {
+            "sae": {"kind": "topk", "dict_size": 48, "k": 4},
+            "training": {"engine": engine, "warmup_steps": 0, "threshold_start_step": 1, "threshold_beta": 0.75},
+        }
+        built, followed = Trainer(configuration.from_mapping(tree, "test"), 12), -1.0
+        for step in range(5):
+            before = built.dictionary.to_file()
+            terms = built.step(toy(32, step))
+            if step < 2:
+                assert float(terms.threshold) == -1
+                continue
+            kept = from_state("AutoEncoderTopK", before, None, "test").encode(toy(32, step)).detach()
+            smallest = float(kept.sort(dim=1, descending=True).values[:, 3].mean())
+            followed = smallest if followed < 0 else 0.75 * followed + 0.25 * smallest
+            assert float(terms.threshold) == pytest.approx(followed, rel=1e-5)
 
 
 def test_decoder_rows_keep_norm_1_except_under_the_april_update() -> None:
