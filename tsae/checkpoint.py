@@ -268,6 +268,8 @@ def find_dictionary(path: str | Path) -> Path:
     for folder in (local, local / "trainer_0"):
         if (folder / "config.json").is_file():
             return folder
+    if (local / "cfg.json").is_file():
+        raise TsaeError(f"{path}: a folder of SAELens; make a run of it first: tsae import {path} --out RUN")
     if local.exists() or str(path).count("/") != 1 or str(path).startswith((".", "/", "~")):
         raise TsaeError(
             f"{path}: no config.json here nor in trainer_0/; a run folder or a hub id owner/name is expected"

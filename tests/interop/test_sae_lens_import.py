@@ -170,6 +170,11 @@ def test_damaged_weights_are_refused(tmp_path: Path, change: dict[str, Tensor], 
         sae_lens.load(folder(tmp_path, "standard", weights=tensors("standard") | change))
 
 
+def test_a_sae_lens_folder_given_as_a_run_names_the_command_that_makes_one(tmp_path: Path) -> None:
+    with pytest.raises(TsaeError, match="tsae import"):
+        load_dictionary(folder(tmp_path, "standard"))
+
+
 def test_a_truncated_file_and_a_run_folder_are_refused(tmp_path: Path, make_run, capsys) -> None:
     source = folder(tmp_path / "source", "standard")
     weights = source / "sae_weights.safetensors"
