@@ -10,9 +10,11 @@ from torch import Tensor
 
 from tsae import config as configuration
 from tsae.sae.kernels import candidates, kernels_for
+from tsae.sae.row_select import top_k_codes
 from tsae.sae.screening import round_rows
 from tsae.sae.select import Encoder, batch_top_k_codes, entries_above
 from tsae.sae.sparse import ByLatent, SparseCode, add_rows, from_dense, sampled_products, segment_sums, weighted_rows
+from tsae.sae.topk import top_k
 from tsae.training.trainer import Trainer
 
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
@@ -127,6 +129,13 @@ def test_exact_selection_is_that_of_float32(kind: str) -> None:
     torch.testing.assert_close(first.code.values, dense[first.code.rows, first.code.latents], rtol=1e-5, atol=1e-5)
     assert torch.equal(first.code.dense(), second.code.dense())
     assert second.passes > 1
+
+
+def test_exact_top_k_is_that_of_float32() -> None:
+    x, weight, bias = normal(6, 12), normal(200, 12, seed=1).T, normal(200, seed=2)
+    (selection,) = top_k_codes(Encoder(), [x], weight, bias, 3, [None])
+    expected = top_k(torch.relu(x.double() @ weight.double() + bias.double()).float(), 3)
+    torch.testing.assert_close(selection.code.dense(), expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("deterministic", [True, False])

@@ -29,7 +29,7 @@ KERNELS: list[tuple[Any, list[str], dict[str, Any], dict[str, Any]]] = [
     (rounding._round_rows, [FLOAT, LOW, FLOAT, FLOAT, "i32", "i32"], {"BLOCK_D": rounding.WIDTH}, {}),
 ]
 for margin in (True, False):
-    shape = ["i32", "fp32", "i32", "i32"]
+    shape = [FLOAT, "i32", "i32", "i32"]
     constants = {"MARGIN": margin, **LATENTS}
     KERNELS.append((candidates._count, [*[FLOAT] * 6, INT, *shape], constants, UNFUSED))
     KERNELS.append((candidates._write, [*[FLOAT] * 6, INT, INT, INT, FLOAT, "i32", *shape], constants, UNFUSED))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -9,8 +11,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tsae.sae import select
+from tsae.sae.row_select import top_k_codes
 from tsae.sae.screening import Screen, round_rows
-from tsae.sae.select import Encoder, batch_top_k_codes
+from tsae.sae.select import Encoder, Selection, batch_top_k_codes
+from tsae.sae.topk import top_k
+
+Select = Callable[..., list[Selection]]
 
 shapes = st.tuples(st.integers(1, 30), st.integers(1, 90), st.integers(1, 70), st.integers(0, 2**16))
 
@@ -56,30 +62,48 @@ def test_few_candidates_are_computed_twice() -> None:
     x, weight = torch.randn(64, 256, generator=generator), torch.randn(2048, 256, generator=generator).T
     bias = torch.zeros(2048)
     cut = float((x @ weight).flatten().topk(20 * 64).values.min())
-    rows, _ = Screen(weight, bias)._may_exceed(x, cut, 64, None)
+    screen = Screen(weight, bias)
+    rows, _ = screen.candidates(x, cut, None, block_rows=64, listing=None)
     assert 20 * 64 <= len(rows) <= 1.25 * 20 * 64
+    rows, _ = screen.candidates(x, 0.0, 20, block_rows=64, listing=None)
+    assert 20 * 64 <= len(rows) <= 2.5 * 20 * 64
 
 
-@given(shapes, st.integers(1, 5), st.sampled_from([None, 0.0, 1.0, 1e4]))
-@settings(max_examples=40, deadline=None)
-def test_screened_selection_is_that_of_float32(shape: tuple[int, int, int, int], k: int, guess: float | None) -> None:
+@given(
+    shapes, st.integers(1, 5), st.sampled_from([None, 0.0, 1.0, 1e4]), st.sampled_from([batch_top_k_codes, top_k_codes])
+)
+@settings(max_examples=60, deadline=None)
+def test_screened_selection_is_that_of_float32(
+    shape: tuple[int, int, int, int], k: int, guess: float | None, select_codes: Select
+) -> None:
     x, weight, bias = encoder_inputs(shape, "random")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(select, "screens", lambda _: True)
-        (screened,) = batch_top_k_codes(Encoder("exact"), [x], weight, bias, k, [guess])
-    (plain,) = batch_top_k_codes(Encoder("float32"), [x], weight, bias, k, [guess])
+        (screened,) = select_codes(Encoder("exact"), [x], weight, bias, k, [guess])
+    (plain,) = select_codes(Encoder("float32"), [x], weight, bias, k, [guess])
     torch.testing.assert_close(screened.code.dense(), plain.code.dense(), rtol=1e-5, atol=1e-5)
     assert screened.cut == pytest.approx(plain.cut, rel=1e-5, abs=1e-5)
 
 
-@pytest.mark.parametrize("kernel", ["batch_top_k", "top_k"])
-def test_bf16_keeps_the_values_of_the_rounded_product(kernel: str) -> None:
-    from tsae.sae.row_select import top_k_codes
+@given(shapes, st.integers(1, 5), st.sampled_from(["worst", "ties"]))
+@settings(max_examples=40, deadline=None)
+def test_screened_top_k_keeps_the_largest_values_of_each_row(
+    shape: tuple[int, int, int, int], k: int, kind: str
+) -> None:
+    x, weight, bias = encoder_inputs(shape, kind)
+    bias += 0.5 * shape[2]
+    rows, latents, values = Screen(weight, bias).largest_of_rows(x, k, block_rows=7, listing=None)
+    found = torch.zeros(len(x), len(bias))
+    found[rows, latents] = values
+    expected = top_k(torch.relu(x @ weight + bias), k)
+    torch.testing.assert_close(found.sort(dim=1).values, expected.sort(dim=1).values, rtol=1e-5, atol=1e-4)
 
+
+@pytest.mark.parametrize("select_codes", [batch_top_k_codes, top_k_codes])
+def test_bf16_keeps_the_values_of_the_rounded_product(select_codes: Select) -> None:
     x, weight, bias = encoder_inputs((50, 300, 64, 0), "random")
-    chosen = {"batch_top_k": batch_top_k_codes, "top_k": top_k_codes}[kernel]
     codes = {
-        precision: chosen(Encoder(precision), [x], weight, bias, 10, [None])[0].code
+        precision: select_codes(Encoder(precision), [x], weight, bias, 10, [None])[0].code
         for precision in ("bf16", "float32")
     }
     low = codes["bf16"]

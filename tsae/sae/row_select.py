@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tsae.phases import phase
-from tsae.sae.select import SEGMENT, Encoder, Selection
+from tsae.sae.select import SEGMENT, Encoder, Prepared, Selection
 from tsae.sae.sparse import from_entries
 
 
@@ -21,13 +21,17 @@ def top_k_codes(
 
     Takes and returns what `batch_top_k_codes` does; there is no cut to guess, `guesses` only counts the halves.
     """
-    weight = encoder.rounded(weight)
-    return [_select_half(encoder, x, weight, bias, k) for x, _ in zip(halves, guesses, strict=True)]
+    prepared = encoder.prepare(weight, bias)
+    return [_select_half(encoder, x, prepared, k) for x, _ in zip(halves, guesses, strict=True)]
 
 
-def _select_half(encoder: Encoder, x: Tensor, weight: Tensor, bias: Tensor, k: int) -> Selection:
+def _select_half(encoder: Encoder, x: Tensor, prepared: Prepared, k: int) -> Selection:
+    weight, bias, screen = prepared
+    block_rows = encoder.block_rows(x, len(bias))
+    if screen is not None:
+        entries = screen.largest_of_rows(x, k, block_rows, encoder.listing(x))
+        return Selection(from_entries(*entries, len(x), len(bias)), 0.0, 1)
     found = []
-    block_rows = encoder.block_rows(x, weight.shape[1])
     for start in range(0, len(x), block_rows):
         buffer = encoder.block(x[start : start + block_rows], weight, bias)
         values, latents = _largest_of_rows(buffer, min(k, weight.shape[1]))

@@ -19,6 +19,7 @@ from tsae.phases import phase
 from tsae.sae.kernels import kernels_for
 from tsae.sae.kernels.margin import Margin
 
+SEGMENT = 64
 CHUNK_BYTES = 256 * 2**20
 """Bytes of a matrix that torch's operations round at a time."""
 SLACK = 1e-5
@@ -69,30 +70,67 @@ class Screen:
 
         `listing` is the `Candidates` of the kernels, None where torch's operations list them.
         """
-        rows, latents = self._may_exceed(x, guess * (1 - SLACK), block_rows, listing)
+        return self._refined(x, *self.candidates(x, guess, None, block_rows, listing), guess)
+
+    def largest_of_rows(self, x: Tensor, k: int, block_rows: int, listing: Any) -> tuple[Tensor, Tensor, Tensor]:
+        """The same for the k largest positive pre-activations of each row."""
+        rows, latents, values = self._refined(x, *self.candidates(x, 0.0, k, block_rows, listing), 0.0)
+        # By row and then by value; ties stay in the order of latents.
+        falling = values.argsort(descending=True, stable=True)
+        order = falling[rows[falling].argsort(stable=True)]
+        first = torch.searchsorted(rows, rows)
+        kept = order[torch.arange(len(rows), device=rows.device) - first < k].sort().values
+        return rows[kept], latents[kept], values[kept]
+
+    def candidates(
+        self, x: Tensor, guess: float, k: int | None, block_rows: int, listing: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Row and latent of all pre-activations that may exceed `guess` and, if given, be among their row's k largest.
+
+        Ascending by row and latent.
+        """
+        low = round_rows(x)
+        guesses = x.new_full((len(x),), guess * (1 - SLACK))
+
+        def products() -> Iterator[Tensor]:
+            for start in range(0, len(x), block_rows):
+                rows = slice(start, start + block_rows)
+                product = _product(low.rows[rows], self._low)
+                if k is not None:
+                    guesses[rows] = self._least_of_largest(product, low.norms[rows], low.errors[rows], k)
+                yield product
+
+        if listing is not None:
+            margin = Margin(self.bias, low.norms, low.errors, self._norms, self._errors)
+            rows, latents, _ = listing.above(guesses, products, len(self.bias), margin)
+            return rows, latents
+        found, start = [], 0
+        for upper in products():
+            rows = slice(start, start + len(upper))
+            upper.add_(self.bias)
+            upper.addcmul_(low.norms[rows, None], self._errors).addcmul_(low.errors[rows, None], self._norms)
+            row, latent = (upper > guesses[rows, None]).nonzero(as_tuple=True)
+            found.append((row + start, latent))
+            start += len(upper)
+        rows, latents = (torch.cat(parts) for parts in zip(*found, strict=True))
+        return rows, latents
+
+    def _least_of_largest(self, product: Tensor, norms: Tensor, errors: Tensor, k: int) -> Tensor:
+        """What each row's k-th largest pre-activation is at least, or 0 [n]; from a screened product [n, F]."""
+        screened = product + self.bias
+        whole = screened.shape[1] // SEGMENT * SEGMENT
+        if whole >= k * SEGMENT:
+            # As many entries as segments reach the k-th largest of the segments' maxima.
+            screened = screened[:, :whole].unflatten(1, (-1, SEGMENT)).amax(dim=2)
+        kth = screened.topk(min(k, screened.shape[1]), dim=1).values[:, -1]
+        margin = norms * self._errors.max() + errors * self._norms.max()
+        return (kth - margin).clamp_min_(0).mul_(1 - SLACK)
+
+    def _refined(self, x: Tensor, rows: Tensor, latents: Tensor, guess: float) -> tuple[Tensor, Tensor, Tensor]:
+        """The candidates whose float32 value exceeds the guess."""
         values = products_at(rows, latents, x, self.latents) + self.bias[latents]
         above = (values > guess).nonzero()[:, 0]
         return rows[above], latents[above], values[above]
-
-    def _may_exceed(self, x: Tensor, guess: float, block_rows: int, listing: Any) -> tuple[Tensor, Tensor]:
-        low = round_rows(x)
-        if listing is not None:
-            margin = Margin(self.bias, low.norms, low.errors, self._norms, self._errors)
-
-            def products() -> Iterator[Tensor]:
-                return (_product(rows, self._low) for rows in low.rows.split(block_rows))
-
-            rows, latents, _ = listing.above(guess, products, len(x), len(self.bias), x.device, margin)
-            return rows, latents
-        found = []
-        for start in range(0, len(x), block_rows):
-            rows = slice(start, start + block_rows)
-            upper = _product(low.rows[rows], self._low).add_(self.bias)
-            upper.addcmul_(low.norms[rows, None], self._errors).addcmul_(low.errors[rows, None], self._norms)
-            row, latent = (upper > guess).nonzero(as_tuple=True)
-            found.append((row + start, latent))
-        rows, latents = (torch.cat(parts) for parts in zip(*found, strict=True))
-        return rows, latents
 
 
 def products_at(rows: Tensor, latents: Tensor, x: Tensor, matrix: Tensor) -> Tensor:

@@ -158,12 +158,9 @@ def _entries_above(encoder: Encoder, x: Tensor, prepared: Prepared, guess: float
     if screen is not None:
         return screen.entries_above(x, guess, block_rows, listing)
     if listing is not None:
+        guesses = x.new_full((len(x),), guess)
         return listing.above(
-            guess,
-            lambda: (encoder.block(rows, weight, bias) for rows in x.split(block_rows)),
-            len(x),
-            len(bias),
-            x.device,
+            guesses, lambda: (encoder.block(rows, weight, bias) for rows in x.split(block_rows)), len(bias)
         )
     found = []
     for start in range(0, len(x), block_rows):

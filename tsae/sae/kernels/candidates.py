@@ -1,4 +1,4 @@
-"""Triton kernels that list the entries of pre-activations above a guess, in order and without waiting for the GPU.
+"""Triton kernels that list the entries of pre-activations above guesses, in order and without waiting for the GPU.
 
 One program takes one row. A first pass counts its entries, a second writes them from where the rows before it end, so
 the list ascends by row and latent, needs no atomics, and is the same in every run.
@@ -48,9 +48,10 @@ def _upper_bound(value, row, latent, width, row_norms, row_errors, latent_norms,
 @triton.jit
 def _count(
     block, bias, row_norms, row_errors, latent_norms, latent_errors, counts,
-    first_row, guess, width, stride, MARGIN: tl.constexpr, BLOCK: tl.constexpr,
+    guesses, first_row, width, stride, MARGIN: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
+    guess = tl.load(guesses + first_row + row)
     found = tl.zeros((BLOCK,), tl.int32)
     for first in range(0, width, BLOCK):
         latent = first + tl.arange(0, BLOCK)
@@ -65,9 +66,10 @@ def _count(
 @triton.jit
 def _write(
     block, bias, row_norms, row_errors, latent_norms, latent_errors, starts, rows, latents, values, capacity,
-    first_row, guess, width, stride, MARGIN: tl.constexpr, BLOCK: tl.constexpr,
+    guesses, first_row, width, stride, MARGIN: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
+    guess = tl.load(guesses + first_row + row)
     place = tl.load(starts + row)
     for first in range(0, width, BLOCK):
         latent = first + tl.arange(0, BLOCK)
@@ -85,30 +87,29 @@ def _write(
 
 
 class Candidates:
-    """Lists entries above a guess; remembers how long the lists were, since room is made before they are counted."""
+    """Lists entries above guesses; remembers how long the lists were, since room is made before they are counted."""
 
     def __init__(self) -> None:
         self._capacity = 0
 
     def above(
         self,
-        guess: float,
+        guesses: Tensor,
         blocks: Callable[[], Iterable[Tensor]],
-        n_rows: int,
         width: int,
-        device: torch.device,
         margin: Margin | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Row, latent and value [n] of what is above `guess` in N rows of pre-activations, ascending.
+        """Row, latent and value [n] of the pre-activations above their row's guess [N], ascending.
 
-        `blocks` makes them: [rows, ≥ width] one after the other, once more if there was not enough room. With a
-        margin they are products without bias, and what may be above the guess is listed with its product plus bias.
+        `blocks` makes pre-activations: [rows, ≥ width] one after the other, once more if there was not enough room; a
+        row's guess may still change until its block is there. With a margin the blocks are products without bias, and
+        what may be above the guess is listed with its product plus bias.
         """
-        self._capacity = max(self._capacity, FIRST_ROOM * n_rows)
+        self._capacity = max(self._capacity, FIRST_ROOM * len(guesses))
         while True:
-            listed = _List(self._capacity, device)
+            listed = _List(self._capacity, guesses)
             for block in blocks():
-                listed.add(block, width, guess, margin)
+                listed.add(block, width, margin)
             # The only place that waits for the GPU.
             count = int(listed.found)
             if count <= self._capacity:
@@ -119,21 +120,22 @@ class Candidates:
 class _List:
     """Room for `capacity` entries; what is found beyond that is counted, not kept."""
 
-    def __init__(self, capacity: int, device: torch.device) -> None:
-        self.capacity, self.next_row = capacity, 0
+    def __init__(self, capacity: int, guesses: Tensor) -> None:
+        self.capacity, self.guesses, self.next_row = capacity, guesses, 0
+        device = guesses.device
         self.found = torch.zeros(1, dtype=torch.int64, device=device)
         self.rows = torch.empty(capacity, dtype=torch.int64, device=device)
         self.latents = torch.empty_like(self.rows)
         self.values = torch.empty(capacity, device=device)
 
-    def add(self, block: Tensor, width: int, guess: float, margin: Margin | None) -> None:
-        """List what is above the guess in the next rows."""
+    def add(self, block: Tensor, width: int, margin: Margin | None) -> None:
+        """List what is above the guesses in the next rows."""
         if len(block) == 0:
             return
         counts = torch.empty(len(block), dtype=torch.int64, device=block.device)
         # Without a margin these are never read, but kernels want pointers all the same.
         given = margin or Margin(block, block, block, block, block)
-        shape = (self.next_row, guess, width, block.stride(0), margin is not None)
+        shape = (self.guesses, self.next_row, width, block.stride(0), margin is not None)
         grid, tile = (len(block),), min(LATENTS, triton.next_power_of_2(width))
         # Fused multiply-adds could make the two passes disagree about an entry at the very edge.
         _count[grid](block, *given, counts, *shape, tile, enable_fp_fusion=False)
