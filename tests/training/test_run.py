@@ -18,7 +18,7 @@ from tsae.checkpoint import RunFolder, load_dictionary
 from tsae.config import RunConfig
 from tsae.errors import TsaeError
 from tsae.store.harvest import harvest
-from tsae.training.run import train
+from tsae.training.run import train, train_together
 
 STEPS = 60
 
@@ -140,3 +140,35 @@ def test_intermediate_checkpoints_hold_the_state_before_their_step(config: RunCo
     assert not torch.equal(dictionary.W_dec, final.W_dec)
     with pytest.raises(TsaeError, match="never calibrated"):
         load_dictionary(tmp_path / "short", checkpoint=0)
+
+
+def test_packed_runs_equal_runs_trained_alone(config: RunConfig, tmp_path: Path) -> None:
+    others = [
+        configuration.replace(config, sae={"k": 6}),
+        configuration.replace(config, sae={"kind": "batch_topk"}, training={"steps": 45}),
+    ]
+    alone = [RunFolder.of(tmp_path / "alone", str(n)) for n in range(3)]
+    packed = [RunFolder.of(tmp_path / "packed", str(n)) for n in range(3)]
+    configs = [config, *others]
+    for one, run in zip(configs, alone, strict=True):
+        train(one, run)
+    # One of the pack is ahead of the others, as after a kill between two of their resumable states.
+    train(configs[1], packed[1])
+    train_together(list(zip(configs, packed, strict=True)))
+    for a, b in zip(alone, packed, strict=True):
+        assert outputs(a) == outputs(b)
+
+
+def test_a_failing_run_does_not_stop_its_pack(config: RunConfig, tmp_path: Path) -> None:
+    silent = configuration.replace(config, objective={"similarity": "cosine"}, sae={"k": 1, "split_fraction": 0.02})
+    good, bad = RunFolder.of(tmp_path, "good"), RunFolder.of(tmp_path, "bad")
+    with pytest.raises(TsaeError, match="temporal term"):
+        train_together([(silent, bad), (config, good)])
+    assert good.is_trained(config)
+    assert not bad.is_trained(silent)
+
+
+def test_runs_that_read_other_batches_are_not_packed(config: RunConfig, tmp_path: Path) -> None:
+    other = configuration.replace(config, training={"seed": 1})
+    with pytest.raises(TsaeError, match="cannot be packed"):
+        train_together([(config, RunFolder.of(tmp_path, "a")), (other, RunFolder.of(tmp_path, "b"))])

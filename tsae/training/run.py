@@ -5,15 +5,17 @@ from __future__ import annotations
 import importlib.util
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from torch import Tensor
 
 from tsae import files, schema
 from tsae.checkpoint import RunFolder, reference_config, save_dictionary
-from tsae.config import RunConfig
+from tsae.config import RunConfig, store_settings
 from tsae.errors import TsaeError
 from tsae.progress import Progress
 from tsae.provenance import provenance
@@ -23,24 +25,58 @@ from tsae.store.reader import Store
 from tsae.training.trainer import Terms, Trainer
 
 KEEP_RESUME_STATES = 2
+SHOWN = ("loss", "l2_loss", "temp_loss", "auxk_loss", "l0", "fve", "dead_percent")
 
 
 def train(config: RunConfig, run: RunFolder) -> None:
     """Train the dictionary of `config` into `run`; continues what an earlier call left, does nothing when complete."""
-    if run.is_trained(config):
-        return
-    settings = config.training
-    accelerator = _accelerator(config, run)
-    store = Store.open(store_path(config), config)
-    run.claim(config)
-    files.write_json(run.provenance, provenance(config, store=store.attributes))
+    train_together([(config, run)])
 
-    trainer = Trainer(
-        config, store.activation_dim, device=accelerator.device, mean_squared_norm=store.mean_squared_norm
-    )
-    files.write_json(run.config_json, reference_config(config, store.activation_dim, trainer.scale))
-    metrics = Metrics(run.metrics, offset=_resume(run, trainer))
-    stream = PairStream(
+
+def train_together(runs: Sequence[tuple[RunConfig, RunFolder]]) -> None:
+    """Train several dictionaries on the same batches, which are read once; each comes out as if trained alone.
+
+    Runs that are complete are skipped. One that fails does not stop the others; the first error is raised at the end.
+    Raises TsaeError if the runs would not read the same batches.
+    """
+    pending = [(config, run) for config, run in runs if not run.is_trained(config)]
+    if not pending:
+        return
+    config = pending[0][0]
+    for other, run in pending:
+        if reading_settings(other) != reading_settings(config):
+            raise TsaeError(f"{run.path}: reads other batches than {pending[0][1].path}; they cannot be packed")
+    store = Store.open(store_path(config), config)
+    running = [_Training(config, run, store) for config, run in pending]
+    failed: list[Exception] = []
+    start, stop = min(training.step for training in running), max(training.steps for training in running)
+    for step, batch in enumerate(_stream(store, config).iterate(start, stop), start):
+        for training in [training for training in running if training.step == step]:
+            try:
+                training.advance(batch)
+            except (TsaeError, RuntimeError, OSError) as error:
+                failed.append(error)
+                running.remove(training)
+        running = [training for training in running if not training.finished]
+    if failed:
+        raise failed[0]
+
+
+def reading_settings(config: RunConfig) -> dict[str, Any]:
+    """What decides the batches a run reads: runs that agree in it can share one process."""
+    names = ("pair_rule", "batch_size", "seed", "pool_sequences", "device", "precision")
+    reading = {name: getattr(config.training, name) for name in names}
+    return {
+        **store_settings(config),
+        **reading,
+        "skip_positions": config.data.skip_positions,
+        "path": config.store.path,
+    }
+
+
+def _stream(store: Store, config: RunConfig) -> PairStream:
+    settings = config.training
+    return PairStream(
         store,
         settings.pair_rule,
         settings.batch_size,
@@ -48,26 +84,57 @@ def train(config: RunConfig, run: RunFolder) -> None:
         skip_positions=config.data.skip_positions,
         pool_sequences=settings.pool_sequences,
     )
-    progress = Progress(f"train {run.path.parent.name}", settings.steps, "steps", run.progress, trainer.steps_done)
-    for batch in stream.iterate(trainer.steps_done, settings.steps):
-        step = trainer.steps_done
+
+
+class _Training:
+    """One run in training: its trainer, and what it writes."""
+
+    def __init__(self, config: RunConfig, run: RunFolder, store: Store) -> None:
+        self.config, self.run = config, run
+        self.steps = config.training.steps
+        self.finished = False
+        self._accelerator = _accelerator(config, run)
+        run.claim(config)
+        files.write_json(run.provenance, provenance(config, store=store.attributes))
+        device, norm = self._accelerator.device, store.mean_squared_norm
+        self._trainer = Trainer(config, store.activation_dim, device=device, mean_squared_norm=norm)
+        files.write_json(run.config_json, reference_config(config, store.activation_dim, self._trainer.scale))
+        self._metrics = Metrics(run.metrics, offset=_resume(run, self._trainer))
+        self._progress = Progress(f"train {run.path.parent.name}", self.steps, "steps", run.progress, self.step)
+
+    @property
+    def step(self) -> int:
+        """The update that comes next."""
+        return self._trainer.steps_done
+
+    def advance(self, batch: Tensor) -> None:
+        """One update, and what is due after it: a line of metrics, a resumable state, the final weights."""
+        settings, step = self.config.training, self.step
         if step in settings.save_steps:
-            save_dictionary(run.checkpoint(step), trainer.dictionary, trainer.scale)
-        with accelerator.autocast():
-            terms = trainer.step(batch.to(accelerator.device, non_blocking=True))
-        if step % settings.log_every == 0 or step + 1 == settings.steps:
-            measures = _measures(step, terms, config)
-            metrics.append(measures)
-            accelerator.log({name: value for name, value in measures.items() if name != "step"}, step=step)
-            rate = progress.rate(step + 1) * settings.batch_size
-            shown = ("loss", "l2_loss", "temp_loss", "auxk_loss", "l0", "fve", "dead_percent")
-            progress.update(step + 1, **{"tokens/s": rate}, **{name: measures[name] for name in shown})
-        if settings.resume_every and (step + 1) % settings.resume_every == 0 and step + 1 < settings.steps:
-            _save_resume(run, trainer, metrics.sync())
-    metrics.sync()
-    accelerator.end_training()
-    save_dictionary(run.weights, trainer.dictionary, trainer.scale)
-    shutil.rmtree(run.resume, ignore_errors=True)
+            save_dictionary(self.run.checkpoint(step), self._trainer.dictionary, self._trainer.scale)
+        with self._accelerator.autocast():
+            terms = self._trainer.step(batch.to(self._accelerator.device, non_blocking=True))
+        last = self.step == self.steps
+        if step % settings.log_every == 0 or last:
+            self._log(step, terms)
+        if last:
+            self._finish()
+        elif settings.resume_every and self.step % settings.resume_every == 0:
+            _save_resume(self.run, self._trainer, self._metrics.sync())
+
+    def _log(self, step: int, terms: Terms) -> None:
+        measures = _measures(step, terms, self.config)
+        self._metrics.append(measures)
+        self._accelerator.log({name: value for name, value in measures.items() if name != "step"}, step=step)
+        rate = self._progress.rate(self.step) * self.config.training.batch_size
+        self._progress.update(self.step, **{"tokens/s": rate}, **{name: measures[name] for name in SHOWN})
+
+    def _finish(self) -> None:
+        self._metrics.sync()
+        self._accelerator.end_training()
+        save_dictionary(self.run.weights, self._trainer.dictionary, self._trainer.scale)
+        shutil.rmtree(self.run.resume, ignore_errors=True)
+        self.finished = True
 
 
 def _accelerator(config: RunConfig, run: RunFolder) -> Accelerator:
