@@ -117,12 +117,12 @@ def find_base(name: str, sweep: Path, where: str) -> Path:
 
 
 def lay_over(settings: dict[str, Any], extra: Mapping[str, Any]) -> None:
-    """Lay `extra` over `settings` in place; a preset's name stands for the section it fills."""
+    """Lay `extra` over `settings` in place; a preset's name stands for the section it fills, and replaces it."""
     if isinstance(settings.get("objective"), str):
         settings["objective"] = {"preset": settings["objective"]}
     extra = dict(extra)
     if isinstance(extra.get("objective"), str):
-        extra["objective"] = {"preset": extra["objective"]}
+        settings["objective"] = {"preset": extra.pop("objective")}
     schema.merge_into(settings, extra)
 
 

@@ -8,6 +8,7 @@ import pytest
 from plan import make_plan
 from sweepfile import load_sweep
 
+from tsae import config as configuration
 from tsae.errors import TsaeError
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -58,6 +59,14 @@ def test_zip_goes_in_parallel_and_list_is_explicit(plan_of):
 def test_names_of_runs_are_names_of_files(plan_of):
     plan = plan_of(grid={"training.pair_rule": ["within:8"], "model.hook_point": ["a/b c"]})
     assert names(plan) == ["pair_rule=within-8,hook_point=a-b-c"]
+
+
+def test_a_named_preset_replaces_the_objective_of_the_base(plan_of):
+    # The embedded base has a temperature and a weight of its own.
+    swept = plan_of(grid={"objective": ["paper", "reference"]})
+    named = plan_of(command_line=["objective=paper"], grid={"sae.k": [8]})
+    for point, preset in (*zip(swept.points, ("paper", "reference"), strict=True), (named.points[0], "paper")):
+        assert point.config.objective == configuration.from_mapping({"objective": preset}, "test").objective
 
 
 def test_a_named_preset_survives_an_axis_in_its_section(plan_of):
