@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from plan import Stage
+from stage import Stage
 
 from tsae.errors import TsaeError
 

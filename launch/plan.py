@@ -12,45 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from packing import pack
 from points import Point, expand
-from sweepfile import StageResources, Sweep, file_name
+from stage import Stage
+from sweepfile import Sweep, file_name
 
 from tsae import config as configuration
 from tsae import environment, files, schema, stages
 from tsae.checkpoint import RunFolder
 from tsae.errors import TsaeError
-
-
-@dataclass(frozen=True)
-class Stage:
-    """One unit of work: a function of `tsae.stages` with plain arguments, and where its traces are."""
-
-    kind: str
-    """harvest, train or evaluate."""
-    key: str
-    """Content hash: stages with equal keys are the same work."""
-    subject: str
-    """The store or the point that it makes."""
-    function: Callable[..., object]
-    """Does the work; jobs import it by name, so it belongs to an installed package."""
-    arguments: tuple[Any, ...]
-    points: tuple[str, ...]
-    """Names of the points that need it."""
-    depends_on: tuple[str, ...]
-    """Keys of the stages whose output it reads."""
-    progress: Path
-    lock: Path
-    logs: Path
-    """Folder with one folder for each attempt."""
-    resources: StageResources
-    on_gpu: bool
-    """Whether it uses a GPU where there is one."""
-    is_done: Callable[[], bool]
-
-    @property
-    def label(self) -> str:
-        """For people: `train split_fraction=0.2`."""
-        return f"{self.kind} {self.subject}"
 
 
 @dataclass(frozen=True)
@@ -108,7 +78,8 @@ def make_plan(sweep: Sweep) -> Plan:
             if known is not stage:
                 table[stage.key] = dataclasses.replace(known, points=(*known.points, point.name))
     order = ("harvest", "train", "evaluate")
-    return Plan(sweep, points, tuple(sorted(table.values(), key=lambda stage: order.index(stage.kind))))
+    ordered = sorted(table.values(), key=lambda stage: order.index(stage.kind))
+    return Plan(sweep, points, tuple(pack(points, ordered)))
 
 
 def sweep_folder(sweep: Sweep) -> Path:

@@ -105,7 +105,10 @@ def short_table(plan: Plan) -> list[str]:
 
 def _aligned(line: list[str], widths: list[int]) -> list[str]:
     # The remark on a missing point stands in the place of all its figures, and there may be no column of figures.
-    return [line[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(line[1:], [*widths[1:], 0], strict=False))]
+    return [
+        line[0].ljust(widths[0]),
+        *(cell.rjust(width) for cell, width in zip(line[1:], [*widths[1:], 0], strict=False)),
+    ]
 
 
 def _state(plan: Plan) -> str:

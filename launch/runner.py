@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from jobs import Executor, Job, Outcome, Share
-from plan import Stage
+from stage import Stage
 
 from tsae import locks
 

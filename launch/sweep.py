@@ -13,7 +13,8 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
-from plan import Plan, Stage, make_plan
+from plan import Plan, make_plan
+from stage import Stage
 from sweepfile import BASES, load_sweep, shown
 
 from tsae import config as configuration

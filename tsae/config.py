@@ -201,7 +201,7 @@ class TrainingConfig:
     engine: Literal["sparse", "dense"] = "sparse"
     """`sparse`: gradients at the selected entries only; `dense`: the readable definition, same numbers, several times slower."""
     encoder_precision: Literal["exact", "float32", "bf16"] = "exact"
-    """Encoder product of the sparse engine. `exact`: float32 numbers, on CUDA from a bfloat16 product whose few candidates are computed again; `float32`: one float32 product; `bf16`: a bfloat16 product as it is, which selects a few per cent of other entries."""
+    """Encoder product of the sparse engine. `exact`: float32 numbers, on CUDA and on processors with matrix units (AMX) from a bfloat16 product whose few candidates are computed again; `float32`: one float32 product; `bf16`: a bfloat16 product as it is, which selects a few per cent of other entries."""
     deterministic: bool = True
     """Sum the sparse engine's gradients in a fixed order on CUDA, so that the same run gives the same bits; false: atomic additions."""
     pool_sequences: int = 16384
@@ -212,6 +212,8 @@ class TrainingConfig:
     """Steps before which an intermediate checkpoint is written."""
     resume_every: int = 200
     """Steps between resumable states; 0: none."""
+    pack: int = 1
+    """Up to so many points of a sweep that read the same batches are trained in one process; results do not change."""
     trackers: tuple[Literal["tensorboard", "wandb"], ...] = ()
     """Experiment trackers fed through accelerate."""
 
@@ -387,7 +389,7 @@ def _positive(config: RunConfig) -> list[tuple[str, float]]:
     """Key paths and values of the settings that must be greater than 0 (where set)."""
     paths = """model.batch_size data.max_documents data.max_tokens data.context_length data.min_length store.shard_mb
         sae.dict_size sae.k objective.temperature objective.bandwidth training.steps training.batch_size training.lr training.dead_after
-        training.clip_norm training.pool_sequences training.log_every evaluation.sequences evaluation.batch_size
+        training.clip_norm training.pack training.pool_sequences training.log_every evaluation.sequences evaluation.batch_size
         evaluation.loss_sequences"""
     values = []
     for path in paths.split():
@@ -419,12 +421,24 @@ def store_settings(config: RunConfig) -> dict[str, Any]:
     return {section: plain[section] for section in ("model", "data", "store")}
 
 
+def reading_settings(config: RunConfig) -> dict[str, Any]:
+    """What decides the batches a run reads: runs that agree in it can share one process."""
+    names = ("pair_rule", "batch_size", "seed", "pool_sequences", "device", "precision")
+    reading = {name: getattr(config.training, name) for name in names}
+    return {
+        **store_settings(config),
+        **reading,
+        "skip_positions": config.data.skip_positions,
+        "path": config.store.path,
+    }
+
+
 def training_settings(config: RunConfig) -> dict[str, Any]:
     """The part that decides a trained dictionary: everything but evaluation and where things run."""
     plain = {**schema.to_plain(config), **store_settings(config)}
     plain["data"]["skip_positions"] = config.data.skip_positions
     del plain["evaluation"]
-    for name in ("device", "trackers", "resume_every"):
+    for name in ("device", "trackers", "resume_every", "pack"):
         del plain["training"][name]
     return plain
 

@@ -8,6 +8,8 @@ cheap; torch and the rest load when a stage runs.
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 from tsae import config as configuration
@@ -39,6 +41,20 @@ def train_stage(config: RunConfig | str, checkpoints_path: Path | str, run_name:
 
         train(config, run)
     return run.path
+
+
+def train_pack_stage(configs: Sequence[str], checkpoints_path: Path | str, run_names: Sequence[str]) -> None:
+    """Train several runs in one process on the same batches; each comes out as if trained alone."""
+    runs = [
+        (_resolved(config), RunFolder.of(checkpoints_path, name))
+        for config, name in zip(configs, run_names, strict=True)
+    ]
+    with ExitStack() as held:
+        for _, run in runs:
+            held.enter_context(locks.hold(run_lock(run, "train"), f"train {run.path.parent.name}"))
+        from tsae.training.run import train_together
+
+        train_together(runs)
 
 
 def evaluate_stage(config: RunConfig | str, checkpoints_path: Path | str, run_name: str) -> Path:

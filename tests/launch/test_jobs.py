@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 from jobs import DebugExecutor, LocalExecutor, last_line
-from plan import Stage
 from runner import Queue
+from stage import Stage
 from sweepfile import StageResources
 
 from tsae import locks

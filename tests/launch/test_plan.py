@@ -87,3 +87,15 @@ def test_jobs_read_configurations_that_say_exactly_what_the_point_is(plan_of):
     plan.write_configs()
     for point, train in zip(plan.points, (s for s in plan.stages if s.kind == "train"), strict=True):
         assert configuration.load(train.arguments[0]) == point.config
+
+
+def test_trainings_that_read_the_same_batches_are_packed(plan_of) -> None:
+    grid = {"sae.k": [4, 5, 6], "training.seed": [0, 1]}
+    plan = plan_of(base="embedded", grid=grid, overrides={"training": {"pack": 2}})
+    trainings = [stage for stage in plan.stages if stage.kind == "train"]
+    # Three points share each seed's batches: a pack of two and one alone, for both seeds.
+    assert sorted(len(stage.points) for stage in trainings) == [1, 1, 2, 2]
+    for evaluation in (stage for stage in plan.stages if stage.kind == "evaluate"):
+        (training,) = (stage for stage in trainings if stage.key in evaluation.depends_on)
+        assert evaluation.subject in training.points
+    assert len(plan.unfinished()) == 1 + 4 + 6

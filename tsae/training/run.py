@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tsae import files, schema
 from tsae.checkpoint import RunFolder, reference_config, save_dictionary
-from tsae.config import RunConfig, store_settings
+from tsae.config import RunConfig, reading_settings
 from tsae.errors import TsaeError
 from tsae.progress import Progress
 from tsae.provenance import provenance
@@ -60,18 +60,6 @@ def train_together(runs: Sequence[tuple[RunConfig, RunFolder]]) -> None:
         running = [training for training in running if not training.finished]
     if failed:
         raise failed[0]
-
-
-def reading_settings(config: RunConfig) -> dict[str, Any]:
-    """What decides the batches a run reads: runs that agree in it can share one process."""
-    names = ("pair_rule", "batch_size", "seed", "pool_sequences", "device", "precision")
-    reading = {name: getattr(config.training, name) for name in names}
-    return {
-        **store_settings(config),
-        **reading,
-        "skip_positions": config.data.skip_positions,
-        "path": config.store.path,
-    }
 
 
 def _stream(store: Store, config: RunConfig) -> PairStream:
