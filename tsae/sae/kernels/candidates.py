@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from tsae.sae.kernels.launch import on_device_of
 from tsae.sae.kernels.margin import Margin
 
 LATENTS = 1024
@@ -138,9 +139,11 @@ class _List:
         shape = (self.guesses, self.next_row, width, block.stride(0), margin is not None)
         grid, tile = (len(block),), min(LATENTS, triton.next_power_of_2(width))
         # Fused multiply-adds could make the two passes disagree about an entry at the very edge.
-        _count[grid](block, *given, counts, *shape, tile, enable_fp_fusion=False)
+        with on_device_of(block):
+            _count[grid](block, *given, counts, *shape, tile, enable_fp_fusion=False)
         ends = counts.cumsum(0) + self.found
         own = (ends - counts, self.rows, self.latents, self.values, self.capacity)
-        _write[grid](block, *given, *own, *shape, tile, enable_fp_fusion=False)
+        with on_device_of(block):
+            _write[grid](block, *given, *own, *shape, tile, enable_fp_fusion=False)
         self.found = ends[-1:]
         self.next_row += len(block)

@@ -10,6 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from tsae.sae.kernels.launch import on_device_of
+
 WIDTH = 1024
 
 
@@ -40,5 +42,6 @@ def round_rows(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     norms, errors = matrix.new_empty(n_rows), matrix.new_empty(n_rows)
     if n_rows:
         block = min(WIDTH, triton.next_power_of_2(width))
-        _round_rows[(n_rows,)](matrix, rounded, norms, errors, width, matrix.stride(0), block)
+        with on_device_of(matrix):
+            _round_rows[(n_rows,)](matrix, rounded, norms, errors, width, matrix.stride(0), block)
     return rounded, norms, errors

@@ -13,6 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from tsae.sae.kernels.launch import on_device_of
+
 ENTRIES = 8
 """Entries whose rows a program loads at a time."""
 WIDTH = 256
@@ -129,9 +131,10 @@ def weighted_rows(
     assert out.stride(1) == 1
     if out.numel():
         block = _width(width)
-        _weighted_rows[(n_rows, triton.cdiv(width, block))](
-            offsets, columns, values, matrix, out, width, matrix.stride(0), out.stride(0), ENTRIES, block
-        )
+        with on_device_of(out):
+            _weighted_rows[(n_rows, triton.cdiv(width, block))](
+                offsets, columns, values, matrix, out, width, matrix.stride(0), out.stride(0), ENTRIES, block
+            )
     return out
 
 
@@ -141,9 +144,9 @@ def sampled_products(rows: Tensor, columns: Tensor, left: Tensor, right: Tensor)
     out = left.new_empty(len(rows))
     if len(rows):
         width = left.shape[1]
-        _sampled_products[(triton.cdiv(len(rows), ENTRIES),)](
-            rows, columns, left, right, out, len(rows), width, left.stride(0), right.stride(0), ENTRIES, _width(width)
-        )
+        shape = (len(rows), width, left.stride(0), right.stride(0), ENTRIES, _width(width))
+        with on_device_of(out):
+            _sampled_products[(triton.cdiv(len(rows), ENTRIES),)](rows, columns, left, right, out, *shape)
     return out
 
 
@@ -151,7 +154,8 @@ def segment_sums(values: Tensor, offsets: Tensor) -> Tensor:
     """Sum of values[offsets[r]] … values[offsets[r + 1] − 1] for every segment r → [R]."""
     out = values.new_empty(len(offsets) - 1)
     if len(out):
-        _segment_sums[(len(out),)](offsets, values, out, SCALARS)
+        with on_device_of(out):
+            _segment_sums[(len(out),)](offsets, values, out, SCALARS)
     return out
 
 
@@ -164,9 +168,11 @@ def add_rows(rows: Tensor, targets: Tensor, values: Tensor, matrix: Tensor, out:
     if len(rows) and out.numel():
         matrix, width = _row_major(matrix), matrix.shape[1]
         block = _width(width)
-        _add_rows[(triton.cdiv(len(rows), ENTRIES), triton.cdiv(width, block))](
-            rows, targets, values, matrix, out, len(rows), width, matrix.stride(0), out.stride(0), ENTRIES, block
-        )
+        shape = (len(rows), width, matrix.stride(0), out.stride(0), ENTRIES, block)
+        with on_device_of(out):
+            _add_rows[(triton.cdiv(len(rows), ENTRIES), triton.cdiv(width, block))](
+                rows, targets, values, matrix, out, *shape
+            )
 
 
 def _row_major(matrix: Tensor) -> Tensor:
