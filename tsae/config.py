@@ -318,6 +318,12 @@ def validate(config: RunConfig, where: str) -> None:
             list(objective.group_weights),
             f"one weight for each of the {len(sae.fractions)} groups is expected",
         )
+        need(
+            min(objective.group_weights) >= 0 and max(objective.group_weights) > 0,
+            "objective.group_weights",
+            list(objective.group_weights),
+            "weights of at least 0, not all of them 0, are expected",
+        )
     if objective.sparsity_penalty is not None:
         need(
             objective.sparsity_penalty >= 0,

@@ -81,6 +81,14 @@ def test_aux_k_revives_dead_latents_in_both_engines(kind: str) -> None:
     assert seen_dead
 
 
+@pytest.mark.parametrize("engine", ["dense", "sparse"])
+def test_a_group_may_have_no_weight(engine: str) -> None:
+    batch = torch.randn(24, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    built = trainer(engine, "matryoshka", {"group_weights": [0, 1], "group_reduction": "sum"}, 64, 4, [0.2, 0.8])
+    flat = trainer(engine, "batch_topk", {}, 64, 4, [0.2, 0.8])
+    assert float(built.step(batch).loss) == pytest.approx(float(flat.step(batch).loss), rel=1e-12)
+
+
 def test_a_temporal_sae_refuses_single_tokens() -> None:
     with pytest.raises(TsaeError, match="needs pairs"):
         trainer("sparse", "temporal", {}, 64, 4, [0.2, 0.8]).step(torch.randn(24, 12, dtype=torch.float64))

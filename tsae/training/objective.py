@@ -26,6 +26,8 @@ class Weights:
     """Weight of each nested reconstruction, its reduction over groups included."""
     group_weights: tuple[float, ...]
     """The same before the reduction; the L1 temporal term carries the first one."""
+    reduction: float
+    """What makes one of the other."""
     temporal: str | None
     temporal_alpha: float
     similarity: str
@@ -46,6 +48,7 @@ class Weights:
         return cls(
             groups=tuple(weight * scale for weight in weights),
             group_weights=tuple(weights),
+            reduction=scale,
             temporal=objective.temporal if config.sae.kind == "temporal" else None,
             temporal_alpha=objective.temporal_alpha,
             similarity=objective.similarity,
@@ -108,7 +111,7 @@ def objective(
 ) -> Losses:
     """All terms for codes of `current` [B, D]; `dead` [F] marks the latents that aux-k revives."""
     group_losses, error = nested_reconstruction(dictionary, codes.current, current, weights.group_weights)
-    l2_loss = sum_scaled(group_losses, weights)
+    l2_loss = group_losses.sum() * weights.reduction
     auxk = auxiliary(dictionary, codes.pre, error, dead, weights.aux_k)
     temporal = l2_loss.new_zeros(())
     if weights.temporal and codes.partner is not None and partner is not None:
@@ -120,12 +123,6 @@ def objective(
             temporal = weighted_l1(*pair, cosine_similarity(current, partner, dim=-1)) * weights.group_weights[0]
     loss = l2_loss + weights.auxk_alpha * auxk + weights.temporal_alpha * temporal
     return Losses(loss, l2_loss, group_losses, auxk, temporal, error, l2_loss.new_zeros(()))
-
-
-def sum_scaled(group_losses: Tensor, weights: Weights) -> Tensor:
-    """Combine weighted group losses [G] by mean or sum, as the objective says."""
-    scale = weights.groups[0] / weights.group_weights[0]
-    return group_losses.sum() * scale
 
 
 @phase("decode")

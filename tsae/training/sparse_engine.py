@@ -94,7 +94,7 @@ class SparseEngine(Engine[ThresholdDictionary]):
                 for weight, residual in zip(weights.group_weights, residuals, strict=True)
             ]
         )
-        l2_loss = group_losses.sum() * (weights.groups[0] / weights.group_weights[0])
+        l2_loss = group_losses.sum() * weights.reduction
 
         value_gradient = _through_decoder(dictionary, weights, codes.current, parts, residuals, gradients)
         term = self._temporal(weights, codes, parts[0][0], dictionary.group_slices[0], current, partner)
