@@ -144,7 +144,7 @@ def _factors(given: str) -> list[float]:
 def _sizes(shape: Shape, factors: list[float]) -> list[Shape]:
     """The shape with other dictionaries, then with other batches. Raises TsaeError for sizes that cannot be."""
     sizes = [
-        dataclasses.replace(shape, **{name: int(getattr(shape, name) * factor)})
+        Shape(**{**shape.as_dict(), name: int(getattr(shape, name) * factor)})
         for name in ("dict_size", "batch_size")
         for factor in factors
         if factor != 1

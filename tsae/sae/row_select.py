@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from tsae.phases import phase
+from tsae.sae.screening import Screen
 from tsae.sae.select import SEGMENT, Encoder, Prepared, Selection
 from tsae.sae.sparse import from_entries
 
@@ -28,7 +29,7 @@ def top_k_codes(
 def _select_half(encoder: Encoder, x: Tensor, prepared: Prepared, k: int) -> Selection:
     weight, bias, screen = prepared
     block_rows = encoder.block_rows(x, len(bias))
-    if screen is not None:
+    if isinstance(screen, Screen):
         entries = screen.largest_of_rows(x, k, block_rows, encoder.listing(x))
         return Selection(from_entries(*entries, len(x), len(bias)), 0.0, 1)
     found = []

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from tsae.phases import phase
+from tsae.sae.cpu_screening import CpuScreen, Memory, screens_on_cpu
 from tsae.sae.kernels import kernels_for, screens
 from tsae.sae.screening import Screen
 from tsae.sae.sparse import SparseCode, from_entries
@@ -39,7 +40,7 @@ class Prepared(NamedTuple):
 
     weight: Tensor
     bias: Tensor
-    screen: Screen | None
+    screen: Screen | CpuScreen | None
 
 
 class Encoder:
@@ -51,7 +52,7 @@ class Encoder:
 
     def __init__(self, precision: str = "exact") -> None:
         self.precision = precision
-        self._scratch = torch.empty(0)
+        self._scratch, self._memory = torch.empty(0), Memory()
         self._listing: Any = None
 
     def block_rows(self, x: Tensor, dict_size: int) -> int:
@@ -62,10 +63,17 @@ class Encoder:
         """The weight in the precision of the product."""
         return weight.bfloat16() if self.precision == "bf16" else weight
 
-    def prepare(self, weight: Tensor, bias: Tensor) -> Prepared:
-        """What depends on weight [D, F] and bias [F] alone: made once for the products of one step."""
-        screened = self.precision == "exact" and screens(weight)
-        return Prepared(self.rounded(weight), bias, Screen(weight, bias) if screened else None)
+    def prepare(self, weight: Tensor, bias: Tensor, cut_rows: int = 0) -> Prepared:
+        """What depends on weight [D, F] and bias [F] alone: made once for the products of one step.
+
+        `cut_rows` is the number of inputs that one cut will be applied to.
+        """
+        screen: Screen | CpuScreen | None = None
+        if self.precision == "exact" and screens(weight):
+            screen = Screen(weight, bias)
+        elif self.precision == "exact" and screens_on_cpu(weight, cut_rows):
+            screen = CpuScreen(weight, bias, self._memory)
+        return Prepared(self.rounded(weight), bias, screen)
 
     def listing(self, x: Tensor) -> Any:
         """The kernels' list of entries above a guess; None where torch's operations make it."""
@@ -100,7 +108,7 @@ def batch_top_k_codes(
 
     `guesses` are estimates of each half's cut (none: estimated from a few rows).
     """
-    prepared = encoder.prepare(weight, bias)
+    prepared = encoder.prepare(weight, bias, sum(map(len, halves)))
     return [_select_half(encoder, x, prepared, k, guess) for x, guess in zip(halves, guesses, strict=True)]
 
 
@@ -148,11 +156,13 @@ def entries_above(
     encoder: Encoder, x: Tensor, weight: Tensor, bias: Tensor, guess: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Row, latent and value of every pre-activation above `guess` ≥ 0, ascending by row and latent."""
-    return _entries_above(encoder, x, encoder.prepare(weight, bias), guess)
+    return _entries_above(encoder, x, encoder.prepare(weight, bias, len(x)), guess)
 
 
 def _entries_above(encoder: Encoder, x: Tensor, prepared: Prepared, guess: float) -> tuple[Tensor, Tensor, Tensor]:
     weight, bias, screen = prepared
+    if isinstance(screen, CpuScreen):
+        return screen.entries_above(x, guess)
     listing = encoder.listing(x)
     block_rows = encoder.block_rows(x, len(bias))
     if screen is not None:
