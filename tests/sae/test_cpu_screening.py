@@ -32,11 +32,22 @@ def encoder_inputs(shape: tuple[int, int, int, int], kind: str) -> tuple[Tensor,
         x, weight, bias = x.round(), weight.round(), bias.round()
     elif kind == "carried by the bias":
         x, weight, bias = -x.abs(), weight.abs(), 100 * bias.abs()
+    elif kind.startswith("cancelling"):
+        # The products cancel, the errors of one factor do not: the other has none and takes the sign of each error.
+        sign = torch.ones(dim)
+        sign[: dim // 2] = -1
+        exact, rounded = sign, 1 + 2.0**-8 - sign * 2.0**-20
+        factors = (rounded, exact) if kind == "cancelling inputs" else (exact, rounded)
+        x, weight = (factor.expand_as(tensor).clone() for factor, tensor in zip(factors, (x, weight), strict=True))
+        bias = bias.abs() * 0.003 * dim
     return x, weight.T, bias
 
 
-@given(shapes, st.sampled_from(["random", "worst", "scaled", "ties", "carried by the bias"]), st.floats(0, 1))
-@settings(max_examples=150, deadline=None)
+KINDS = ["random", "worst", "scaled", "ties", "carried by the bias", "cancelling inputs", "cancelling weights"]
+
+
+@given(shapes, st.sampled_from(KINDS), st.floats(0, 1))
+@settings(max_examples=200, deadline=None)
 def test_no_entry_above_the_guess_is_missed(shape: tuple[int, int, int, int], kind: str, quantile: float) -> None:
     x, weight, bias = encoder_inputs(shape, kind)
     true = x.double() @ weight.double() + bias.double()
