@@ -156,8 +156,9 @@ class AutoEncoderTopK(ThresholdDictionary):
 
     def cut_of(self, smallest: Tensor) -> Tensor:
         """What the threshold follows: the mean over tokens of the smallest kept activation [N] (infinite: none kept)."""
-        found = smallest[torch.isfinite(smallest)]
-        return found.mean() if len(found) else smallest.new_tensor(torch.inf)
+        found = torch.isfinite(smallest)
+        total, count = torch.where(found, smallest, 0).sum(), found.sum()
+        return torch.where(count > 0, total / count, torch.inf)
 
     def encode(self, x: Tensor) -> Tensor:
         """Feature activations [..., F]: the k largest of each token, or all above the threshold."""

@@ -144,18 +144,18 @@ class Trainer:
         self.tokens_since_fired[fired] = 0
 
     def _track_threshold(self, cut: Tensor) -> None:
-        """Move the inference threshold towards the smallest activation that survived selection."""
-        if self.steps_done <= self.settings.threshold_start_step or not torch.isfinite(cut):
+        """Move the inference threshold towards the smallest activation that survived selection, where one did."""
+        if self.steps_done <= self.settings.threshold_start_step:
             return
-        assert isinstance(self.dictionary, ThresholdDictionary)
-        threshold, beta = self.dictionary.threshold, self.settings.threshold_beta
-        threshold.copy_(cut if threshold < 0 else beta * threshold + (1 - beta) * cut)
+        if isinstance(self.dictionary, ThresholdDictionary):
+            threshold, beta = self.dictionary.threshold, self.settings.threshold_beta
+            moved = torch.where(threshold < 0, cut, beta * threshold + (1 - beta) * cut)
+            threshold.copy_(torch.where(torch.isfinite(cut), moved, threshold))
 
     def _threshold(self) -> Tensor:
         threshold = getattr(self.dictionary, "threshold", self.dictionary.b_dec.new_zeros(()))
-        if isinstance(self.dictionary, ThresholdDictionary) and threshold < 0:
-            return threshold.clone()
-        return threshold.detach().mean() * self.scale
+        mean = threshold.detach().mean()
+        return torch.where(mean < 0, mean, mean * self.scale)  # −1 is a mark, not a number to be scaled
 
     @property
     def _unit_rows(self) -> bool:
