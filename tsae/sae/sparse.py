@@ -43,6 +43,12 @@ class SparseCode(NamedTuple):
         full[self.rows, self.latents] = self.values
         return full
 
+    def dense_by_latent(self) -> Tensor:
+        """The [F, N] tensor, so that one latent's values are one run of memory."""
+        full = self.values.new_zeros(self.dict_size, len(self.offsets) - 1)
+        full[self.latents, self.rows] = self.values
+        return full
+
     def within(self, latents: slice) -> tuple[SparseCode, Tensor]:
         """The entries of a run of latents, which are counted from 0 again; and their places among all entries."""
         chosen = ((self.latents >= latents.start) & (self.latents < latents.stop)).nonzero()[:, 0]

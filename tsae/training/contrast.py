@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tsae.sae.sparse import SparseCode, sampled_products, weighted_rows
 
-BLOCK_ELEMENTS, CUDA_BLOCK_ELEMENTS = 4 * 2**20, 64 * 2**20
+BLOCK_ELEMENTS, CUDA_BLOCK_ELEMENTS = 2**19, 64 * 2**20
 
 
 class TemporalTerm(NamedTuple):
@@ -45,7 +45,7 @@ def contrastive(high: SparseCode, other: SparseCode, similarity: str, temperatur
 
 def _dot_contrastive(high: SparseCode, other: SparseCode, temperature: float, scale: float) -> TemporalTerm:
     batch = len(high.offsets) - 1
-    columns = other.dense().T.contiguous()
+    columns = other.dense_by_latent()
     # A CPU wants a block in its cache; a GPU wants few launches, and few waits for the bounds of a block.
     rows = max(1, (CUDA_BLOCK_ELEMENTS if columns.is_cuda else BLOCK_ELEMENTS) // batch)
     blocks = [(start, min(start + rows, batch)) for start in range(0, batch, rows)]
@@ -76,7 +76,7 @@ def _dot_contrastive(high: SparseCode, other: SparseCode, temperature: float, sc
         gradient *= factor
         first, last = int(high.offsets[start]), int(high.offsets[stop])
         current[first:last] = sampled_products(block, gradient, columns)
-        partner += sampled_products(other, gradient.T.contiguous(), block.dense().T.contiguous())
+        partner += sampled_products(other, gradient.T.contiguous(), block.dense_by_latent())
     return TemporalTerm(loss, current, partner)
 
 
