@@ -17,7 +17,7 @@ import yaml
 
 from tsae import config as configuration
 from tsae import files, schema
-from tsae.config import GROUPED_KINDS, PENALTY_KINDS, RunConfig
+from tsae.config import RunConfig
 from tsae.errors import TsaeError
 
 if TYPE_CHECKING:
@@ -100,96 +100,6 @@ class RunFolder:
             return {}
         loaded: dict[str, Any] = json.loads(self.eval_results.read_text())
         return loaded
-
-
-def reference_config(config: RunConfig, activation_dim: int, norm_factor: float = 1.0) -> dict[str, Any]:
-    """The content of config.json: every key the reference's scripts read, and those it forgot to write.
-
-    `norm_factor` is what activations were divided by in training; the files are for raw activations all the same.
-    """
-    sae, training, objective = config.sae, config.training, config.objective
-    trainer_class, dict_class = REFERENCE_NAMES[sae.kind]
-    trainer: dict[str, Any] = {
-        "trainer_class": trainer_class,
-        "dict_class": dict_class,
-        "lr": training.lr or 2e-4 / (sae.dict_size / 16384) ** 0.5,
-        "steps": training.steps,
-        "warmup_steps": training.warmup_steps,
-        "decay_start": training.decay_start,
-        "seed": training.seed,
-        "activation_dim": activation_dim,
-        "dict_size": sae.dict_size,
-        "device": "cpu",
-        "layer": config.model.layer,
-        "lm_name": config.model.name,
-        "wandb_name": dict_class,
-        "submodule_name": config.model.hook_point or f"resid_post_layer_{config.model.layer}",
-        # The reference leaves these out although they decide the result.
-        "norm_factor": norm_factor,
-        "dead_feature_threshold": training.dead_after,
-        "pair_rule": training.pair_rule,
-    }
-    if sae.kind in PENALTY_KINDS:
-        warmup = objective.sparsity_warmup_steps
-        trainer |= {
-            "l1_penalty" if sae.kind != "jump_relu" else "sparsity_penalty": objective.sparsity_penalty,
-            "sparsity_warmup_steps": training.warmup_steps if warmup is None else warmup,
-            "target_l0": objective.target_l0 or sae.k,
-        }
-        if sae.kind == "jump_relu":
-            trainer |= {"sparsity_penalty": objective.sparsity_penalty or 1.0, "bandwidth": objective.bandwidth}
-    else:
-        trainer |= {
-            "k": sae.k,
-            "auxk_alpha": objective.auxk_alpha,
-            "top_k_aux": activation_dim // 2,
-            "threshold_beta": training.threshold_beta,
-            "threshold_start_step": training.threshold_start_step,
-        }
-    if sae.kind in GROUPED_KINDS:
-        trainer |= {
-            "group_fractions": list(sae.fractions),
-            "group_weights": objective.group_weights,
-            "group_sizes": list(sae.group_sizes),
-            "group_reduction": objective.group_reduction,
-        }
-    if sae.kind == "temporal":
-        trainer |= {
-            "temporal": {"previous": "p", "random": "r"}.get(training.pair_rule, training.pair_rule),
-            "temp_alpha": objective.temporal_alpha,
-            "contrastive": objective.temporal == "contrastive",
-            "similarity": objective.similarity,
-            "temperature": objective.temperature,
-            "directions": objective.directions,
-        }
-    return {"trainer": trainer, "buffer": _buffer_config(config, activation_dim)}
-
-
-def _buffer_config(config: RunConfig, activation_dim: int) -> dict[str, Any]:
-    return {
-        "d_submodule": activation_dim,
-        "io": "out",
-        "n_ctxs": config.training.pool_sequences,
-        "ctx_len": config.data.context_length,
-        "refresh_batch_size": config.model.batch_size,
-        "out_batch_size": config.training.batch_size,
-        "device": "cpu",
-        "dataset": config.data.source,
-        "skip_positions": config.data.skip_positions,
-    }
-
-
-REFERENCE_NAMES = {
-    "temporal": ("TemporalMatryoshkaBatchTopKTrainer", "TemporalMatryoshkaBatchTopKSAE"),
-    "matryoshka": ("MatryoshkaBatchTopKTrainer", "MatryoshkaBatchTopKSAE"),
-    "batch_topk": ("BatchTopKTrainer", "BatchTopKSAE"),
-    "topk": ("TopKTrainer", "AutoEncoderTopK"),
-    "jump_relu": ("JumpReluTrainer", "JumpReluAutoEncoder"),
-    "gated": ("GatedSAETrainer", "GatedAutoEncoder"),
-    "standard": ("StandardTrainer", "AutoEncoder"),
-    "standard_april": ("StandardTrainerAprilUpdate", "AutoEncoderNew"),
-}
-"""Kind → the reference's trainer class and dictionary class."""
 
 
 def save_dictionary(path: Path, dictionary: Dictionary, scale: float = 1.0) -> None:

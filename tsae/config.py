@@ -419,6 +419,14 @@ def parse_pair_rule(rule: str, where: str = "pair_rule") -> tuple[str, int | Non
     )
 
 
+def group_weights(config: RunConfig) -> tuple[float, ...]:
+    """Weight of each nested reconstruction, before they are combined."""
+    fractions, chosen = config.sae.fractions, config.objective.group_weights
+    n = len(fractions)
+    named = {"fractions": fractions, "uniform": (1 / n,) * n, "ones": (1.0,) * n}
+    return named[chosen] if isinstance(chosen, str) else chosen
+
+
 def store_settings(config: RunConfig) -> dict[str, Any]:
     """The part of a configuration that decides the content of the activation store."""
     plain = schema.to_plain(config)

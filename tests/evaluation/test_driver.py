@@ -12,10 +12,11 @@ import torch
 
 from tsae import config as configuration
 from tsae import files
-from tsae.checkpoint import RunFolder, reference_config, save_dictionary
+from tsae.checkpoint import RunFolder, save_dictionary
 from tsae.config import RunConfig
 from tsae.errors import TsaeError
 from tsae.evaluation.driver import evaluate
+from tsae.reference import reference_config
 from tsae.sae.init import new_dictionary
 from tsae.store.harvest import harvest
 from tsae.store.reader import Store

@@ -12,8 +12,9 @@ import yaml
 
 from tsae import config as configuration
 from tsae import schema
-from tsae.checkpoint import RunFolder, reference_config, save_dictionary
+from tsae.checkpoint import RunFolder, save_dictionary
 from tsae.files import write_json, write_text
+from tsae.reference import reference_config
 from tsae.sae.classes import random_dictionary
 from tsae.sae.dictionary import Dictionary
 

@@ -10,52 +10,17 @@ import torch
 from torch import Tensor
 
 from tsae import config as configuration
-from tsae.checkpoint import REFERENCE_NAMES, RunFolder, load_dictionary
+from tsae.checkpoint import RunFolder, load_dictionary
 from tsae.config import RunConfig
 from tsae.errors import TsaeError
 from tsae.evaluation.driver import evaluate
+from tsae.reference import REFERENCE_NAMES
 from tsae.sae.classes import from_state
-from tsae.store.harvest import harvest
-from tsae.store.pairs import PairStream
-from tsae.store.reader import Store
 from tsae.training.run import train
 from tsae.training.trainer import Trainer
 
 PENALTIES = ("standard", "standard_april", "gated", "jump_relu")
 BASELINES = ("batch_topk", "topk", *PENALTIES)
-TRAINING = {
-    "steps": 60,
-    "batch_size": 64,
-    "lr": 0.003,
-    "warmup_steps": 5,
-    "threshold_start_step": 10,
-    "threshold_beta": 0.9,
-    "device": "cpu",
-    "normalize": "mean_squared_norm",
-}
-
-
-@pytest.fixture
-def config(tiny_model: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
-    """A run of 60 steps on normalised activations, on a store that the tests of this folder share."""
-    store = tmp_path_factory.getbasetemp() / "training-store"
-    tree = {
-        "model": {"name": str(tiny_model), "layer": 1, "device": "cpu"},
-        "data": {"source": str(text), "context_length": 32, "min_length": 8, "holdout": 0.2},
-        "store": {"path": str(store)},
-        "sae": {"dict_size": 96, "k": 4},
-        "training": TRAINING,
-        "evaluation": {"loss_recovered": False},
-    }
-    made = configuration.from_mapping(tree, "test")
-    harvest(made)
-    return made
-
-
-def batches(config: RunConfig) -> tuple[Store, PairStream]:
-    store = Store.open(str(config.store.path), config)
-    stream = PairStream(store, "previous", config.training.batch_size, 0, skip_positions=1, pool_sequences=64)
-    return store, stream
 
 
 def trainer(kind: str, dict_size: int = 48, **objective: float) -> Trainer:
@@ -215,8 +180,8 @@ def test_decoder_rows_keep_norm_1_except_under_the_april_update() -> None:
 
 
 @pytest.mark.parametrize("kind", ["temporal", *BASELINES])
-def test_every_kind_trains_writes_its_class_and_is_evaluated(config: RunConfig, tmp_path: Path, kind: str) -> None:
-    config = configuration.replace(config, sae={"kind": kind})
+def test_every_kind_trains_writes_its_class_and_is_evaluated(normalised: RunConfig, tmp_path: Path, kind: str) -> None:
+    config = configuration.replace(normalised, sae={"kind": kind})
     run = RunFolder.of(tmp_path, "run")
     train(config, run)
     lines = [json.loads(line) for line in run.metrics.read_text().splitlines()]
@@ -231,52 +196,6 @@ def test_every_kind_trains_writes_its_class_and_is_evaluated(config: RunConfig, 
     assert results["l0"] == pytest.approx(lines[-1]["l0"], rel=0.35)
     if dictionary.scalar_threshold is not None:
         assert dictionary.scalar_threshold == pytest.approx(lines[-1]["threshold"])
-
-
-@pytest.mark.parametrize("kind", ["temporal", "batch_topk", *PENALTIES])
-def test_saved_weights_apply_to_raw_activations(config: RunConfig, kind: str) -> None:
-    config = configuration.replace(config, sae={"kind": kind})
-    store, stream = batches(config)
-    built = Trainer(config, store.activation_dim, mean_squared_norm=store.mean_squared_norm)
-    assert built.scale == pytest.approx(store.mean_squared_norm**0.5)
-    for batch in stream.iterate(0, 20):
-        terms = built.step(batch)
-        assert float(terms.l2_loss) < 50  # losses are those of activations of norm 1
-    raw = from_state(REFERENCE_NAMES[kind][1], built.dictionary.to_file(built.scale), None, "test")
-    x = stream[20][:, 0]
-    with torch.no_grad():
-        f = built.dictionary.encode(x / built.scale)
-        torch.testing.assert_close(raw.encode(x), built.scale * f, rtol=1e-4, atol=1e-4)
-        assert int((raw.encode(x) > 0).sum()) == pytest.approx(int((f > 0).sum()), abs=2)
-        reconstruction = built.scale * built.dictionary.decode(f)
-        torch.testing.assert_close(raw(x), reconstruction, rtol=1e-3, atol=1e-3)
-
-
-def test_normalised_training_is_training_on_normalised_activations(config: RunConfig) -> None:
-    store, stream = batches(config)
-    built = Trainer(config, store.activation_dim, mean_squared_norm=store.mean_squared_norm)
-    plain = Trainer(configuration.replace(config, training={"normalize": "none"}), store.activation_dim)
-    for batch in stream.iterate(0, 5):
-        assert float(built.step(batch).loss) == float(plain.step(batch / built.scale).loss)
-    state = built.dictionary.to_file(built.scale)
-    again = Trainer(config, store.activation_dim, state, mean_squared_norm=store.mean_squared_norm)
-    torch.testing.assert_close(again.dictionary.b_enc, built.dictionary.b_enc)
-    with pytest.raises(TsaeError, match="mean squared norm is needed"):
-        Trainer(config, store.activation_dim)
-
-
-def test_intermediate_files_are_for_raw_activations_and_saving_leaves_training_alone(
-    config: RunConfig, tmp_path: Path
-) -> None:
-    quiet, noisy = RunFolder.of(tmp_path, "quiet"), RunFolder.of(tmp_path, "noisy")
-    train(config, quiet)
-    train(configuration.replace(config, training={"save_steps": tuple(range(1, 60, 4))}), noisy)
-    final, last = load_dictionary(quiet.path)[0], load_dictionary(noisy.path)[0]
-    assert all(torch.equal(value, last.to_file()[key]) for key, value in final.to_file().items())
-    x = batches(config)[1][0][:, 0]
-    early = load_dictionary(noisy.path, checkpoint=57)[0]
-    # Three steps before the end, nearly the same dictionary on the same scale.
-    assert float((early(x) - final(x)).norm() / final(x).norm()) < 0.1
 
 
 @pytest.mark.parametrize("kind", ["standard", "jump_relu", "topk"])
@@ -295,9 +214,9 @@ def test_a_continued_run_is_bit_exact(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", BASELINES)
-def test_config_json_has_the_keys_of_the_kind(config: RunConfig, tmp_path: Path, kind: str) -> None:
+def test_config_json_has_the_keys_of_the_kind(normalised: RunConfig, tmp_path: Path, kind: str) -> None:
     run = RunFolder(tmp_path)
-    train(configuration.replace(config, sae={"kind": kind}, training={"steps": 1}), run)
+    train(configuration.replace(normalised, sae={"kind": kind}, training={"steps": 1}), run)
     keys = set(json.loads(run.config_json.read_text())["trainer"])
     assert {"trainer_class", "dict_class", "lr", "steps", "activation_dim", "dict_size", "layer", "lm_name"} <= keys
     assert ("k" in keys) == (kind in ("topk", "batch_topk"))

@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from tsae.checkpoint import REFERENCE_NAMES
 from tsae.errors import TsaeError
 from tsae.interop.origin import TRANSFORMER_LENS_PREFIXES
+from tsae.reference import REFERENCE_NAMES
 from tsae.sae.dictionary import Dictionary, ThresholdDictionary
 
 TRAINERS = {

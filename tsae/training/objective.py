@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, cross_entropy
 
-from tsae.config import RunConfig
+from tsae.config import RunConfig, group_weights
 from tsae.phases import phase
 from tsae.sae.dictionary import ThresholdDictionary
 
@@ -39,16 +39,12 @@ class Weights:
     @classmethod
     def of(cls, config: RunConfig, activation_dim: int) -> Weights:
         """Resolve the `objective` section for the groups of the `sae` section."""
-        objective, fractions = config.objective, config.sae.fractions
-        n = len(fractions)
-        named = {"fractions": fractions, "uniform": (1 / n,) * n, "ones": (1.0,) * n}
-        chosen = objective.group_weights
-        weights = named[chosen] if isinstance(chosen, str) else chosen
-        scale = 1 / n if objective.group_reduction == "mean" else 1.0
+        objective, weights = config.objective, group_weights(config)
+        reduction = 1 / len(weights) if objective.group_reduction == "mean" else 1.0
         return cls(
-            groups=tuple(weight * scale for weight in weights),
-            group_weights=tuple(weights),
-            reduction=scale,
+            groups=tuple(weight * reduction for weight in weights),
+            group_weights=weights,
+            reduction=reduction,
             temporal=objective.temporal if config.sae.kind == "temporal" else None,
             temporal_alpha=objective.temporal_alpha,
             similarity=objective.similarity,

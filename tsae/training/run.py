@@ -14,11 +14,12 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from tsae import files, schema
-from tsae.checkpoint import RunFolder, reference_config, save_dictionary
+from tsae.checkpoint import RunFolder, save_dictionary
 from tsae.config import RunConfig, reading_settings
 from tsae.errors import TsaeError
 from tsae.progress import Progress
 from tsae.provenance import provenance
+from tsae.reference import reference_config
 from tsae.store.layout import store_path
 from tsae.store.pairs import PairStream
 from tsae.store.reader import Store

@@ -7,10 +7,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from tsae.checkpoint import REFERENCE_NAMES
 from tsae.config import PENALTY_KINDS, RunConfig
 from tsae.errors import TsaeError
 from tsae.phases import phase
+from tsae.reference import REFERENCE_NAMES
 from tsae.sae.architectures import JumpReluAutoEncoder
 from tsae.sae.classes import from_state
 from tsae.sae.dictionary import Dictionary, ThresholdDictionary
