@@ -137,12 +137,13 @@ def load_dictionary(
 
     dictionary = from_state(trainer.get("dict_class"), state, trainer.get("k"), str(weights))
     _require_agreement(dictionary, trainer, str(weights))
-    calibration = config.get("calibration")
+    # A calibration is one of the final weights.
+    calibration = config.get("calibration") if checkpoint is None else None
     if calibration and isinstance(dictionary, AutoEncoderTopK):
         dictionary.rule = calibration["encode_rule"]
     if calibrated:
         dictionary.require_calibrated(str(weights))
-        if calibration and checkpoint is None and dictionary.scalar_threshold != calibration["threshold"]:
+        if calibration and dictionary.scalar_threshold != calibration["threshold"]:
             raise TsaeError(
                 f"{weights}: the threshold is {dictionary.scalar_threshold}, config.json records "
                 f"{calibration['threshold']}: a calibration was interrupted; run it again: tsae calibrate {path}"

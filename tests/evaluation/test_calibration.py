@@ -29,7 +29,7 @@ def trained(config: RunConfig, folder: Path, kind: str = "temporal", threshold_s
     config = configuration.replace(
         config,
         sae={"kind": kind},
-        training={**settings, "threshold_start_step": threshold_start_step},
+        training={**settings, "threshold_start_step": threshold_start_step, "save_steps": (10,)},
         evaluation={"loss_recovered": False},
     )
     harvest(config)
@@ -116,6 +116,14 @@ def test_evaluation_states_the_calibrated_threshold_and_becomes_stale_with_it(
     assert (second["encode_rule"], second["threshold"]) == ("threshold", record["threshold"])
     assert second["l0"] != first["l0"]
     assert run.is_evaluated(resolved)
+
+
+def test_a_calibration_is_of_the_final_weights_alone(config: RunConfig, tmp_path: Path) -> None:
+    run = trained(config, tmp_path, "topk")
+    before = run.checkpoint(10).read_bytes()
+    calibrate(run, run.load_config(), 3)
+    assert run.checkpoint(10).read_bytes() == before
+    assert load_dictionary(run.path, checkpoint=10)[0].encode_rule == "top_k"
 
 
 def test_an_interrupted_calibration_is_noticed_and_repeated(

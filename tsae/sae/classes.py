@@ -35,11 +35,11 @@ CLASSES: dict[str, type[Dictionary]] = {
 
 def dictionary_class(name: object, where: str) -> type[Dictionary]:
     """The class a file's `dict_class` names. Raises TsaeError for an unknown one."""
-    if name not in CLASSES:
+    if not isinstance(name, str) or name not in CLASSES:
         raise TsaeError(
             f"{where}: dict_class {name!r} is unknown; {suggestion(name, CLASSES)}known: {', '.join(CLASSES)}"
         )
-    return CLASSES[str(name)]
+    return CLASSES[name]
 
 
 def from_state(name: object, state: dict[str, Tensor], k: int | None, where: str) -> Dictionary:
