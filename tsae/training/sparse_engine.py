@@ -21,8 +21,7 @@ from tsae.sae.sparse import ByLatent, SparseCode, add_rows, sampled_products, we
 from tsae.training.contrast import TemporalTerm, contrastive, weighted_l1
 from tsae.training.engine import Encoded, Engine
 from tsae.training.objective import Losses, Weights
-
-CHUNK_BYTES, CUDA_CHUNK_BYTES = 4 * 2**20, 256 * 2**20
+from tsae.training.update import chunk_rows
 
 
 class _Codes(NamedTuple):
@@ -191,12 +190,6 @@ def _through_decoder(
         gradients.decoder(part, back, group)
     gradients.b_dec.copy_(back.sum(dim=0))
     return value_gradient
-
-
-def chunk_rows(matrix: Tensor) -> int:
-    """Rows of a matrix to work on at a time: what a core's cache holds; on CUDA so many that launches are few."""
-    limit = CUDA_CHUNK_BYTES if matrix.is_cuda else CHUNK_BYTES
-    return max(1, limit // (matrix.shape[1] * matrix.element_size()))
 
 
 class _Gradients:

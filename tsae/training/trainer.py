@@ -9,16 +9,16 @@ from torch import Tensor
 
 from tsae.config import PENALTY_KINDS, RunConfig
 from tsae.errors import TsaeError
-from tsae.phases import phase
 from tsae.reference import REFERENCE_NAMES
 from tsae.sae.architectures import JumpReluAutoEncoder
 from tsae.sae.classes import from_state
 from tsae.sae.dictionary import Dictionary, ThresholdDictionary
-from tsae.sae.init import centre, geometric_median, new_dictionary, normalise_rows
+from tsae.sae.init import centre, geometric_median, new_dictionary
 from tsae.training.engine import DenseEngine, Engine
 from tsae.training.objective import Losses, Weights
 from tsae.training.penalty_engine import PenaltyEngine
-from tsae.training.sparse_engine import SparseEngine, chunk_rows
+from tsae.training.sparse_engine import SparseEngine
+from tsae.training.update import Adam, lay_out_by_latent, project_and_measure
 
 FIRST_MOMENT = {"jump_relu": 0.0, "gated": 0.0}
 """Adam's β₁ where the source of an objective departs from 0.9."""
@@ -73,11 +73,12 @@ class Trainer:
             dictionary = _given(config, state_dict, self.scale)
         self._fresh = state_dict is None
         self.dictionary: Dictionary = dictionary.to(device)
+        lay_out_by_latent(self.dictionary)
         self.weights = Weights.of(config, activation_dim)
         self.engine = _engine(config)
         self.peak_lr = config.training.lr or 2e-4 / (config.sae.dict_size / 16384) ** 0.5
         betas = (FIRST_MOMENT.get(config.sae.kind, 0.9), 0.999)
-        self.optimizer = torch.optim.Adam(self.dictionary.parameters(), lr=self.peak_lr, betas=betas, fused=True)
+        self.optimizer = Adam(self.dictionary.parameters(), lr=self.peak_lr, betas=betas, fused=True)
         self.tokens_since_fired = torch.zeros(config.sae.dict_size, dtype=torch.int64, device=device)
 
     def step(self, batch: Tensor) -> Terms:
@@ -92,13 +93,14 @@ class Trainer:
         losses = self.engine.backward(self.dictionary, self.weights, encoded, current, partner, dead)
         self._require_temporal_gradient(losses, len(batch))
 
-        grad_norm = self._project_and_measure()
+        grad_norm = project_and_measure(self.dictionary, self._unit_rows)
         lr = self.learning_rate(self.steps_done)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        with phase("optimizer"):
-            self.optimizer.step()
-            self._constrain()
+        unit_rows = self.dictionary.W_dec if self._unit_rows else None
+        self.optimizer.update(grad_norm, self.settings.clip_norm, unit_rows)
+        if isinstance(self.dictionary, JumpReluAutoEncoder):
+            self.dictionary.threshold.data.clamp_min_(0)
         self.steps_done += 1
 
         variance = (current - current.mean(dim=0)).pow(2).sum()
@@ -162,14 +164,6 @@ class Trainer:
         """Whether decoder rows are kept at norm 1; the April update leaves them free."""
         return self.config.sae.kind != "standard_april"
 
-    @torch.no_grad()
-    def _constrain(self) -> None:
-        """Bring the weights back to where they must be: unit decoder rows, thresholds of at least 0."""
-        if self._unit_rows:
-            normalise_rows(self.dictionary.W_dec.data)
-        if isinstance(self.dictionary, JumpReluAutoEncoder):
-            self.dictionary.threshold.data.clamp_min_(0)
-
     def _require_temporal_gradient(self, losses: Losses, batch: int) -> None:
         """At the first step, refuse a temporal term that is switched on and does nothing."""
         if self.steps_done > 0 or self.weights.temporal is None or self.weights.temporal_alpha == 0:
@@ -180,25 +174,6 @@ class Trainer:
                 "the temporal term is switched on but is zero or has no gradient in the first batch: "
                 "are the two halves of every pair equal, or is the high-level split silent?"
             )
-
-    @phase("projection and norm")
-    @torch.no_grad()
-    def _project_and_measure(self) -> Tensor:
-        """Take out of each decoder row's gradient what would only change the row's norm; set the optimizer's clip.
-
-        Returns the gradient's norm over all parameters, before clipping.
-        """
-        dictionary = self.dictionary
-        gradients = [parameter.grad for parameter in dictionary.parameters() if parameter.grad is not None]
-        assert dictionary.W_dec.grad is not None
-        size = chunk_rows(dictionary.W_dec)
-        if self._unit_rows:
-            for rows, gradient in zip(dictionary.W_dec.split(size), dictionary.W_dec.grad.split(size), strict=True):
-                direction = rows / (rows.norm(dim=1, keepdim=True) + 1e-6)
-                gradient -= (gradient * direction).sum(dim=1, keepdim=True) * direction
-        norm = torch.nn.utils.get_total_norm(gradients)
-        torch.nn.utils.clip_grads_with_norm_(list(dictionary.parameters()), self.settings.clip_norm, norm)
-        return norm
 
     def state(self) -> dict[str, Any]:
         """Everything that a bit-exact continuation needs, besides the configuration."""
