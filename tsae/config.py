@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from tsae import schema
+from tsae import schema, validation
 from tsae.errors import TsaeError, suggestion
 
 
@@ -272,7 +272,7 @@ def from_mapping(tree: Mapping[str, Any], where: str, *, partial: bool = False) 
         tree["objective"] = _with_preset(tree["objective"], where)
     config = schema.build(RunConfig, tree, where)
     if not partial:
-        validate(config, where)
+        validation.validate(config, where)
     return config
 
 
@@ -288,135 +288,6 @@ def _with_preset(section: Any, where: str) -> Any:
             f"allowed: {', '.join(OBJECTIVE_PRESETS)}"
         )
     return {**OBJECTIVE_PRESETS[preset], **section}
-
-
-def validate(config: RunConfig, where: str) -> None:
-    """Refuse values that cannot work together. Raises TsaeError naming the key path."""
-    sae, objective, training, data = config.sae, config.objective, config.training, config.data
-
-    def need(condition: bool, path: str, value: object, allowed: str) -> None:
-        if not condition:
-            raise TsaeError(f"{where}: {path}: {value} is impossible; {allowed}")
-
-    for path, value in _positive(config):
-        need(value > 0, path, value, "it must be greater than 0")
-    need(config.model.layer >= 0, "model.layer", config.model.layer, "blocks are counted from 0")
-    need(sae.k <= sae.dict_size, "sae.k", sae.k, f"at most sae.dict_size ({sae.dict_size}) latents can be active")
-    if sae.group_fractions is not None:
-        need(
-            all(fraction > 0 for fraction in sae.group_fractions) and abs(sum(sae.group_fractions) - 1) < 1e-6,
-            "sae.group_fractions",
-            list(sae.group_fractions),
-            "positive fractions that sum to 1 are allowed",
-        )
-    need(0 < sae.split_fraction < 1, "sae.split_fraction", sae.split_fraction, "a fraction between 0 and 1 is allowed")
-    need(min(sae.group_sizes) > 0, "sae.dict_size", sae.dict_size, f"group sizes {sae.group_sizes} leave a group empty")
-    if isinstance(objective.group_weights, tuple):
-        need(
-            len(objective.group_weights) == len(sae.fractions),
-            "objective.group_weights",
-            list(objective.group_weights),
-            f"one weight for each of the {len(sae.fractions)} groups is expected",
-        )
-        need(
-            min(objective.group_weights) >= 0 and max(objective.group_weights) > 0,
-            "objective.group_weights",
-            list(objective.group_weights),
-            "weights of at least 0, not all of them 0, are expected",
-        )
-    if objective.sparsity_penalty is not None:
-        need(
-            objective.sparsity_penalty >= 0,
-            "objective.sparsity_penalty",
-            objective.sparsity_penalty,
-            "it must be at least 0",
-        )
-    if objective.target_l0 is not None:
-        need(
-            0 < objective.target_l0 <= sae.dict_size,
-            "objective.target_l0",
-            objective.target_l0,
-            f"a number above 0 and at most sae.dict_size ({sae.dict_size}) is allowed",
-        )
-    if objective.sparsity_warmup_steps is not None:
-        need(
-            objective.sparsity_warmup_steps >= 0,
-            "objective.sparsity_warmup_steps",
-            objective.sparsity_warmup_steps,
-            "it must be at least 0",
-        )
-    need(objective.temporal_alpha >= 0, "objective.temporal_alpha", objective.temporal_alpha, "it must be at least 0")
-    need(objective.auxk_alpha >= 0, "objective.auxk_alpha", objective.auxk_alpha, "it must be at least 0")
-    need(training.warmup_steps >= 0, "training.warmup_steps", training.warmup_steps, "it must be at least 0")
-    if training.decay_start is not None:
-        need(
-            training.warmup_steps < training.decay_start < training.steps,
-            "training.decay_start",
-            training.decay_start,
-            f"it must lie after training.warmup_steps ({training.warmup_steps}) "
-            f"and before training.steps ({training.steps})",
-        )
-    need(
-        0 <= training.threshold_beta < 1,
-        "training.threshold_beta",
-        training.threshold_beta,
-        "a decay in [0, 1) is allowed",
-    )
-    parse_pair_rule(training.pair_rule, f"{where}: training.pair_rule")
-    if sae.kind == "temporal":
-        need(
-            training.pair_rule != "none",
-            "training.pair_rule",
-            training.pair_rule,
-            "a temporal SAE needs pairs: previous, random or within:N",
-        )
-        need(
-            training.batch_size > 1,
-            "training.batch_size",
-            training.batch_size,
-            "a contrastive term needs at least 2 pairs",
-        )
-    need(0 < data.holdout < 1, "data.holdout", data.holdout, "a share between 0 and 1 is allowed")
-    need(
-        0 <= data.skip_positions < data.context_length - 1,
-        "data.skip_positions",
-        data.skip_positions,
-        f"at least two positions of the context of {data.context_length} must remain",
-    )
-    need(
-        data.min_length <= data.context_length,
-        "data.min_length",
-        data.min_length,
-        f"it may be at most data.context_length ({data.context_length})",
-    )
-
-
-def _positive(config: RunConfig) -> list[tuple[str, float]]:
-    """Key paths and values of the settings that must be greater than 0 (where set)."""
-    paths = """model.batch_size data.max_documents data.max_tokens data.context_length data.min_length store.shard_mb
-        sae.dict_size sae.k objective.temperature objective.bandwidth training.steps training.batch_size training.lr training.dead_after
-        training.clip_norm training.pack training.pool_sequences training.log_every evaluation.sequences evaluation.batch_size
-        evaluation.loss_sequences"""
-    values = []
-    for path in paths.split():
-        section, name = path.split(".")
-        value = getattr(getattr(config, section), name)
-        if value is not None:
-            values.append((path, value))
-    return values
-
-
-def parse_pair_rule(rule: str, where: str = "pair_rule") -> tuple[str, int | None]:
-    """`"within:8"` → `("within", 8)`; the other rules have no number. Raises TsaeError."""
-    name, colon, number = rule.replace(" ", "").partition(":")
-    if name == "within" and number.isdigit() and int(number) > 0:
-        return name, int(number)
-    if name in ("previous", "random", "none") and not colon:
-        return name, None
-    raise TsaeError(
-        f"{where}: {rule!r} is not allowed; {suggestion(rule, ('previous', 'random', 'within:8', 'none'))}"
-        "allowed: previous, random, within:N (N at least 1), none"
-    )
 
 
 def group_weights(config: RunConfig) -> tuple[float, ...]:

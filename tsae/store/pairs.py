@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tsae.config import parse_pair_rule
+from tsae.validation import parse_pair_rule
 from tsae.errors import TsaeError
 from tsae.store.reader import Store, uninitialised
 

@@ -1,0 +1,162 @@
+"""Configuration: what is read, what is refused, and in which words."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tsae import config as configuration
+from tsae import schema
+from tsae.errors import TsaeError
+
+
+def refused(tree: dict) -> str:
+    with pytest.raises(TsaeError) as caught:
+        configuration.from_mapping(tree, "run.yaml")
+    message = str(caught.value)
+    assert "\n" not in message
+    assert message.startswith("run.yaml: ")
+    return message
+
+
+@pytest.mark.parametrize(
+    ("tree", "said"),
+    [
+        ({"sae": {"dict_sise": 3}}, "sae.dict_sise: unknown key; did you mean 'dict_size'? allowed: kind, dict_size"),
+        ({"sea": {}}, "sea: unknown key; did you mean 'sae'?"),
+        ({"sae": {"k": "many"}}, "sae.k: a whole number is expected, found 'many'"),
+        ({"sae": {"k": 2.5}}, "sae.k: a whole number is expected"),
+        ({"sae": {"k": True}}, "sae.k: a whole number is expected"),
+        ({"sae": 4}, "sae: a mapping is expected, found 4"),
+        ({"sae": {"k": 40, "dict_size": 32}}, "sae.k: 40 is impossible; at most sae.dict_size (32)"),
+        (
+            {"sae": {"group_fractions": [0.5, 0.4]}},
+            "sae.group_fractions: [0.5, 0.4] is impossible; positive fractions that sum to 1",
+        ),
+        ({"sae": {"kind": "temporl"}}, "sae.kind: 'temporl' is not allowed; did you mean 'temporal'?"),
+        (
+            {"training": {"decay_start": 5, "warmup_steps": 10}},
+            "training.decay_start: 5 is impossible; it must lie after",
+        ),
+        ({"training": {"lr": 0}}, "training.lr: 0.0 is impossible; it must be greater than 0"),
+        (
+            {"training": {"pair_rule": "within"}},
+            "training.pair_rule: 'within' is not allowed; did you mean 'within:8'?",
+        ),
+        ({"training": {"pair_rule": "none"}}, "training.pair_rule: none is impossible; a temporal SAE needs pairs"),
+        ({"objective": "papers"}, "objective.preset: 'papers' is not allowed; did you mean 'paper'?"),
+        ({"objective": {"group_weights": [1, 1, 1]}}, "one weight for each of the 2 groups"),
+        ({"data": {"holdout": 1.5}}, "data.holdout: 1.5 is impossible; a share between 0 and 1"),
+        ({"model": {"layer": -1}}, "model.layer: -1 is impossible"),
+        ({"training": {"lr": ".nan"}}, "training.lr: a number is expected"),
+    ],
+)
+def test_what_cannot_work_is_refused_in_one_line(tree: dict, said: str) -> None:
+    assert said in refused(tree)
+
+
+def test_every_preset_is_a_set_of_known_objective_settings() -> None:
+    for name, settings in configuration.OBJECTIVE_PRESETS.items():
+        resolved = configuration.from_mapping({"objective": name}, "run.yaml").objective
+        assert resolved.preset == name
+        assert all(getattr(resolved, key) == value for key, value in settings.items())
+    own = configuration.from_mapping({"objective": {"preset": "paper", "temporal_alpha": 2}}, "run.yaml").objective
+    assert (own.temporal_alpha, own.similarity) == (2.0, "cosine")
+
+
+def test_overrides_change_the_file_and_are_blamed_themselves(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("objective: paper\nsae: {k: 8}\n")
+    config = configuration.load(path, ["sae.k=9", "training.lr=3e-4", "objective.temperature=0.5"])
+    assert (config.sae.k, config.training.lr, config.objective.temperature) == (9, 3e-4, 0.5)
+    assert config.objective.similarity == "cosine"
+    with pytest.raises(TsaeError, X:
+        configuration.load(path, ["sae.kk=9"])
+    with pytest.raises(TsaeError, match="an override has the form"):
+        configuration.load(path, ["sae.k"])
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [("a: [1", "line 1: not valid YAML"), ("- 1", "a mapping of settings is expected"), (None, "No such file")],
+)
+def test_files_that_hold_no_settings(tmp_path: Path, text: str | None, said: str) -> None:
+    path = tmp_path / "run.yaml"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(TsaeError, match=said):
+        configuration.load(path)
+
+
+def test_resolved_configuration_reads_back_and_hashes_the_same(tmp_path: Path) -> None:
+    tree = {"objective": "paper", "sae": {"group_fractions": [0.1, 0.3, 0.6]}, "training": {"save_steps": [1, 2]}}
+    config = configuration.from_mapping(tree, "x")
+    path = tmp_path / "resolved.yaml"
+    path.write_text(yaml.safe_dump(schema.to_plain(config)))
+    assert configuration.load(path) == config
+    before = schema.stable_hash(configuration.training_settings(config))
+    assert before == schema.stable_hash(configuration.training_settings(configuration.load(path)))
+
+
+def test_hashes_change_with_what_decides_the_output_and_with_nothing_else() -> None:
+    base = configuration.RunConfig()
+
+    def hashes(config: configuration.RunConfig) -> tuple[str, str, str]:
+        parts = (configuration.store_settings, configuration.training_settings, configuration.evaluation_settings)
+        return tuple(schema.stable_hash(part(config)) for part in parts)  # type: ignore[return-value]
+
+    store, training, evaluation = hashes(base)
+    where = configuration.replace(base, model={"device": "cpu"}, training={"device": "cpu", "pack": 4})
+    assert hashes(where) == (store, training, evaluation)
+    other_k = hashes(configuration.replace(base, sae={"k": 3}))
+    assert (other_k[0] == store, other_k[1] == training, other_k[2] == evaluation) == (True, False, False)
+    other_layer = hashes(configuration.replace(base, model={"layer": 1}))
+    assert other_layer[0] != store
+
+
+def test_help_names_every_setting_with_its_sentence() -> None:
+    text = configuration.help_text()
+    for section in schema.to_plain(configuration.RunConfig()).items():
+        for name in section[1]:
+            assert f"  {section[0]}.{name} (" in text
+
+
+def test_dotenv_sets_what_is_not_set(tmp_path: Path) -> None:
+    (tmp_path / ".env").write_text("TSAE_HOME=/from/dotenv\n")
+    code = "from tsae.environment import home, load_dotenv; load_dotenv(); print(home())"
+
+    def printed(**extra: str) -> str:
+        environment = {"PATH": "/usr/bin:/bin", **extra}
+        run = subprocess.run(
+            [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True
+        )
+        return run.stdout.strip()
+
+    assert printed() == "/from/dotenv"
+    assert printed(TSAE_HOME="/from/shell") == "/from/shell"
+
+
+def test_help_and_configuration_load_nothing_heavy() -> None:
+    code = (
+        "import sys, tsae.cli, tsae.stages, tsae.config\n"
+        "tsae.cli._parser()\n"
+        "print([m for m in ('torch', 'transformers', 'datasets', 'zarr', 'nnsight', 'sklearn') if m in sys.modules])"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "[]"
+
+
+def test_the_command_prints_one_line_and_exits_with_2(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("sae: {kk: 3}\n")
+    run = subprocess.run(
+        [sys.executable, "-m", "tsae.cli", "train", str(path)], capture_output=True, text=True, cwd=tmp_path
+    )
+    assert run.returncode == 2
+    assert run.stderr.startswith(f"tsae: {path}: sae.kk: unknown key")
+    assert run.stderr.count("\n") == 1
+    assert not (tmp_path / "runs").exists()

@@ -1,0 +1,117 @@
+"""Settings that cannot work: refused with the key path, the value, and what is allowed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from tsae.errors import TsaeError, suggestion
+
+if TYPE_CHECKING:
+    from tsae.config import RunConfig
+
+POSITIVE = """model.batch_size data.max_documents data.max_tokens data.context_length data.min_length store.shard_mb
+    sae.dict_size sae.k objective.temperature objective.bandwidth training.steps training.batch_size training.lr
+    training.dead_after training.clip_norm training.pack training.pool_sequences training.log_every
+    evaluation.sequences evaluation.batch_size evaluation.loss_sequences"""
+NOT_NEGATIVE = """model.layer data.skip_positions objective.temporal_alpha objective.auxk_alpha
+    objective.sparsity_penalty objective.sparsity_warmup_steps training.warmup_steps training.resume_every"""
+
+
+def validate(config: RunConfig, where: str) -> None:
+    """Raise TsaeError for the first setting of `config` that is impossible; `where` names its source."""
+    check = _Check(config, where)
+    for path in POSITIVE.split():
+        check.at(path, lambda value: value is None or value > 0, "it must be greater than 0")
+    for path in NOT_NEGATIVE.split():
+        check.at(path, lambda value: value is None or value >= 0, "it must be at least 0")
+    _check_dictionary(config, check)
+    _check_objective(config, check)
+    _check_training(config, check, where)
+    _check_data(config, check)
+
+
+class _Check:
+    """Looks at settings by key path."""
+
+    def __init__(self, config: RunConfig, where: str) -> None:
+        self._config, self._where = config, where
+
+    def at(self, path: str, possible: Callable[[Any], bool], allowed: str) -> None:
+        """Refuse the setting at `path` unless it is `possible`."""
+        section, name = path.split(".")
+        value = getattr(getattr(self._config, section), name)
+        if not possible(value):
+            shown = list(value) if isinstance(value, tuple) else value
+            raise TsaeError(f"{self._where}: {path}: {shown} is impossible; {allowed}")
+
+
+def _check_dictionary(config: RunConfig, check: _Check) -> None:
+    size = config.sae.dict_size
+    check.at("sae.k", lambda k: k <= size, f"at most sae.dict_size ({size}) latents can be active")
+    check.at(
+        "sae.group_fractions",
+        lambda shares: shares is None or (all(share > 0 for share in shares) and abs(sum(shares) - 1) < 1e-6),
+        "positive fractions that sum to 1 are allowed",
+    )
+    check.at("sae.split_fraction", lambda share: 0 < share < 1, "a fraction between 0 and 1 is allowed")
+    sizes = config.sae.group_sizes
+    check.at("sae.dict_size", lambda _: min(sizes) > 0, f"group sizes {sizes} leave a group empty")
+
+
+def _check_objective(config: RunConfig, check: _Check) -> None:
+    groups, size = len(config.sae.fractions), config.sae.dict_size
+    check.at(
+        "objective.group_weights",
+        lambda weights: isinstance(weights, str) or len(weights) == groups,
+        f"one weight for each of the {groups} groups is expected",
+    )
+    check.at(
+        "objective.group_weights",
+        lambda weights: isinstance(weights, str) or (min(weights) >= 0 and max(weights) > 0),
+        "weights of at least 0, not all of them 0, are expected",
+    )
+    check.at(
+        "objective.target_l0",
+        lambda target: target is None or 0 < target <= size,
+        f"a number above 0 and at most sae.dict_size ({size}) is allowed",
+    )
+
+
+def _check_training(config: RunConfig, check: _Check, where: str) -> None:
+    warmup, steps = config.training.warmup_steps, config.training.steps
+    check.at(
+        "training.decay_start",
+        lambda start: start is None or warmup < start < steps,
+        f"it must lie after training.warmup_steps ({warmup}) and before training.steps ({steps})",
+    )
+    check.at("training.threshold_beta", lambda beta: 0 <= beta < 1, "a decay in [0, 1) is allowed")
+    parse_pair_rule(config.training.pair_rule, f"{where}: training.pair_rule")
+    if config.sae.kind == "temporal":
+        remedy = "a temporal SAE needs pairs: previous, random or within:N"
+        check.at("training.pair_rule", lambda rule: rule != "none", remedy)
+        check.at("training.batch_size", lambda size: size > 1, "a contrastive term needs at least 2 pairs")
+
+
+def _check_data(config: RunConfig, check: _Check) -> None:
+    length = config.data.context_length
+    check.at("data.holdout", lambda share: 0 < share < 1, "a share between 0 and 1 is allowed")
+    check.at(
+        "data.skip_positions",
+        lambda skipped: skipped < length - 1,
+        f"at least two positions of the context of {length} must remain",
+    )
+    check.at("data.min_length", lambda least: least <= length, f"it may be at most data.context_length ({length})")
+
+
+def parse_pair_rule(rule: str, where: str = "pair_rule") -> tuple[str, int | None]:
+    """`"within:8"` → `("within", 8)`; the other rules have no number. Raises TsaeError."""
+    name, colon, number = rule.replace(" ", "").partition(":")
+    if name == "within" and number.isdigit() and int(number) > 0:
+        return name, int(number)
+    if name in ("previous", "random", "none") and not colon:
+        return name, None
+    raise TsaeError(
+        f"{where}: {rule!r} is not allowed; {suggestion(rule, ('previous', 'random', 'within:8', 'none'))}"
+        "allowed: previous, random, within:N (N at least 1), none"
+    )
