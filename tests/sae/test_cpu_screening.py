@@ -56,6 +56,7 @@ def test_no_entry_above_the_guess_is_missed(shape: tuple[int, int, int, int], ki
     unsure = 1e-6 * (x.double().norm(dim=1, keepdim=True) * weight.double().norm(dim=0) + bias.abs() + guess)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cpu_screening, "BLOCK_BYTES", 7 * 2 * 256)
+        patch.setattr(cpu_screening, "BLOCK_ROWS", 1)
         rows, latents, values = CpuScreen(weight, bias, Memory()).entries_above(x, guess)
     found = torch.zeros_like(true, dtype=torch.bool)
     found[rows, latents] = True

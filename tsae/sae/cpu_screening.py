@@ -20,7 +20,7 @@ from tsae.sae.sparse import from_entries, sampled_products
 RUN = 64
 CHUNK_BYTES = 512 * 2**10
 """Bytes of a matrix that are rounded at a time, so that they stay in the cache."""
-BLOCK_BYTES = 32 * 2**20
+BLOCK_BYTES, BLOCK_ROWS = 32 * 2**20, 512
 SLACK = 1e-5
 """Relative room for rounding in the bound's own arithmetic."""
 HALF_UNIT = 2.0**-8 * 1.01
@@ -76,7 +76,8 @@ class CpuScreen:
     def entries_above(self, x: Tensor, guess: float) -> tuple[Tensor, Tensor, Tensor]:
         """Row, latent and float32 value of every pre-activation of x [N, D] above `guess` ≥ 0, ascending."""
         low = round_rows(x, self._memory.take("input", *x.shape))
-        size = max(1, BLOCK_BYTES // (2 * RUN * self._runs))
+        # Every block packs the weights anew, so a block has many rows; then it may as well stay in the cache.
+        size = max(BLOCK_ROWS, BLOCK_BYTES // (2 * RUN * self._runs))
         found = [self._may_exceed(low, slice(start, start + size), guess) for start in range(0, len(x), size)]
         rows, latents = (torch.cat(parts) for parts in zip(*found, strict=True))
         candidates = from_entries(rows, latents, x.new_empty(len(rows)), len(x), len(self._bias))
