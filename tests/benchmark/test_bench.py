@@ -36,7 +36,7 @@ def test_writes_a_figure_beside_the_json(bench: dict[str, Any]) -> None:
 
 def test_compares_sparse_dense_and_floor_with_medians_and_spread(bench: dict[str, Any]) -> None:
     contestants = {entry["name"]: entry for entry in bench["step"]["contestants"]}
-    assert list(contestants) == ["sparse", "dense", "floor"]
+    assert list(contestants) == ["sparse", "sparse-float32", "dense", "floor"]
     for entry in contestants.values():
         seconds, ratio = entry["seconds"], entry["ratio_to_sparse"]
         assert len(seconds["rounds"]) == 3
@@ -49,7 +49,7 @@ def test_compares_sparse_dense_and_floor_with_medians_and_spread(bench: dict[str
 
 
 def test_names_every_phase_of_both_paths(bench: dict[str, Any]) -> None:
-    for entry in bench["step"]["contestants"][:2]:
+    for entry in bench["step"]["contestants"][:3]:
         assert set(entry["phases"]) >= STEP_PHASES
         assert all(entry["phases"][name] > 0 for name in STEP_PHASES)
 

@@ -12,7 +12,8 @@ from tsae.benchmark.shape import DTYPES, PRESETS, Shape
 from tsae.environment import home
 from tsae.errors import TsaeError, suggestion
 
-OWN = ("sparse", "dense", "floor")
+OWN = ("sparse", "sparse-float32", "dense", "floor")
+GROWING = ("sparse", "dense", "floor")
 LIBRARIES = ("sae_lens", "sparsify", "dictionary_learning")
 GROWTH = "0.25,0.5,2,4"
 SMOOTHNESS_ROUNDS = 50
@@ -64,7 +65,7 @@ def run(options: argparse.Namespace) -> Path:
     print(report.table(results["step"]), flush=True)
     if factors:
         short = dataclasses.replace(plan, rounds=options.growth_rounds, warmup=2)
-        others = [report.record_of(size, short, measure(OWN, size, short)) for size in _sizes(shape, factors)]
+        others = [report.record_of(size, short, measure(GROWING, size, short)) for size in _sizes(shape, factors)]
         results["growth"] = [results["step"], *others]
         print(report.growth_table(results["growth"]), flush=True)
     results["machine"] = report.machine(shape.device)

@@ -13,6 +13,12 @@ from tsae.benchmark.shape import Shape
 from tsae.errors import TsaeError, suggestion
 
 FLOOR_BYTES = 256 * 2**20
+OWN = {
+    "sparse": "gradients at the selected entries only; float32 numbers, by way of a bfloat16 screen where that is fast",
+    "sparse-float32": "the same with a float32 encoder product everywhere",
+    "dense": "autograd through dense codes, the reference's algorithm",
+}
+PRECISION = {"sparse": "exact", "sparse-float32": "float32", "dense": "float32"}
 
 
 class Contestant(Protocol):
@@ -31,12 +37,12 @@ class Contestant(Protocol):
 
 
 def build(name: str, shape: Shape) -> Contestant:
-    """Contestant `name`: `sparse` or `dense` (with another kind after a colon), `floor`, or a library.
+    """Contestant `name`: `sparse`, `sparse-float32` or `dense` (another kind after a colon), `floor`, or a library.
 
     Raises TsaeError for an unknown name, ImportError if the library is not installed.
     """
     engine, _, kind = name.partition(":")
-    if engine in ("sparse", "dense"):
+    if engine in OWN:
         return Own(shape, engine, kind or shape.kind)
     known: dict[str, Callable[[Shape], Contestant]] = {"floor": Floor, **peers.PEERS}
     if name not in known:
@@ -51,10 +57,10 @@ class Own:
         from tsae.training.trainer import Trainer
 
         self.library, self._kind = "tsae", kind
-        self._trainer = Trainer(shape.run_config(engine, kind), shape.activation_dim, device=shape.device)
+        config = shape.run_config("dense" if engine == "dense" else "sparse", kind, PRECISION[engine])
+        self._trainer = Trainer(config, shape.activation_dim, device=shape.device)
         self._trainer.dictionary.to(getattr(torch, shape.dtype))
-        way = "gradients at the selected entries only" if engine == "sparse" else "autograd through dense codes"
-        self.algorithm = f"{kind} SAE, {way}"
+        self.algorithm = f"{kind} SAE, {OWN[engine]}"
         self.encoded = shape.batch_size * (2 if kind == "temporal" else 1)
         self.state_bytes = peers.state_bytes(self._trainer.dictionary)
         self._dead = torch.zeros(0, dtype=torch.long, device=shape.device)
@@ -82,7 +88,9 @@ class Floor:
     def __init__(self, shape: Shape) -> None:
         dtype = getattr(torch, shape.dtype)
         self.library, self.state_bytes = "torch", 0
-        self.algorithm = "the encoder product alone" + (", of both halves of the pairs" if shape.halves == 2 else "")
+        self.algorithm = f"the encoder product alone, in {shape.dtype}" + (
+            ", of both halves of the pairs" if shape.halves == 2 else ""
+        )
         self.encoded = shape.batch_size * shape.halves
         # Laid out latent by latent, as in a dictionary.
         self._weight = torch.randn(shape.dict_size, shape.activation_dim, device=shape.device, dtype=dtype).T

@@ -47,11 +47,11 @@ class Shape:
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
 
-    def run_config(self, engine: str, kind: str | None = None) -> RunConfig:
+    def run_config(self, engine: str, kind: str | None = None, encoder_precision: str = "exact") -> RunConfig:
         """The configuration of a run of this shape. Raises TsaeError for sizes that cannot be."""
         tree = {
             "sae": {"kind": kind or self.kind, "dict_size": self.dict_size, "k": self.k},
-            "training": {"batch_size": self.batch_size, "engine": engine},
+            "training": {"batch_size": self.batch_size, "engine": engine, "encoder_precision": encoder_precision},
         }
         return configuration.from_mapping(tree, "bench")
 
