@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import random
 import shutil
 import signal
 import subprocess
@@ -18,47 +17,15 @@ import yaml
 from tsae import locks
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-WORDS = [a + b for a in ("ka", "lo", "mi", "ru", "se", "ta") for b in ("ba", "do", "fe", "gi", "nu")]
 
 
 @pytest.fixture(scope="session")
-def language_model(tmp_path_factory):
-    """A folder in the hub's format: random GPT-NeoX of width 32 with 3 blocks, one token per word."""
-    import torch
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerFast
-
-    vocabulary = {word: index for index, word in enumerate(["<unk>", "<eos>", *WORDS])}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    torch.manual_seed(0)
-    shape = GPTNeoXConfig(
-        vocab_size=len(vocabulary),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=3,
-        num_attention_heads=2,
-        max_position_embeddings=64,
-        bos_token_id=1,
-        eos_token_id=1,
-        initializer_range=0.3,
-    )
-    folder = tmp_path_factory.mktemp("model") / "tiny"
-    GPTNeoXForCausalLM(shape).save_pretrained(folder)
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", eos_token="<eos>").save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="session")
-def sweep_file(tmp_path_factory, language_model):
+def sweep_file(tmp_path_factory, tiny_model, text):
     """A sweep of two fractions on the tiny model; one point takes a second or two beyond its imports."""
     folder = tmp_path_factory.mktemp("sweep")
-    generator = random.Random(0)
-    texts = [" ".join(generator.choices(WORDS, k=generator.randint(20, 60))) for _ in range(200)]
-    (folder / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     base = {
-        "model": {"name": str(language_model), "layer": 1},
-        "data": {"source": str(folder / "text.jsonl"), "context_length": 32, "min_length": 8, "holdout": 0.2},
+        "model": {"name": str(tiny_model), "layer": 1},
+        "data": {"source": str(text), "context_length": 32, "min_length": 8, "holdout": 0.2},
         "sae": {"dict_size": 64, "k": 6},
         "training": {"steps": 40, "batch_size": 64, "lr": 1e-3, "warmup_steps": 5, "resume_every": 10}
         | {"threshold_start_step": 10, "threshold_beta": 0.9, "pool_sequences": 64},
