@@ -91,10 +91,13 @@ class _Memory:
 
     def __init__(self, device: str) -> None:
         self._device = device if device.startswith("cuda") else None
-        if self._device is None:
+        if self._device is not None:
+            torch.cuda.reset_peak_memory_stats(self._device)
+            self._before: int | None = torch.cuda.memory_allocated(self._device)
+        else:
             # Freed memory goes back to the system, where it counts again once it is used.
             _trim()
-        self._before = self._highest() if self._device else _status("VmRSS")
+            self._before = _status("VmRSS")
 
     def peak(self) -> int | None:
         """Most bytes since; none where the system does not tell."""
