@@ -204,6 +204,12 @@ class TrainingConfig:
     """Encoder product of the sparse engine. `exact`: float32 numbers, on CUDA and on processors with matrix units (AMX) from a bfloat16 product whose few candidates are computed again; `float32`: one float32 product; `bf16`: a bfloat16 product as it is, which selects a few per cent of other entries."""
     deterministic: bool = True
     """Sum the sparse engine's gradients in a fixed order on CUDA, so that the same run gives the same bits; false: atomic additions."""
+    processes: int | None = None
+    """Processes that must train together, one GPU each (torchrun, accelerate, Slurm tasks); none: as many as were started. Results do not depend on it."""
+    selection: Literal["global", "local"] = "global"
+    """`global`: batch-top-k over the whole batch; `local`: over each process's share by itself, which saves a few small exchanges and lets results depend on the number of processes."""
+    negatives: Literal["global", "local"] = "global"
+    """`global`: a token's contrastive negatives are the partners of the whole batch; `local`: those of its process's share, which saves an exchange and lets results depend on the number of processes."""
     pool_sequences: int = 16384
     """Sequences mixed at a time, over all processes; at least half the batch size mixes well. Twice as many are held in memory."""
     log_every: int = 10
@@ -323,7 +329,7 @@ def training_settings(config: RunConfig) -> dict[str, Any]:
     plain = {**schema.to_plain(config), **store_settings(config)}
     plain["data"]["skip_positions"] = config.data.skip_positions
     del plain["evaluation"]
-    for name in ("device", "trackers", "resume_every", "pack"):
+    for name in ("device", "processes", "trackers", "resume_every", "pack"):
         del plain["training"][name]
     return plain
 

@@ -66,6 +66,7 @@ def _selection_keys(config: RunConfig, activation_dim: int) -> dict[str, Any]:
         "top_k_aux": activation_dim // 2,
         "threshold_beta": config.training.threshold_beta,
         "threshold_start_step": config.training.threshold_start_step,
+        "selection": config.training.selection,
     }
 
 
@@ -100,6 +101,7 @@ def _temporal_keys(config: RunConfig) -> dict[str, Any]:
         "similarity": objective.similarity,
         "temperature": objective.temperature,
         "directions": objective.directions,
+        "negatives": config.training.negatives,
     }
 
 

@@ -25,6 +25,10 @@ BLOCK_BYTES = 64 * 2**20
 BLOCK_ROWS, CUDA_BLOCK_ROWS = 64, 1024
 
 
+Entries = tuple[Tensor, Tensor, Tensor]
+"""Row, latent and value of some entries, ascending by row and latent."""
+
+
 class Selection(NamedTuple):
     """Result of batch-top-k."""
 
@@ -63,15 +67,15 @@ class Encoder:
         """The weight in the precision of the product."""
         return weight.bfloat16() if self.precision == "bf16" else weight
 
-    def prepare(self, weight: Tensor, bias: Tensor, cut_rows: int = 0) -> Prepared:
+    def prepare(self, weight: Tensor, bias: Tensor, rows: int) -> Prepared:
         """What depends on weight [D, F] and bias [F] alone: made once for the products of one step.
 
-        `cut_rows` is the number of inputs that one cut will be applied to.
+        `rows` is how many inputs there will be.
         """
         screen: Screen | CpuScreen | None = None
         if self.precision == "exact" and screens(weight):
             screen = Screen(weight, bias)
-        elif self.precision == "exact" and screens_on_cpu(weight, cut_rows):
+        elif self.precision == "exact" and screens_on_cpu(weight, rows):
             screen = CpuScreen(weight, bias, self._memory)
         return Prepared(self.rounded(weight), bias, screen)
 
@@ -115,13 +119,12 @@ def batch_top_k_codes(
 def _select_half(encoder: Encoder, x: Tensor, prepared: Prepared, k: int, guess: float | None) -> Selection:
     wanted = k * len(x)
     if guess is None:
-        guess = _first_guess(x, prepared, k)
+        guess = first_guess(x, prepared, k)
     passes = 1
-    rows, latents, values = _entries_above(encoder, x, prepared, guess)
+    rows, latents, values = candidates(encoder, x, prepared, guess)
     while len(values) < wanted and guess > 0:
-        # Nearly enough: a small step down; far too few: a large one; and soon all positive ones.
-        guess = guess * (0.8 if len(values) > wanted // 2 else 0.5) if passes < 4 else 0.0
-        rows, latents, values = _entries_above(encoder, x, prepared, guess)
+        guess = lowered(guess, passes, len(values), wanted)
+        rows, latents, values = candidates(encoder, x, prepared, guess)
         passes += 1
     cut = 0.0
     if len(values) > wanted:
@@ -130,6 +133,14 @@ def _select_half(encoder: Encoder, x: Tensor, prepared: Prepared, k: int, guess:
     if len(values) == wanted:
         cut = float(values.min())
     return Selection(from_entries(rows, latents, values, len(x), len(prepared.bias)), cut, passes)
+
+
+def lowered(guess: float, passes: int, found: int, wanted: int) -> float:
+    """The next guess, after one that let too few entries through.
+
+    Nearly enough: a small step down; far too few: a large one; and soon all positive ones.
+    """
+    return guess * (0.8 if found > wanted // 2 else 0.5) if passes < 4 else 0.0
 
 
 def _largest(values: Tensor, count: int) -> Tensor:
@@ -144,7 +155,8 @@ def _largest(values: Tensor, count: int) -> Tensor:
     return keep.nonzero()[:, 0]
 
 
-def _first_guess(x: Tensor, prepared: Prepared, k: int) -> float:
+def first_guess(x: Tensor, prepared: Prepared, k: int) -> float:
+    """An estimate of the cut from a few rows of x [N, D], a little too low rather than too high."""
     sample = x[:: max(1, len(x) // SAMPLE_ROWS)][:SAMPLE_ROWS]
     product = (sample.to(prepared.weight.dtype) @ prepared.weight).to(x.dtype)
     activations = torch.relu(product + prepared.bias).flatten()
@@ -152,14 +164,13 @@ def _first_guess(x: Tensor, prepared: Prepared, k: int) -> float:
     return GUESS_MARGIN * float(top.min())
 
 
-def entries_above(
-    encoder: Encoder, x: Tensor, weight: Tensor, bias: Tensor, guess: float
-) -> tuple[Tensor, Tensor, Tensor]:
+def entries_above(encoder: Encoder, x: Tensor, weight: Tensor, bias: Tensor, guess: float) -> Entries:
     """Row, latent and value of every pre-activation above `guess` ≥ 0, ascending by row and latent."""
-    return _entries_above(encoder, x, encoder.prepare(weight, bias, len(x)), guess)
+    return candidates(encoder, x, encoder.prepare(weight, bias, len(x)), guess)
 
 
-def _entries_above(encoder: Encoder, x: Tensor, prepared: Prepared, guess: float) -> tuple[Tensor, Tensor, Tensor]:
+def candidates(encoder: Encoder, x: Tensor, prepared: Prepared, guess: float) -> Entries:
+    """As `entries_above`, with what was made for all products of a step."""
     weight, bias, screen = prepared
     if isinstance(screen, CpuScreen):
         return screen.entries_above(x, guess)

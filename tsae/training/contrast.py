@@ -1,6 +1,6 @@
 """The temporal terms on sparse high-level codes, with their gradients in closed form and no [B, B] array.
 
-Shapes: B pairs, F0 latents of the high-level split, n entries of a code.
+Shapes: B pairs of this process, F0 latents of the high-level split, n entries of a code.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from tsae.sae.sparse import SparseCode, sampled_products, weighted_rows
+from tsae.training.distributed import ALONE, Group, starts
 
 BLOCK_ELEMENTS, CUDA_BLOCK_ELEMENTS = 2**19, 64 * 2**20
 
@@ -25,45 +26,54 @@ class TemporalTerm(NamedTuple):
     """[n of the partner code]"""
 
 
-def contrastive(high: SparseCode, other: SparseCode, similarity: str, temperature: float, scale: float) -> TemporalTerm:
+def contrastive(
+    high: SparseCode, other: SparseCode, similarity: str, temperature: float, scale: float, group: Group = ALONE
+) -> TemporalTerm:
     """Symmetric InfoNCE of codes [B, F0]; `scale` multiplies the sum of the two directions' cross-entropies.
 
-    Logits are made block of rows by block of rows, twice: first for the log-sum-exp of rows (exact) and of columns
-    (running), then for the gradients.
+    Every token is told from the partners of all processes of `group`, and every partner from all their tokens. The
+    value is this process's share of the whole: the sum over processes is the term. Logits are made block of
+    rows by block of rows, twice: first for the log-sum-exp of rows (exact) and of columns (running, then over
+    processes), then for the gradients.
     """
     if similarity == "cosine":
         high_unit, high_norm = _unit_rows(high)
         other_unit, other_norm = _unit_rows(other)
-        term = _dot_contrastive(high_unit, other_unit, temperature, scale)
+        term = _dot_contrastive(high_unit, other_unit, temperature, scale, group)
         return TemporalTerm(
             term.loss,
             _through_norm(high_unit, high_norm, term.current),
             _through_norm(other_unit, other_norm, term.partner),
         )
-    return _dot_contrastive(high, other, temperature, scale)
+    return _dot_contrastive(high, other, temperature, scale, group)
 
 
-def _dot_contrastive(high: SparseCode, other: SparseCode, temperature: float, scale: float) -> TemporalTerm:
-    batch = len(high.offsets) - 1
+def _dot_contrastive(
+    high: SparseCode, own_other: SparseCode, temperature: float, scale: float, group: Group
+) -> TemporalTerm:
+    own = len(high.offsets) - 1
+    other, mine = _of_all_processes(own_other, group)
+    batch, shift = own * group.world, own * group.rank
     columns = other.dense_by_latent()
     # A CPU wants a block in its cache; a GPU wants few launches, and few waits for the bounds of a block.
     rows = max(1, (CUDA_BLOCK_ELEMENTS if columns.is_cuda else BLOCK_ELEMENTS) // batch)
-    blocks = [(start, min(start + rows, batch)) for start in range(0, batch, rows)]
+    blocks = [(start, min(start + rows, own)) for start in range(0, own, rows)]
 
-    row_lse = high.values.new_empty(batch)
-    diagonal = high.values.new_empty(batch)
+    row_lse = high.values.new_empty(own)
+    diagonal = high.values.new_empty(own)
     top = high.values.new_full((batch,), -torch.inf)
     total = high.values.new_zeros(batch)
     for start, stop in blocks:
         logits = weighted_rows(_row_block(high, start, stop), columns).div_(temperature)
         highest = logits.amax(dim=1, keepdim=True)
         row_lse[start:stop] = highest[:, 0] + _exp_(logits - highest).sum(dim=1).log()
-        diagonal[start:stop] = logits[:, start:stop].diagonal()
+        diagonal[start:stop] = logits[:, shift + start : shift + stop].diagonal()
         new_top = torch.maximum(top, logits.amax(dim=0))
         total = total * (top - new_top).exp() + _exp_(logits.sub_(new_top)).sum(dim=0)
         top = new_top
-    column_lse = top + total.log()
-    loss = scale * (row_lse + column_lse - 2 * diagonal).mean()
+    highest = group.max(top)
+    column_lse = highest + group.sum(total * (top - highest).exp()).log()
+    loss = scale * (row_lse + column_lse[group.share(own)] - 2 * diagonal).mean() / group.world
 
     current = torch.empty_like(high.values)
     partner = torch.zeros_like(other.values)
@@ -72,12 +82,25 @@ def _dot_contrastive(high: SparseCode, other: SparseCode, temperature: float, sc
         block = _row_block(high, start, stop)
         logits = weighted_rows(block, columns).div_(temperature)
         gradient = _exp_(logits - row_lse[start:stop, None]).add_(_exp_(logits.sub_(column_lse)))
-        gradient[:, start:stop].diagonal().sub_(2)
+        gradient[:, shift + start : shift + stop].diagonal().sub_(2)
         gradient *= factor
         first, last = int(high.offsets[start]), int(high.offsets[stop])
         current[first:last] = sampled_products(block, gradient, columns)
         partner += sampled_products(other, gradient.T.contiguous(), block.dense_by_latent())
-    return TemporalTerm(loss, current, partner)
+    return TemporalTerm(loss, current, group.sum(partner)[mine])
+
+
+def _of_all_processes(code: SparseCode, group: Group) -> tuple[SparseCode, slice]:
+    """The rows of all processes' codes, in order of rank; and where this process's entries are among theirs."""
+    if group.world == 1:
+        return code, slice(None)
+    counts = group.gather(code.offsets.diff())
+    lengths = counts.view(group.world, -1).sum(dim=1).tolist()
+    offsets = torch.cat([counts.new_zeros(1), counts.cumsum(dim=0)])
+    latents = group.gather_ragged(code.latents.int(), lengths).long()
+    whole = SparseCode(offsets, latents, group.gather_ragged(code.values, lengths), code.dict_size)
+    bounds = starts(lengths)
+    return whole, slice(bounds[group.rank], bounds[group.rank + 1])
 
 
 def _exp_(exponents: Tensor) -> Tensor:

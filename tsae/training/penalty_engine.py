@@ -12,6 +12,7 @@ from torch import Tensor
 from tsae.config import RunConfig
 from tsae.sae.dictionary import Dictionary
 from tsae.training import penalties
+from tsae.training.distributed import ALONE, Group
 from tsae.training.engine import Encoded, Engine
 from tsae.training.objective import Losses, Weights
 from tsae.training.penalties import Penalised, PenaltySettings
@@ -26,7 +27,8 @@ class PenaltyEngine(Engine[Dictionary]):
     """Reconstruction error plus weight · penalty. Keeps the weight, and the number of steps that it has seen.
 
     An L1 weight that no one chose is multiplied in every step by (L0 / target) to a small power, so that SAEs of
-    different kinds can be compared at the same sparsity.
+    different kinds can be compared at the same sparsity. With several processes losses and gradients are means of
+    theirs, and L0 is that of the whole batch.
     """
 
     OBJECTIVES: ClassVar[dict[str, Callable[..., Penalised]]] = {
@@ -36,10 +38,10 @@ class PenaltyEngine(Engine[Dictionary]):
         "jump_relu": penalties.jump_relu,
     }
 
-    def __init__(self, config: RunConfig) -> None:
-        objective = config.objective
+    def __init__(self, config: RunConfig, group: Group = ALONE) -> None:
+        objective, self._group = config.objective, group
         self._penalise = self.OBJECTIVES[config.sae.kind]
-        self._settings = PenaltySettings(float(objective.target_l0 or config.sae.k), objective.bandwidth)
+        self._settings = PenaltySettings(float(objective.target_l0 or config.sae.k), objective.bandwidth, group.mean)
         warmup = objective.sparsity_warmup_steps
         self._warmup = config.training.warmup_steps if warmup is None else warmup
         chosen = objective.sparsity_penalty
@@ -51,7 +53,7 @@ class PenaltyEngine(Engine[Dictionary]):
         del partner  # no penalty looks at pairs
         penalised = self._penalise(dictionary, current, self._settings)
         active = penalised.f.detach() > 0
-        return Encoded(penalised, active.any(dim=0), active.sum(), current.new_tensor(torch.inf))
+        return Encoded(penalised, self._group.any(active.any(dim=0)), active.sum(), current.new_tensor(torch.inf))
 
     def backward(
         self,
@@ -71,14 +73,27 @@ class PenaltyEngine(Engine[Dictionary]):
         loss = l2_loss + sparsity + penalised.auxiliary
         dictionary.zero_grad(set_to_none=True)
         loss.backward()
-        self._advance(float(encoded.n_active) / len(current))
+        self._average_gradients(dictionary)
+        summed = self._group.sums(encoded.n_active, loss, l2_loss, penalised.auxiliary, sparsity)
+        n_active, loss, l2_loss, auxiliary, sparsity = (total / self._group.world for total in summed)
+        self._advance(float(n_active) / len(current))
         zero = l2_loss.new_zeros(())
-        terms = Losses(loss, l2_loss, l2_loss[None], penalised.auxiliary, zero, error, zero, sparsity, weight)
+        terms = Losses(loss, l2_loss, l2_loss[None], auxiliary, zero, error, zero, sparsity, weight)
         return Losses(*(term.detach() for term in terms))
+
+    def _average_gradients(self, dictionary: Dictionary) -> None:
+        if self._group.world == 1:
+            return
+        gradients = [parameter.grad for parameter in dictionary.parameters() if parameter.grad is not None]
+        # W_enc is kept as a transpose, and so is its gradient.
+        self._group.start_sum(*(grad if grad.is_contiguous() else grad.T for grad in gradients))()
+        for gradient in gradients:
+            gradient /= self._group.world
 
     def _current_weight(self, dictionary: Dictionary, current: Tensor) -> float:
         if self.weight is None:
-            self.weight = FIRST_WEIGHT * float((current - dictionary.b_dec.detach()).pow(2).sum(dim=-1).mean().sqrt())
+            distance = (current - dictionary.b_dec.detach()).pow(2).sum(dim=-1).mean()
+            self.weight = FIRST_WEIGHT * float(self._group.mean(distance).sqrt())
         return self.weight * min(1.0, self.steps / self._warmup if self._warmup else 1.0)
 
     def _advance(self, l0: float) -> None:

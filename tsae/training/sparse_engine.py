@@ -2,10 +2,15 @@
 
 Equal to autograd through `tsae.training.objective` up to rounding. After batch-top-k a step needs one encoder product
 of both halves; everything else is sums over the k·B nonzero entries, and no [B, F] tensor outlives its block of rows.
+
+With several processes each has its share of the batch. Its gradients are its share of the whole batch's, whose size
+divides every sum; they are summed over processes once, the decoder's while the encoder's are being made.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -16,10 +21,12 @@ from tsae.phases import phase
 from tsae.sae.architectures import AutoEncoderTopK
 from tsae.sae.dictionary import ThresholdDictionary
 from tsae.sae.row_select import top_k_codes
-from tsae.sae.select import GUESS_MARGIN, Encoder, batch_top_k_codes
+from tsae.sae.select import GUESS_MARGIN, Encoder, Selection, batch_top_k_codes
 from tsae.sae.sparse import ByLatent, SparseCode, add_rows, sampled_products, weighted_rows
 from tsae.training.contrast import TemporalTerm, contrastive, weighted_l1
+from tsae.training.distributed import ALONE, Group
 from tsae.training.engine import Encoded, Engine
+from tsae.training.global_select import global_top_k_codes
 from tsae.training.objective import Losses, Weights
 from tsae.training.update import chunk_rows
 
@@ -39,23 +46,41 @@ class _Entries(NamedTuple):
     gradient: Tensor
 
 
+class _Revived(NamedTuple):
+    """What aux-k asks of the encoder."""
+
+    latents: Tensor
+    """The dead ones [n]."""
+    gradient: Tensor
+    """Of their pre-activations [B, n]."""
+
+
 class SparseEngine(Engine[ThresholdDictionary]):
     """Remembers the last cuts (the next guesses) and owns the gradient buffers, which are written in place.
 
-    `encoder_precision` and `deterministic` are the settings of that name.
+    `encoder_precision` and `deterministic` are the settings of that name. The k·B largest activations are selected
+    over the batches of all processes of `selection`, negatives come from all of `negatives`: the `group` of the
+    training, or `ALONE`.
     """
 
-    def __init__(self, encoder_precision: str = "exact", deterministic: bool = True) -> None:
+    def __init__(
+        self,
+        encoder_precision: str = "exact",
+        deterministic: bool = True,
+        group: Group = ALONE,
+        selection: Group = ALONE,
+        negatives: Group = ALONE,
+    ) -> None:
         self._encoder = Encoder(encoder_precision)
         self._deterministic = deterministic
+        self._group, self._selection, self._negatives = group, selection, negatives
         self._guesses: list[float | None] = [None, None]
 
     @torch.no_grad()
     def encode(self, dictionary: ThresholdDictionary, current: Tensor, partner: Tensor | None) -> Encoded:
         halves = [current] if partner is None else [current, partner]
         centred = torch.stack(halves).sub_(dictionary.b_dec)
-        select = top_k_codes if isinstance(dictionary, AutoEncoderTopK) else batch_top_k_codes
-        selections = select(
+        selections = self._select(dictionary)(
             self._encoder,
             list(centred),
             dictionary.W_enc,
@@ -70,7 +95,15 @@ class SparseEngine(Engine[ThresholdDictionary]):
         values = codes[0].values
         smallest = values.new_full((len(current),), torch.inf).scatter_reduce_(0, codes[0].rows, values, "amin")
         own = _Codes(centred.flatten(0, 1), codes[0], codes[1] if partner is not None else None)
-        return Encoded(own, fired, torch.tensor(len(values)), dictionary.cut_of(smallest))
+        cut = dictionary.cut_of(self._group.gather(smallest))
+        return Encoded(own, self._group.any(fired), torch.tensor(len(values)), cut)
+
+    def _select(self, dictionary: ThresholdDictionary) -> Callable[..., list[Selection]]:
+        if isinstance(dictionary, AutoEncoderTopK):
+            return top_k_codes
+        if self._selection.world == 1:
+            return batch_top_k_codes
+        return partial(global_top_k_codes, group=self._selection)
 
     @torch.no_grad()
     def backward(
@@ -83,19 +116,19 @@ class SparseEngine(Engine[ThresholdDictionary]):
         dead: Tensor,
     ) -> Losses:
         codes: _Codes = encoded.codes
-        batch = len(current)
+        own, batch = len(current), len(current) * self._group.world
         gradients = _Gradients(dictionary, self._deterministic)
         parts = [codes.current.within(group) for group in dictionary.group_slices]
-        residuals = _residuals(dictionary, [part for part, _ in parts], codes.centred[:batch])
+        residuals = _residuals(dictionary, [part for part, _ in parts], codes.centred[:own])
         group_losses = torch.stack(
             [
                 weight * residual.square().sum() / batch
                 for weight, residual in zip(weights.group_weights, residuals, strict=True)
             ]
         )
-        l2_loss = group_losses.sum() * weights.reduction
-
-        value_gradient = _through_decoder(dictionary, weights, codes.current, parts, residuals, gradients)
+        value_gradient = _through_decoder(dictionary, weights, codes.current, parts, residuals, gradients, batch)
+        auxk, revived = self._auxiliary(dictionary, weights, codes.centred[:own], residuals[-1], dead, gradients)
+        decoder_done = self._group.start_sum(gradients.W_dec)
         term = self._temporal(weights, codes, parts[0][0], dictionary.group_slices[0], current, partner)
         rows, latents = codes.current.rows, codes.current.latents
         entries = [_Entries(rows, latents, value_gradient)]
@@ -103,15 +136,21 @@ class SparseEngine(Engine[ThresholdDictionary]):
             value_gradient[parts[0][1]] += weights.temporal_alpha * term[0].current
             partner_high = term[1]
             entries.append(
-                _Entries(partner_high.rows + batch, partner_high.latents, weights.temporal_alpha * term[0].partner)
+                _Entries(partner_high.rows + own, partner_high.latents, weights.temporal_alpha * term[0].partner)
             )
         gradients.encoder(entries, codes.centred)
-
-        auxk = self._auxiliary(dictionary, weights, codes.centred[:batch], residuals[-1], dead, gradients)
+        if revived is not None:
+            gradients.add_encoder(revived, codes.centred[:own])
         gradients.finish()
-        temporal = term[0].loss if term else l2_loss.new_zeros(())
+        encoder_done = self._group.start_sum(gradients.W_enc, gradients.b_enc, gradients.b_dec)
+
+        *summed, temporal = self._group.sums(*group_losses, term[0].loss if term else group_losses.new_zeros(()))
+        group_losses = torch.stack(summed)
+        l2_loss = group_losses.sum() * weights.reduction
         loss = l2_loss + weights.auxk_alpha * auxk + weights.temporal_alpha * temporal
         strongest = term[0].current.abs().max() if term and len(term[0].current) else l2_loss.new_zeros(())
+        decoder_done()
+        encoder_done()
         return Losses(loss, l2_loss, group_losses, auxk, temporal, residuals[-1], strongest)
 
     @phase("contrast")
@@ -123,10 +162,12 @@ class SparseEngine(Engine[ThresholdDictionary]):
             return None
         other, _ = codes.partner.within(group)
         if weights.temporal == "contrastive":
-            scale = weights.direction_scale
-            return contrastive(high, other, weights.similarity, weights.temperature, scale), other
+            # Each process's term is a mean over the processes that it shares negatives with.
+            scale = weights.direction_scale * self._negatives.world / self._group.world
+            return contrastive(high, other, weights.similarity, weights.temperature, scale, self._negatives), other
         term = weighted_l1(high, other, cosine_similarity(current, partner, dim=-1))
-        return TemporalTerm(*(weights.group_weights[0] * part for part in term)), other
+        weight = weights.group_weights[0] / self._group.world
+        return TemporalTerm(*(weight * part for part in term)), other
 
     @phase("aux-k")
     def _auxiliary(
@@ -137,26 +178,26 @@ class SparseEngine(Engine[ThresholdDictionary]):
         error: Tensor,
         dead: Tensor,
         gradients: _Gradients,
-    ) -> Tensor:
-        """Aux-k on the columns of the dead latents alone; adds its gradients."""
+    ) -> tuple[Tensor, _Revived | None]:
+        """Aux-k on the columns of the dead latents alone; adds its decoder gradients, returns what makes the encoder's."""
         latents = dead.nonzero()[:, 0]
         if len(latents) == 0:
-            return error.new_zeros(())
+            return error.new_zeros(()), None
         W_enc, W_dec = dictionary.W_enc.T[latents], dictionary.W_dec[latents]
         pre = torch.relu(torch.addmm(dictionary.b_enc[latents], centred, W_enc.T))
         strongest = pre.topk(min(weights.aux_k, len(latents)), dim=1, sorted=False)
         revived = torch.zeros_like(pre).scatter_(1, strongest.indices, strongest.values)
         difference = error - revived @ W_dec
-        variance = (error - error.mean(dim=0)).square().sum(dim=1).mean()
-        loss = difference.square().sum(dim=1).mean() / variance
+        spread = error - self._group.mean(error.mean(dim=0))
+        unexplained, variance = self._group.sums(
+            *(deviation.square().sum(dim=1).mean() / self._group.world for deviation in (difference, spread))
+        )
+        loss = unexplained / variance
         if not torch.isfinite(loss):
-            return loss.nan_to_num(0.0)
-        back = difference.mul_(-2 * weights.auxk_alpha / (len(error) * variance))
+            return loss.nan_to_num(0.0), None
+        back = difference.mul_(-2 * weights.auxk_alpha / (len(error) * self._group.world * variance))
         gradients.W_dec.index_add_(0, latents, revived.T @ back)
-        pre_gradient = (back @ W_dec.T).mul_(revived > 0)
-        gradients.W_enc.index_add_(0, latents, pre_gradient.T @ centred)
-        gradients.b_enc.index_add_(0, latents, pre_gradient.sum(dim=0))
-        return loss
+        return loss, _Revived(latents, (back @ W_dec.T).mul_(revived > 0))
 
 
 @phase("decode")
@@ -177,9 +218,12 @@ def _through_decoder(
     parts: list[tuple[SparseCode, Tensor]],
     residuals: list[Tensor],
     gradients: _Gradients,
+    batch: int,
 ) -> Tensor:
-    """The reconstruction's gradient with respect to the code's entries [n]; W_dec's and b_dec's go to `gradients`."""
-    batch = len(residuals[0])
+    """The reconstruction's gradient with respect to the code's entries [n]; W_dec's and b_dec's go to `gradients`.
+
+    `batch` is the number of rows over all processes.
+    """
     value_gradient = torch.empty_like(code.values)
     back = torch.zeros_like(residuals[-1])
     for g in reversed(range(len(parts))):
@@ -213,6 +257,12 @@ class _Gradients:
         """W_enc's and b_enc's gradients from all entries."""
         rows, latents, gradient = (torch.cat(parts) for parts in zip(*entries, strict=True))
         self._sum(rows, latents, gradient, centred, self.W_enc, self.b_enc)
+
+    @phase("aux-k")
+    def add_encoder(self, revived: _Revived, centred: Tensor) -> None:
+        """Adds to W_enc's and b_enc's gradients what aux-k asks of dead latents."""
+        self.W_enc.index_add_(0, revived.latents, revived.gradient.T @ centred)
+        self.b_enc.index_add_(0, revived.latents, revived.gradient.sum(dim=0))
 
     def _sum(
         self, rows: Tensor, latents: Tensor, values: Tensor, x: Tensor, out: Tensor, totals: Tensor | None = None

@@ -14,6 +14,7 @@ from tsae.sae.architectures import JumpReluAutoEncoder
 from tsae.sae.classes import from_state
 from tsae.sae.dictionary import Dictionary, ThresholdDictionary
 from tsae.sae.init import centre, geometric_median, new_dictionary
+from tsae.training.distributed import ALONE, Group
 from tsae.training.engine import DenseEngine, Engine
 from tsae.training.objective import Losses, Weights
 from tsae.training.penalty_engine import PenaltyEngine
@@ -25,7 +26,10 @@ FIRST_MOMENT = {"jump_relu": 0.0, "gated": 0.0}
 
 
 class Terms(NamedTuple):
-    """What one step computed; scalars on the training device, under the reference's names where it has one."""
+    """What one step computed; scalars on the training device, under the reference's names where it has one.
+
+    All are of the whole batch, and the same in every process.
+    """
 
     loss: Tensor
     l2_loss: Tensor
@@ -39,17 +43,22 @@ class Terms(NamedTuple):
     """Inference threshold on raw activations: 0 where there is none, the mean where each latent has one."""
     dead_features: Tensor
     n_active: Tensor
-    """Nonzero entries of the current half's code."""
+    """Nonzero entries of the current half's codes."""
     n_fired_features: Tensor
     fve: Tensor
     """Fraction of variance explained on this batch."""
     sparsity_loss: Tensor
     sparsity_weight: Tensor
     lr: float
+    bytes_handed: int
+    """What this process put into collectives for this step; 0 in one process."""
 
 
 class Trainer:
-    """A dictionary in training.
+    """A dictionary in training, by one process or by the processes of `group` together.
+
+    Each process's trainer steps on its share of the batch and ends with the same weights, which do not depend on how
+    many processes there are (but for rounding).
 
     `config` gives kind, objective and schedule. `state_dict`, in the reference's names, replaces the fresh weights.
     `step(batch)` takes pairs [B, 2, D] (slot 0 current, slot 1 partner) or single tokens [B, D], as they are: where
@@ -64,8 +73,10 @@ class Trainer:
         state_dict: dict[str, Tensor] | None = None,
         device: torch.device | str = "cpu",
         mean_squared_norm: float | None = None,
+        group: Group = ALONE,
     ) -> None:
-        self.config, self.settings = config, config.training
+        self.config, self.settings, self.group = config, config.training, group
+        _require_processes(config, group.world)
         self.scale = _scale(config, mean_squared_norm)
         self.steps_done = 0
         dictionary = new_dictionary(config.sae, activation_dim, config.training.seed)
@@ -75,23 +86,27 @@ class Trainer:
         self.dictionary: Dictionary = dictionary.to(device)
         lay_out_by_latent(self.dictionary)
         self.weights = Weights.of(config, activation_dim)
-        self.engine = _engine(config)
+        self.engine = _engine(config, group)
         self.peak_lr = config.training.lr or 2e-4 / (config.sae.dict_size / 16384) ** 0.5
         betas = (FIRST_MOMENT.get(config.sae.kind, 0.9), 0.999)
         self.optimizer = Adam(self.dictionary.parameters(), lr=self.peak_lr, betas=betas, fused=True)
         self.tokens_since_fired = torch.zeros(config.sae.dict_size, dtype=torch.int64, device=device)
 
     def step(self, batch: Tensor) -> Terms:
-        """Update the weights once on `batch`. Raises TsaeError if the batch does not fit the objective."""
+        """Update the weights once on this process's share of the batch.
+
+        Raises TsaeError if it does not fit the objective.
+        """
+        total = len(batch) * self.group.world
         current, partner = self._halves(batch if self.scale == 1 else batch / self.scale)
         if self.steps_done == 0 and (self._fresh or self.dictionary.centre_input):
-            centre(self.dictionary, geometric_median(current))
+            centre(self.dictionary, geometric_median(self.group.gather(current)))
         encoded = self.engine.encode(self.dictionary, current, partner)
-        self._count_tokens(encoded.fired, len(batch))
+        self._count_tokens(encoded.fired, total)
         self._track_threshold(encoded.cut)
         dead = self.tokens_since_fired >= self.settings.dead_after
         losses = self.engine.backward(self.dictionary, self.weights, encoded, current, partner, dead)
-        self._require_temporal_gradient(losses, len(batch))
+        self._require_temporal_gradient(losses, total)
 
         grad_norm = project_and_measure(self.dictionary, self._unit_rows)
         lr = self.learning_rate(self.steps_done)
@@ -103,7 +118,8 @@ class Trainer:
             self.dictionary.threshold.data.clamp_min_(0)
         self.steps_done += 1
 
-        variance = (current - current.mean(dim=0)).pow(2).sum()
+        spread = current - self.group.mean(current.mean(dim=0))
+        n_active, error, variance = self.group.sums(encoded.n_active, losses.error.pow(2).sum(), spread.pow(2).sum())
         return Terms(
             losses.loss,
             losses.l2_loss,
@@ -114,12 +130,13 @@ class Trainer:
             grad_norm=grad_norm,
             threshold=self._threshold(),
             dead_features=dead.sum(),
-            n_active=encoded.n_active,
+            n_active=n_active,
             n_fired_features=encoded.fired.sum(),
-            fve=1 - losses.error.pow(2).sum() / variance,
+            fve=1 - error / variance,
             sparsity_loss=losses.sparsity_loss,
             sparsity_weight=losses.sparsity_weight,
             lr=lr,
+            bytes_handed=self.group.take_bytes(),
         )
 
     def learning_rate(self, step: int) -> float:
@@ -169,7 +186,7 @@ class Trainer:
         if self.steps_done > 0 or self.weights.temporal is None or self.weights.temporal_alpha == 0:
             return
         # A term that is a mean over the batch has gradients of about 1/B; a millionth of that is rounding noise.
-        if float(losses.temp_loss) == 0 or float(losses.temp_gradient) < 1e-6 / batch:
+        if float(losses.temp_loss) == 0 or float(self.group.max(losses.temp_gradient)) < 1e-6 / batch:
             raise TsaeError(
                 "the temporal term is switched on but is zero or has no gradient in the first batch: "
                 "are the two halves of every pair equal, or is the high-level split silent?"
@@ -194,12 +211,26 @@ class Trainer:
         self.steps_done = int(state["steps_done"])
 
 
-def _engine(config: RunConfig) -> Engine[Any]:
+def _engine(config: RunConfig, group: Group) -> Engine[Any]:
+    settings = config.training
     if config.sae.kind in PENALTY_KINDS:
-        return PenaltyEngine(config)
-    if config.training.engine == "dense":
+        return PenaltyEngine(config, group)
+    if settings.engine == "dense":
         return DenseEngine()
-    return SparseEngine(config.training.encoder_precision, config.training.deterministic)
+    selection, negatives = (group if scope == "global" else ALONE for scope in (settings.selection, settings.negatives))
+    return SparseEngine(settings.encoder_precision, settings.deterministic, group, selection, negatives)
+
+
+def _require_processes(config: RunConfig, world: int) -> None:
+    """Refuse another number of processes than was asked for, and what works in one process only."""
+    settings = config.training
+    if settings.processes not in (None, world):
+        raise TsaeError(
+            f"training.processes: {settings.processes} were asked for, but {world} {'is' if world == 1 else 'are'} "
+            f"training; start it with: torchrun --nproc-per-node {settings.processes} -m tsae.cli train ..."
+        )
+    if world > 1 and settings.engine == "dense" and config.sae.kind not in PENALTY_KINDS:
+        raise TsaeError(f"training.engine: dense works in one process, not in {world}; use sparse")
 
 
 def _scale(config: RunConfig, mean_squared_norm: float | None) -> float:

@@ -1,0 +1,129 @@
+"""Training by several real processes (gloo) gives what one process gives."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tsae.training.distributed import ALONE
+
+WORKER = Path(__file__).with_name("world_size_worker.py")
+WORLDS = (2, 4)
+INVARIANT = ("contrastive", "cosine", "l1", "matryoshka", "batch_topk", "topk", "jump_relu", "gated", "double")
+
+
+def worker() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("world_size_worker", WORKER)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def torchrun(processes: int, *arguments: str) -> subprocess.CompletedProcess[str]:
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [sys.executable, *launcher, *arguments],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict[str, Any]]:
+    """What 1, 2 and 4 processes made of the same work."""
+    folder = tmp_path_factory.mktemp("world-size")
+    found = {1: worker().everything(ALONE, folder)}
+    done = torchrun(max(WORLDS), str(WORKER), str(folder))
+    assert done.returncode == 0, done.stderr[-3000:]
+    return found | {world: torch.load(folder / f"world_{world}.pt", weights_only=True) for world in WORLDS}
+
+
+def distance(found: Tensor, expected: Tensor) -> float:
+    """Relative to the expected tensor's norm."""
+    return float((found - expected).double().norm() / expected.double().norm().clamp_min(1e-30))
+
+
+@pytest.mark.parametrize("world", WORLDS)
+@pytest.mark.parametrize("case", INVARIANT)
+def test_losses_and_weights_do_not_depend_on_world_size(
+    results: dict[int, dict[str, Any]], case: str, world: int
+) -> None:
+    alone, together = results[1][case], results[world][case]
+    for expected, found in zip(alone["terms"], together["terms"], strict=True):
+        for name in expected.keys() - {"bytes_handed"}:
+            assert found[name] == pytest.approx(expected[name], rel=1e-5, abs=1e-6), name
+    for name, expected in alone["weights"].items():
+        assert distance(together["weights"][name], expected) < 1e-5, name
+    assert torch.equal(together["tokens_since_fired"], alone["tokens_since_fired"])
+
+
+@pytest.mark.parametrize("world", WORLDS)
+@pytest.mark.parametrize("case", INVARIANT)
+def test_gradients_of_a_step_do_not_depend_on_world_size(
+    results: dict[int, dict[str, Any]], case: str, world: int
+) -> None:
+    for step in ("first", "single"):
+        expected, found = (
+            torch.cat([gradient.flatten() for _, gradient in sorted(results[n][case][step].items())])
+            for n in (1, world)
+        )
+        assert distance(found, expected) < 1e-6, step
+    for name, value in results[1][case]["single_terms"].items():
+        if name != "bytes_handed":
+            assert results[world][case]["single_terms"][name] == pytest.approx(value, rel=2e-6, abs=1e-7), name
+
+
+def test_the_cases_reach_every_term(results: dict[int, dict[str, Any]]) -> None:
+    for case in ("contrastive", "matryoshka", "batch_topk", "topk"):
+        assert any(terms["auxk_loss"] > 0 for terms in results[1][case]["terms"]), case
+        assert results[1][case]["single_terms"]["auxk_loss"] > 0, case
+        assert results[1][case]["terms"][-1]["threshold"] > 0, case
+    for case in ("contrastive", "cosine", "l1"):
+        assert results[1][case]["single_terms"]["temp_loss"] > 0, case
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_global_selection_is_exact_with_ties_and_bad_guesses(results: dict[int, dict[str, Any]], world: int) -> None:
+    for expected, found in zip(results[1]["selections"], results[world]["selections"], strict=True):
+        for (code, cut), (own_code, own_cut) in zip(expected, found, strict=True):
+            assert torch.equal(own_code, code)
+            assert own_cut == cut
+
+
+def test_bytes_are_counted_and_selection_costs_no_more_than_histograms(results: dict[int, dict[str, Any]]) -> None:
+    def per_step(case: str, world: int = 2) -> float:
+        return results[world][case]["terms"][30]["bytes_handed"]
+
+    weights = results[1]["contrastive"]["weights"]
+    gradients = sum(4 * weights[name].numel() for name in ("W_enc", "b_enc", "W_dec", "b_dec"))
+    histograms = 2 * 8 * (2**11 + 2**11 + 2**9)
+    assert per_step("contrastive", world=1) == 0
+    assert gradients < per_step("local") < per_step("contrastive")
+    assert per_step("contrastive") < gradients + histograms + 20_000
+    assert per_step("topk") < gradients + 4_000
+
+
+def test_local_scopes_depend_on_world_size(results: dict[int, dict[str, Any]]) -> None:
+    alone, together = results[1]["local"]["terms"][0], results[2]["local"]["terms"][0]
+    assert together["n_active"] == alone["n_active"]
+    assert together["temp_loss"] != pytest.approx(alone["temp_loss"], rel=1e-3)
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_shares_of_different_lengths_are_put_together_in_order(results: dict[int, dict[str, Any]], world: int) -> None:
+    assert torch.equal(results[world]["ragged"], torch.cat([torch.arange(3 * rank) for rank in range(world)]))

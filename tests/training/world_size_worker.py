@@ -1,0 +1,152 @@
+"""What every process of the world-size tests does: started by torchrun, or called in one process.
+
+`python -m torch.distributed.run --nproc-per-node 4 world_size_worker.py FOLDER` trains each case with four processes,
+then with the first two of them, on the same batches, and writes `world_4.pt` and `world_2.pt`. It reads what one
+process left there: a state to make a single step from.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from tsae import config as configuration
+from tsae.sae.select import Encoder, batch_top_k_codes
+from tsae.training.distributed import Group, group_of
+from tsae.training.global_select import global_top_k_codes
+from tsae.training.trainer import Trainer
+
+WORLDS = (4, 2)
+STEPS, BATCH, DIM, FEATURES = 50, 96, 24, 80
+MIDDLE = 30
+FEWER_STEPS = MIDDLE + 2
+CASES: dict[str, dict[str, Any]] = {
+    "contrastive": {"objective": "reference"},
+    "cosine": {"objective": {"similarity": "cosine", "temperature": 0.1, "directions": "mean"}},
+    "l1": {"objective": {"temporal": "l1"}},
+    "matryoshka": {"sae": {"kind": "matryoshka"}},
+    "batch_topk": {"sae": {"kind": "batch_topk"}},
+    "topk": {"sae": {"kind": "topk"}},
+    # A gate that opens is a jump: rounding in single precision would open others.
+    "jump_relu": {"sae": {"kind": "jump_relu"}, "double": True},
+    "gated": {"sae": {"kind": "gated"}, "double": True},
+    "double": {"double": True},
+    "local": {"training": {"selection": "local", "negatives": "local"}},
+}
+LONG = ("contrastive", "cosine", "l1", "matryoshka", "batch_topk")
+
+
+def trainer(case: dict[str, Any], group: Group) -> Trainer:
+    training = {
+        "batch_size": BATCH,
+        "warmup_steps": 5,
+        "lr": 0.003,
+        "dead_after": 3 * BATCH,
+        "threshold_start_step": 10,
+        "threshold_beta": 0.9,
+        **case.get("training", {}),
+    }
+    sae = {"dict_size": 200, "k": 4, "group_fractions": [0.25, 0.75], **case.get("sae", {})}
+    tree = {"sae": sae, "objective": case.get("objective", "reference"), "training": training}
+    built = Trainer(configuration.from_mapping(tree, "test"), DIM, group=group)
+    if case.get("double"):
+        built.dictionary.double()
+    return built
+
+
+def batches(case: dict[str, Any]) -> list[Tensor]:
+    """Pairs of sparse mixtures [STEPS, B, 2, D]; the halves share their first feature."""
+    generator = torch.Generator().manual_seed(0)
+    directions = torch.randn(FEATURES, DIM, generator=generator)
+    shape = (STEPS, BATCH, 2, 3)
+    chosen = torch.randint(FEATURES, shape, generator=generator)
+    chosen[:, :, 1, 0] = chosen[:, :, 0, 0]
+    amplitudes = 0.5 + torch.rand(shape, generator=generator)
+    mixtures = (directions[chosen] * amplitudes[..., None]).sum(dim=-2)
+    noisy = mixtures + 0.05 * torch.randn(mixtures.shape, generator=generator)
+    return list(noisy.double() if case.get("double") else noisy)
+
+
+def own_share(batch: Tensor, group: Group) -> Tensor:
+    return batch[group.share(len(batch) // group.world)]
+
+
+def gradients(built: Trainer) -> dict[str, Tensor]:
+    return {name: p.grad.clone() for name, p in built.dictionary.named_parameters() if p.grad is not None}
+
+
+def train_case(name: str, group: Group, folder: Path) -> dict[str, Any]:
+    case = CASES[name]
+    built = trainer(case, group)
+    terms, first = [], {}
+    for step, batch in enumerate(batches(case)[: STEPS if name in LONG else FEWER_STEPS]):
+        if group.world == 1 and step == MIDDLE:
+            torch.save(built.state(), folder / f"{name}.pt")
+        terms.append({key: float(value) for key, value in built.step(own_share(batch, group))._asdict().items()})
+        first = first or gradients(built)
+    single = trainer(case, group)
+    single.load_state(torch.load(folder / f"{name}.pt", weights_only=True))
+    single_terms = single.step(own_share(batches(case)[MIDDLE], group))._asdict()
+    return {
+        "terms": terms,
+        "weights": {key: tensor.clone() for key, tensor in built.dictionary.state_dict().items()},
+        "first": first,
+        "single": gradients(single),
+        "single_terms": {key: float(value) for key, value in single_terms.items()},
+        "tokens_since_fired": built.tokens_since_fired,
+    }
+
+
+def selected(group: Group, levels: int, first_guess: float | None) -> list[tuple[Tensor, float]]:
+    """Dense codes [2][B, F] of both halves, selected together, and their cuts; few `levels` make many ties."""
+    generator = torch.Generator().manual_seed(levels)
+    x = torch.randint(-levels, levels + 1, (2, BATCH, DIM), generator=generator).float()
+    x[1, BATCH // 4 :] = 0  # all that fire are in the first process's share
+    weight = torch.randint(-levels, levels + 1, (DIM, 150), generator=generator).float()
+    halves = [own_share(half, group) for half in x]
+    bias = torch.full((150,), -1.0)
+    guesses = [first_guess, first_guess]
+    if group.world == 1:
+        found = batch_top_k_codes(Encoder(), halves, weight, bias, 5, guesses)
+    else:
+        found = global_top_k_codes(Encoder(), halves, weight, bias, 5, guesses, group)
+    return [(group.gather(selection.code.dense()), selection.cut) for selection in found]
+
+
+def everything(group: Group, folder: Path) -> dict[str, Any]:
+    results: dict[str, Any] = {name: train_case(name, group, folder) for name in CASES}
+    results["selections"] = [selected(group, levels, guess) for levels in (1, 2, 50) for guess in (None, 1e9)]
+    own = torch.arange(3 * group.rank)  # none in the first process
+    results["ragged"] = group.gather_ragged(own, [3 * rank for rank in range(group.world)])
+    differing = [name for name in CASES for w in results[name]["weights"].values() if not _same(w, group)]
+    assert not differing, f"the weights of {differing} are not the same in all processes"
+    return results
+
+
+def _same(tensor: Tensor, group: Group) -> bool:
+    copies = group.gather(tensor[None])
+    return bool((copies == copies[:1]).all())
+
+
+def main() -> None:
+    folder = Path(sys.argv[1])
+    torch.set_num_threads(1)
+    rank = int(os.environ["RANK"])
+    for world in WORLDS:
+        if rank < world:
+            meeting = f"file://{folder}/meeting_{world}"
+            dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=world)
+            results = everything(group_of(world, "cpu"), folder)
+            if rank == 0:
+                torch.save(results, folder / f"world_{world}.pt")
+            dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
