@@ -9,35 +9,22 @@ Shapes: N rows, D activation_dim, F dict_size, S runs of latents, n candidates.
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from tsae.phases import phase
+from tsae.sae.screening import SLACK, Rounded, keep_largest
 from tsae.sae.sparse import from_entries, sampled_products
 
 RUN = 64
 CHUNK_BYTES = 512 * 2**10
 """Bytes of a matrix that are rounded at a time, so that they stay in the cache."""
 BLOCK_BYTES, BLOCK_ROWS = 32 * 2**20, 512
-SLACK = 1e-5
-"""Relative room for rounding in the bound's own arithmetic."""
 HALF_UNIT = 2.0**-8 * 1.01
 """How far, relative to itself, a number in bfloat16 can be from what was rounded to it."""
 FEWEST_WEIGHTS, FEWEST_ROWS = 2**20, 512
 """Smaller encoders, and fewer inputs for one rounding of the weights, are not worth a screen."""
-
-
-class Rounded(NamedTuple):
-    """Rows of a matrix in bfloat16 and the size of what rounding took away."""
-
-    rows: Tensor
-    """[n, D] bfloat16."""
-    norms: Tensor
-    """Norm of each row, before or after, whichever is larger [n]."""
-    errors: Tensor
-    """Norm of each row's difference [n]."""
 
 
 class Memory:
@@ -75,27 +62,48 @@ class CpuScreen:
 
     def entries_above(self, x: Tensor, guess: float) -> tuple[Tensor, Tensor, Tensor]:
         """Row, latent and float32 value of every pre-activation of x [N, D] above `guess` ≥ 0, ascending."""
+        return self._refined(x, *self.candidates(x, guess), guess)
+
+    def largest_of_rows(self, x: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+        """The same for the k largest positive pre-activations of each row."""
+        return keep_largest(*self._refined(x, *self.candidates(x, 0.0, k), 0.0), k)
+
+    def candidates(self, x: Tensor, guess: float, k: int | None = None) -> tuple[Tensor, Tensor]:
+        """Row and latent of all pre-activations that may exceed `guess` and, if given, be among their row's k largest.
+
+        Ascending by row and latent.
+        """
         low = round_rows(x, self._memory.take("input", *x.shape))
         # Every block packs the weights anew, so a block has many rows; then it may as well stay in the cache.
         size = max(BLOCK_ROWS, BLOCK_BYTES // (2 * RUN * self._runs))
-        found = [self._may_exceed(low, slice(start, start + size), guess) for start in range(0, len(x), size)]
+        found = [self._may_exceed(low, slice(start, start + size), guess, k) for start in range(0, len(x), size)]
         rows, latents = (torch.cat(parts) for parts in zip(*found, strict=True))
+        return rows, latents
+
+    def _refined(self, x: Tensor, rows: Tensor, latents: Tensor, guess: float) -> tuple[Tensor, Tensor, Tensor]:
+        """The candidates whose float32 value is above the guess, with it."""
         candidates = from_entries(rows, latents, x.new_empty(len(rows)), len(x), len(self._bias))
         values = sampled_products(candidates, x, self._latents) + self._bias[latents]
         above = (values > guess).nonzero()[:, 0]
         return rows[above], latents[above], values[above]
 
-    def _may_exceed(self, low: Rounded, block: slice, guess: float) -> tuple[Tensor, Tensor]:
-        """Row and latent of what may be above the guess in a block of rows: runs first, then their entries."""
+    def _may_exceed(self, low: Rounded, block: slice, guess: float, k: int | None) -> tuple[Tensor, Tensor]:
+        """The candidates of a block of rows: what may be above the guess, of runs first, then of their entries."""
         norms, errors = low.norms[block], low.errors[block]
         products = self._products(low.rows[block])
-        # What the margins and biases of a run leave for a product to reach, and the least that rounds to it.
-        wanted = (guess * (1 - SLACK) - self._largest_bias).expand(len(products), -1)
-        wanted = wanted.addr(norms, self._largest_error, alpha=-1).addr_(errors, self._largest_norm, alpha=-1)
-        wanted = torch.minimum(wanted / (1 + HALF_UNIT), wanted / (1 - HALF_UNIT))
         # Read as integers, numbers that are not negative keep their order, and their maxima take half the time.
-        largest = products if bool((wanted < 0).any()) else products.view(torch.int16)
-        row, run = (largest.amax(dim=2).view(torch.bfloat16) > wanted).nonzero(as_tuple=True)
+        largest = products.view(torch.int16).amax(dim=2).view(torch.bfloat16)
+        guesses = norms.new_full((len(products), 1), guess)
+        if k is not None and k <= self._runs:
+            guesses = self._least_of_largest(products, largest, norms, errors, k).clamp_min_(guess)
+        guesses *= 1 - SLACK
+        # What the margins and biases of a run leave for a product to reach, and the least that rounds to it.
+        wanted = guesses - self._largest_bias
+        wanted.addr_(norms, self._largest_error, alpha=-1).addr_(errors, self._largest_norm, alpha=-1)
+        wanted = torch.minimum(wanted / (1 + HALF_UNIT), wanted / (1 - HALF_UNIT))
+        if bool((wanted < 0).any()):
+            largest = products.amax(dim=2)
+        row, run = (largest > wanted).nonzero(as_tuple=True)
         of_runs = products[row, run]
         which, column = (of_runs > wanted[row, run][:, None]).nonzero(as_tuple=True)
         rows, latents = row[which], run[which] * RUN + column
@@ -103,8 +111,18 @@ class CpuScreen:
         product = of_runs[which, column].float()
         upper = product + product.abs() * HALF_UNIT + self._bias[latents]
         upper += norms[rows] * self._errors[latents] + errors[rows] * self._norms[latents]
-        kept = (upper > guess * (1 - SLACK)).nonzero()[:, 0]
+        kept = (upper > guesses[rows, 0]).nonzero()[:, 0]
         return rows[kept] + block.start, latents[kept]
+
+    def _least_of_largest(self, products: Tensor, largest: Tensor, norms: Tensor, errors: Tensor, k: int) -> Tensor:
+        """What each row's k-th largest pre-activation is at least [n, 1]: k runs have an entry of that size each."""
+        runs = (largest + self._largest_bias).topk(k, dim=1, sorted=False).indices
+        latents = runs[:, :, None] * RUN + torch.arange(RUN)
+        latents.clamp_max_(len(self._bias) - 1)
+        product = products[torch.arange(len(products))[:, None], runs].float()
+        least = product - product.abs() * HALF_UNIT + self._bias[latents]
+        least -= norms[:, None, None] * self._errors[latents] + errors[:, None, None] * self._norms[latents]
+        return least.amax(dim=2).amin(dim=1, keepdim=True)
 
     @phase("encoder product")
     def _products(self, x: Tensor) -> Tensor:

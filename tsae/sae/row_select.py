@@ -22,15 +22,18 @@ def top_k_codes(
 
     Takes and returns what `batch_top_k_codes` does; there is no cut to guess, `guesses` only counts the halves.
     """
-    prepared = encoder.prepare(weight, bias)
+    prepared = encoder.prepare(weight, bias, sum(map(len, halves)))
     return [_select_half(encoder, x, prepared, k) for x, _ in zip(halves, guesses, strict=True)]
 
 
 def _select_half(encoder: Encoder, x: Tensor, prepared: Prepared, k: int) -> Selection:
     weight, bias, screen = prepared
     block_rows = encoder.block_rows(x, len(bias))
-    if isinstance(screen, Screen):
-        entries = screen.largest_of_rows(x, k, block_rows, encoder.listing(x))
+    if screen is not None:
+        if isinstance(screen, Screen):
+            entries = screen.largest_of_rows(x, k, block_rows, encoder.listing(x))
+        else:
+            entries = screen.largest_of_rows(x, k)
         return Selection(from_entries(*entries, len(x), len(bias)), 0.0, 1)
     found = []
     for start in range(0, len(x), block_rows):

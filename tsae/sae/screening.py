@@ -74,13 +74,7 @@ class Screen:
 
     def largest_of_rows(self, x: Tensor, k: int, block_rows: int, listing: Any) -> tuple[Tensor, Tensor, Tensor]:
         """The same for the k largest positive pre-activations of each row."""
-        rows, latents, values = self._refined(x, *self.candidates(x, 0.0, k, block_rows, listing), 0.0)
-        # By row and then by value; ties stay in the order of latents.
-        falling = values.argsort(descending=True, stable=True)
-        order = falling[rows[falling].argsort(stable=True)]
-        first = torch.searchsorted(rows, rows)
-        kept = order[torch.arange(len(rows), device=rows.device) - first < k].sort().values
-        return rows[kept], latents[kept], values[kept]
+        return keep_largest(*self._refined(x, *self.candidates(x, 0.0, k, block_rows, listing), 0.0), k)
 
     def candidates(
         self, x: Tensor, guess: float, k: int | None, block_rows: int, listing: Any
@@ -131,6 +125,16 @@ class Screen:
         values = products_at(rows, latents, x, self.latents) + self.bias[latents]
         above = (values > guess).nonzero()[:, 0]
         return rows[above], latents[above], values[above]
+
+
+def keep_largest(rows: Tensor, latents: Tensor, values: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Of entries that ascend by row and latent, the k largest of each row, in the same order."""
+    # By row and then by value; ties stay in the order of latents.
+    falling = values.argsort(descending=True, stable=True)
+    order = falling[rows[falling].argsort(stable=True)]
+    first = torch.searchsorted(rows, rows)
+    kept = order[torch.arange(len(rows), device=rows.device) - first < k].sort().values
+    return rows[kept], latents[kept], values[kept]
 
 
 def products_at(rows: Tensor, latents: Tensor, x: Tensor, matrix: Tensor) -> Tensor:

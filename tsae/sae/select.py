@@ -67,15 +67,15 @@ class Encoder:
         """The weight in the precision of the product."""
         return weight.bfloat16() if self.precision == "bf16" else weight
 
-    def prepare(self, weight: Tensor, bias: Tensor, cut_rows: int = 0) -> Prepared:
+    def prepare(self, weight: Tensor, bias: Tensor, rows: int) -> Prepared:
         """What depends on weight [D, F] and bias [F] alone: made once for the products of one step.
 
-        `cut_rows` is the number of inputs that one cut will be applied to.
+        `rows` is how many inputs there will be.
         """
         screen: Screen | CpuScreen | None = None
         if self.precision == "exact" and screens(weight):
             screen = Screen(weight, bias)
-        elif self.precision == "exact" and screens_on_cpu(weight, cut_rows):
+        elif self.precision == "exact" and screens_on_cpu(weight, rows):
             screen = CpuScreen(weight, bias, self._memory)
         return Prepared(self.rounded(weight), bias, screen)
 
