@@ -186,8 +186,8 @@ class TrainingConfig:
     """`mean_squared_norm`: train on activations divided by the root of their mean squared norm; saved weights apply to raw activations either way."""
     threshold_beta: float = 0.999
     """Decay of the moving average of the inference threshold."""
-    threshold_start_step: int = 1000
-    """Step after which the threshold is tracked."""
+    threshold_start_step: int | None = None
+    """Step after which the threshold is tracked; by default 1000, or half of the steps where they are fewer than 2000."""
     dead_after: int = 10_000_000
     """A latent is dead when it has not fired for this many tokens."""
     clip_norm: float = 1.0
@@ -222,6 +222,12 @@ class TrainingConfig:
     """Up to so many points of a sweep that read the same batches are trained in one process; results do not change."""
     trackers: tuple[Literal["tensorboard", "wandb"], ...] = ()
     """Experiment trackers fed through accelerate."""
+
+    @property
+    def threshold_start(self) -> int:
+        """Step after which the threshold is tracked."""
+        chosen = self.threshold_start_step
+        return min(1000, self.steps // 2) if chosen is None else chosen
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -65,7 +65,7 @@ def _selection_keys(config: RunConfig, activation_dim: int) -> dict[str, Any]:
         "auxk_alpha": config.objective.auxk_alpha,
         "top_k_aux": activation_dim // 2,
         "threshold_beta": config.training.threshold_beta,
-        "threshold_start_step": config.training.threshold_start_step,
+        "threshold_start_step": config.training.threshold_start,
         "selection": config.training.selection,
     }
 

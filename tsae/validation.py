@@ -85,6 +85,12 @@ def _check_training(config: RunConfig, check: _Check, where: str) -> None:
         lambda start: start is None or warmup < start < steps,
         f"it must lie after training.warmup_steps ({warmup}) and before training.steps ({steps})",
     )
+    if config.sae.kind in ("temporal", "matryoshka", "batch_topk"):
+        check.at(
+            "training.threshold_start_step",
+            lambda start: start is None or start < steps - 1,
+            f"the threshold must be tracked before the last of training.steps ({steps}), or the dictionary has none",
+        )
     check.at("training.threshold_beta", lambda beta: 0 <= beta < 1, "a decay in [0, 1) is allowed")
     parse_pair_rule(config.training.pair_rule, f"{where}: training.pair_rule")
     if config.sae.kind == "temporal":

@@ -42,6 +42,7 @@ def refused(tree: dict) -> str:
             {"training": {"decay_start": 5, "warmup_steps": 10}},
             "training.decay_start: 5 is impossible; it must lie after",
         ),
+        ({"training": {"steps": 50, "threshold_start_step": 50}}, "training.threshold_start_step: 50 is impossible; the"),
         ({"training": {"lr": 0}}, "training.lr: 0.0 is impossible; it must be greater than 0"),
         (
             {"training": {"pair_rule": "within"}},

@@ -164,7 +164,7 @@ class Trainer:
 
     def _track_threshold(self, cut: Tensor) -> None:
         """Move the inference threshold towards the smallest activation that survived selection, where one did."""
-        if self.steps_done <= self.settings.threshold_start_step:
+        if self.steps_done <= self.settings.threshold_start:
             return
         if isinstance(self.dictionary, ThresholdDictionary):
             threshold, beta = self.dictionary.threshold, self.settings.threshold_beta
