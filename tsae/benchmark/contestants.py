@@ -30,7 +30,7 @@ class Contestant(Protocol):
     encoded: int
     """Activations that a step encodes."""
     state_bytes: int
-    """Weights, gradients and both Adam moments."""
+    """Weights, gradients and both Adam moments; of the floor the weights alone."""
 
     def step(self, batch: Tensor) -> None:
         """Train on a batch of pairs [B, 2, D], or on what it needs of them."""
@@ -87,7 +87,8 @@ class Floor:
 
     def __init__(self, shape: Shape) -> None:
         dtype = getattr(torch, shape.dtype)
-        self.library, self.state_bytes = "torch", 0
+        self.library = "torch"
+        self.state_bytes = shape.dict_size * shape.activation_dim * dtype.itemsize
         self.algorithm = f"the encoder product alone, in {shape.dtype}" + (
             ", of both halves of the pairs" if shape.halves == 2 else ""
         )

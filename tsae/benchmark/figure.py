@@ -89,7 +89,7 @@ def _draw_memory(axes: Axes, record: dict[str, Any]) -> None:
         axes.annotate(f"{megabytes:.0f}", (megabytes, place), xytext=(4, 0), textcoords="offset points", va="center")
     axes.set_yticks(range(len(known)), [entry["name"] for entry in known])
     axes.margins(x=0.2)
-    axes.set_xlabel("MB beyond weights, gradients, moments")
+    axes.set_xlabel("MB beyond the training state")
     axes.grid(axis="y", visible=False)
     axes.set_title("Peak memory")
 
