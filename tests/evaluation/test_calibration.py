@@ -22,14 +22,14 @@ from tsae.store.reader import Store
 from tsae.training.run import train
 
 
-def trained(config: RunConfig, folder: Path, kind: str = "temporal", threshold_start_step: int = 5) -> RunFolder:
+def trained(config: RunConfig, folder: Path, kind: str = "temporal") -> RunFolder:
     """A run of a few steps."""
     # As little training as gives a threshold.
     settings = {"steps": 12, "batch_size": 64, "lr": 0.01, "warmup_steps": 2, "device": "cpu"}
     config = configuration.replace(
         config,
         sae={"kind": kind},
-        training={**settings, "threshold_start_step": threshold_start_step, "save_steps": (10,)},
+        training={**settings, "threshold_start_step": 5, "save_steps": (10,)},
         evaluation={"loss_recovered": False},
     )
     harvest(config)
@@ -82,7 +82,11 @@ def test_the_record_is_in_the_checkpoint_and_fve_is_right(config: RunConfig, tmp
 
 
 def test_a_run_that_tracked_no_threshold_becomes_usable(config: RunConfig, tmp_path: Path) -> None:
-    run = trained(config, tmp_path, threshold_start_step=100)
+    run = trained(config, tmp_path)
+    # As in a released file of a run that ended before its threshold was tracked.
+    state = torch.load(run.weights, weights_only=True)
+    state["threshold"].fill_(-1)
+    torch.save(state, run.weights)
     with pytest.raises(TsaeError, match="tsae calibrate"):
         load_dictionary(run.path)
     with pytest.raises(TsaeError, match="tracked no threshold"):
