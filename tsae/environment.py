@@ -24,3 +24,13 @@ def home() -> Path:
 def available_cores() -> int:
     """CPU cores this process may use, as the scheduler or the container set them."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def process_rank() -> int:
+    """Which of the processes started together this one is (torchrun's RANK); 0 if it is alone."""
+    return int(os.environ.get("RANK") or 0) if process_count() > 1 else 0
+
+
+def process_count() -> int:
+    """How many processes were started together (torchrun's WORLD_SIZE)."""
+    return int(os.environ.get("WORLD_SIZE") or 1)

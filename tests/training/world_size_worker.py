@@ -18,7 +18,7 @@ from torch import Tensor
 
 from tsae import config as configuration
 from tsae.sae.select import Encoder, batch_top_k_codes
-from tsae.training.distributed import Group, group_of
+from tsae.training.distributed import Group, Processes
 from tsae.training.global_select import global_top_k_codes
 from tsae.training.trainer import Trainer
 
@@ -142,7 +142,7 @@ def main() -> None:
         if rank < world:
             meeting = f"file://{folder}/meeting_{world}"
             dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=world)
-            results = everything(group_of(world, "cpu"), folder)
+            results = everything(Processes(), folder)
             if rank == 0:
                 torch.save(results, folder / f"world_{world}.pt")
             dist.destroy_process_group()

@@ -6,12 +6,15 @@ process's own. Numbers that are summed here are summed in one order for all, so 
 
 from __future__ import annotations
 
+import atexit
 from collections.abc import Callable, Sequence
 from itertools import accumulate
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from tsae.errors import TsaeError
 
 Wait = Callable[[], None]
 
@@ -60,6 +63,10 @@ class Group:
         """Begin to replace contiguous tensors by their sums over processes; they may be used after the wait."""
         del tensors
         return lambda: None
+
+    def on_first(self, action: Callable[[], None]) -> None:
+        """Call `action` in the first process alone; the others wait for it. Raises TsaeError there if it fails."""
+        action()
 
     def share(self, n: int) -> slice:
         """Where this process's rows lie among `n` rows a process, put together in order of rank."""
@@ -125,8 +132,20 @@ class Processes(Group):
 
         return wait
 
+    def on_first(self, action: Callable[[], None]) -> None:
+        done = False
+        try:
+            if self.rank == 0:
+                action()
+            done = True
+        finally:
+            # Told even on the way out, lest the others wait for ever.
+            failed = self._reduced(torch.tensor(int(not done), device=self._device), dist.ReduceOp.MAX)
+        if failed:
+            raise TsaeError(f"process {self.rank} of {self.world}: ends, because the first one could not go on")
+
     def _reduced(self, tensor: Tensor, operation: dist.ReduceOp.RedOpType) -> Tensor:
-        total = tensor.detach().clone(memory_format=torch.contiguous_format)
+        total = tensor.detach().to(self._device, copy=True).contiguous()
         self._count(total)
         dist.all_reduce(total, operation)
         return total
@@ -135,9 +154,19 @@ class Processes(Group):
         self.bytes_handed += tensor.numel() * tensor.element_size()
 
 
-def group_of(world: int, device: torch.device | str) -> Group:
-    """The processes that were started together, `world` of them; their process group exists already."""
-    return Processes(device) if world > 1 else Group()
+def started_together(cpu: bool) -> Group:
+    """The processes that torchrun, accelerate or a scheduler started with this one (as RANK, WORLD_SIZE, LOCAL_RANK and
+    MASTER_ADDR in the environment tell); waits for them to meet. `cpu`: though there may be GPUs.
+    """
+    from accelerate import PartialState
+
+    known = dist.is_initialized()
+    state = PartialState(cpu=cpu)
+    if state.num_processes == 1:
+        return ALONE
+    if not known:
+        atexit.register(state.destroy_process_group)
+    return Processes(state.device)
 
 
 def starts(lengths: Sequence[int]) -> list[int]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -152,6 +152,14 @@ class SparseEngine(Engine[ThresholdDictionary]):
         decoder_done()
         encoder_done()
         return Losses(loss, l2_loss, group_losses, auxk, temporal, residuals[-1], strongest)
+
+    def state(self) -> dict[str, Any]:
+        """The guesses: they change no result, but what it costs to get it."""
+        return {"guesses": self._guesses}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Continue from what `state()` returned."""
+        self._guesses = list(state["guesses"])
 
     @phase("contrast")
     def _temporal(

@@ -98,6 +98,7 @@ class Trainer:
         Raises TsaeError if it does not fit the objective.
         """
         total = len(batch) * self.group.world
+        self.group.take_bytes()  # only this step's are counted
         current, partner = self._halves(batch if self.scale == 1 else batch / self.scale)
         if self.steps_done == 0 and (self._fresh or self.dictionary.centre_input):
             centre(self.dictionary, geometric_median(self.group.gather(current)))
