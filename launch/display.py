@@ -38,6 +38,8 @@ class Terminal:
             self.say(f"{label}: started ({task.share.cpus} core{plural}{gpus}; log {task.job.log})")
         elif task.state == "elsewhere":
             self.say(f"{label}: {task.elsewhere} is working on it; waiting for that")
+        elif task.state == "waiting" and task.preemptions:
+            self.say(f"{label}: was preempted; it continues when there is room")
         elif task.state == "done":
             spent = f" in {duration(time.time() - task.job.started)}" if task.job else ""
             self.say(f"{label}: done{spent}")

@@ -20,16 +20,19 @@ from typing import Any, Protocol
 from stage import Stage
 
 from tsae.errors import TsaeError
+from tsae.preemption import REQUEUE
 
+CONTROLLER = Path(__file__).with_name("controller.py")
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS")
 PATIENCE_SECONDS = 10.0
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a job ended: `error` is None, or one line."""
+    """How a job ended: `error` is None, or one line; a job that was `preempted` has saved its state and can go on."""
 
     error: str | None
+    preempted: bool = False
 
 
 @dataclass(frozen=True)
@@ -137,6 +140,8 @@ class LocalJob:
         """The result that the task left, or the word of the log if it was killed before it could leave one."""
         if self._process.poll() is None:
             return None
+        if self._process.returncode == REQUEUE:
+            return Outcome("was preempted", preempted=True)
         if not self._result.exists():
             said = last_line(self.log.read_text(errors="replace")) if self.log.exists() else ""
             return Outcome(f"ended without a result (killed, or out of memory?); its last words: {said or 'none'}")
@@ -187,7 +192,7 @@ def _session_executor(backend: Any) -> Any:
             }
             with open(self.folder / "controller.log", "wb") as stream:
                 process = subprocess.Popen(
-                    [sys.executable, "-m", "submitit.local._local", str(self.folder)],
+                    [sys.executable, str(CONTROLLER), str(self.folder)],
                     env=environ,
                     stdin=subprocess.DEVNULL,
                     stdout=stream,

@@ -17,6 +17,8 @@ from tsae import locks
 
 POLL_SECONDS = 0.2
 LOOK_SECONDS = 2.0
+MOST_PREEMPTIONS = 100
+"""Times that a preempted stage is started again; one that never gets anywhere must end."""
 MOST_CORES = 16
 """A job that names no number of cores gets no more than this: small models do not gain from more threads."""
 
@@ -31,6 +33,7 @@ class Task:
     state: str = "waiting"
     """waiting, running, elsewhere (another process works on it), done, failed or blocked."""
     error: str = ""
+    preemptions: int = 0
     looked: float = field(default=-LOOK_SECONDS)
     elsewhere: locks.Owner | None = None
 
@@ -87,6 +90,10 @@ class Queue:
         if outcome is None:
             return
         if outcome.error is not None and self._taken(task):
+            return
+        if outcome.preempted and task.preemptions < MOST_PREEMPTIONS:
+            task.preemptions += 1
+            self._enter(task, "waiting")
             return
         if outcome.error is None and not task.stage.is_done():
             outcome = Outcome("ended without an error, but its output is not complete")

@@ -70,6 +70,12 @@ class RunFolder:
         text = yaml.safe_dump({"training_hash": wanted, **schema.to_plain(config)}, sort_keys=False)
         files.write_atomically(self.resolved, lambda stream: stream.write(text.encode()))
 
+    def remove_leftovers(self) -> None:
+        """Remove the half-written files of killed processes; for the one that trains into this folder."""
+        for folder in (self.path, self.checkpoint(0).parent):
+            for leftover in folder.glob(".*.tmp"):
+                leftover.unlink(missing_ok=True)
+
     def load_config(self) -> RunConfig:
         """The resolved configuration this folder was made with."""
         tree = schema.read_yaml(self.resolved)

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tsae import config as configuration
+from tsae import preemption
 from tsae.benchmark.command import add_arguments as add_bench_arguments
 from tsae.environment import home, load_dotenv
 from tsae.errors import TsaeError
@@ -16,7 +17,7 @@ from tsae.interop.commands import add_commands
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; bad input becomes one line on stderr and exit code 2."""
+    """Run one command; bad input becomes one line on stderr and exit code 2, preemption exit code 75."""
     options = _parser().parse_args(arguments)
     try:
         load_dotenv()
@@ -24,6 +25,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except TsaeError as error:
         print(f"tsae: {error}", file=sys.stderr)
         return 2
+    except preemption.Preempted as preempted:
+        print(f"tsae: {preempted}", file=sys.stderr)
+        return preemption.REQUEUE
     except KeyboardInterrupt:
         print("tsae: interrupted; the same command continues", file=sys.stderr)
         return 130
@@ -112,6 +116,7 @@ def _harvest(options: argparse.Namespace) -> None:
     print(harvest_stage(config, options.task, options.tasks))
 
 
+@preemption.watched()
 def _train(options: argparse.Namespace) -> None:
     from tsae.stages import harvest_stage, train_stage
 

@@ -217,7 +217,11 @@ class TrainingConfig:
     save_steps: tuple[int, ...] = ()
     """Steps before which an intermediate checkpoint is written."""
     resume_every: int = 200
-    """Steps between resumable states; 0: none."""
+    """Steps between resumable states; 0: none but the one that a preempted run leaves."""
+    resume_minutes: float | None = None
+    """Minutes after which a resumable state is written, however few steps were done."""
+    resume_keep: int = 2
+    """Resumable states that are kept: should the newest be damaged, the one before it serves."""
     pack: int = 1
     """Up to so many points of a sweep that read the same batches are trained in one process; results do not change."""
     trackers: tuple[Literal["tensorboard", "wandb"], ...] = ()
@@ -335,7 +339,7 @@ def training_settings(config: RunConfig) -> dict[str, Any]:
     plain = {**schema.to_plain(config), **store_settings(config)}
     plain["data"]["skip_positions"] = config.data.skip_positions
     del plain["evaluation"]
-    for name in ("device", "processes", "trackers", "resume_every", "pack"):
+    for name in ("device", "processes", "trackers", "resume_every", "resume_minutes", "resume_keep", "pack"):
         del plain["training"][name]
     return plain
 

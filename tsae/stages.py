@@ -1,8 +1,9 @@
 """The stages of a run as functions of plain arguments: what the command line calls and what jobs pickle.
 
 Each stage is idempotent: it returns at once when its output is complete, continues what an earlier process
-left, and holds a lock while it works, so that no two processes write the same output. Importing this module is
-cheap; torch and the rest load when a stage runs.
+left, and holds a lock while it works, so that no two processes write the same output. Asked to leave by SIGTERM or
+SIGUSR2, it saves what it has and raises `preemption.Preempted`. Importing this module is cheap; torch and the rest
+load when a stage runs.
 """
 
 from __future__ import annotations
@@ -13,13 +14,14 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from tsae import config as configuration
-from tsae import locks
+from tsae import locks, preemption
 from tsae.checkpoint import RunFolder
 from tsae.config import RunConfig
 
 log = logging.getLogger("tsae")
 
 
+@preemption.watched()
 def harvest_stage(config: RunConfig | str, task: int = 0, tasks: int = 1) -> Path:
     """Write share `task` of `tasks` of the activation store of the run described by `config`, a configuration or its file."""
     config = _resolved(config)
@@ -29,6 +31,7 @@ def harvest_stage(config: RunConfig | str, task: int = 0, tasks: int = 1) -> Pat
         return harvest(config, task, tasks)
 
 
+@preemption.watched()
 def train_stage(config: RunConfig | str, checkpoints_path: Path | str, run_name: str) -> Path:
     """Train the dictionary of run `run_name`, from its last resumable state if there is one."""
     config = _resolved(config)
@@ -43,6 +46,7 @@ def train_stage(config: RunConfig | str, checkpoints_path: Path | str, run_name:
     return run.path
 
 
+@preemption.watched()
 def train_pack_stage(configs: Sequence[str], checkpoints_path: Path | str, run_names: Sequence[str]) -> None:
     """Train several runs in one process on the same batches; each comes out as if trained alone."""
     runs = [
@@ -57,6 +61,7 @@ def train_pack_stage(configs: Sequence[str], checkpoints_path: Path | str, run_n
         train_together(runs)
 
 
+@preemption.watched()
 def evaluate_stage(config: RunConfig | str, checkpoints_path: Path | str, run_name: str) -> Path:
     """Measure the trained dictionary of run `run_name` on held-out activations."""
     config = _resolved(config)

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 POSITIVE = """model.batch_size data.max_documents data.max_tokens data.context_length data.min_length store.shard_mb
     sae.dict_size sae.k objective.temperature objective.bandwidth training.steps training.batch_size training.lr
     training.dead_after training.clip_norm training.pack training.processes training.pool_sequences training.log_every
+    training.resume_minutes training.resume_keep
     evaluation.sequences evaluation.batch_size evaluation.loss_sequences"""
 NOT_NEGATIVE = """model.layer data.skip_positions objective.temporal_alpha objective.auxk_alpha
     objective.sparsity_penalty objective.sparsity_warmup_steps training.warmup_steps training.resume_every"""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
+import runpy
 import socket
 import subprocess
 import sys
@@ -118,6 +120,32 @@ def test_a_job_that_is_killed_hard_is_a_failure_with_the_last_words_of_its_log(s
     (task,) = queue.run()
     assert task.state == "failed"
     assert "ended without a result" in task.error
+
+
+PREEMPTED_TWICE = """
+import os, pathlib, signal, time
+from tsae import preemption
+marks = pathlib.Path({marks!r})
+marks.open("a").write("+")
+with preemption.watched():
+    if len(marks.read_text()) < 3:
+        os.kill(os.getpid(), signal.SIGUSR2)
+        time.sleep(0.1)
+        preemption.check()
+pathlib.Path({out!r}).touch()
+"""
+
+
+@pytest.mark.parametrize(("bound", "state"), [(2, "done"), (1, "failed")])
+def test_a_preempted_job_runs_again_up_to_a_bound(stage, tmp_path, monkeypatch, bound, state):
+    monkeypatch.setattr("runner.MOST_PREEMPTIONS", bound)
+    script, out = tmp_path / "script.py", tmp_path / "job.out"
+    script.write_text(PREEMPTED_TWICE.format(marks=str(tmp_path / "marks"), out=str(out)))
+    job = dataclasses.replace(stage("job"), function=runpy.run_path, arguments=(str(script),))
+    queue = Queue([job], LocalExecutor(), Silent(), 1)
+    queue.run()
+    assert states(queue) == {"job": state}
+    assert (tmp_path / "marks").read_text() == "+" * (bound + 1)
 
 
 def test_jobs_import_no_code_from_the_working_directory(stage, tmp_path, monkeypatch):

@@ -1,0 +1,75 @@
+"""A small run, its store, and processes that start at once because a server has the imports done."""
+
+from __future__ import annotations
+
+import multiprocessing
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from tsae import config as configuration
+from tsae.config import RunConfig
+from tsae.store.harvest import harvest
+
+PRELOADED = [
+    "dying",
+    "tsae.training.run",
+    "tsae.evaluation.driver",
+    "tsae.lm.verification",
+    "nnsight",
+    "transformers.models.gpt_neox.modeling_gpt_neox",
+]
+
+
+@pytest.fixture(scope="session")
+def unharvested(tiny_model: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
+    """A run of 60 steps with an intermediate checkpoint and resumable states at odd places."""
+    tree = {
+        "model": {"name": str(tiny_model), "layer": 1, "device": "cpu", "batch_size": 8},
+        "data": {"source": str(text), "context_length": 32, "min_length": 8, "holdout": 0.2},
+        "store": {"path": str(tmp_path_factory.mktemp("stores") / "store")},
+        "sae": {"dict_size": 96, "k": 4},
+        "training": {
+            "steps": 60,
+            "batch_size": 64,
+            "lr": 0.003,
+            "warmup_steps": 5,
+            "threshold_start_step": 10,
+            "threshold_beta": 0.9,
+            "dead_after": 250,
+            "log_every": 3,
+            "save_steps": [20, 41],
+            "resume_every": 7,
+            "device": "cpu",
+        },
+        "evaluation": {"batch_size": 4, "loss_recovered": False},
+    }
+    return configuration.from_mapping(tree, "test")
+
+
+@pytest.fixture(scope="session")
+def config(unharvested: RunConfig) -> RunConfig:
+    """The same with its store."""
+    harvest(unharvested)
+    return unharvested
+
+
+@pytest.fixture(scope="session")
+def run_process() -> Callable[..., int]:
+    """Run `function(*arguments)` of the module `dying` in a process of its own; returns its exit code."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+
+    def run(function: Callable[..., Any], *arguments: Any) -> int:
+        process = context.Process(target=function, args=arguments)
+        process.start()
+        process.join()
+        assert process.exitcode is not None
+        return process.exitcode
+
+    return run

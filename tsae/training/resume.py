@@ -1,0 +1,200 @@
+"""Resumable states of a run: copied off the training device, written by a thread, and whole or not there at all.
+
+    resume/step_<n>/state.pt     everything a bit-exact continuation needs
+    resume/step_<n>/state.json   its size and checksum, and what it belongs to; written after it
+    resume/latest                the newest state's folder; moved after that state is on the disk
+
+A process may die anywhere in between: states after `latest`, and those that their checksum does not confirm, do not count.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import google_crc32c
+import numpy as np
+import torch
+from torch import Tensor
+
+from tsae import files
+from tsae.errors import TsaeError
+
+PREFIX = "step_"
+PIECE_BYTES = 2**23
+
+log = logging.getLogger("tsae")
+
+
+class Damaged(Exception):
+    """A state that is not what was written."""
+
+
+class ResumeStates:
+    """The states in the folder `path`, of which the newest `keep` stay.
+
+    `belongs_to` says what the states of this run depend on, in words and values; one that was saved under other
+    values is refused. At most one state is being written at a time.
+    """
+
+    def __init__(self, path: Path, belongs_to: Mapping[str, str], keep: int) -> None:
+        self.path, self.newest = path, -1
+        self._belongs_to, self._keep = dict(belongs_to), keep
+        self._copy: Any = None
+        self._writer = ThreadPoolExecutor(1, "resume")
+        self._writing: Future[None] | None = None
+
+    def load(self) -> dict[str, Any] | None:
+        """The newest whole state, or None; what a killed process left besides is removed.
+
+        Raises TsaeError for a state of another run, configuration or version.
+        """
+        state = None
+        for folder in self._counted():
+            try:
+                state = self._read(folder)
+            except Damaged as damage:
+                log.warning("%s: %s; the state before it is taken", folder, damage)
+                continue
+            self.newest = _step(folder)
+            break
+        for leftover in self._folders():
+            if _step(leftover) > self.newest:
+                shutil.rmtree(leftover)
+        return state
+
+    def save(self, step: int, state: dict[str, Any], first: Callable[[], object]) -> None:
+        """Copy `state`, as it is before update `step`, and write it in the background after calling `first` there.
+
+        Waits for the state before it, if that is still being written. Raises TsaeError if that failed.
+        """
+        self.wait()
+        self._copy = _host_copy(state, self._copy)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self._writing = self._writer.submit(self._write, step, self._copy, first)
+        self.newest = step
+
+    def wait(self) -> None:
+        """Return when nothing is being written. Raises TsaeError if the last state could not be."""
+        writing, self._writing = self._writing, None
+        if writing is None:
+            return
+        try:
+            writing.result()
+        except (OSError, RuntimeError) as error:
+            raise TsaeError(f"{self.path}: a resumable state could not be written: {error}") from error
+
+    def raise_failure(self) -> None:
+        """Raise TsaeError if the last state is known to have failed; does not wait."""
+        if self._writing is not None and self._writing.done():
+            self.wait()
+
+    def remove(self) -> None:
+        """Forget all states: the run is complete."""
+        self.wait()
+        self._writer.shutdown()
+        shutil.rmtree(self.path, ignore_errors=True)
+
+    def _write(self, step: int, state: dict[str, Any], first: Callable[[], object]) -> None:
+        first()
+        folder = self.path / f"{PREFIX}{step}"
+        checksum = _Checksum()
+        files.write_atomically(folder / "state.pt", lambda stream: torch.save(state, checksum.over(stream)))
+        record = {"bytes": checksum.bytes, "crc32c": checksum.value, "belongs_to": self._belongs_to}
+        files.write_json(folder / "state.json", record)
+        files.sync_folder(self.path)
+        files.write_text(self.path / "latest", folder.name)
+        for stale in self._folders()[self._keep :]:
+            shutil.rmtree(stale)
+
+    def _read(self, folder: Path) -> dict[str, Any]:
+        path = folder / "state.pt"
+        try:
+            record = json.loads((folder / "state.json").read_text())
+            length = path.stat().st_size
+            if length != record["bytes"]:
+                raise Damaged(f"state.pt is damaged: {length} bytes instead of {record['bytes']}")
+            if _checksum_of(path) != record["crc32c"]:
+                raise Damaged("state.pt is damaged: its checksum does not fit")
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise Damaged(f"not readable ({error})") from None
+        for name, now in self._belongs_to.items():
+            then = record["belongs_to"].get(name)
+            if then != now:
+                raise TsaeError(
+                    f"{folder}: saved with another {name} ({then}, now {now}), so it cannot be continued exactly; "
+                    f"go back to that, or remove {self.path} to begin again"
+                )
+        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        return state
+
+    def _counted(self) -> list[Path]:
+        """Folders of the states up to `latest`, newest first."""
+        latest = self.path / "latest"
+        if not latest.exists():
+            return []
+        pointed = self.path / latest.read_text().strip()
+        return [folder for folder in self._folders() if _step(folder) <= _step(pointed)]
+
+    def _folders(self) -> list[Path]:
+        """Folders of all states, newest first."""
+        found = [path for path in self.path.glob(f"{PREFIX}*") if path.name.removeprefix(PREFIX).isdigit()]
+        return sorted(found, key=_step, reverse=True)
+
+
+class _Checksum:
+    """A stream that adds up length and CRC-32C of what passes through it."""
+
+    def __init__(self) -> None:
+        self.bytes = self.value = 0
+
+    def over(self, stream: BinaryIO) -> Any:
+        self._stream = stream
+        return self
+
+    def write(self, data: Any) -> int:
+        # In pieces, since the checksum keeps every other thread of this process waiting.
+        for first in range(0, len(data), PIECE_BYTES):
+            piece = data[first : first + PIECE_BYTES]
+            self.value = google_crc32c.extend(self.value, np.frombuffer(piece, np.uint8))
+            self._stream.write(piece)
+        self.bytes += len(data)
+        return len(data)
+
+    def flush(self) -> None:
+        self._stream.flush()
+
+
+def _checksum_of(path: Path) -> int:
+    checksum = 0
+    with path.open("rb") as stream:
+        while data := stream.read(PIECE_BYTES):
+            checksum = google_crc32c.extend(checksum, data)
+    return int(checksum)
+
+
+def _step(folder: Path) -> int:
+    return int(folder.name.removeprefix(PREFIX))
+
+
+def _host_copy(value: Any, spare: Any) -> Any:
+    """`value` with its tensors copied to host memory: that of `spare`, an earlier copy, where it fits."""
+    if isinstance(value, Tensor):
+        value = value.detach()
+        fits = isinstance(spare, Tensor) and (spare.shape, spare.dtype) == (value.shape, value.dtype)
+        if not fits or spare.stride() != value.stride():
+            spare = torch.empty_like(value, device="cpu", pin_memory=value.is_cuda)
+        return spare.copy_(value, non_blocking=True)
+    if isinstance(value, dict):
+        named = spare if isinstance(spare, dict) else {}
+        return {key: _host_copy(entry, named.get(key)) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        spares = spare if isinstance(spare, (list, tuple)) and len(spare) == len(value) else [None] * len(value)
+        return type(value)(_host_copy(entry, before) for entry, before in zip(value, spares, strict=True))
+    return value
