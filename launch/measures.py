@@ -17,6 +17,11 @@ LABELS = {
     "frac_recovered": ("CE recovered", ""),
     "frac_alive": ("Alive", ""),
     "l0": ("L0", ""),
+    "truth_slow": ("Recovery", "slow"),
+    "truth_slow_high": ("Recovery", "slow in high"),
+    "truth_fast_low": ("Recovery", "fast in low"),
+    "truth_disentanglement": ("Disentanglement", ""),
+    "truth_post_hoc_disentanglement": ("Disentanglement", "post-hoc"),
 }
 """Measures of the summary, in its order, as (family, member); the rest keep the names of the file."""
 
@@ -79,6 +84,28 @@ CHARTS = (
             ("frac_alive_low", "low-level"),
         ),
         "Share of the latents that fire at least once on the held-out contexts.",
+    ),
+    Chart(
+        "recovery",
+        "Recovery of the truth",
+        "correlation with matches",
+        (
+            ("truth_slow", "slow features anywhere"),
+            ("truth_slow_high", "slow features in the high-level split"),
+            ("truth_fast_low", "fast features in the low-level split"),
+        ),
+        "Mean correlation of the synthetic world's true features with the latents matched to them.",
+    ),
+    Chart(
+        "disentanglement",
+        "Disentanglement",
+        "disentanglement",
+        (
+            ("truth_disentanglement", "as trained"),
+            ("truth_post_hoc_disentanglement", "re-split by autocorrelation"),
+        ),
+        "How much better slow features are recovered in the high-level split than in the low-level one, and fast ones the "
+        "other way round: 1 is perfect, 0 a random split. Re-split: the same latents, divided by how slowly they vary.",
     ),
 )
 

@@ -15,6 +15,8 @@ from points import short_names
 from summary import Group, Summary
 from sweepfile import shown
 
+from tsae.config import RunConfig
+
 STYLE = """
 :root { color-scheme: light; --ink: #1c1c1c; --soft: #5f6368; --line: #dcdcdc; --accent: #0072b2; }
 * { box-sizing: border-box; }
@@ -86,11 +88,19 @@ def _lead(summary: Summary) -> str:
     done = len(summary.rows) - len(summary.missing)
     parts = [
         f"{done} of {len(summary.rows)} points over {', '.join(axes.values())}",
-        f"{config.model.name}, {config.model.hook_point or f'layer {config.model.layer}'}",
-        f"text: {config.data.source}",
+        *_source(config),
         time.strftime("%-d %B %Y, %H:%M"),
     ]
     return html.escape(" · ".join(parts))
+
+
+def _source(config: RunConfig) -> list[str]:
+    if config.is_synthetic:
+        return [f"synthetic world ({config.synthetic.preset})"]
+    return [
+        f"{config.model.name}, {config.model.hook_point or f'layer {config.model.layer}'}",
+        f"text: {config.data.source}",
+    ]
 
 
 def _missing(summary: Summary) -> str:

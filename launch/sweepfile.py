@@ -170,6 +170,9 @@ def _refuse_swept(config: SweepConfig, extra: Mapping[str, Any], path: Path) -> 
 
 def _override_suffix(extra: Mapping[str, Any]) -> str:
     """Names the overrides that change results, so that they get folders of their own."""
-    counted = dict(flatten(configuration.evaluation_settings(configuration.RunConfig())))
+    runs = (
+        configuration.RunConfig(data=configuration.DataConfig(source=source)) for source in ("embedded", "synthetic")
+    )
+    counted = {key for run in runs for key, _ in flatten(configuration.evaluation_settings(run))}
     parts = [f"{key}={shown(value)}" for key, value in flatten(extra) if key in counted or key == "objective"]
     return "".join(f",{part}" for part in parts)

@@ -55,6 +55,9 @@ def _parser() -> argparse.ArgumentParser:
 
     settings = _command(commands, "settings", _settings, "print every setting, or a run's resolved configuration")
     settings.add_argument("config", nargs="?", type=Path, metavar="CONFIG", help="YAML file of a run")
+    synthetic = _command(commands, "synthetic", _synthetic, "measure a run on a synthetic world against the truth")
+    synthetic.add_argument("path", type=Path, metavar="RUN", help="folder of a run with data.source: synthetic")
+
     settings.add_argument("overrides", nargs="*", metavar="section.key=value")
 
     store = commands.add_parser("store", help="inspect an activation store").add_subparsers(
@@ -140,6 +143,14 @@ def _calibrate(options: argparse.Namespace) -> None:
 
 def _run_of(options: argparse.Namespace) -> tuple[Path, str]:
     return options.checkpoints_path or home() / "checkpoints", options.run_name or options.config.stem
+def _synthetic(options: argparse.Namespace) -> None:
+    from tsae.evaluation.calibration import run_at
+    from tsae.evaluation.ground_truth import measure_run, summary
+
+    run = run_at(options.path)
+    print(summary(measure_run(run.load_config(), run)))
+
+
 
 
 def _settings(options: argparse.Namespace) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from tsae import schema, validation
+from tsae.data.synthetic_settings import SYNTHETIC_PRESETS, SyntheticConfig
 from tsae.errors import TsaeError, suggestion
 
 
@@ -43,7 +44,7 @@ class DataConfig:
     """The text, and how it is cut into contexts."""
 
     source: str = "embedded"
-    """Hub dataset id, a local file or folder (jsonl, json, parquet, txt, md; the text formats also as .gz, .zst), or `embedded` (English documentation found on this machine)."""
+    """Hub dataset id, a local file or folder (jsonl, json, parquet, txt, md; the text formats also as .gz, .zst), `embedded` (English documentation found on this machine), or `synthetic` (no text and no language model: the world of the section `synthetic`)."""
     subset: str | None = None
     """Configuration name of a hub dataset."""
     revision: str | None = None
@@ -71,7 +72,7 @@ class DataConfig:
     holdout: float = 0.1
     """Share of the documents that is kept for evaluation and never trained on."""
     seed: int = 0
-    """Seed of the order of contexts and of the held-out choice."""
+    """Seed of the order of contexts and of the held-out choice; of everything in a synthetic world."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -243,11 +244,18 @@ class EvaluationConfig:
     batch_size: int = 16
     """Contexts encoded at a time."""
     loss_recovered: bool = True
-    """Splice reconstructions into the language model and measure its cross-entropy."""
+    """Splice reconstructions into the language model and measure its cross-entropy; without effect on a synthetic world, which has none."""
     loss_sequences: int = 64
     """Contexts used for that."""
     ablation: Literal["zero", "mean"] = "zero"
     """What stands for 'no information' in the loss-recovered ratio."""
+
+
+PRESETS = {"objective": OBJECTIVE_PRESETS, "synthetic": SYNTHETIC_PRESETS}
+"""Sections with presets, the default one first."""
+
+SYNTHETIC = "synthetic"
+"""The value of `data.source` that stands for a synthetic world."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -258,6 +266,8 @@ class RunConfig:
     """The language model."""
     data: DataConfig = field(default_factory=DataConfig)
     """The text."""
+    synthetic: SyntheticConfig = field(default_factory=SyntheticConfig)
+    """The world that takes the place of model and text when `data.source` is `synthetic`."""
     store: StoreConfig = field(default_factory=StoreConfig)
     """The activation store."""
     sae: SaeConfig = field(default_factory=SaeConfig)
@@ -268,6 +278,11 @@ class RunConfig:
     """Optimisation."""
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     """Measures."""
+
+    @property
+    def is_synthetic(self) -> bool:
+        """Whether the activations are those of a synthetic world: no language model is read."""
+        return self.data.source == SYNTHETIC
 
 
 def load(path: str | Path, overrides: list[str] | None = None) -> RunConfig:
@@ -284,26 +299,28 @@ def load(path: str | Path, overrides: list[str] | None = None) -> RunConfig:
 def from_mapping(tree: Mapping[str, Any], where: str, *, partial: bool = False) -> RunConfig:
     """A validated RunConfig; `where` names the source in errors, `partial` checks keys and types only."""
     tree = dict(tree)
-    if "objective" in tree:
-        tree["objective"] = _with_preset(tree["objective"], where)
+    for name, presets in PRESETS.items():
+        if name in tree:
+            tree[name] = _with_preset(name, presets, tree[name], where)
     config = schema.build(RunConfig, tree, where)
     if not partial:
         validation.validate(config, where)
     return config
 
 
-def _with_preset(section: Any, where: str) -> Any:
+def _with_preset(name: str, presets: Mapping[str, dict[str, Any]], section: Any, where: str) -> Any:
+    """Section `name` with what its preset, the first one by default, says of keys that are not given."""
     if isinstance(section, str):
         section = {"preset": section}
     if not isinstance(section, Mapping):
         return section
-    preset = section.get("preset", "reference")
-    if preset not in OBJECTIVE_PRESETS:
+    preset = section.get("preset", next(iter(presets)))
+    if preset not in presets:
         raise TsaeError(
-            f"{where}: objective.preset: {preset!r} is not allowed; {suggestion(preset, OBJECTIVE_PRESETS)}"
-            f"allowed: {', '.join(OBJECTIVE_PRESETS)}"
+            f"{where}: {name}.preset: {preset!r} is not allowed; {suggestion(preset, presets)}"
+            f"allowed: {', '.join(presets)}"
         )
-    return {**OBJECTIVE_PRESETS[preset], **section}
+    return {**presets[preset], **section}
 
 
 def group_weights(config: RunConfig) -> tuple[float, ...]:
@@ -319,6 +336,9 @@ def store_settings(config: RunConfig) -> dict[str, Any]:
     plain = schema.to_plain(config)
     for section, name in (("model", "device"), ("model", "batch_size"), ("store", "path"), ("data", "skip_positions")):
         del plain[section][name]
+    if config.is_synthetic:
+        world = {name: plain["data"][name] for name in ("source", "context_length", "holdout", "seed")}
+        return {"data": world, "synthetic": plain["synthetic"], "store": plain["store"]}
     return {section: plain[section] for section in ("model", "data", "store")}
 
 
@@ -338,7 +358,7 @@ def training_settings(config: RunConfig) -> dict[str, Any]:
     """The part that decides a trained dictionary: everything but evaluation and where things run."""
     plain = {**schema.to_plain(config), **store_settings(config)}
     plain["data"]["skip_positions"] = config.data.skip_positions
-    del plain["evaluation"]
+    del plain["evaluation"], plain["model" if config.is_synthetic else "synthetic"]
     for name in ("device", "processes", "trackers", "resume_every", "resume_minutes", "resume_keep", "pack"):
         del plain["training"][name]
     return plain

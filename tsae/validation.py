@@ -30,6 +30,8 @@ def validate(config: RunConfig, where: str) -> None:
     _check_objective(config, check)
     _check_training(config, check, where)
     _check_data(config, check)
+    if config.is_synthetic:
+        _check_synthetic(config, check)
 
 
 class _Check:
@@ -109,6 +111,33 @@ def _check_data(config: RunConfig, check: _Check) -> None:
         f"at least two positions of the context of {length} must remain",
     )
     check.at("data.min_length", lambda least: least <= length, f"it may be at most data.context_length ({length})")
+
+
+def _check_synthetic(config: RunConfig, check: _Check) -> None:
+    world = config.synthetic
+    scales = len(world.switch)
+    for name in ["activation_dim", "n_slow", "k_slow", "n_fast", "k_fast", "scale"]:
+        check.at(f"synthetic.{name}", lambda value: value > 0, "it must be greater than 0")
+    for name in ["popularity", "jitter", "drift", "n_distractors", "noise"]:
+        check.at(f"synthetic.{name}", lambda value: value >= 0, "it must be at least 0")
+    for name in ["silence", "relatedness", "distractor_rate"]:
+        check.at(f"synthetic.{name}", lambda value: 0 <= value <= 1, "a probability is allowed")
+    check.at("synthetic.sequences", lambda n: n > 1, "one to train on and one to hold out are needed")
+    check.at(
+        "synthetic.switch",
+        lambda rates: scales > 0 and all(0 < rate <= 1 for rate in rates),
+        "probabilities above 0, one for each time scale, are allowed",
+    )
+    for name in ("n_slow", "k_slow"):
+        check.at(f"synthetic.{name}", lambda n: n % scales == 0, f"it is shared out evenly among {scales} time scales")
+    check.at("synthetic.k_slow", lambda k: k <= world.n_slow, f"there are only {world.n_slow} slow features")
+    check.at("synthetic.k_fast", lambda k: k <= world.n_fast, f"there are only {world.n_fast} fast features")
+    for name in ("slow_amplitude", "fast_amplitude"):
+        check.at(
+            f"synthetic.{name}",
+            lambda ends: len(ends) == 2 and 0 < ends[0] <= ends[1],
+            "two positive numbers, the smaller one first, are expected",
+        )
 
 
 def parse_pair_rule(rule: str, where: str = "pair_rule") -> tuple[str, int | None]:

@@ -13,7 +13,7 @@ from tsae import files, preemption, schema
 from tsae.checkpoint import RunFolder, load_dictionary
 from tsae.config import RunConfig
 from tsae.errors import TsaeError
-from tsae.evaluation import figure
+from tsae.evaluation import figure, ground_truth
 from tsae.evaluation.held_out import held_out_batches
 from tsae.evaluation.loss_recovered import SequenceLosses, loss_results, sequence_losses
 from tsae.evaluation.results import plain, summarise
@@ -40,7 +40,10 @@ def evaluate(config: RunConfig, run: RunFolder) -> dict[str, Any]:
         )
     scores = _score(config, run, dictionary, store)
     results = summarise(scores)
-    if config.evaluation.loss_recovered:
+    if config.is_synthetic:
+        # No language model stands behind a synthetic world; the truth takes the place of its loss.
+        results |= ground_truth.headline(ground_truth.measure(config, run, dictionary, store))
+    elif config.evaluation.loss_recovered:
         for name, interval in _loss_recovered(config, run, dictionary, store).items():
             results[name], results["half_width_95"][name] = (plain(number) for number in interval)
         results["loss_ablation"] = config.evaluation.ablation

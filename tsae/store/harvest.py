@@ -1,4 +1,4 @@
-"""Harvest: text through the language model into a store.
+"""Harvest: a source's activations (text through a language model, or a synthetic world) into a store.
 
 The shards are dealt out to the tasks in turn, each is written by one task, and a shard that is there is not read again:
 the same command continues after a kill at any moment, and the last task to end declares the store complete.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,7 +23,7 @@ from tsae.store.layout import StoreLayout, content_hash, store_path
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from tsae.lm.model import LanguageModel
+    from tsae.store.sources import Source
 
 WAIT_SECONDS = 1.0
 
@@ -40,15 +41,15 @@ def harvest(config: RunConfig, task: int = 0, tasks: int = 1) -> Path:
         layout.require(config)
         if layout.is_whole():
             return layout.path
-    from tsae.lm.model import load_language_model
+    from tsae.store.sources import open_source
     from tsae.store.writer import finalise, write_shard
 
-    lm = load_language_model(config.model)
-    _prepare_once(layout, config, lm)
+    source = open_source(config)
+    _prepare_once(layout, config, source)
     if layout.attributes["complete"]:
         # A shard was lost since; until it is back nobody may take the store for whole.
         layout.set_attributes(complete=False)
-    reading = _Reading(layout, lm, config.model.batch_size)
+    reading = _Reading(layout, source)
     for shard in range(task, layout.geometry.shards, tasks):
         if not layout.is_written(shard):
             write_shard(layout, shard, reading.activations(shard))
@@ -58,44 +59,38 @@ def harvest(config: RunConfig, task: int = 0, tasks: int = 1) -> Path:
     return layout.path
 
 
-def _prepare_once(layout: StoreLayout, config: RunConfig, lm: LanguageModel) -> None:
+def _prepare_once(layout: StoreLayout, config: RunConfig, source: Source) -> None:
     """Make the store's frame if it is not there; tasks that come meanwhile wait rather than tokenise the same text."""
     lock = layout.path.with_name(f"{layout.path.name}.preparing.lock")
     while not layout.exists():
         try:
             with locks.hold(lock, str(layout.path)):
                 if not layout.exists():
-                    _prepare(layout, config, lm)
+                    _prepare(layout, config, source)
         except locks.LockHeld:
             time.sleep(WAIT_SECONDS)
     layout.require(config)
-    _same_model(layout, lm)
+    _same_source(layout, source)
 
 
-def _prepare(layout: StoreLayout, config: RunConfig, lm: LanguageModel) -> None:
-    from tsae.data.contexts import make_contexts
-    from tsae.data.documents import read_documents
+def _prepare(layout: StoreLayout, config: RunConfig, source: Source) -> None:
     from tsae.store.writer import prepare
 
-    contexts = make_contexts(read_documents(config.data), lm.tokenizer, config.data)
     attributes = {
         "config_hash": content_hash(config),
         "settings": configuration.store_settings(config),
-        "model": lm.identity,
-        "packages": _versions(),
+        "model": source.identity,
+        "packages": {name: version(name) for name in ("tsae", "zarr", *source.packages)},
     }
-    prepare(layout.path, contexts, lm.activation_dim, store=config.store, attributes=attributes)
+    extras = source.extras()
+    prepare(
+        layout.path, source.contexts(), source.activation_dim, store=config.store, attributes=attributes, extras=extras
+    )
 
 
-def _versions() -> dict[str, str]:
-    from importlib.metadata import version
-
-    return {name: version(name) for name in ("tsae", "torch", "transformers", "tokenizers", "nnsight", "zarr")}
-
-
-def _same_model(layout: StoreLayout, lm: LanguageModel) -> None:
+def _same_source(layout: StoreLayout, source: Source) -> None:
     """Refuse to continue a store that another model began, such as a folder whose content was replaced."""
-    began, now = layout.attributes["model"], json.loads(json.dumps(lm.identity))
+    began, now = layout.attributes["model"], json.loads(json.dumps(source.identity))
     different = [key for key in sorted({*began, *now}) if began.get(key) != now.get(key)]
     if different:
         key = different[0]
@@ -106,11 +101,10 @@ def _same_model(layout: StoreLayout, lm: LanguageModel) -> None:
 
 
 class _Reading:
-    """The language model's activations of the store's sequences, with progress over the whole store."""
+    """The activations of the store's sequences, with progress over the whole store."""
 
-    def __init__(self, layout: StoreLayout, lm: LanguageModel, batch_size: int) -> None:
-        self._layout, self._lm, self._batch_size = layout, lm, batch_size
-        self._tokens, self._checked = layout.array("tokens"), False
+    def __init__(self, layout: StoreLayout, source: Source) -> None:
+        self._layout, self._source = layout, source
         self._progress = Progress(
             "harvest", int(layout.lengths.sum()), "tokens", layout.progress, start=self._finished_tokens()
         )
@@ -120,18 +114,11 @@ class _Reading:
 
         Batches begin with the shard, so that a shard does not depend on which were written before it.
         """
-        import torch
-
         finished, rows = self._finished_tokens(), self._layout.geometry.sequences_of(shard)
-        for first in range(rows.start, rows.stop, self._batch_size):
-            batch = slice(first, min(first + self._batch_size, rows.stop))
-            tokens = torch.from_numpy(self._tokens[batch]).long()
-            lengths = torch.from_numpy(self._layout.lengths[batch]).long()
-            if not self._checked:
-                self._lm.verify_hook(tokens, lengths)
-                self._checked = True
-            yield self._lm.read(tokens, lengths)
-            finished += int(lengths.sum())
+        for first in range(rows.start, rows.stop, self._source.batch_size):
+            batch = range(first, min(first + self._source.batch_size, rows.stop))
+            yield self._source.read(self._layout, batch)
+            finished += int(self._layout.lengths[batch.start : batch.stop].sum())
             self._progress.update(finished, shard=f"{shard + 1}/{self._layout.geometry.shards}")
 
     def _finished_tokens(self) -> int:

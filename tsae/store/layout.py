@@ -9,6 +9,7 @@
         tokens/ document/           [N, L]; document is -1 at padding, BOS and other special tokens
         lengths/                    [N] real tokens of each sequence
         label/                      [documents] index into the attribute `label_names`, -1: none
+        truth_*/                    of a synthetic world: the true features' directions, kinds, held-out activations
         progress.json               only while a harvest runs
 
 Shard `k` holds sequences `k·S` to `(k+1)·S`; the last `heldout` sequences belong to evaluation. `complete` turns true
@@ -43,19 +44,26 @@ SIBLINGS = {
 }
 """Arrays beside the activations, with the names of their dimensions."""
 
+EXTRAS = {
+    "truth_directions": ("feature", "dimension"),
+    "truth_group": ("feature",),
+    "truth_features": ("heldout_sequence", "position", "feature"),
+}
+"""Arrays that only some stores have."""
+
 
 def content_hash(config: RunConfig) -> str:
     """Hash of all that decides the content of the store of `config`; reads no text and no weights."""
+    settings = {"version": VERSION, "settings": configuration.store_settings(config)}
+    if config.is_synthetic:
+        from tsae.data import synthetic
+
+        return schema.stable_hash({**settings, "world": synthetic.VERSION})
     from tsae.data.documents import fingerprint
     from tsae.lm.source import weights_fingerprint
 
     return schema.stable_hash(
-        {
-            "version": VERSION,
-            "settings": configuration.store_settings(config),
-            "text": fingerprint(config.data),
-            "weights": weights_fingerprint(config.model),
-        }
+        {**settings, "text": fingerprint(config.data), "weights": weights_fingerprint(config.model)}
     )
 
 
@@ -65,7 +73,8 @@ def store_path(config: RunConfig) -> Path:
         return Path(config.store.path).expanduser().absolute()
     model = Path(config.model.name.rstrip("/")).name
     hook = config.model.hook_point or f"layer{config.model.layer}"
-    name = re.sub(r"[^A-Za-z0-9._-]+", "-", f"{model}-{hook}")
+    made_of = f"synthetic-{config.synthetic.preset}" if config.is_synthetic else f"{model}-{hook}"
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", made_of)
     return home() / "stores" / f"{name[:80]}-{content_hash(config)}"
 
 
@@ -152,6 +161,11 @@ class StoreLayout:
         if digest(array) != self.attributes["digests"][name]:
             raise TsaeError(f"{self.path / name}: has changed since the harvest; remove the store and harvest again")
         return array
+
+    @cached_property
+    def tokens(self) -> np.ndarray:
+        """[N, L] int32."""
+        return self.array("tokens")
 
     @cached_property
     def lengths(self) -> np.ndarray:

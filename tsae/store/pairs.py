@@ -18,9 +18,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tsae.validation import parse_pair_rule
 from tsae.errors import TsaeError
 from tsae.store.reader import Store, uninitialised
+from tsae.validation import parse_pair_rule
 
 BLOCK_BYTES = 2_000_000
 FEWEST_BLOCKS = 64

@@ -7,7 +7,7 @@ import os
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -18,6 +18,9 @@ from tsae.errors import TsaeError
 from tsae.store.geometry import CRC_BYTES, crc32c
 from tsae.store.layout import StoreLayout
 from tsae.store.writer import TORCH_DTYPE
+
+if TYPE_CHECKING:
+    from tsae.data.synthetic import Truth
 
 SCRATCH_BYTES = 8_000_000
 
@@ -76,6 +79,17 @@ class Store:
     def label(self) -> np.ndarray:
         """[documents] int32: index into `label_names`, -1 for none."""
         return self.layout.array("label")
+
+    def truth(self) -> Truth:
+        """What is known of a synthetic world's held-out sequences. Raises TsaeError for any other store."""
+        from tsae.data.synthetic import Truth
+
+        if "truth_group" not in self.attributes["digests"]:
+            raise TsaeError(f"{self.path}: holds no true features; only a synthetic world's store does")
+        directions, group, features = (
+            self.layout.array(f"truth_{name}") for name in ("directions", "group", "features")
+        )
+        return Truth(directions, group, tuple(self.attributes["model"]["feature_kinds"]), features)
 
     def valid(self, skip_positions: int) -> np.ndarray:
         """[N, L] bool: positions that belong to a document and are not among the first `skip_positions`."""

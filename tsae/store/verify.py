@@ -10,7 +10,7 @@ import numpy as np
 from tsae.errors import TsaeError
 from tsae.progress import Progress
 from tsae.store.geometry import crc32c
-from tsae.store.layout import SIBLINGS, StoreLayout
+from tsae.store.layout import StoreLayout
 from tsae.store.reader import frame_problem
 from tsae.store.summary import decode
 
@@ -23,7 +23,7 @@ def verify(path: str | Path, deep: bool = False) -> list[str]:
     """
     layout = StoreLayout(path)
     problems = [] if layout.attributes["complete"] else [f"{layout.path}: the harvest is not finished"]
-    for name in SIBLINGS:
+    for name in layout.attributes["digests"]:
         try:
             layout.array(name)
         except TsaeError as error:

@@ -50,11 +50,13 @@ def prepare(
     *,
     store: StoreConfig,
     attributes: Mapping[str, Any] | None = None,
+    extras: Mapping[str, np.ndarray] | None = None,
 ) -> StoreLayout:
     """Create a store without activations at `path`: its final shape, tokens, lengths, documents, labels.
 
     The folder appears whole or not at all; if another process was first, its store is kept. `attributes` are added
-    to the group's. Raises TsaeError if `path` holds something else.
+    to the group's, `extras` (named as in `layout.EXTRAS`) to the arrays. Raises TsaeError if `path` holds something
+    else.
     """
     layout = StoreLayout(path)
     if layout.exists():
@@ -63,7 +65,7 @@ def prepare(
     discard_leftovers(layout.path.parent, f".{layout.path.name}.")
     draft = layout.path.with_name(_temporary_name(layout.path.name))
     try:
-        _write_draft(draft, contexts, activation_dim, store, dict(attributes or {}))
+        _write_draft(draft, contexts, activation_dim, store, dict(attributes or {}), dict(extras or {}))
         os.rename(draft, layout.path)
         files.sync_folder(layout.path.parent)
     except OSError:
@@ -75,14 +77,20 @@ def prepare(
 
 
 def _write_draft(
-    path: Path, contexts: Contexts, activation_dim: int, store: StoreConfig, attributes: dict[str, Any]
+    path: Path,
+    contexts: Contexts,
+    activation_dim: int,
+    store: StoreConfig,
+    attributes: dict[str, Any],
+    extras: dict[str, np.ndarray],
 ) -> None:
     import zarr
     from zarr.codecs import BytesCodec, Crc32cCodec, ZstdCodec
 
     sequences, length = contexts.tokens.shape
     geometry = cutting.choose(sequences, length, activation_dim, store.dtype, store.shard_mb)
-    arrays = {name: np.ascontiguousarray(getattr(contexts, name)) for name in layouts.SIBLINGS}
+    arrays = {name: getattr(contexts, name) for name in layouts.SIBLINGS} | extras
+    arrays = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
     group = zarr.create_group(path)
     for name, array in arrays.items():
         group.create_array(
@@ -90,7 +98,7 @@ def _write_draft(
             data=array,
             chunks=(max(1, min(len(array), 2**20 // array[:1].size if array.size else 1)), *array.shape[1:]),
             compressors=[ZstdCodec(level=3), Crc32cCodec()],
-            dimension_names=layouts.SIBLINGS[name],
+            dimension_names={**layouts.SIBLINGS, **layouts.EXTRAS}[name],
         )
     group.create_array(
         "activations",
