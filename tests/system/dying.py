@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import importlib
 import io
 import itertools
 import os
@@ -12,7 +14,7 @@ from typing import Any, BinaryIO
 
 import torch
 
-from tsae import stages
+from tsae import preemption, stages
 from tsae.checkpoint import RunFolder
 from tsae.config import RunConfig
 from tsae.training.run import train
@@ -41,13 +43,19 @@ def train_and_die(config: RunConfig, run: RunFolder, moment: str, count: int) ->
     os._exit(0)
 
 
-def signalled(stage: str, arguments: tuple[Any, ...], at: tuple[Any, str, int], number: int) -> None:
-    """Run a stage that gets signal `number` at the given call: (owner, function, count); and more while it saves."""
-    send = lambda *_: os.kill(os.getpid(), number)  # noqa: E731
-    owner, name, count = at
-    _at(owner, name, count, before=send)
+def signalled(stage: str, arguments: tuple[Any, ...], at: str, count: int, number: int) -> None:
+    """Run a stage that gets signal `number` in the `count`-th call of `at` (module:name), and while it saves states."""
+
+    def send(*_: Any) -> None:
+        if count:
+            os.kill(os.getpid(), number)
+
+    module, _, path = at.partition(":")
+    *owners, name = path.split(".")
+    _at(functools.reduce(getattr, owners, importlib.import_module(module)), name, count, before=send)
+    # Called by the thread that writes; the main thread, which waits for it, handles the signals.
     for n in range(1, 4):
-        _at(torch, "save", n, before=send)
+        _at(torch, "save", n, before=lambda *_: preemption.requested() and send())
     getattr(stages, stage)(*arguments)
 
 

@@ -13,6 +13,7 @@ from tsae.config import DataConfig
 from tsae.data import embedded, hub, local
 from tsae.data.records import Document
 from tsae.errors import TsaeError
+from tsae.preemption import polled
 
 __all__ = ["Document", "fingerprint", "may_stop_early", "read_documents"]
 
@@ -28,7 +29,7 @@ def read_documents(data: DataConfig) -> Iterator[Document]:
     else:
         documents = hub.read_hub(data)
     empty = True
-    for document in islice(documents, data.max_documents):
+    for document in islice(polled(documents), data.max_documents):
         empty = False
         yield document
     if empty:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tsae import config as configuration
-from tsae import locks
+from tsae import locks, preemption
 from tsae.config import RunConfig
 from tsae.errors import TsaeError
 from tsae.progress import Progress
@@ -69,6 +69,7 @@ def _prepare_once(layout: StoreLayout, config: RunConfig, source: Source) -> Non
                     _prepare(layout, config, source)
         except locks.LockHeld:
             time.sleep(WAIT_SECONDS)
+            preemption.check()
     layout.require(config)
     _same_source(layout, source)
 
@@ -115,7 +116,7 @@ class _Reading:
         Batches begin with the shard, so that a shard does not depend on which were written before it.
         """
         finished, rows = self._finished_tokens(), self._layout.geometry.sequences_of(shard)
-        for first in range(rows.start, rows.stop, self._source.batch_size):
+        for first in preemption.polled(range(rows.start, rows.stop, self._source.batch_size)):
             batch = range(first, min(first + self._source.batch_size, rows.stop))
             yield self._source.read(self._layout, batch)
             finished += int(self._layout.lengths[batch.start : batch.stop].sum())
