@@ -218,7 +218,7 @@ class TrainingConfig:
     save_steps: tuple[int, ...] = ()
     """Steps before which an intermediate checkpoint is written."""
     resume_every: int = 200
-    """Steps between resumable states; 0: none but the one that a preempted run leaves."""
+    """Steps between resumable states, of which one is left out while the one before it is still being written; 0: none but the one that a preempted run leaves."""
     resume_minutes: float | None = None
     """Minutes after which a resumable state is written, however few steps were done."""
     resume_keep: int = 2

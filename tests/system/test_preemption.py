@@ -8,6 +8,7 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -177,6 +178,19 @@ def test_a_state_of_another_version_is_refused(saved: Path) -> None:
         states_of(saved, **{"version of tsae": "2"}).load()
     assert "\n" not in str(said.value)
     assert (saved / "step_20" / "state.pt").exists()
+
+
+def test_states_are_written_in_the_background_one_at_a_time(tmp_path: Path) -> None:
+    states, disk = states_of(tmp_path / "resume"), threading.Event()
+    states.save(5, {"step": 5}, first=disk.wait)
+    assert states.busy
+    assert not (tmp_path / "resume").exists()
+    disk.set()
+    states.save(6, {"step": 6}, first=lambda: None)
+    assert (tmp_path / "resume" / "step_5" / "state.json").exists()
+    states.wait()
+    assert not states.busy
+    assert (tmp_path / "resume" / "latest").read_text() == "step_6"
 
 
 def test_a_state_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:

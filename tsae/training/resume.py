@@ -80,6 +80,11 @@ class ResumeStates:
         self._writing = self._writer.submit(self._write, step, self._copy, first)
         self.newest = step
 
+    @property
+    def busy(self) -> bool:
+        """Whether a state is being written: `save` would have to wait."""
+        return self._writing is not None and not self._writing.done()
+
     def wait(self) -> None:
         """Return when nothing is being written. Raises TsaeError if the last state could not be."""
         writing, self._writing = self._writing, None
@@ -92,7 +97,7 @@ class ResumeStates:
 
     def raise_failure(self) -> None:
         """Raise TsaeError if the last state is known to have failed; does not wait."""
-        if self._writing is not None and self._writing.done():
+        if not self.busy:
             self.wait()
 
     def remove(self) -> None:

@@ -157,6 +157,8 @@ class _Training:
         self._states.wait()
 
     def _is_due(self) -> bool:
+        if self._states.busy:
+            return False  # the disk is slower than states are asked for; training does not wait for it
         every, minutes = self.config.training.resume_every, self.config.training.resume_minutes
         if every and self.step % every == 0:
             return True
