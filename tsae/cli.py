@@ -11,7 +11,7 @@ from pathlib import Path
 from tsae import config as configuration
 from tsae import preemption
 from tsae.benchmark.command import add_arguments as add_bench_arguments
-from tsae.environment import home, load_dotenv
+from tsae.environment import home, load_dotenv, process_count, process_rank
 from tsae.errors import TsaeError
 from tsae.interop.commands import add_commands
 
@@ -47,17 +47,19 @@ def _parser() -> argparse.ArgumentParser:
     evaluate = _command(commands, "evaluate", _evaluate, "measure a trained dictionary on held-out activations")
     _add_run_arguments(evaluate)
 
-    calibrate = _command(commands, "calibrate", _calibrate, "set a run's threshold to a wanted number of active latents")
+    calibrate = _command(
+        commands, "calibrate", _calibrate, "set a run's threshold to a wanted number of active latents"
+    )
     calibrate.add_argument("path", type=Path, metavar="RUN", help="folder of a run")
     how = calibrate.add_mutually_exclusive_group()
     how.add_argument("--target-l0", type=float, help="active latents per held-out token (default: sae.k)")
     how.add_argument("--keep", action="store_true", help="take the threshold that training tracked, and measure it")
 
-    settings = _command(commands, "settings", _settings, "print every setting, or a run's resolved configuration")
-    settings.add_argument("config", nargs="?", type=Path, metavar="CONFIG", help="YAML file of a run")
     synthetic = _command(commands, "synthetic", _synthetic, "measure a run on a synthetic world against the truth")
     synthetic.add_argument("path", type=Path, metavar="RUN", help="folder of a run with data.source: synthetic")
 
+    settings = _command(commands, "settings", _settings, "print every setting, or a run's resolved configuration")
+    settings.add_argument("config", nargs="?", type=Path, metavar="CONFIG", help="YAML file of a run")
     settings.add_argument("overrides", nargs="*", metavar="section.key=value")
 
     store = commands.add_parser("store", help="inspect an activation store").add_subparsers(
@@ -124,8 +126,11 @@ def _train(options: argparse.Namespace) -> None:
     from tsae.stages import harvest_stage, train_stage
 
     config = configuration.load(options.config, options.overrides)
-    harvest_stage(config)
-    print(train_stage(config, *_run_of(options)))
+    # Processes that train together share the harvest as well.
+    harvest_stage(config, process_rank(), process_count())
+    path = train_stage(config, *_run_of(options))
+    if process_rank() == 0:
+        print(path)
 
 
 def _evaluate(options: argparse.Namespace) -> None:
@@ -141,8 +146,6 @@ def _calibrate(options: argparse.Namespace) -> None:
     print(summary(calibrate(run, run.load_config(), options.target_l0, keep=options.keep)))
 
 
-def _run_of(options: argparse.Namespace) -> tuple[Path, str]:
-    return options.checkpoints_path or home() / "checkpoints", options.run_name or options.config.stem
 def _synthetic(options: argparse.Namespace) -> None:
     from tsae.evaluation.calibration import run_at
     from tsae.evaluation.ground_truth import measure_run, summary
@@ -151,6 +154,8 @@ def _synthetic(options: argparse.Namespace) -> None:
     print(summary(measure_run(run.load_config(), run)))
 
 
+def _run_of(options: argparse.Namespace) -> tuple[Path, str]:
+    return options.checkpoints_path or home() / "checkpoints", options.run_name or options.config.stem
 
 
 def _settings(options: argparse.Namespace) -> None:

@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
 
 from tsae import config as configuration
 from tsae import locks, preemption
 from tsae.checkpoint import RunFolder
 from tsae.config import RunConfig
+from tsae.environment import process_rank
 
 log = logging.getLogger("tsae")
 
@@ -36,7 +37,7 @@ def train_stage(config: RunConfig | str, checkpoints_path: Path | str, run_name:
     """Train the dictionary of run `run_name`, from its last resumable state if there is one."""
     config = _resolved(config)
     run = RunFolder.of(checkpoints_path, run_name)
-    with locks.hold(run_lock(run, "train"), f"train {run_name}"):
+    with _held_by_first(run_lock(run, "train"), f"train {run_name}"):
         if run.is_trained(config):
             log.info("%s: already trained", run.path)
             return run.path
@@ -55,7 +56,7 @@ def train_pack_stage(configs: Sequence[str], checkpoints_path: Path | str, run_n
     ]
     with ExitStack() as held:
         for _, run in runs:
-            held.enter_context(locks.hold(run_lock(run, "train"), f"train {run.path.parent.name}"))
+            held.enter_context(_held_by_first(run_lock(run, "train"), f"train {run.path.parent.name}"))
         from tsae.training.run import train_together
 
         train_together(runs)
@@ -74,6 +75,11 @@ def evaluate_stage(config: RunConfig | str, checkpoints_path: Path | str, run_na
 
         evaluate(config, run)
     return run.path
+
+
+def _held_by_first(path: Path, what: str) -> AbstractContextManager[None]:
+    """The lock at `path`; of processes that work together only the first one holds it."""
+    return locks.hold(path, what) if process_rank() == 0 else nullcontext()
 
 
 def _resolved(config: RunConfig | str) -> RunConfig:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tsae import cli
 from tsae.training.distributed import ALONE
 
 WORKER = Path(__file__).with_name("world_size_worker.py")
@@ -127,3 +129,50 @@ def test_local_scopes_depend_on_world_size(results: dict[int, dict[str, Any]]) -
 @pytest.mark.parametrize("world", WORLDS)
 def test_shares_of_different_lengths_are_put_together_in_order(results: dict[int, dict[str, Any]], world: int) -> None:
     assert torch.equal(results[world]["ragged"], torch.cat([torch.arange(3 * rank) for rank in range(world)]))
+
+
+@pytest.fixture
+def config_file(tiny_model: Path, text: Path, tmp_path: Path) -> Path:
+    tree = {
+        "model": {"name": str(tiny_model), "layer": 1, "device": "cpu"},
+        "data": {"source": str(text), "context_length": 32, "min_length": 8, "holdout": 0.2},
+        "store": {"path": str(tmp_path / "store")},
+        "sae": {"dict_size": 96, "k": 4},
+        "training": {
+            "steps": 30,
+            "batch_size": 64,
+            "lr": 0.003,
+            "warmup_steps": 5,
+            "threshold_start_step": 10,
+            "threshold_beta": 0.9,
+            "resume_every": 10,
+            "save_steps": [20],
+            "device": "cpu",
+        },
+    }
+    path = tmp_path / "run.yaml"
+    path.write_text(json.dumps(tree))
+    return path
+
+
+def test_the_command_line_trains_with_torchrun_as_with_one_process(config_file: Path, tmp_path: Path) -> None:
+    def arguments(name: str, processes: int) -> list[str]:
+        where = ["--checkpoints-path", str(tmp_path / "runs"), "--run-name", name]
+        return ["train", str(config_file), f"training.processes={processes}", *where]
+
+    done = torchrun(2, "-m", "tsae.cli", *arguments("together", 2))
+    assert done.returncode == 0, done.stderr[-3000:]
+    together, alone = (tmp_path / "runs" / name / "trainer_0" for name in ("together", "alone"))
+    assert done.stdout.splitlines() == [str(together)]
+    assert cli.main(arguments("alone", 1)) == 0
+    assert cli.main(arguments("refused", 3)) == 2
+    for name in ("ae.pt", "checkpoints/ae_20.pt"):
+        expected, found = (torch.load(folder / name, weights_only=True) for folder in (alone, together))
+        assert all(distance(found[key].float(), expected[key].float()) < 1e-5 for key in expected), name
+    lines = [
+        [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()] for run in (alone, together)
+    ]
+    for expected, found in zip(*lines, strict=True):
+        assert expected.pop("bytes_handed") == 0 < found.pop("bytes_handed")
+        assert found == pytest.approx(expected, rel=1e-5, abs=1e-6)
+    assert {path.name for path in together.iterdir()} == {path.name for path in alone.iterdir()}

@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Sequence
 from importlib.metadata import version
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,6 +22,7 @@ from tsae.reference import reference_config
 from tsae.store.layout import store_path
 from tsae.store.pairs import PairStream
 from tsae.store.reader import Store
+from tsae.training.distributed import Group, started_together
 from tsae.training.metrics import Metrics, measures_of
 from tsae.training.random_state import random_state, set_random_state
 from tsae.training.resume import ResumeStates
@@ -35,6 +37,7 @@ log = logging.getLogger("tsae")
 def train(config: RunConfig, run: RunFolder) -> None:
     """Train the dictionary of `config` into `run`; continues what an earlier call left, does nothing when complete.
 
+    Where several processes were started together, all call this; the first one writes the files.
     Raises Preempted, its state saved, if the process is asked to leave meanwhile (see `tsae.preemption`).
     """
     train_together([(config, run)])
@@ -50,21 +53,25 @@ def train_together(runs: Sequence[tuple[RunConfig, RunFolder]]) -> None:
     if not pending:
         return
     config = pending[0][0]
+    group = started_together(cpu=config.training.device == "cpu")
     for other, run in pending:
         if reading_settings(other) != reading_settings(config):
             raise TsaeError(f"{run.path}: reads other batches than {pending[0][1].path}; they cannot be packed")
     store = Store.open(store_path(config), config)
-    running = [_Training(config, run, store) for config, run in pending]
+    running = [_Training(config, run, store, group) for config, run in pending]
     failed: list[Exception] = []
     start, stop = min(training.step for training in running), max(training.steps for training in running)
-    preemption.check()
-    for step, batch in enumerate(_stream(store, config).iterate(start, stop), start):
-        if running and preemption.requested():
-            _leave(running)
+    if _asked_to_leave(group):
+        raise preemption.Preempted
+    for step, batch in enumerate(_stream(store, config, group).iterate(start, stop), start):
+        if running and _asked_to_leave(group):
+            _leave(running, group)
         for training in [training for training in running if training.step == step]:
             try:
                 training.advance(batch)
             except (TsaeError, RuntimeError, OSError) as error:
+                if group.world > 1:
+                    raise  # the others may not have failed, and would wait
                 failed.append(error)
                 running.remove(training)
         running = [training for training in running if not training.finished]
@@ -72,17 +79,26 @@ def train_together(runs: Sequence[tuple[RunConfig, RunFolder]]) -> None:
         raise failed[0]
 
 
-def _leave(running: Sequence[_Training]) -> None:
-    """Save every run's state and raise Preempted."""
-    for training in running:
-        training.save()
-    for training in running:
-        training.wait()
-        log.warning("%s: state saved before step %d", training.run.path, training.step)
+def _asked_to_leave(group: Group) -> bool:
+    """Whether some process was; all get the same answer."""
+    return bool(group.any(torch.tensor([preemption.requested()])))
+
+
+def _leave(running: Sequence[_Training], group: Group) -> None:
+    """Save every run's state and raise Preempted, in all processes together."""
+
+    def save() -> None:
+        for training in running:
+            training.save()
+        for training in running:
+            training.wait()
+            log.warning("%s: state saved before step %d", training.run.path, training.step)
+
+    group.on_first(save)
     raise preemption.Preempted
 
 
-def _stream(store: Store, config: RunConfig) -> PairStream:
+def _stream(store: Store, config: RunConfig, group: Group) -> PairStream:
     settings = config.training
     return PairStream(
         store,
@@ -91,32 +107,50 @@ def _stream(store: Store, config: RunConfig) -> PairStream:
         settings.seed,
         skip_positions=config.data.skip_positions,
         pool_sequences=settings.pool_sequences,
+        rank=group.rank,
+        world=group.world,
     )
 
 
 class _Training:
-    """One run in training: its trainer, and what it writes."""
+    """One run in training: its trainer, and what the first of its processes writes."""
 
-    def __init__(self, config: RunConfig, run: RunFolder, store: Store) -> None:
-        self.config, self.run = config, run
+    def __init__(self, config: RunConfig, run: RunFolder, store: Store, group: Group) -> None:
+        self.config, self.run, self._group = config, run, group
         self.steps = config.training.steps
         self.finished = False
-        run.claim(config)
-        run.remove_leftovers()
         self._states = ResumeStates(run.resume, _origin(config, store), config.training.resume_keep)
-        state = self._states.load() or {}
+        state = self._begin()
         self._tracking = state.get("tracking") or new_tracking()
         self._accelerator = make_accelerator(config, run, self._tracking)
-        files.write_json(run.provenance, provenance(config, store=store.attributes))
         device, norm = self._accelerator.device, store.mean_squared_norm
-        self._trainer = Trainer(config, store.activation_dim, device=device, mean_squared_norm=norm)
-        files.write_json(run.config_json, reference_config(config, store.activation_dim, self._trainer.scale))
-        self._metrics = Metrics(run.metrics, offset=state.get("metrics_bytes", 0))
+        self._trainer = Trainer(config, store.activation_dim, device=device, mean_squared_norm=norm, group=group)
+        group.on_first(lambda: self._open_files(store, state.get("metrics_bytes", 0)))
         if state:
             self._trainer.load_state(state["trainer"])
             set_random_state(state["random"])
         self._saved_at = time.monotonic()
         self._progress = Progress(f"train {run.path.parent.name}", self.steps, "steps", run.progress, self.step)
+
+    def _begin(self) -> dict[str, Any]:
+        """Claim the folder; returns the state to continue from, empty at the start."""
+        state: dict[str, Any] = {}
+
+        def begin() -> None:
+            self.run.claim(self.config)
+            self.run.remove_leftovers()
+            state.update(self._states.load() or {})
+
+        self._group.on_first(begin)
+        if self._group.rank > 0:
+            state.update(self._states.load() or {})  # what does not count is gone by now
+        return state
+
+    def _open_files(self, store: Store, metrics_bytes: int) -> None:
+        config, run = self.config, self.run
+        files.write_json(run.provenance, provenance(config, store=store.attributes))
+        files.write_json(run.config_json, reference_config(config, store.activation_dim, self._trainer.scale))
+        self._metrics = Metrics(run.metrics, offset=metrics_bytes)
 
     @property
     def step(self) -> int:
@@ -127,16 +161,18 @@ class _Training:
         """One update, and what is due after it: a line of metrics, a resumable state, the final weights."""
         settings, step = self.config.training, self.step
         self._states.raise_failure()
-        if step in settings.save_steps:
+        first = self._group.rank == 0
+        if first and step in settings.save_steps:
             save_dictionary(self.run.checkpoint(step), self._trainer.dictionary, self._trainer.scale)
         with self._accelerator.autocast():
             terms = self._trainer.step(batch.to(self._accelerator.device, non_blocking=True))
         last = self.step == self.steps
-        if step % settings.log_every == 0 or last:
+        if first and (step % settings.log_every == 0 or last):
             self._log(step, terms)
         if last:
-            self._finish()
-        elif self._is_due():
+            self._group.on_first(self._finish)
+            self.finished = True
+        elif first and self._is_due():
             self.save()
 
     def save(self) -> None:
@@ -174,10 +210,10 @@ class _Training:
     def _finish(self) -> None:
         self.wait()
         self._metrics.close()
-        self._accelerator.end_training()
+        for tracker in self._accelerator.trackers:
+            tracker.finish()
         save_dictionary(self.run.weights, self._trainer.dictionary, self._trainer.scale)
         self._states.remove()
-        self.finished = True
 
 
 def _origin(config: RunConfig, store: Store) -> dict[str, str]:
