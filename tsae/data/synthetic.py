@@ -19,7 +19,7 @@ VERSION = 1
 
 BLOCK = 256  # sequences
 PERSISTENCE = 0.95  # of a slow feature's amplitude and of a drifting direction, from token to token
-REPULSION_STEPS = 200
+REPULSION_STEPS, REPULSION = 200, 0.01
 DIRECTIONS, SEQUENCES = 1, 2  # keep the two kinds of random streams apart
 
 
@@ -107,7 +107,7 @@ def spread_directions(random: np.random.Generator, n: int, dim: int) -> np.ndarr
         np.fill_diagonal(cosines, 0)
         # A high power lets the closest neighbours count most.
         push = cosines * (cosines / np.abs(cosines).max(1, keepdims=True)) ** 8
-        directions -= 0.1 * push @ directions
+        directions -= REPULSION * push @ directions
         directions /= np.linalg.norm(directions, axis=1, keepdims=True)
     return directions.astype(np.float32)
 
