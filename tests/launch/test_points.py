@@ -136,7 +136,25 @@ def test_malformed_yaml_is_refused_with_its_line(tmp_path):
         load_sweep(path)
 
 
-@pytest.mark.parametrize("sweep", sorted((REPOSITORY / "sweeps").glob("*.yaml")), ids=lambda path: path.stem)
+SHIPPED = sorted((REPOSITORY / "sweeps").glob("*.yaml"))
+SYNTHETIC = [path for path in SHIPPED if "base: synthetic" in path.read_text()]
+
+
+@pytest.mark.parametrize("sweep", SYNTHETIC, ids=lambda path: path.stem)
+def test_every_shipped_sweep_of_synthetic_worlds_works(sweep):
+    plan = make_plan(load_sweep(sweep))
+    assert all(point.config.is_synthetic for point in plan.points)
+    worlds = {(point.config.synthetic, point.config.data.seed) for point in plan.points}
+    assert sum(stage.kind == "harvest" for stage in plan.stages) == len(worlds)
+
+
+def test_overrides_of_a_synthetic_world_get_folders_of_their_own():
+    path = REPOSITORY / "sweeps" / "ground_truth.yaml"
+    plain, louder = load_sweep(path), load_sweep(path, overrides=["synthetic.scale=20"])
+    assert louder.folder_name == f"{plain.folder_name},synthetic.scale=20"
+
+
+@pytest.mark.parametrize("sweep", [path for path in SHIPPED if path not in SYNTHETIC], ids=lambda path: path.stem)
 @pytest.mark.parametrize("base", ["embedded", "pythia-160m", "gemma-2-2b"])
 def test_every_shipped_sweep_works_on_every_shipped_base(sweep, base):
     plan = make_plan(load_sweep(sweep, base))

@@ -71,6 +71,13 @@ def test_slow_features_persist_and_fast_ones_do_not() -> None:
     assert ((slow > 0).sum(-1) <= 3).all()
 
 
+def test_sequences_are_independent() -> None:
+    made = world()
+    on = of_kind(made, made.read(range(600))[0], "slow") > 0
+    over_borders = (on[:-1, -1] & on[1:, 0]).sum() / on[:-1, -1].sum()
+    assert over_borders == pytest.approx(0.09, abs=0.03)
+
+
 def test_nothing_persists_in_the_null_world() -> None:
     made = world(preset="place_null")
     features, _ = made.read(range(600))
