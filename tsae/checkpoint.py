@@ -10,6 +10,7 @@ Nothing else in the package builds a path into a run folder.
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -75,6 +76,10 @@ class RunFolder:
         for folder in (self.path, self.checkpoint(0).parent):
             for leftover in folder.glob(".*.tmp"):
                 leftover.unlink(missing_ok=True)
+
+    def remove_resume_states(self) -> None:
+        """Remove what only an unfinished run needs."""
+        shutil.rmtree(self.resume, ignore_errors=True)
 
     def load_config(self) -> RunConfig:
         """The resolved configuration this folder was made with."""

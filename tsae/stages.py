@@ -39,6 +39,7 @@ def train_stage(config: RunConfig | str, checkpoints_path: Path | str, run_name:
     run = RunFolder.of(checkpoints_path, run_name)
     with _held_by_first(run_lock(run, "train"), f"train {run_name}"):
         if run.is_trained(config):
+            run.remove_resume_states()
             log.info("%s: already trained", run.path)
             return run.path
         from tsae.training.run import train

@@ -17,6 +17,7 @@ import torch
 from tsae import preemption, stages
 from tsae.checkpoint import RunFolder
 from tsae.config import RunConfig
+from tsae.training.resume import ResumeStates
 from tsae.training.run import train
 from tsae.training.trainer import Trainer
 
@@ -36,6 +37,8 @@ def train_and_die(config: RunConfig, run: RunFolder, moment: str, count: int) ->
         _at(os, "fsync", count, before=_die)
     elif moment == "before a rename":
         _at(os, "replace", count, before=_die)
+    elif moment == "before the states are removed":
+        _at(ResumeStates, "remove", count, before=_die)
     else:
         _at(os, "replace", count, after=_die)
     train(config, run)

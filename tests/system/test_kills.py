@@ -50,3 +50,15 @@ def test_kills_at_random_moments_leave_no_trace(
     train(config, last)
     assert contents(last) == wanted
     assert set(kills) == set(MOMENTS)
+
+
+def test_a_kill_right_after_the_final_weights_leaves_no_resumable_states(
+    config: RunConfig, tmp_path: Path, run_process: Callable[..., int]
+) -> None:
+    run = RunFolder.of(tmp_path, "run")
+    at = (config, run, "before the states are removed", 1)
+    assert run_process(train_and_die, *at) == -signal.SIGKILL
+    assert run.is_trained(config)
+    assert run.resume.exists()
+    train(config, run)
+    assert not run.resume.exists()

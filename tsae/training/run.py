@@ -49,7 +49,12 @@ def train_together(runs: Sequence[tuple[RunConfig, RunFolder]]) -> None:
     Runs that are complete are skipped. One that fails does not stop the others; the first error is raised at the end.
     Raises TsaeError if the runs would not read the same batches, and Preempted as `train` does.
     """
-    pending = [(config, run) for config, run in runs if not run.is_trained(config)]
+    pending = []
+    for config, run in runs:
+        if run.is_trained(config):
+            run.remove_resume_states()  # a process killed right after the final weights has left them
+        else:
+            pending.append((config, run))
     if not pending:
         return
     config = pending[0][0]
