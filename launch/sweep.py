@@ -19,7 +19,7 @@ from sweepfile import BASES, load_sweep, shown
 
 from tsae import config as configuration
 from tsae import environment, locks
-from tsae.errors import TsaeError
+from tsae.errors import TsaeError, os_error_line
 
 if TYPE_CHECKING:
     from jobs import Executor
@@ -43,6 +43,9 @@ def main(arguments: list[str] | None = None) -> int:
         return run(plan, given.executor)
     except TsaeError as error:
         print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"error: {os_error_line(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted; the same command continues from here", file=sys.stderr)

@@ -55,6 +55,18 @@ class RunFolder:
         """`<name>.json` or `<name>.png` of an experiment on this run."""
         return self.path / f"{name}.{suffix}"
 
+    def require_same_training(self, config: RunConfig) -> None:
+        """Refuse a run that was trained with other settings; files that came from elsewhere state none."""
+        if not self.resolved.exists():
+            return
+        wanted = schema.stable_hash(configuration.training_settings(config))
+        found = schema.read_yaml(self.resolved).get("training_hash")
+        if found != wanted:
+            raise TsaeError(
+                f"{self.path}: was trained with another configuration (hash {found}, this one is {wanted}); "
+                f"give the settings it was trained with: they are in {self.resolved}"
+            )
+
     def claim(self, config: RunConfig) -> None:
         """Write resolved.yaml, or refuse a folder that belongs to another training configuration."""
         wanted = schema.stable_hash(configuration.training_settings(config))
@@ -220,14 +232,35 @@ def _read_weights(path: Path) -> dict[str, torch.Tensor]:
         raise TsaeError(f"{path}: no such weights; found here: {', '.join(others) or 'none'}")
     with path.open("rb") as stream:
         zipped = stream.read(4) == b"PK\x03\x04"
+    if zipped:
+        _check_archive(path)
     try:
         # Mapped, so that a tensor is in memory once, and only when it is used; torch's first format knows no mapping.
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except pickle.UnpicklingError:
         raise TsaeError(f"{path}: holds more than tensors and might run code when loaded; refused") from None
-    except (RuntimeError, OSError, EOFError) as error:
+    except (RuntimeError, OSError, EOFError, NotImplementedError) as error:
         reason = (str(error) or "it ends too early").splitlines()[0]
         raise TsaeError(f"{path}: not a readable weights file: {reason}") from None
-    if not (isinstance(state, dict) and all(isinstance(value, torch.Tensor) for value in state.values())):
-        raise TsaeError(f"{path}: a plain state dict of tensors is expected")
+    if not (isinstance(state, dict) and all(_is_plain(value) for value in state.values())):
+        raise TsaeError(f"{path}: a plain state dict of dense tensors is expected")
     return state
+
+
+def _is_plain(value: object) -> bool:
+    import torch
+
+    return isinstance(value, torch.Tensor) and value.layout == torch.strided and not value.is_meta
+
+
+def _check_archive(path: Path) -> None:
+    """Compare every record with its checksum, which torch does not; a flipped byte would be a wrong weight."""
+    import zipfile
+
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+    except (zipfile.BadZipFile, OSError) as error:
+        raise TsaeError(f"{path}: not a readable weights file: it is cut off or damaged ({error})") from None
+    if damaged is not None:
+        raise TsaeError(f"{path}: damaged: the record {damaged} fails its checksum; restore the file or train again")

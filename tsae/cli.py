@@ -12,18 +12,21 @@ from tsae import config as configuration
 from tsae import preemption
 from tsae.benchmark.command import add_arguments as add_bench_arguments
 from tsae.environment import home, load_dotenv, process_count, process_rank
-from tsae.errors import TsaeError
+from tsae.errors import TsaeError, os_error_line
 from tsae.interop.commands import add_commands
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; bad input becomes one line on stderr and exit code 2, preemption exit code 75."""
-    options = _parser().parse_args(arguments)
+    options = _parse(arguments)
     try:
         load_dotenv()
         return int(options.run(options) or 0)
     except TsaeError as error:
         print(f"tsae: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"tsae: {os_error_line(error)}", file=sys.stderr)
         return 2
     except preemption.Preempted as preempted:
         print(f"tsae: {preempted}", file=sys.stderr)
@@ -31,6 +34,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("tsae: interrupted; the same command continues", file=sys.stderr)
         return 130
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The command's options; overrides may stand anywhere among them."""
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)
+    overrides = [word for word in rest if "=" in word and not word.startswith("-")]
+    if len(overrides) < len(rest) or (rest and not hasattr(options, "overrides")):
+        unknown = [word for word in rest if word not in overrides] or rest
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    if rest:
+        options.overrides = [*options.overrides, *rest]
+    return options
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -116,6 +132,8 @@ def _harvest(options: argparse.Namespace) -> None:
     from tsae.stages import harvest_stage
 
     config = configuration.load(options.config, options.overrides)
+    if options.tasks < 1:
+        raise TsaeError(f"--tasks {options.tasks}: at least 1 is expected")
     if not 0 <= options.task < options.tasks:
         raise TsaeError(f"--task {options.task}: tasks are counted from 0 to {options.tasks - 1}")
     print(harvest_stage(config, options.task, options.tasks))
@@ -155,7 +173,10 @@ def _synthetic(options: argparse.Namespace) -> None:
 
 
 def _run_of(options: argparse.Namespace) -> tuple[Path, str]:
-    return options.checkpoints_path or home() / "checkpoints", options.run_name or options.config.stem
+    name = options.config.stem if options.run_name is None else options.run_name
+    if not name or Path(name).is_absolute() or any(part in ("", ".", "..") for part in name.split("/")):
+        raise TsaeError(f"--run-name {name!r}: a folder name below the checkpoints is expected")
+    return options.checkpoints_path or home() / "checkpoints", name
 
 
 def _settings(options: argparse.Namespace) -> None:

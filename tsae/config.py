@@ -177,8 +177,8 @@ class TrainingConfig:
     """Pairs (or single tokens) per step, over all processes."""
     lr: float | None = None
     """Learning rate; by default 2e-4 / sqrt(dict_size / 16384)."""
-    warmup_steps: int = 1000
-    """Steps of linear warm-up."""
+    warmup_steps: int | None = None
+    """Steps of linear warm-up; by default 1000, or a tenth of the steps where they are fewer than 10,000."""
     decay_start: int | None = None
     """First step of the linear decay to zero; none: no decay."""
     pair_rule: str = "previous"
@@ -227,6 +227,11 @@ class TrainingConfig:
     """Up to so many points of a sweep that read the same batches are trained in one process; results do not change."""
     trackers: tuple[Literal["tensorboard", "wandb"], ...] = ()
     """Experiment trackers fed through accelerate."""
+
+    @property
+    def warmup(self) -> int:
+        """Steps of linear warm-up."""
+        return min(1000, self.steps // 10) if self.warmup_steps is None else self.warmup_steps
 
     @property
     def threshold_start(self) -> int:

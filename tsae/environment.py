@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from tsae.errors import TsaeError
+
 
 def load_dotenv() -> None:
     """Read the nearest `.env` (working directory or a parent); variables already set win.
@@ -13,7 +15,11 @@ def load_dotenv() -> None:
     """
     import dotenv
 
-    dotenv.load_dotenv(dotenv.find_dotenv(usecwd=True), override=False)
+    path = dotenv.find_dotenv(usecwd=True)
+    try:
+        dotenv.load_dotenv(path, override=False)
+    except UnicodeDecodeError:
+        raise TsaeError(f"{path}: not UTF-8 text; a .env file holds lines such as HF_HOME=/folder") from None
 
 
 def home() -> Path:

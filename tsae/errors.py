@@ -16,6 +16,12 @@ class TsaeError(Exception):
         return " ".join(" ".join(str(arg) for arg in self.args).split())
 
 
+def os_error_line(error: OSError) -> str:
+    """What the operating system refused, and where: a full disk, a folder that may not be written, a bad path."""
+    place = error.filename or "a file"
+    return f"{place}: {error.strerror or error}; nothing that was complete is lost, and the same command continues"
+
+
 def suggestion(word: object, allowed: Iterable[str]) -> str:
     """`did you mean 'x'? ` for the nearest allowed name, else the empty string."""
     near = difflib.get_close_matches(str(word), list(allowed), n=1, cutoff=0.5)

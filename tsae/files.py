@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -21,7 +22,9 @@ def write_atomically(path: str | Path, write: Callable[[BinaryIO], object]) -> N
         os.chmod(temporary, 0o664 & ~_umask())
         os.replace(temporary, path)
     finally:
-        temporary.unlink(missing_ok=True)
+        # On a file system that refuses this too, the error that led here is the one to see.
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
     sync_folder(path.parent)
 
 

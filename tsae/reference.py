@@ -42,7 +42,7 @@ def _common_keys(config: RunConfig, activation_dim: int) -> dict[str, Any]:
         "dict_class": dict_class,
         "lr": training.lr or 2e-4 / (sae.dict_size / 16384) ** 0.5,
         "steps": training.steps,
-        "warmup_steps": training.warmup_steps,
+        "warmup_steps": training.warmup,
         "decay_start": training.decay_start,
         "seed": training.seed,
         "activation_dim": activation_dim,
@@ -75,7 +75,7 @@ def _penalty_keys(config: RunConfig) -> dict[str, Any]:
     objective, warmup = config.objective, config.objective.sparsity_warmup_steps
     keys = {
         "target_l0": objective.target_l0 or config.sae.k,
-        "sparsity_warmup_steps": config.training.warmup_steps if warmup is None else warmup,
+        "sparsity_warmup_steps": config.training.warmup if warmup is None else warmup,
     }
     if config.sae.kind != "jump_relu":
         return {**keys, "l1_penalty": objective.sparsity_penalty}

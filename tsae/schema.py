@@ -30,10 +30,14 @@ T = TypeVar("T")
 def read_yaml(path: str | Path) -> dict[str, Any]:
     """The mapping in a YAML file. Raises TsaeError if it is missing, malformed or not a mapping."""
     try:
-        loaded = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "not UTF-8 text"
         raise TsaeError(f"{path}: cannot be read: {reason}") from None
+    try:
+        loaded = yaml.safe_load(text)
+    except (ValueError, RecursionError) as error:
+        raise TsaeError(f"{path}: not valid YAML: {str(error).splitlines()[0]}") from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f" line {mark.line + 1}:" if mark else ""
@@ -52,8 +56,8 @@ def parse_overrides(assignments: list[str]) -> dict[str, Any]:
             raise TsaeError(f"command line: '{assignment}': an override has the form section.key=value")
         try:
             value = yaml.safe_load(text) if text else None
-        except yaml.YAMLError:
-            raise TsaeError(f"command line: {path}: '{text}' is not a YAML value") from None
+        except (yaml.YAMLError, ValueError, RecursionError):
+            raise TsaeError(f"command line: {path}: '{text[:60]}' is not a YAML value") from None
         merge_into(tree, nested(path, value))
     return tree
 

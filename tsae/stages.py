@@ -26,6 +26,8 @@ log = logging.getLogger("tsae")
 def harvest_stage(config: RunConfig | str, task: int = 0, tasks: int = 1) -> Path:
     """Write share `task` of `tasks` of the activation store of the run described by `config`, a configuration or its file."""
     config = _resolved(config)
+    if is_harvested(config):
+        return store_path(config)
     with locks.hold(harvest_lock(store_path(config), task, tasks), "harvest"):
         from tsae.store.harvest import harvest
 
@@ -37,11 +39,11 @@ def train_stage(config: RunConfig | str, checkpoints_path: Path | str, run_name:
     """Train the dictionary of run `run_name`, from its last resumable state if there is one."""
     config = _resolved(config)
     run = RunFolder.of(checkpoints_path, run_name)
+    if run.is_trained(config):
+        run.remove_resume_states()
+        log.info("%s: already trained", run.path)
+        return run.path
     with _held_by_first(run_lock(run, "train"), f"train {run_name}"):
-        if run.is_trained(config):
-            run.remove_resume_states()
-            log.info("%s: already trained", run.path)
-            return run.path
         from tsae.training.run import train
 
         train(config, run)
@@ -68,10 +70,10 @@ def evaluate_stage(config: RunConfig | str, checkpoints_path: Path | str, run_na
     """Measure the trained dictionary of run `run_name` on held-out activations."""
     config = _resolved(config)
     run = RunFolder.of(checkpoints_path, run_name)
+    if run.is_evaluated(config):
+        log.info("%s: already evaluated", run.path)
+        return run.path
     with locks.hold(run_lock(run, "evaluate"), f"evaluate {run_name}"):
-        if run.is_evaluated(config):
-            log.info("%s: already evaluated", run.path)
-            return run.path
         from tsae.evaluation.driver import evaluate
 
         evaluate(config, run)

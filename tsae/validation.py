@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +27,11 @@ def validate(config: RunConfig, where: str) -> None:
         check.at(path, lambda value: value is None or value > 0, "it must be greater than 0")
     for path in NOT_NEGATIVE.split():
         check.at(path, lambda value: value is None or value >= 0, "it must be at least 0")
+    for path in ("training.seed", "data.seed"):
+        check.at(path, lambda seed: 0 <= seed < 2**63, "a whole number from 0 to 2^63 - 1 is allowed")
+    device = re.compile(r"auto|cpu|mps|cuda(:\d+)?")
+    check.at("model.device", lambda name: bool(device.fullmatch(name)), "allowed: auto, cpu, cuda, cuda:N, mps")
+    check.at("model.name", lambda name: bool(name.strip()), "a hub id, a folder or 'embedded' is expected")
     _check_dictionary(config, check)
     _check_objective(config, check)
     _check_training(config, check, where)
@@ -82,7 +88,13 @@ def _check_objective(config: RunConfig, check: _Check) -> None:
 
 
 def _check_training(config: RunConfig, check: _Check, where: str) -> None:
-    warmup, steps = config.training.warmup_steps, config.training.steps
+    warmup, steps = config.training.warmup, config.training.steps
+    check.at("training.warmup_steps", lambda chosen: chosen is None or chosen < steps, f"training ends after {steps}")
+    check.at(
+        "training.save_steps",
+        lambda chosen: all(0 <= step < steps for step in chosen),
+        f"steps from 0 to {steps - 1} are allowed",
+    )
     check.at(
         "training.decay_start",
         lambda start: start is None or warmup < start < steps,

@@ -42,7 +42,18 @@ def refused(tree: dict) -> str:
             {"training": {"decay_start": 5, "warmup_steps": 10}},
             "training.decay_start: 5 is impossible; it must lie after",
         ),
-        ({"training": {"steps": 50, "threshold_start_step": 50}}, "training.threshold_start_step: 50 is impossible; the"),
+        (
+            {"training": {"steps": 50, "threshold_start_step": 50}},
+            "training.threshold_start_step: 50 is impossible; the",
+        ),
+        ({"training": {"steps": 40, "warmup_steps": 700}}, "training.warmup_steps: 700 is impossible; training ends"),
+        (
+            {"training": {"steps": 40, "save_steps": [10, 40]}},
+            "training.save_steps: [10, 40] is impossible; steps from 0",
+        ),
+        ({"training": {"seed": 10**20}}, "training.seed: 100000000000000000000 is impossible"),
+        ({"data": {"seed": -5}}, "data.seed: -5 is impossible"),
+        ({"model": {"device": "banana"}}, "model.device: banana is impossible; allowed: auto, cpu"),
         ({"training": {"lr": 0}}, "training.lr: 0.0 is impossible; it must be greater than 0"),
         (
             {"training": {"pair_rule": "within"}},
@@ -161,3 +172,41 @@ def test_the_command_prints_one_line_and_exits_with_2(tmp_path: Path) -> None:
     assert run.stderr.startswith(f"tsae: {path}: sae.kk: unknown key")
     assert run.stderr.count("\n") == 1
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("value", ["2026-13-45", "[" * 3000, "9" * 5000])
+def test_values_that_break_the_yaml_reader_are_refused(tmp_path: Path, value: str) -> None:
+    with pytest.raises(TsaeError, match="is not a YAML value"):
+        schema.parse_overrides([f"sae.k={value}"])
+    path = tmp_path / "run.yaml"
+    path.write_text(f"sae: {{k: {value}}}")
+    with pytest.raises(TsaeError, match="not valid YAML"):
+        configuration.load(path)
+
+
+def command(*arguments: str, home: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    environment = {"PATH": "/usr/bin:/bin", "TSAE_HOME": home}
+    words = [sys.executable, "-m", "tsae.cli", *arguments]
+    return subprocess.run(words, capture_output=True, text=True, cwd=folder, env=environment)
+
+
+def test_what_the_file_system_refuses_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "run.yaml").write_text("{}")
+    done = command("harvest", "run.yaml", home=str(tmp_path / "file"), folder=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert "Not a directory" in done.stderr
+
+
+def test_overrides_may_follow_options_and_run_names_stay_below_the_checkpoints(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text("{}")
+    for arguments, said in (
+        (["train", "run.yaml", "--run-name", "x", "sae.kk=3"], "command line: sae.kk: unknown key"),
+        (["evaluate", "run.yaml", "--run-name", "../evil"], "--run-name '../evil'"),
+        (["evaluate", "run.yaml", "--run-name", ""], "--run-name ''"),
+        (["harvest", "run.yaml", "--task", "0", "--tasks", "0"], "--tasks 0: at least 1"),
+    ):
+        done = command(*arguments, home=str(tmp_path / "home"), folder=tmp_path)
+        assert done.returncode == 2, done
+        assert said in done.stderr

@@ -105,3 +105,12 @@ def test_mean_ablation_names_its_loss(config: RunConfig, tmp_path: Path) -> None
     assert results["loss_ablation"] == "mean"
     assert "loss_zero" not in results
     assert math.isfinite(results["loss_mean"])
+
+
+def test_a_run_is_not_measured_under_settings_it_was_not_trained_with(config: RunConfig, tmp_path: Path) -> None:
+    run = run_folder(config, tmp_path / "run")
+    evaluate(config, run)
+    before = run.eval_results.read_bytes()
+    with pytest.raises(TsaeError, match="was trained with another configuration"):
+        evaluate(configuration.replace(config, sae={"k": 5}), run)
+    assert run.eval_results.read_bytes() == before

@@ -127,7 +127,7 @@ def test_a_file_that_wants_to_run_code(tmp_path: Path, state: State, form: str) 
 
 
 def test_files_that_hold_no_weights(tmp_path: Path) -> None:
-    assert "a plain state dict of tensors is expected" in refusal(tmp_path, [torch.ones(3)])
+    assert "a plain state dict of dense tensors is expected" in refusal(tmp_path, [torch.ones(3)])
     for content in (b"", b"PK\x03\x04 and nothing more", (tmp_path / "ae.pt").read_bytes()[:700]):
         (tmp_path / "ae.pt").write_bytes(content)
         with pytest.raises(TsaeError, match=r"ae\.pt"):
@@ -156,3 +156,19 @@ def test_the_first_format_of_torch_is_read(tmp_path: Path, state: State) -> None
     torch.save(state, tmp_path / "ae.pt", _use_new_zipfile_serialization=False)
     dictionary, _ = load_dictionary(tmp_path)
     assert torch.equal(dictionary.W_dec, state["W_dec"])
+
+
+def test_a_flipped_byte(tmp_path: Path, state: State) -> None:
+    refusal(tmp_path, {**state, "k": torch.tensor(3)})  # writes the folder; k disagrees
+    torch.save(state, tmp_path / "ae.pt")
+    (tmp_path / "config.json").write_text(json.dumps({"trainer": {"dict_class": NAME}}))
+    load_dictionary(tmp_path)
+    content = bytearray((tmp_path / "ae.pt").read_bytes())
+    content[len(content) // 2] ^= 0x40
+    (tmp_path / "ae.pt").write_bytes(content)
+    with pytest.raises(TsaeError, match="fails its checksum"):
+        load_dictionary(tmp_path)
+
+
+def test_tensors_that_hold_no_plain_numbers(tmp_path: Path, state: State) -> None:
+    assert "dense tensors" in refusal(tmp_path, {**state, "W_dec": state["W_dec"].to_sparse()})

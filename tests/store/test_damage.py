@@ -125,3 +125,10 @@ def test_damaged_attributes_are_an_error(copied: StoreLayout, text: str) -> None
 def test_no_store_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(TsaeError, match="no activation store is here"):
         Store.open(tmp_path / "nothing")
+
+
+def test_damaged_array_metadata_is_named(harvested: Path, tmp_path: Path) -> None:
+    path = shutil.copytree(harvested, tmp_path / "store")
+    (path / "activations" / "zarr.json").write_text("{")
+    (problem,) = verify(path, deep=True)
+    assert "activations/zarr.json: missing or damaged" in problem

@@ -172,3 +172,11 @@ def test_runs_that_read_other_batches_are_not_packed(config: RunConfig, tmp_path
     other = configuration.replace(config, training={"seed": 1})
     with pytest.raises(TsaeError, match="cannot be packed"):
         train_together([(config, RunFolder.of(tmp_path, "a")), (other, RunFolder.of(tmp_path, "b"))])
+
+
+def test_a_diverged_training_fails_and_keeps_no_weights(config: RunConfig, tmp_path: Path) -> None:
+    wild, run = configuration.replace(config, training={"lr": 1e30}), RunFolder.of(tmp_path, "wild")
+    for _ in range(2):
+        with pytest.raises(TsaeError, match=r"wild: training diverged.*at step \d+; lower training.lr"):
+            train(wild, run)
+        assert not run.weights.exists()

@@ -90,6 +90,8 @@ def _decoded(text: str, where: str) -> Any:
         return json.loads(text)
     except json.JSONDecodeError as error:
         raise TsaeError(f"{where}: not valid JSON: {error.msg} at character {error.pos}") from None
+    except RecursionError:
+        raise TsaeError(f"{where}: not valid JSON: nested too deeply") from None
 
 
 def _parquet(path: Path, data: DataConfig) -> Iterator[tuple[str, Any]]:

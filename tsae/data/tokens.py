@@ -57,7 +57,7 @@ def tokenize(
     total = 0
     for batch in _batches(documents):
         encoded = tokenizer(
-            [document.text for document in batch],
+            [_encodable(document.text) for document in batch],
             add_special_tokens=False,
             split_special_tokens=True,
             return_attention_mask=False,
@@ -90,3 +90,8 @@ def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
             batch, size = [], 0
     if batch:
         yield batch
+
+
+def _encodable(text: str) -> str:
+    """`text` with lone surrogates, which scraped JSON holds and no tokenizer takes, replaced by U+FFFD."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")

@@ -6,6 +6,7 @@ Legend: N tokens of a batch, D activation_dim, F dict_size.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -116,6 +117,8 @@ class _HeldOut:
 @torch.no_grad()
 def find_threshold(dictionary: ThresholdDictionary, held_out: _HeldOut, target_l0: float) -> float:
     """The threshold above which exactly round(target_l0 · tokens) activations lie (but for ties)."""
+    if not math.isfinite(target_l0):
+        raise TsaeError(f"target L0 {target_l0:g}: a number of latents is expected")
     wanted = round(target_l0 * held_out.tokens)
     if wanted < 1:
         raise TsaeError(f"target L0 {target_l0:g}: not one activation of {held_out.tokens} tokens would remain")

@@ -31,6 +31,7 @@ def evaluate(config: RunConfig, run: RunFolder) -> dict[str, Any]:
     eval_results.json is written last: where it carries the hash of `config`, the evaluation is complete.
     Raises TsaeError if the dictionary does not fit the store or nothing is held out.
     """
+    run.require_same_training(config)
     dictionary, _ = load_dictionary(run.path, _device(config.training.device))
     store = Store.open(store_path(config), config)
     if dictionary.activation_dim != store.activation_dim:

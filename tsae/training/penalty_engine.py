@@ -43,7 +43,7 @@ class PenaltyEngine(Engine[Dictionary]):
         self._penalise = self.OBJECTIVES[config.sae.kind]
         self._settings = PenaltySettings(float(objective.target_l0 or config.sae.k), objective.bandwidth, group.mean)
         warmup = objective.sparsity_warmup_steps
-        self._warmup = config.training.warmup_steps if warmup is None else warmup
+        self._warmup = config.training.warmup if warmup is None else warmup
         chosen = objective.sparsity_penalty
         self._adjusted = chosen is None and config.sae.kind != "jump_relu"
         self.weight = None if self._adjusted else 1.0 if chosen is None else chosen

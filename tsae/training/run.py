@@ -172,6 +172,8 @@ class _Training:
         with self._accelerator.autocast():
             terms = self._trainer.step(batch.to(self._accelerator.device, non_blocking=True))
         last = self.step == self.steps
+        if last or step % settings.log_every == 0 or self._is_due():
+            self._require_finite(step, terms)
         if first and (step % settings.log_every == 0 or last):
             self._log(step, terms)
         if last:
@@ -179,6 +181,15 @@ class _Training:
             self.finished = True
         elif first and self._is_due():
             self.save()
+
+    def _require_finite(self, step: int, terms: Terms) -> None:
+        """Refuse to go on from, or to keep, weights that are lost."""
+        weights = self._trainer.dictionary.W_dec.detach().sum() + self._trainer.dictionary.W_enc.detach().sum()
+        if not bool(torch.isfinite(terms.loss + weights)):
+            raise TsaeError(
+                f"{self.run.path.parent.name}: training diverged: the loss or the weights are not finite "
+                f"at step {step}; lower training.lr ({self._trainer.peak_lr:g})"
+            )
 
     def save(self) -> None:
         """Begin to write a resumable state, unless that of this very step is there or nothing was done yet."""

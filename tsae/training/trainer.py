@@ -143,8 +143,8 @@ class Trainer:
     def learning_rate(self, step: int) -> float:
         """Learning rate of update `step`: linear warm-up from 0, constant, linear decay towards 0."""
         settings = self.settings
-        if step < settings.warmup_steps:
-            return self.peak_lr * step / settings.warmup_steps
+        if step < settings.warmup:
+            return self.peak_lr * step / settings.warmup
         if settings.decay_start is not None and step >= settings.decay_start:
             return self.peak_lr * (settings.steps - step) / (settings.steps - settings.decay_start)
         return self.peak_lr
