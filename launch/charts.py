@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 WIDE_RATIO = 20.0
 """Swept values that span more than this factor are spread evenly or logarithmically."""
 MOST_TICKS = 10
+LONG_LABEL = 32
+"""Characters of a legend's entry that leave too little room for the axes beside it."""
 
 
 class SweptAxis:
@@ -77,13 +79,22 @@ def draw_charts(summary: Summary, folder: Path) -> list[tuple[Chart, Path]]:
 def series_of(summary: Summary) -> dict[str, list[Group]]:
     """Groups that differ in the swept value alone, by what they share (with one series, that is nothing)."""
     keys = dict.fromkeys(key for group in summary.groups for key in group.axes if key != summary.x)
-    varying = [key for key in keys if len({shown(group.value(key)) for group in summary.groups}) > 1]
+    telling: list[str] = []
+    for key in keys:
+        # A value that follows from those named already would only make the names longer.
+        if _distinct(summary, [*telling, key]) > _distinct(summary, telling):
+            telling.append(key)
     short = short_names([*keys, summary.x])
     series: dict[str, list[Group]] = {}
     for group in summary.groups:
-        name = ", ".join(f"{short[key].replace('_', ' ')} {shown(group.value(key))}" for key in varying)
+        name = ", ".join(f"{short[key].replace('_', ' ')} {shown(group.value(key))}" for key in telling)
         series.setdefault(name, []).append(group)
     return series
+
+
+def _distinct(summary: Summary, keys: list[str]) -> int:
+    """How many groups of points the swept value and `keys` tell apart."""
+    return len({tuple(shown(group.value(key)) for key in (summary.x, *keys)) for group in summary.groups})
 
 
 def _draw(
@@ -97,8 +108,11 @@ def _draw(
             (f"{chart.title}: {label}", [(name, groups, measure) for name, groups in series.items()])
             for measure, label in lines
         ]
-    size = (4.4, 2.9) if len(panels) == 1 else (3.4 * len(panels), 2.9)
-    with plotting.figure(path, columns=len(panels), size=size, sharey=True) as (_, all_axes):
+    labels = [label for label, _, _ in panels[0][1]]
+    below = len(labels) > 1 and max(map(len, labels)) > LONG_LABEL
+    width = 4.4 if len(panels) == 1 else 3.4 * len(panels)
+    size = (width, 2.9 + (0.19 * len(labels) if below else 0.0))
+    with plotting.figure(path, columns=len(panels), size=size, sharey=True) as (drawn, all_axes):
         for axes, (title, curves) in zip(all_axes, panels, strict=True):
             for number, (label, groups, measure) in enumerate(curves):
                 _curve(axes, axis, groups, measure, number, len(curves), label)
@@ -106,7 +120,9 @@ def _draw(
             axis.apply(axes)
             axes.margins(y=0.12)
         all_axes[0].set_ylabel(chart.axis)
-        if len(panels[0][1]) > 1:
+        if below:
+            drawn.legend(*all_axes[0].get_legend_handles_labels(), loc="outside lower left")
+        elif len(labels) > 1:
             all_axes[-1].legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
 
 
@@ -117,7 +133,7 @@ def _curve(
     if all(math.isnan(mean) for _, (mean, _) in at):
         return
     # Side by side where several series share a category, so that intervals do not hide each other.
-    shift = 0.0 if axis.is_ordered else 0.12 * (number - (curves - 1) / 2)
+    shift = 0.0 if axis.is_ordered else min(0.12, 0.8 / curves) * (number - (curves - 1) / 2)
     plotting.draw_interval(
         axes,
         [position + shift for position, _ in at],

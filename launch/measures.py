@@ -87,14 +87,15 @@ CHARTS = (
     ),
     Chart(
         "recovery",
-        "Recovery of the truth",
+        "Recovery",
         "correlation with matches",
         (
-            ("truth_slow", "slow features anywhere"),
-            ("truth_slow_high", "slow features in the high-level split"),
-            ("truth_fast_low", "fast features in the low-level split"),
+            ("truth_slow", "slow anywhere"),
+            ("truth_slow_high", "slow in high-level"),
+            ("truth_fast_low", "fast in low-level"),
         ),
-        "Mean correlation of the synthetic world's true features with the latents matched to them.",
+        "Mean correlation of a synthetic world's slow or fast features with the latents matched to them, of any split or of "
+        "one.",
     ),
     Chart(
         "disentanglement",
@@ -102,10 +103,10 @@ CHARTS = (
         "disentanglement",
         (
             ("truth_disentanglement", "as trained"),
-            ("truth_post_hoc_disentanglement", "re-split by autocorrelation"),
+            ("truth_post_hoc_disentanglement", "re-split"),
         ),
         "How much better slow features are recovered in the high-level split than in the low-level one, and fast ones the "
-        "other way round: 1 is perfect, 0 a random split. Re-split: the same latents, divided by how slowly they vary.",
+        "other way round: 1 is perfect, 0 a random split. Re-split: the same latents, divided by their autocorrelation.",
     ),
 )
 
