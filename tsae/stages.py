@@ -76,7 +76,8 @@ def evaluate_stage(config: RunConfig | str, checkpoints_path: Path | str, run_na
     with locks.hold(run_lock(run, "evaluate"), f"evaluate {run_name}"):
         from tsae.evaluation.driver import evaluate
 
-        evaluate(config, run)
+        if not run.is_evaluated(config):  # another process may have been faster
+            evaluate(config, run)
     return run.path
 
 
