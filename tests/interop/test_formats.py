@@ -69,7 +69,7 @@ def test_files_of_dictionary_learning_are_read_as_it_reads_them(tmp_path: Path, 
         assert torch.allclose(ours(x), theirs.decode(codes), atol=1e-5)
 
 
-@needs("sae_bench", "--no-deps sae-bench==0.6.0 (and 'tsae[sae_lens]')")
+@needs("sae_bench", "--no-deps sae-bench==0.6.0 (and 'tsae[sae-lens]')")
 @pytest.mark.parametrize("name", CLASSES)
 def test_sae_bench_itself_loads_our_export(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     dictionary = random_dictionary(name, 16, 80)

@@ -19,7 +19,7 @@ from tsae.sae.classes import random_dictionary
 
 needs_sae_lens = pytest.mark.skipif(
     not installed("sae_lens"),
-    reason="SAELENS ITSELF DID NOT READ OUR EXPORTS: it is not installed; pip install -e '.[sae_lens]' -c constraints.txt",
+    reason="SAELENS ITSELF DID NOT READ OUR EXPORTS: it is not installed; pip install -e '.[sae-lens]' -c constraints.txt",
 )
 
 

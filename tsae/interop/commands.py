@@ -10,7 +10,7 @@ from pathlib import Path
 FORMATS = ("sae_lens", "sae_bench", "reference")
 EXTRA_FORMATS = ("sae_lens", "sae_bench")
 
-READERS = {"sae_lens": "'tsae[sae_lens]'", "dictionary_learning": "--no-deps dictionary-learning==0.1.0"}
+READERS = {"sae_lens": "'tsae[sae-lens]'", "dictionary_learning": "--no-deps dictionary-learning==0.1.0"}
 """Libraries that `formats` asks to read our files, and how they are installed beside ours."""
 
 AddCommand = Callable[[str, object, str], argparse.ArgumentParser]
