@@ -137,7 +137,9 @@ def load_language_model(model: ModelConfig) -> LanguageModel:
     """The language model of a configuration, in its precision, on its device. Raises TsaeError."""
     import torch
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging as hf_logging
 
+    hf_logging.disable_progress_bar()  # a bar for weights that load in a second would stand before every error
     device = model.device if model.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     options = {"attn_implementation": model.attn_implementation} if model.attn_implementation else {}
     module, info = _load(

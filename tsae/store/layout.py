@@ -106,7 +106,7 @@ class StoreLayout:
         """The group's attributes as they are on disk now. Raises TsaeError if this is no store."""
         try:
             attributes = json.loads(self._metadata.read_text())["attributes"]
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             raise TsaeError(f"{self.path}: no activation store is here; harvest one first") from None
         except (OSError, ValueError, KeyError, TypeError):
             raise TsaeError(f"{self._metadata}: the store's attributes are damaged; harvest it again") from None
