@@ -212,3 +212,9 @@ def test_a_hub_model_that_cannot_be_had_is_one_clear_line(monkeypatch: pytest.Mo
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(TsaeError, match=r"model\.name: nobody/nothing cannot be loaded: .*offline: run `hf download"):
         load_tokenizer(ModelConfig(name="nobody/nothing"))
+
+
+@pytest.mark.skipif(torch.cuda.device_count() > 7, reason="this machine has the GPU that should be missing")
+def test_a_gpu_that_is_not_there_is_refused(folders: dict[str, Path]) -> None:
+    with pytest.raises(TsaeError, match=r"model.device: cuda:7 is not here; this machine shows \d+ GPUs"):
+        load_language_model(ModelConfig(name=str(folders["gpt_neox"]), device="cuda:7"))

@@ -141,6 +141,9 @@ def load_language_model(model: ModelConfig) -> LanguageModel:
 
     hf_logging.disable_progress_bar()  # a bar for weights that load in a second would stand before every error
     device = model.device if model.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    gpus = torch.cuda.device_count()
+    if device.startswith("cuda") and int(device.partition(":")[2] or 0) >= gpus:
+        raise TsaeError(f"model.device: {device} is not here; this machine shows {gpus} GPUs to PyTorch")
     options = {"attn_implementation": model.attn_implementation} if model.attn_implementation else {}
     module, info = _load(
         AutoModelForCausalLM, model, dtype=getattr(torch, model.dtype), output_loading_info=True, **options
