@@ -26,7 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"tsae: {error}", file=sys.stderr)
         return 2
     except OSError as error:
-        print(f"tsae: {os_error_line(error)}", file=sys.stderr)
+        print(f"tsae: {os_error_line(error, home())}", file=sys.stderr)
         return 2
     except preemption.Preempted as preempted:
         print(f"tsae: {preempted}", file=sys.stderr)

@@ -16,9 +16,9 @@ class TsaeError(Exception):
         return " ".join(" ".join(str(arg) for arg in self.args).split())
 
 
-def os_error_line(error: OSError) -> str:
+def os_error_line(error: OSError, home: object) -> str:
     """What the operating system refused, and where: a full disk, a folder that may not be written, a bad path."""
-    place = error.filename or "a file"
+    place = error.filename or f"a file under TSAE_HOME ({home})"  # a write that fails names no file
     return f"{place}: {error.strerror or error}; nothing that was complete is lost, and the same command continues"
 
 

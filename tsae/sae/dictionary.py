@@ -5,6 +5,7 @@ Legend of shapes: B batch, D activation_dim, F dict_size, G groups, K active per
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import ClassVar
 
@@ -17,7 +18,7 @@ from tsae.sae.topk import batch_top_k
 UNCALIBRATED = -1.0
 
 
-class Dictionary(nn.Module):
+class Dictionary(nn.Module, ABC):
     """Four tensors shared by all classes: `W_enc` [D, F], `b_enc` [F], `W_dec` [F, D], `b_dec` [D].
 
     `W_enc` is kept as the transpose of a contiguous [F, D] block, so that one latent's weights are one run of
@@ -63,9 +64,9 @@ class Dictionary(nn.Module):
         return tuple(slices)
 
     @property
+    @abstractmethod
     def encode_rule(self) -> str:
         """What decides at inference which latents are active."""
-        raise NotImplementedError(f"{type(self).__name__} defines no encoder")
 
     @property
     def scalar_threshold(self) -> float | None:
@@ -76,9 +77,9 @@ class Dictionary(nn.Module):
         """[..., D] → [..., F], before any nonlinearity."""
         return (x - self.b_dec if self.centre_input else x) @ self.W_enc + self.b_enc
 
+    @abstractmethod
     def encode(self, x: Tensor) -> Tensor:
         """Feature activations [..., F] of activations [..., D], by the class's inference rule."""
-        raise NotImplementedError(f"{type(self).__name__} defines no encoder")
 
     def decode(self, f: Tensor) -> Tensor:
         """Reconstruction [..., D] of feature activations [..., F]."""
