@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 
     from tsae.sae.dictionary import Dictionary
 
+BASELINE = "baseline_model"
+"""The run name that stands for the language model's dense residual stream."""
+
 
 class RunFolder:
     """Paths and small files of one run. Creating the object touches nothing on disk."""

@@ -13,6 +13,7 @@ from tsae import preemption
 from tsae.benchmark.command import add_arguments as add_bench_arguments
 from tsae.environment import home, load_dotenv, process_count, process_rank
 from tsae.errors import TsaeError, os_error_line
+from tsae.experiments.commands import add_commands as add_experiment_commands
 from tsae.interop.commands import add_commands
 
 
@@ -62,6 +63,8 @@ def _parser() -> argparse.ArgumentParser:
     _add_run_arguments(train)
     evaluate = _command(commands, "evaluate", _evaluate, "measure a trained dictionary on held-out activations")
     _add_run_arguments(evaluate)
+
+    add_experiment_commands(functools.partial(_command, commands))
 
     calibrate = _command(
         commands, "calibrate", _calibrate, "set a run's threshold to a wanted number of active latents"

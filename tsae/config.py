@@ -15,6 +15,7 @@ from typing import Any, Literal
 from tsae import schema, validation
 from tsae.data.synthetic_settings import SYNTHETIC_PRESETS, SyntheticConfig
 from tsae.errors import TsaeError, suggestion
+from tsae.experiments.settings import ExperimentsConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -283,6 +284,8 @@ class RunConfig:
     """Optimisation."""
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     """Measures."""
+    experiments: ExperimentsConfig = field(default_factory=ExperimentsConfig)
+    """The paper's experiments on the trained dictionary."""
 
     @property
     def is_synthetic(self) -> bool:
@@ -363,7 +366,7 @@ def training_settings(config: RunConfig) -> dict[str, Any]:
     """The part that decides a trained dictionary: everything but evaluation and where things run."""
     plain = {**schema.to_plain(config), **store_settings(config)}
     plain["data"]["skip_positions"] = config.data.skip_positions
-    del plain["evaluation"], plain["model" if config.is_synthetic else "synthetic"]
+    del plain["evaluation"], plain["experiments"], plain["model" if config.is_synthetic else "synthetic"]
     for name in ("device", "processes", "trackers", "resume_every", "resume_minutes", "resume_keep", "pack"):
         del plain["training"][name]
     return plain
@@ -374,6 +377,11 @@ def evaluation_settings(config: RunConfig) -> dict[str, Any]:
     plain = {**training_settings(config), "evaluation": schema.to_plain(config.evaluation)}
     del plain["evaluation"]["batch_size"]
     return plain
+
+
+def experiment_settings(config: RunConfig, name: str) -> dict[str, Any]:
+    """The part that decides the results of experiment `name`."""
+    return {**training_settings(config), "experiment": schema.to_plain(getattr(config.experiments, name))}
 
 
 def help_text() -> str:

@@ -81,6 +81,25 @@ def evaluate_stage(config: RunConfig | str, checkpoints_path: Path | str, run_na
     return run.path
 
 
+@preemption.watched()
+def experiment_stage(
+    config: RunConfig | str,
+    checkpoints_path: Path | str,
+    run_name: str,
+    name: str,
+    chunks: Sequence[int] | None = None,
+    checkpoint: str | None = None,
+    explanations: Path | None = None,
+) -> list[str]:
+    """Make experiment `name` on run `run_name`, for all of its splits or `chunks`; the paths of the results."""
+    config = _resolved(config)
+    run = RunFolder.of(checkpoints_path, run_name)
+    with locks.hold(run_lock(run, name), f"{name} {run_name}"):
+        from tsae.experiments import driver
+
+        return driver.run(name, config, run, chunks, checkpoint, explanations)
+
+
 def _held_by_first(path: Path, what: str) -> AbstractContextManager[None]:
     """The lock at `path`; of processes that work together only the first one holds it."""
     return locks.hold(path, what) if process_rank() == 0 else nullcontext()

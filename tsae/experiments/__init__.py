@@ -1,0 +1,1 @@
+"""The experiments of the paper, one command each, on any run; see `driver.EXPERIMENTS`."""

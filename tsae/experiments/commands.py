@@ -1,0 +1,98 @@
+"""The commands `tsae probe`, `tsne`, `sequences`, `align`, `steer`, `explain` and `features`: the flags they share."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+from tsae import config as configuration
+from tsae import environment, schema
+from tsae.checkpoint import BASELINE, RunFolder, find_dictionary
+from tsae.config import ModelConfig, RunConfig
+from tsae.errors import TsaeError
+from tsae.experiments.driver import EXPERIMENTS, with_dataset
+
+FREE = ("model.device", "model.batch_size", "training.device")
+"""Settings of a trained run that an experiment may change: where things run."""
+
+AddCommand = Callable[[str, object, str], argparse.ArgumentParser]
+"""Makes the parser of a command from its name, its function and its help."""
+
+
+def add_commands(add: AddCommand) -> None:
+    """Declare the commands; nothing heavy is imported before one runs."""
+    for name, experiment in EXPERIMENTS.items():
+        parser = add(name, partial(_run, name), experiment.help)
+        parser.add_argument("overrides", nargs="*", metavar="section.key=value", help=f"such as experiments.{name}.…")
+        _option(parser, "run-name", help=f"the run; {BASELINE}: the dense residual stream", required=True)
+        _option(parser, "checkpoints-path", type=Path, help="folder of runs (default: TSAE_HOME/checkpoints)")
+        _option(parser, "checkpoint", help="step of an intermediate checkpoint (default: the final weights)")
+        _option(parser, "model", help="language model (default: the run's own)")
+        _option(parser, "layer", type=int, help="block whose output is read (default: the run's own)")
+        _option(parser, "dataset", help="labelled texts (default: experiments.NAME.dataset)")
+        if experiment.splits:
+            _option(
+                parser, "chunk", type=int, choices=(0, 1, 2), help="0: high-level split, 1: the rest, 2: all latents"
+            )
+        _option(parser, "explanation-path", type=Path, help="explanations.json (default: the one beside the run)")
+
+
+def _option(parser: argparse.ArgumentParser, name: str, **options: object) -> None:
+    """A flag in both spellings, `--run-name` and the authors' `--run_name`."""
+    spellings = dict.fromkeys([f"--{name}", f"--{name.replace('-', '_')}"])
+    parser.add_argument(*spellings, **options)  # type: ignore[arg-type]
+
+
+def _run(name: str, options: argparse.Namespace) -> None:
+    from tsae.stages import experiment_stage
+
+    checkpoints = options.checkpoints_path or environment.home() / "checkpoints"
+    config = with_dataset(_config(checkpoints, options), name, options.dataset)
+    chunk = getattr(options, "chunk", None)
+    chunks = None if chunk is None else [chunk]
+    for path in experiment_stage(
+        config, checkpoints, options.run_name, name, chunks, options.checkpoint, options.explanation_path
+    ):
+        print(path)
+
+
+def _config(checkpoints: Path, options: argparse.Namespace) -> RunConfig:
+    """The run's own configuration with the command line's overrides; of files from elsewhere, what they tell.
+
+    Raises TsaeError if `--model` or `--layer` contradict the run.
+    """
+    extra = schema.parse_overrides(options.overrides)
+    configuration.from_mapping(extra, "command line", partial=True)
+    if options.run_name == BASELINE:
+        named = {key: value for key in ("model", "layer") if (value := getattr(options, key)) is not None}
+        tree = {"model": {"name" if key == "model" else key: value for key, value in named.items()}}
+        return configuration.from_mapping(schema.merge_into(tree, extra), "command line")
+    run = RunFolder(find_dictionary(RunFolder.of(checkpoints, options.run_name).path.parent))
+    config = run.load_config() if run.resolved.exists() else _foreign(run, options)
+    for key, found in (("model", config.model.name), ("layer", config.model.layer)):
+        wanted = getattr(options, key)
+        if wanted is not None and wanted != found:
+            raise TsaeError(f"--{key} {wanted}: {run.path} was trained on {key} {found}; leave --{key} out")
+    for section, values in extra.items():
+        for key in values:
+            if section != "experiments" and f"{section}.{key}" not in FREE:
+                raise TsaeError(
+                    f"command line: {section}.{key}: was decided when the run was trained; "
+                    f"allowed: experiments.…, {', '.join(FREE)}"
+                )
+    return configuration.from_mapping(schema.merge_into(schema.to_plain(config), extra), "command line")
+
+
+def _foreign(run: RunFolder, options: argparse.Namespace) -> RunConfig:
+    """What the config.json of another program's run tells of its language model; flags fill in what it leaves out."""
+    from tsae.interop.origin import origin_of, read_json
+
+    origin = origin_of(read_json(run.config_json), run.path)
+    model = options.model or (None if origin.model == "unknown" else origin.model)
+    layer = options.layer if options.layer is not None else origin.layer
+    if model is None or layer is None:
+        missing = "--model" if model is None else "--layer"
+        raise TsaeError(f"{run.config_json}: does not tell the {missing[2:]}; give {missing}")
+    return RunConfig(model=ModelConfig(name=model, layer=layer))

@@ -1,0 +1,159 @@
+"""Runs one experiment on one run: the same flags, files and completeness rule for all of them.
+
+    <run>/<file>[_chunkN].json      settings, subject, numbers; written last: where its hash fits, it is complete
+    <run>/<file>[_chunkN].png       the picture of it
+
+An experiment is a module with `measure(subject, settings, chunk)`, which returns a JSON mapping with the numbers that a
+sweep's report shows under "headline" (and their half-widths under "half_width_95"), and `draw(results, path)`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from tsae import config as configuration
+from tsae import files, preemption, schema
+from tsae.checkpoint import BASELINE, RunFolder
+from tsae.config import RunConfig
+from tsae.errors import TsaeError
+
+if TYPE_CHECKING:
+    from tsae.experiments.subject import Subject
+
+
+class Experiment(NamedTuple):
+    """Where an experiment is, and what its files are called."""
+
+    file: str
+    """Stem of its results."""
+    splits: bool
+    """Whether it is made for each split of the latents; else once for the run."""
+    dense: bool
+    """Whether it can be made for the residual stream itself."""
+    help: str
+
+
+EXPERIMENTS = {
+    "probe": Experiment("probing", True, True, "probe feature activations for semantics, context and syntax"),
+    "tsne": Experiment("tsne", True, True, "map feature activations with t-SNE, coloured by three labels"),
+    "sequences": Experiment("sequences", True, False, "follow latents over passages spliced into one context"),
+    "align": Experiment("alignment", True, False, "compare latents on chosen and rejected responses"),
+    "steer": Experiment("steering", True, False, "generate text while a latent is held up"),
+    "explain": Experiment("autointerp", False, False, "explain latents with a language model, and score that"),
+    "features": Experiment("features", False, False, "make one page with all latents of a run"),
+}
+"""Command → experiment; the module has the command's name."""
+
+
+def run(
+    name: str,
+    config: RunConfig,
+    run: RunFolder,
+    chunks: Sequence[int] | None = None,
+    checkpoint: str | None = None,
+    explanations: Path | None = None,
+) -> list[str]:
+    """Make experiment `name` for the splits `chunks` (all there are by default); the paths of its results.
+
+    A split whose results are complete is not measured again. Raises TsaeError for a split that is not there and for
+    the dense baseline where only latents make sense.
+    """
+    from tsae.experiments.subject import Subject
+
+    experiment = EXPERIMENTS[name]
+    subject = Subject(config, run, checkpoint=checkpoint, explanation_path=explanations)
+    if subject.is_dense and not experiment.dense:
+        raise TsaeError(f"--run_name {BASELINE}: tsae {name} is about latents; name a trained run")
+    for split in chunks or ():
+        subject.latents(split)  # refuses a split that is not there before anything is measured
+    splits: Sequence[int | None] = (subject.chunks if chunks is None else chunks) if experiment.splits else (None,)
+    made = []
+    for chunk in splits:
+        path = run.result(_stem(name, chunk, checkpoint), "json")
+        if not _is_current(run, name, config, chunk, checkpoint):
+            _make(name, subject, chunk)
+        made.append(str(path))
+    return made
+
+
+def is_done(config: RunConfig, run: RunFolder, name: str) -> bool:
+    """Whether the experiment's results for every split are here and complete; reads small files alone."""
+    chunks: Sequence[int | None] = (None,)
+    if EXPERIMENTS[name].splits:
+        chunks = (0, 1, 2) if len(config.sae.group_sizes) > 1 and run.path.parent.name != BASELINE else (2,)
+    return all(_is_current(run, name, config, chunk, None) for chunk in chunks)
+
+
+def settings_hash(config: RunConfig, name: str, chunk: int | None, checkpoint: str | None) -> str:
+    """What decides an experiment's results, as a hash."""
+    return schema.stable_hash([configuration.experiment_settings(config, name), chunk, checkpoint])
+
+
+def headlines(run: RunFolder, config: RunConfig) -> dict[str, tuple[float, float | None]]:
+    """Every complete experiment's headline numbers, `probing_chunk0/semantics` → (value, half-width of its interval)."""
+    found: dict[str, tuple[float, float | None]] = {}
+    for name, experiment in EXPERIMENTS.items():
+        for chunk in (0, 1, 2) if experiment.splits else (None,):
+            if not _is_current(run, name, config, chunk, None):
+                continue
+            results = json.loads(run.result(_stem(name, chunk, None), "json").read_text())
+            half = results.get("half_width_95", {})
+            for measure, value in results.get("headline", {}).items():
+                found[f"{_stem(name, chunk, None)}/{measure}"] = (value, half.get(measure))
+    return found
+
+
+def _make(name: str, subject: Subject, chunk: int | None) -> None:
+    preemption.check()
+    module = import_module(f"tsae.experiments.{name}")
+    settings = getattr(subject.config.experiments, name)
+    results: dict[str, Any] = {
+        "experiment": name,
+        "config_hash": settings_hash(subject.config, name, chunk, subject.checkpoint),
+        "subject": subject.description(),
+        "settings": schema.to_plain(settings),
+    }
+    if chunk is None:
+        results |= module.measure(subject, settings)
+    else:
+        from tsae.experiments.subject import SPLIT_NAMES
+
+        results |= {"chunk": chunk, "split": "residual stream" if subject.is_dense else SPLIT_NAMES[chunk]}
+        results |= module.measure(subject, settings, chunk)
+    stem = _stem(name, chunk, subject.checkpoint)
+    module.draw(results, subject.run.result(stem, "png"))
+    files.write_json(subject.run.result(stem, "json"), results)
+
+
+def _stem(name: str, chunk: int | None, checkpoint: str | None) -> str:
+    """Stem of the files of one experiment."""
+    parts = [EXPERIMENTS[name].file]
+    if chunk is not None:
+        parts.append(f"chunk{chunk}")
+    if checkpoint is not None:
+        parts.append(f"step{checkpoint}")
+    return "_".join(parts)
+
+
+def _is_current(run: RunFolder, name: str, config: RunConfig, chunk: int | None, checkpoint: str | None) -> bool:
+    path = run.result(_stem(name, chunk, checkpoint), "json")
+    if not path.exists():
+        return False
+    found = json.loads(path.read_text())
+    return bool(found.get("config_hash") == settings_hash(config, name, chunk, checkpoint))
+
+
+def with_dataset(config: RunConfig, name: str, dataset: str | None) -> RunConfig:
+    """`config` with another dataset for one experiment. Raises TsaeError if it takes none."""
+    if dataset is None:
+        return config
+    settings = getattr(config.experiments, name)
+    if not hasattr(settings, "dataset"):
+        raise TsaeError(f"--dataset: tsae {name} takes none; it reads the run's own store")
+    changed = dataclasses.replace(settings, dataset=dataset)
+    return dataclasses.replace(config, experiments=dataclasses.replace(config.experiments, **{name: changed}))
