@@ -83,7 +83,7 @@ def build(cls: type[T], mapping: Any, where: str, path: str = "") -> T:
     """A `cls` from `mapping`; `where` (a file) and `path` (the key path so far) go into errors."""
     if not isinstance(mapping, Mapping):
         raise TsaeError(f"{where}: {path or 'the file'}: a mapping is expected, found {kind_of(mapping)}")
-    hints = get_type_hints(cls)
+    hints = type_hints(cls)
     names = [field.name for field in dataclasses.fields(cls)]  # type: ignore[arg-type]
     values = {}
     for key, value in mapping.items():
@@ -168,8 +168,23 @@ def kind_of(value: Any) -> str:
 
 def to_plain(config: Any) -> dict[str, Any]:
     """A config dataclass as YAML-ready dicts, lists and scalars."""
-    plain: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(config)))
+    # `dataclasses.asdict` copies every scalar deeply, which a sweep of a thousand points would wait for.
+    plain: dict[str, Any] = {field.name: _plain(getattr(config, field.name)) for field in dataclasses.fields(config)}
     return plain
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value):
+        return to_plain(value)
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+@cache
+def type_hints(cls: type) -> dict[str, Any]:
+    """Field name → its type."""
+    return get_type_hints(cls)
 
 
 def stable_hash(plain: Any, length: int = 12) -> str:
