@@ -13,12 +13,33 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import json
 import random
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
 torch.set_num_threads(1)
+
+
+Require = Callable[[str, bool, str], None]
+
+
+@pytest.fixture(scope="session")
+def require() -> Require:
+    """`require(tool, present, how)` skips a test whose tool is not here, saying how it comes.
+
+    Where TSAE_REQUIRE promises the tool, as CI does, the test fails instead.
+    """
+
+    def check(tool: str, present: bool, how: str) -> None:
+        if not present and tool in os.environ.get("TSAE_REQUIRE", "").split(","):
+            pytest.fail(f"TSAE_REQUIRE names {tool}, and it is not here: {how}")
+        if not present:
+            pytest.skip(f"needs {tool}: {how}")
+
+    return check
+
 
 WORDS = [a + b for a in ("ka", "lo", "mi", "ru", "se", "ta") for b in ("ba", "do", "fe", "gi", "nu")]
 
