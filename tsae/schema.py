@@ -83,7 +83,7 @@ def build(cls: type[T], mapping: Any, where: str, path: str = "") -> T:
     """A `cls` from `mapping`; `where` (a file) and `path` (the key path so far) go into errors."""
     if not isinstance(mapping, Mapping):
         raise TsaeError(f"{where}: {path or 'the file'}: a mapping is expected, found {kind_of(mapping)}")
-    hints = type_hints(cls)
+    hints = type_hints(cls)  # type: ignore[arg-type]
     names = [field.name for field in dataclasses.fields(cls)]  # type: ignore[arg-type]
     values = {}
     for key, value in mapping.items():
@@ -174,11 +174,11 @@ def to_plain(config: Any) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    if dataclasses.is_dataclass(value):
-        return to_plain(value)
+    if value is None or isinstance(value, (str, int, float)):
+        return value
     if isinstance(value, Mapping):
         return {str(key): _plain(item) for key, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
+    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else to_plain(value)
 
 
 @cache
