@@ -130,8 +130,8 @@ class ObjectiveConfig:
 
     preset: Literal["reference", "paper"] = "reference"
     """`reference`: what the authors' released code computes; `paper`: what the paper's equations say. Other keys override it."""
-    temporal: Literal["contrastive", "l1"] = "contrastive"
-    """Temporal term of a T-SAE: InfoNCE over the batch, or the L1 distance of the two codes weighted by the inputs' cosine."""
+    temporal: Literal["contrastive", "linear", "l1"] = "contrastive"
+    """Temporal term of a T-SAE: InfoNCE over the batch; `linear`: the mean similarity of all pairs of the batch minus that of the true pairs, without a logarithm; or the L1 distance of the two codes weighted by the inputs' cosine."""
     temporal_alpha: float = 0.1
     """Weight of the temporal term."""
     similarity: Literal["dot", "cosine"] = "dot"
@@ -140,6 +140,8 @@ class ObjectiveConfig:
     """Divides the similarities before the softmax."""
     directions: Literal["mean", "sum"] = "mean"
     """How the two directions of the contrastive term (current to partner and back) are combined."""
+    reconstruction: Literal["squared_error", "variance"] = "squared_error"
+    """`variance`: divide reconstruction errors by the batch's variance, so that the weights of other terms mean the same for activations of any scale; without effect where a penalty makes codes sparse."""
     group_weights: Literal["fractions", "uniform", "ones"] | tuple[float, ...] = "fractions"
     """Weight of each nested reconstruction: the group's share, 1/G, 1, or a list."""
     group_reduction: Literal["mean", "sum"] = "mean"
