@@ -218,3 +218,34 @@ def test_a_hub_model_that_cannot_be_had_is_one_clear_line(monkeypatch: pytest.Mo
 def test_a_gpu_that_is_not_there_is_refused(folders: dict[str, Path]) -> None:
     with pytest.raises(TsaeError, match=r"model.device: cuda:7 is not here; this machine shows \d+ GPUs"):
         load_language_model(ModelConfig(name=str(folders["gpt_neox"]), device="cuda:7"))
+
+
+@pytest.mark.parametrize("name", ["gpt_neox", "gemma2"])
+def test_generation_that_changes_nothing_gives_the_models_own_text(load: Load, name: str) -> None:
+    lm, prompt, shapes = load(name, layer=1), torch.tensor([[5, 9, 2], [7, 7, 1]]), []
+
+    def unchanged(hidden: Tensor) -> Tensor:
+        shapes.append(tuple(hidden.shape))
+        return hidden
+
+    found = lm.generate(prompt, 6, unchanged, do_sample=False)
+    own = lm.module.generate(
+        input_ids=prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=6, min_new_tokens=6, do_sample=False
+    )
+    assert torch.equal(found, own)
+    assert shapes == [(2, 3, lm.activation_dim), *[(2, 1, lm.activation_dim)] * 5]
+
+
+def test_what_replaces_activations_shapes_every_generated_token(load: Load) -> None:
+    lm, prompt = load("gpt_neox", layer=1), torch.tensor([[5, 9, 2]])
+    push = 30 * torch.randn(lm.activation_dim, generator=torch.Generator().manual_seed(1))
+    found = lm.generate(prompt, 8, lambda hidden: hidden + push, do_sample=False)
+    lengths = torch.tensor([found.shape[1]])
+    pushed = lm.splice(found, lengths, lambda hidden: hidden + push)
+    assert torch.equal(pushed[0, 2:-1].argmax(-1), found[0, 3:])
+    assert not torch.equal(lm.logits(found, lengths)[0, 2:-1].argmax(-1), found[0, 3:])
+
+
+def test_generation_beyond_the_models_positions_is_refused(load: Load) -> None:
+    with pytest.raises(TsaeError, match="positions"):
+        load("gpt_neox", layer=1).generate(torch.ones(1, 30, dtype=torch.long), 3, lambda hidden: hidden)

@@ -98,6 +98,42 @@ class LanguageModel:
             logits = self._traced.output.logits.save()
         return logits  # noqa: RET504 - only names that were saved inside a trace outlive it
 
+    def generate(self, tokens: Tensor, length: int, replace: Callable[[Tensor], Tensor], **options: Any) -> Tensor:
+        """[S, L + length] tokens: rows without padding, continued while `replace` exchanges the activations of every step.
+
+        The first step gives `replace` the prompt's activations [S, L, D], each later one those of the newest token
+        [S, 1, D]. No row ends early. `options` go to `PreTrainedModel.generate`, such as `do_sample`.
+        """
+        import torch
+
+        from tsae.lm.hook import hidden_of, with_hidden
+
+        room = self.max_length
+        if room is not None and tokens.shape[1] + length > room:
+            raise TsaeError(
+                f"model: a prompt of {tokens.shape[1]} tokens and {length} more are impossible; "
+                f"{self.identity['name']} has {room} positions"
+            )
+
+        def exchanged(output: Any) -> Any:
+            hidden = hidden_of(output)
+            return with_hidden(output, replace(hidden).to(hidden))
+
+        inputs: dict[str, Any] = {"input_ids": tokens.long().to(self.device), "use_cache": True}
+        inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+        limits = {"max_new_tokens": length, "min_new_tokens": length, "pad_token_id": self._pad_token()}
+        generate = self.module.generate
+        with torch.no_grad(), self._traced.trace(fn=generate, **inputs, **limits, **options) as tracer:
+            for _ in tracer.iter[:length]:
+                self._hook.output = exchanged(self._hook.output)
+            continued = tracer.result.save()
+        return continued  # noqa: RET504 - only names that were saved inside a trace outlive it
+
+    def _pad_token(self) -> int:
+        """What generation asks for, though rows of one length are never padded."""
+        ids = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, 0)
+        return next(int(token) for token in ids if token is not None)
+
     def verify_hook(self, tokens: Tensor, lengths: Tensor) -> None:
         """Prove on a batch that `read` gives the model's own `hidden_states[layer + 1]`, or what the named module gives.
 
