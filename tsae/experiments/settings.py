@@ -7,6 +7,30 @@ from typing import Literal
 
 
 @dataclass(frozen=True, kw_only=True)
+class AnswersConfig:
+    """A language model that is asked for explanations and judgements."""
+
+    backend: Literal["none", "local", "endpoint", "replay"] = "none"
+    """Who answers: nobody, a local transformers model, an OpenAI-compatible endpoint, or recorded answers."""
+    model: str | None = None
+    """Hub id or folder of a local model; the endpoint's name of one; of recorded answers, the name they are kept under."""
+    base_url: str | None = None
+    """Address of the endpoint up to /v1, such as http://localhost:8000/v1."""
+    key_variable: str = "OPENAI_API_KEY"
+    """Environment variable that holds the endpoint's key; where it is not set, no key is sent."""
+    concurrency: int = 8
+    """Requests to the endpoint at a time."""
+    timeout: float = 120.0
+    """Seconds after which a request to the endpoint has failed."""
+    tries: int = 6
+    """Attempts at a request that the endpoint answers with 429 or 5xx, not in time or not with JSON; waits double."""
+    batch_size: int = 8
+    """Prompts that a local model answers at a time."""
+    recorded: str | None = None
+    """File or folder of recorded answers (JSON lines, as the cache under TSAE_HOME/answers keeps them)."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class ProbeConfig:
     """Linear probes for semantics, context and syntax on feature activations (paper section 4.2)."""
 
@@ -27,7 +51,33 @@ class SequencesConfig:
     """Latents over the tokens of passages spliced into one context (paper figures 1 and 4)."""
 
     dataset: str = "embedded"
-    """Labelled texts that passages are drawn from."""
+    """Labelled texts that passages are drawn from, as for probing."""
+    texts: tuple[str, ...] = ()
+    """What the figure shows: files, or texts themselves (anything with a space in it), one passage each; by default passages drawn from the dataset."""
+    labels: tuple[str, ...] = ()
+    """Labels of the dataset that passages are drawn from; by default all."""
+    passages: int = 3
+    """Passages in a context drawn from the dataset, each of another label."""
+    passage_tokens: int | None = None
+    """Tokens of a passage, of drawn ones on average; none: an equal share of the model's positions, at most 200."""
+    splices: int = 100
+    """Contexts drawn for the scores."""
+    top: int = 8
+    """Latents of a context that stand for its figure."""
+    rank: Literal["total", "variance", "mean_active"] = "total"
+    """What makes a latent one of them: its total activation (the paper's), its variance, or its mean where it is active."""
+    latents: tuple[int, ...] = ()
+    """Latents to draw, whatever their rank."""
+    window: int = 8
+    """Tokens on either side of a place that a change of the code is measured over."""
+    tolerance: int = 10
+    """Tokens between a border and a change point that found it, at most."""
+    smoothest: float = 0.2
+    """Share of all latents, the smoothest ones, that the control takes in place of a split made in training."""
+    bootstrap: int = 1000
+    """Draws of contexts behind each interval."""
+    seed: int = 0
+    """Seed of every draw."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +85,25 @@ class AlignConfig:
     """Latents that tell rejected from chosen responses (paper section 4.5)."""
 
     dataset: str = "embedded"
-    """Pairs of responses: `hh-rlhf`, a local file or hub id with columns chosen and rejected, or `embedded`."""
+    """Pairs of dialogues: `hh-rlhf`, a local file or hub id with columns chosen and rejected, or `embedded` (passages on two topics, which have nothing to do with preferences)."""
+    pairs: int = 1000
+    """Pairs that are read, at most."""
+    max_tokens: int = 512
+    """Tokens of a dialogue, or the model's positions where these are fewer; what is too much is cut from the prompt's beginning, then from the response's end."""
+    matched_tokens: int = 2
+    """Largest difference in length of a pair in the subset matched for length."""
+    min_pairs: int = 10
+    """Pairs that a latent has to be active in to be tested."""
+    level: float = 0.05
+    """False discovery rate (Benjamini and Hochberg)."""
+    table: int = 30
+    """Latents in the table."""
+    examples: int = 3
+    """Pairs shown of each of them: those that differ most."""
+    bootstrap: int = 1000
+    """Draws of pairs behind each interval."""
+    seed: int = 0
+    """Seed of every draw."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,15 +111,63 @@ class SteerConfig:
     """Text generated while one latent is held up (paper section 4.4 and appendix B.2)."""
 
     dataset: str = "embedded"
-    """Labelled texts that define the concepts."""
+    """Labelled texts; a concept is a label."""
+    concepts: tuple[str, ...] = ()
+    """Labels to steer towards; by default the most frequent ones."""
+    max_concepts: int = 8
+    """Concepts where none are named."""
+    latents: tuple[int, ...] = ()
+    """Latents to steer with, one for each of `concepts`; by default the one whose activation tells best which concept a text is about."""
+    mode: Literal["set", "add"] = "set"
+    """`set`: the latent's activation becomes the strength; `add`: the strength comes on top of it."""
+    multiples: tuple[float, ...] = (0.5, 1.0, 2.0, 4.0, 8.0)
+    """Strengths in units of the latent's 99.9th percentile over active tokens."""
+    strengths: tuple[float, ...] = ()
+    """Further, absolute strengths; the paper's are 10, 100, 150, 500, 1000, 1500, 5000, 10000, 15000."""
+    steer_first: bool = False
+    """Whether the first position, BOS or the attention sink, is steered too."""
+    prompts: tuple[str, ...] = ("We find",)
+    """Prompts; the paper's is `We find`."""
+    text_prompts: int = 7
+    """Further prompts: openings of texts that nothing else uses, on any label."""
+    prompt_tokens: int = 8
+    """Tokens of those."""
+    tokens: int = 32
+    """Tokens that are generated."""
+    temperature: float = 0.0
+    """0: greedy; above: sampled."""
+    texts_per_concept: int = 40
+    """Texts of each concept for each use: to choose its latent, and to train the classifier."""
+    success: float = 0.5
+    """Probability of the concept from which text counts as steered."""
+    coherence: float = 0.5
+    """Coherence, relative to unsteered text, from which text counts as coherent."""
+    judge: AnswersConfig = field(default_factory=AnswersConfig)
+    """A language model that grades samples for concept and coherence as in the paper; none by default."""
+    bootstrap: int = 1000
+    """Draws of concepts behind each interval."""
+    seed: int = 0
+    """Seed of every draw."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExplainConfig:
-    """Explanations of latents written and scored by a language model (autointerp)."""
+    """Explanations of latents and their scores on held-out text (autointerp)."""
 
-    backend: Literal["local", "endpoint", "replay"] = "local"
-    """Who answers: a local transformers model, an OpenAI-compatible endpoint, or recorded answers."""
+    answers: AnswersConfig = field(default_factory=AnswersConfig)
+    """Who explains and judges; without a language model an explanation is a rule over tokens."""
+    latents: int | None = None
+    """Latents that are explained, drawn evenly over firing rates and groups; none: 200 with a language model, all without."""
+    sequences: int = 2048
+    """Stored sequences that are read, at most: so many to explain from, and so many held-out ones to score on."""
+    window: int = 32
+    """Tokens of a text that is shown; longer ones show what a slow latent follows."""
+    examples: int = 15
+    """Texts that an explanation is written from: two thirds with the strongest activations, the rest spread over all."""
+    tests: int = 10
+    """Held-out texts in which the latent is active, and as many in which it is not, that an explanation is scored on."""
+    seed: int = 0
+    """Seed of every draw."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +175,13 @@ class FeaturesConfig:
     """One page with all latents of a run."""
 
     sequences: int = 2048
-    """Stored sequences that examples are taken from, at most."""
+    """Stored sequences that rates and examples are taken from, at most."""
+    examples: int = 6
+    """Texts with the strongest activations that are shown of each latent; half as many weaker ones follow."""
+    before: int = 24
+    """Tokens shown before the strongest one."""
+    after: int = 12
+    """Tokens shown after it."""
 
 
 @dataclass(frozen=True, kw_only=True)
