@@ -16,7 +16,7 @@ def read_hub(data: DataConfig) -> Iterator[Document]:
     `data.source` is a hub id or a local folder in the hub's format. With HF_HUB_OFFLINE=1 the snapshot in the local
     hub cache is read.
     """
-    dataset = _load(data)
+    dataset = open_dataset(data.source, data.split, subset=data.subset, revision=data.revision)
     features = getattr(dataset, "features", None) or {}
     names = getattr(features.get(data.label_field), "names", None)
     rows = ((data.source, _with_label_name(row, data.label_field, names)) for row in dataset)
@@ -35,43 +35,56 @@ def _with_label_name(row: Any, field: str | None, names: list[str] | None) -> An
     return {**row, field: names[row[field]]}
 
 
-def _load(data: DataConfig) -> Any:
+def open_dataset(
+    source: str,
+    split: str,
+    *,
+    subset: str | None = None,
+    revision: str | None = None,
+    data_dir: str | None = None,
+    setting: str = "data.source",
+) -> Any:
+    """One split of the dataset `source`, as a stream of rows. Raises TsaeError, naming the `setting` that chose it."""
     import datasets
     from huggingface_hub import constants
 
     last: Exception | None = None
     # `datasets` looks into its own cache when the hub is out of reach, but not into the hub's.
-    snapshot = _snapshot(data) if constants.HF_HUB_OFFLINE else None
-    for place in (data.source,) if snapshot is None else (snapshot, data.source):
-        revision = data.revision if place == data.source else None
+    snapshot = _snapshot(source, revision) if constants.HF_HUB_OFFLINE else None
+    for place in (source,) if snapshot is None else (snapshot, source):
         try:
-            return datasets.load_dataset(place, data.subset, split=data.split, revision=revision, streaming=True)
+            return datasets.load_dataset(
+                place,
+                subset,
+                split=split,
+                data_dir=data_dir,
+                revision=revision if place == source else None,
+                streaming=True,
+            )
         except (FileNotFoundError, ConnectionError) as error:
             last = error
         except Exception as error:
-            raise TsaeError(f"data.source: {data.source}: {_reason(error)}") from error
+            raise TsaeError(f"{setting}: {source}: {_reason(error)}") from error
     reached = isinstance(last, FileNotFoundError)
     remedy = (
         "check the id, or give an existing path"
         if reached and not constants.HF_HUB_OFFLINE
-        else f"pre-download on a machine with network: hf download {data.source} --repo-type dataset; "
+        else f"pre-download on a machine with network: hf download {source} --repo-type dataset; "
         "then set HF_HUB_OFFLINE=1"
     )
     raise TsaeError(
-        f"data.source: {data.source}: neither a local file or folder nor a dataset that can be "
+        f"{setting}: {source}: neither a local file or folder nor a dataset that can be "
         f"reached ({_reason(last)}); {remedy}"
     ) from last
 
 
-def _snapshot(data: DataConfig) -> str | None:
+def _snapshot(source: str, revision: str | None) -> str | None:
     """The dataset's folder in the local hub cache, if it was downloaded."""
     import huggingface_hub
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
     try:
-        return huggingface_hub.snapshot_download(
-            data.source, repo_type="dataset", revision=data.revision, local_files_only=True
-        )
+        return huggingface_hub.snapshot_download(source, repo_type="dataset", revision=revision, local_files_only=True)
     except (LocalEntryNotFoundError, HFValidationError):  # not in the cache, or a path rather than an id
         return None
 

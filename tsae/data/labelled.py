@@ -1,0 +1,280 @@
+"""Texts with labels for the experiments: known datasets by name, or anything local in one of their schemas.
+
+    finefineweb  m-a-p/FineFineWeb-test           text or content, domain
+    wikipedia    vietgpt/wikipedia_en             text, title; the label stands in a CSV table with Article, Category
+    mmlu         cais/mmlu (all, test)            question, subject
+    hh-rlhf      Anthropic/hh-rlhf (harmless)     chosen, rejected
+    pile         monology/pile-uncopyrighted      text, meta.pile_set_name
+    pile-10k     NeelNanda/pile-10k               text, meta.pile_set_name
+    embedded     documentation on this machine    its topic, in the order opposite to that in which training reads
+
+A hub id, a local file (jsonl, json, csv, parquet) or a folder in the hub's format is read by the first schema whose
+columns it has; `label`, `topic` and `category` do for a label too.
+"""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterator, Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from tsae.data import hub
+from tsae.errors import TsaeError, suggestion
+from tsae.preemption import polled
+
+
+class LabelledText(NamedTuple):
+    """One text, its label, and what it belongs to: texts of one group never stand on both sides of a split."""
+
+    text: str
+    label: str
+    group: int
+
+
+class ResponsePair(NamedTuple):
+    """Two whole dialogues that differ in what the assistant answers at last."""
+
+    chosen: str
+    rejected: str
+
+
+class Schema(NamedTuple):
+    """Where a dataset keeps text and label."""
+
+    texts: tuple[str, ...]
+    """Columns of which the first that is there holds the text."""
+    label: str
+    source: str | None = None
+    """Hub id of the dataset that is read when it is named."""
+    subset: str | None = None
+    data_dir: str | None = None
+    split: str = "train"
+    classes: tuple[str, ...] | None = None
+    """The labels that the paper uses, of a dataset with many more."""
+
+
+DOMAINS = (
+    *("christianity", "law", "literature", "economics", "food"),
+    *("drama_and_film", "health", "mathematics", "medical", "history"),
+)
+
+SCHEMAS = {
+    "hh-rlhf": Schema(("chosen",), "rejected", "Anthropic/hh-rlhf", data_dir="harmless-base"),
+    "mmlu": Schema(("question",), "subject", "cais/mmlu", subset="all", split="test"),
+    "finefineweb": Schema(("text", "content"), "domain", "m-a-p/FineFineWeb-test", classes=DOMAINS),
+    "pile": Schema(("text",), "meta.pile_set_name", "monology/pile-uncopyrighted"),
+    "pile-10k": Schema(("text",), "meta.pile_set_name", "NeelNanda/pile-10k"),
+    "label": Schema(("text", "content", "question"), "label"),
+    "topic": Schema(("text", "content", "question"), "topic"),
+    "category": Schema(("text", "content", "question"), "category"),
+    "wikipedia": Schema(("text",), "title", "vietgpt/wikipedia_en"),
+}
+"""Name → schema, in the order in which they are tried on unknown columns; without a source: columns alone."""
+
+EMBEDDED = "embedded"
+NAMES = (EMBEDDED, *(name for name, schema in SCHEMAS.items() if schema.source))
+BUILDERS = {".jsonl": "json", ".ndjson": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+COMPRESSED = (".gz", ".zst")
+
+
+def labelled_texts(
+    dataset: str, *, categories: str | None = None, subset: str | None = None, split: str | None = None
+) -> Iterator[LabelledText]:
+    """The texts of `dataset` with their labels, in its order; rows without text or label are passed over.
+
+    `subset` and `split` replace those that the paper takes. `categories` is the CSV table (Article, Category) that gives titles a label; reading ends when each article is
+    found. Of pairs, both dialogues are given, labelled `chosen` and `rejected`. Raises TsaeError for a dataset that
+    cannot be read and for missing columns, naming those that are there.
+    """
+    if dataset == EMBEDDED:
+        yield from _embedded()
+        return
+    rows = _Rows(dataset, subset, split)
+    schema = rows.schema
+    if schema.label == "rejected":
+        for group, (chosen, rejected) in enumerate(_pairs(rows)):
+            yield LabelledText(chosen, "chosen", group)
+            yield LabelledText(rejected, "rejected", group)
+        return
+    labels = _categories(categories, dataset) if schema.label == "title" else None
+    left = set(labels or ())
+    for group, row in enumerate(rows):
+        text, label = rows.text(row), rows.label(row)
+        if labels is not None:
+            left.discard(label or "")
+            label = labels.get(label or "")
+        if text and label:
+            yield LabelledText(text, label, group)
+        if labels is not None and not left:
+            return
+
+
+def response_pairs(dataset: str, *, subset: str | None = None, split: str | None = None) -> Iterator[ResponsePair]:
+    """The pairs of a dataset with columns chosen and rejected, in its order. Raises TsaeError without those columns."""
+    yield from _pairs(_Rows(dataset, subset, split))
+
+
+def _pairs(rows: _Rows) -> Iterator[ResponsePair]:
+    for row in rows:
+        if not all(isinstance(row.get(column), str) for column in ("chosen", "rejected")):
+            raise _missing(rows.dataset, "chosen and rejected, both text", row)
+        yield ResponsePair(row["chosen"], row["rejected"])
+
+
+def default_classes(dataset: str) -> tuple[str, ...] | None:
+    """The labels that the paper takes from a dataset, None for all of them."""
+    named = _named(dataset)
+    return None if named is None else SCHEMAS[named].classes
+
+
+def _named(dataset: str) -> str | None:
+    """The schema that goes by a name or by the hub id of its dataset."""
+    known = {name.lower(): name for name, schema in SCHEMAS.items() if schema.source}
+    known |= {str(schema.source).lower(): name for name, schema in SCHEMAS.items() if schema.source}
+    return known.get(dataset.lower())
+
+
+class _Rows:
+    """The rows of a dataset and the schema that they have."""
+
+    def __init__(self, dataset: str, subset: str | None, split: str | None) -> None:
+        self.dataset = dataset
+        self._stream = _open(dataset, subset, split)
+        self._names: dict[str, list[str]] = {
+            column: names
+            for column, feature in (getattr(self._stream, "features", None) or {}).items()
+            if (names := getattr(feature, "names", None)) is not None
+        }
+
+    @cached_property
+    def schema(self) -> Schema:
+        """That of the dataset's name, or else of the columns of its first row, which are checked."""
+        first = next(iter(self), None)
+        if first is None:
+            raise TsaeError(f"--dataset {self.dataset}: holds no rows")
+        named = _named(self.dataset)
+        return SCHEMAS[named] if named else _schema_of(self.dataset, first)
+
+    def __iter__(self) -> Iterator[Mapping[str, Any]]:
+        try:
+            yield from polled(self._stream)
+        except TsaeError:
+            raise
+        except Exception as error:  # the network, a decoder or a builder: `datasets` has no common class for them
+            reason = (str(error).strip().splitlines() or [""])[0]
+            raise TsaeError(f"--dataset {self.dataset}: reading stopped: {type(error).__name__}: {reason}") from error
+
+    def text(self, row: Mapping[str, Any]) -> str | None:
+        """The text of a row, None if it is blank. Raises TsaeError if the column is not there or holds no text."""
+        for column in self.schema.texts:
+            if column in row:
+                if row[column] is not None and not isinstance(row[column], str):
+                    raise TsaeError(
+                        f"--dataset {self.dataset}: column '{column}' holds {type(row[column]).__name__}, not text"
+                    )
+                return row[column] if row[column] and row[column].strip() else None
+        raise _missing(self.dataset, " or ".join(self.schema.texts), row)
+
+    def label(self, row: Mapping[str, Any]) -> str | None:
+        """The label of a row; a ClassLabel by its name. Raises TsaeError if the column is not there."""
+        value: Any = row
+        for part in self.schema.label.split("."):
+            if not isinstance(value, Mapping) or part not in value:
+                raise _missing(self.dataset, self.schema.label, row)
+            value = value[part]
+        names = self._names.get(self.schema.label)
+        if names is not None and isinstance(value, int):
+            return names[value] if value >= 0 else None
+        return None if value is None else str(value)
+
+
+def _schema_of(dataset: str, row: Mapping[str, Any]) -> Schema:
+    for schema in SCHEMAS.values():
+        top = schema.label.partition(".")[0]
+        if top in row and any(column in row for column in schema.texts):
+            return schema
+    wanted = dict.fromkeys(f"{' or '.join(schema.texts)} with {schema.label}" for schema in SCHEMAS.values())
+    raise _missing(dataset, "; ".join(wanted), row)
+
+
+def _missing(dataset: str, wanted: str, row: Mapping[str, Any]) -> TsaeError:
+    return TsaeError(f"--dataset {dataset}: expected columns: {wanted}; columns found: {', '.join(map(str, row))}")
+
+
+def _open(dataset: str, subset: str | None, split: str | None) -> Any:
+    """A stream of rows of a known dataset, a local file or folder, or a hub id."""
+    named = _named(dataset)
+    if named is not None:
+        schema = SCHEMAS[named]
+        options = {"subset": subset or schema.subset, "data_dir": schema.data_dir, "setting": "--dataset"}
+        return hub.open_dataset(str(schema.source), split or schema.split, **options)  # type: ignore[arg-type]
+    path = Path(dataset).expanduser()
+    if path.is_file():
+        return _open_file(path)
+    if path.is_dir():
+        return hub.open_dataset(str(path), split or _first_split(path, subset), subset=subset, setting="--dataset")
+    if dataset.count("/") != 1 or dataset.startswith((".", "/", "~")):
+        raise TsaeError(
+            f"--dataset {dataset}: no such file or folder; {suggestion(dataset, NAMES)}"
+            f"known: {', '.join(NAMES)}, a local file or folder, or a hub id owner/name"
+        )
+    return hub.open_dataset(dataset, split or "train", subset=subset, setting="--dataset")
+
+
+def _open_file(path: Path) -> Any:
+    import datasets
+
+    compressed = path.suffix.lower() in COMPRESSED
+    builder = BUILDERS.get((path.with_suffix("") if compressed else path).suffix.lower())
+    if builder is None:
+        raise TsaeError(f"--dataset {path}: files of this kind cannot be read; allowed: {', '.join(BUILDERS)}")
+    try:
+        return datasets.load_dataset(builder, data_files=str(path), split="train", streaming=True)
+    except Exception as error:  # each format reports damage in its own way
+        raise TsaeError(f"--dataset {path}: cannot be read: {str(error).splitlines()[0]}") from error
+
+
+def _first_split(folder: Path, subset: str | None) -> str:
+    """`train`, or the first split of a folder in the hub's format that has none of that name."""
+    import datasets
+
+    try:
+        splits = [str(split) for split in datasets.get_dataset_split_names(str(folder), subset)]
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise TsaeError(f"--dataset {folder}: no dataset in the hub's format is here: {reason}") from None
+    return "train" if "train" in splits else splits[0]
+
+
+def _categories(path: str | None, dataset: str) -> dict[str, str]:
+    """Title → label of a table with the columns Article and Category."""
+    if path is None:
+        raise TsaeError(
+            f"--dataset {dataset}: has titles and no labels; give a CSV table with the columns Article, Category in "
+            "experiments.texts.categories"
+        )
+    try:
+        with open(Path(path).expanduser(), encoding="utf-8-sig", newline="") as stream:
+            table = csv.DictReader(stream)
+            found = table.fieldnames or []
+            for column in ("Article", "Category"):
+                if column not in found:
+                    raise TsaeError(f"{path}: no column '{column}'; columns found: {', '.join(found) or 'none'}")
+            labels = {row["Article"]: row["Category"] for row in table if row["Article"] and row["Category"]}
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise TsaeError(f"experiments.texts.categories: {path}: cannot be read: {error}") from None
+    if not labels:
+        raise TsaeError(f"{path}: the table holds no article with a category")
+    return labels
+
+
+def _embedded() -> Iterator[LabelledText]:
+    """The embedded corpus from its end: what a run that stops at `data.max_tokens` has not read comes first."""
+    from tsae.config import DataConfig
+    from tsae.data.documents import read_documents
+
+    documents = list(read_documents(DataConfig(source=EMBEDDED)))
+    for group in polled(range(len(documents) - 1, -1, -1)):
+        yield LabelledText(documents[group].text, documents[group].label or "", group)
