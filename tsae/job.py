@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from tsae import files, preemption
-from tsae.environment import process_rank
+from tsae.environment import process_count, process_rank
 from tsae.errors import TsaeError
 from tsae.locks import LockHeld
 
@@ -43,6 +43,8 @@ class Call:
     """Stamp of the launch that asked for it."""
     executor: str = "debug"
     """slurm, local or debug."""
+    processes: int = 1
+    """How many processes do it together."""
     log: str | None = None
     """File that holds the output; Slurm's is known to the job."""
 
@@ -67,6 +69,7 @@ def run_stage(call: Call) -> None:
     try:
         with preemption.watched():
             _require_restarts_left()
+            _require_company(call)
             if record:
                 record.write("running")
             _leaving_when_asked(lambda: _when_free(_resolved(call.function), call.arguments))
@@ -163,6 +166,14 @@ def _require_restarts_left() -> None:
         raise TsaeError(
             f"was preempted or out of time {restarts} times, more than max_restarts: {most} of the cluster's file "
             "allows; the same command goes on from the last state"
+        )
+
+
+def _require_company(call: Call) -> None:
+    if process_count() != call.processes:
+        raise TsaeError(
+            f"{call.label}: {call.processes} processes were asked for and {process_count()} started; "
+            "something between Slurm and Python has put them into groups of their own"
         )
 
 

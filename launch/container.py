@@ -1,0 +1,121 @@
+"""Jobs inside an image: the command that goes before `python`, for Apptainer (clusters, laptops) and Docker (laptops)."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from tsae import environment
+from tsae.errors import TsaeError
+
+PYTHON = "python3"
+PASSED_ON = re.compile(
+    r"(TSAE|HF|SLURM|SUBMITIT|NCCL|CUDA|NVIDIA|OMP|MKL|OPENBLAS|PYTHON|WANDB|TORCH)_?\w*|MASTER_(ADDR|PORT)|RANK|WORLD_SIZE|LOCAL_RANK|LOCAL_WORLD_SIZE|NUMEXPR_NUM_THREADS|TOKENIZERS_PARALLELISM|MPLBACKEND"
+)
+"""Variables that a Docker container gets; Apptainer's gets all."""
+
+
+@dataclass(frozen=True)
+class Container:
+    """An image and what of this machine is seen inside it."""
+
+    runtime: Literal["apptainer", "docker"]
+    image: str
+    """Path of a .sif file or folder, or a name in a registry."""
+    binds: tuple[str, ...]
+    """Folders, each at its own place or as `here:there`."""
+
+    def command(self, extra: Mapping[str, str] | None = None, gpus: bool = True) -> list[str]:
+        """What goes before the arguments of python; `extra` variables are set inside."""
+        variables = {"PYTHONNOUSERSITE": "1", **(extra or {})}
+        return self._apptainer(variables, gpus) if self.runtime == "apptainer" else self._docker(variables, gpus)
+
+    def _apptainer(self, variables: Mapping[str, str], gpus: bool) -> list[str]:
+        # No --cleanenv or --containall: the job's place in Slurm, and its GPUs, are told by variables.
+        command = ["apptainer", "exec", *(["--nv"] if gpus else []), "--pwd", os.getcwd()]
+        for bind in self.binds:
+            command += ["--bind", bind]
+        for name, value in variables.items():
+            command += ["--env", f"{name}={value}"]
+        return [*command, self.image, PYTHON]
+
+    def _docker(self, variables: Mapping[str, str], gpus: bool) -> list[str]:
+        user = f"{os.getuid()}:{os.getgid()}"
+        command = ["docker", "run", "--rm", "--init", "--network=host", "--ipc=host", f"--user={user}"]
+        command += ["--gpus=all"] if gpus else []
+        command += [f"--workdir={os.getcwd()}", "--entrypoint=", "--env=HOME=/tmp"]
+        for bind in self.binds:
+            here, _, there = bind.partition(":")
+            command.append(f"--volume={here}:{there or here}")
+        passed = sorted(name for name in os.environ if PASSED_ON.fullmatch(name))
+        command += [f"--env={name}" for name in passed if name not in variables]
+        command += [f"--env={name}={value}" for name, value in variables.items()]
+        return [*command, self.image, PYTHON]
+
+
+def container(name: str, places: Iterable[str | Path] = (), binds: Sequence[str] = ()) -> Container:
+    """The image that `--container` or the YAML names.
+
+    `tsae.sif`: Apptainer; `docker://owner/image:tag`: Apptainer if there is one, else Docker; `docker:image`: Docker,
+    with an image that it has. TSAE_HOME, HF_HOME, the working directory and `places` (data, the code's copy) are bound,
+    and `binds` besides. Raises TsaeError for an image or a folder that is not there, and without the program.
+    """
+    binds = tuple(_binds([environment.home(), _hub_cache(), Path.cwd(), *places], binds))
+    if name.startswith("docker:") and not (name.startswith("docker://") and shutil.which("apptainer")):
+        if shutil.which("docker") is None:
+            raise TsaeError(f"--container {name}: neither apptainer nor docker is on PATH")
+        return Container("docker", name.removeprefix("docker:").removeprefix("//"), binds)
+    if shutil.which("apptainer") is None:
+        raise TsaeError(f"--container {name}: apptainer is not on PATH")
+    if name.startswith("docker://"):
+        return Container("apptainer", str(_pulled(name)), binds)
+    image = Path(name).expanduser().absolute()
+    if not image.exists():
+        raise TsaeError(
+            f"--container {name}: no such file; `apptainer build {image.name} apptainer.def` makes one, and "
+            "docker://owner/image:tag is fetched"
+        )
+    return Container("apptainer", str(image), binds)
+
+
+def _binds(places: Iterable[str | Path], asked: Sequence[str]) -> list[str]:
+    """Every folder once, without those below another; asked ones must exist."""
+    for bind in asked:
+        here = bind.partition(":")[0]
+        if not Path(here).exists():
+            raise TsaeError(f"binds: {here}: no such folder")
+    environment.home().mkdir(parents=True, exist_ok=True)
+    existing = sorted({str(Path(place).expanduser().absolute()) for place in places if Path(place).exists()})
+    kept: list[str] = []
+    for place in existing:
+        if not any(Path(place).is_relative_to(above) for above in kept):
+            kept.append(place)
+    return [*kept, *asked]
+
+
+def _hub_cache() -> Path:
+    return Path(os.environ.get("HF_HOME") or "~/.cache/huggingface").expanduser()
+
+
+def _pulled(name: str) -> Path:
+    """The image of a registry as a file under TSAE_HOME, fetched once: compute nodes may have no way out."""
+    image = environment.home() / "containers" / (re.sub(r"[^\w.-]+", "-", name.removeprefix("docker://")) + ".sif")
+    if image.exists():
+        return image
+    image.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = image.with_name(f".{image.name}.{os.getpid()}.tmp")
+    pull = ["apptainer", "pull", str(unfinished), name]
+    answer = subprocess.run(pull, capture_output=True, text=True, check=False)
+    if answer.returncode:
+        unfinished.unlink(missing_ok=True)
+        last = answer.stderr.strip().splitlines()
+        raise TsaeError(f"--container {name}: `{shlex.join(pull)}` failed: {last[-1] if last else 'no word of why'}")
+    unfinished.rename(image)
+    return image
