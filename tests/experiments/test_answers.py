@@ -1,0 +1,281 @@
+"""Language models that are asked: a real server with faults, a real local model, recorded answers."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tsae import preemption
+from tsae.errors import TsaeError
+from tsae.experiments import endpoint
+from tsae.experiments.answers import Answer, Prompt, open_backend
+from tsae.experiments.settings import AnswersConfig
+
+PROMPT = Prompt("You count.", "How many?", 16)
+WHERE = "experiments.explain.answers"
+
+
+class Server(ThreadingHTTPServer):
+    """A chat endpoint that answers with the question in capitals, after the faults it was told to show."""
+
+    daemon_threads = True
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), _Chat)
+        self.base_url = f"http://127.0.0.1:{self.server_address[1]}/v1"
+        self.faults: list[str] = []
+        self.requests: list[dict[str, Any]] = []
+        self.keys: list[str | None] = []
+        self.times: list[float] = []
+        self.at_once, self.most_at_once = 0, 0
+        self.lock = threading.Lock()
+
+
+class _Chat(BaseHTTPRequestHandler):
+    server: Server
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        with self.server.lock:
+            self.server.requests.append(body)
+            self.server.keys.append(self.headers["Authorization"])
+            self.server.times.append(time.monotonic())
+            fault = self.server.faults.pop(0) if self.server.faults else ""
+            self.server.at_once += 1
+            self.server.most_at_once = max(self.server.most_at_once, self.server.at_once)
+        try:
+            self._respond(body["messages"][-1]["content"], fault)
+        finally:
+            with self.server.lock:
+                self.server.at_once -= 1
+
+    def _respond(self, question: str, fault: str) -> None:
+        good = json.dumps({"choices": [{"message": {"role": "assistant", "content": question.upper()}}]})
+        match fault.split():
+            case [] | ["slow"]:
+                time.sleep(0.05 if fault else 0)
+                self._send(200, good)
+            case ["hang"]:
+                time.sleep(1.5)
+            case ["cut"]:
+                self._send(200, good[:20], length=len(good))
+            case ["broken"]:
+                self._send(200, good[:20])
+            case ["empty"]:
+                self._send(200, '{"choices": []}')
+            case ["429", *wait]:
+                self._send(429, '{"error": {"message": "slow down"}}', {"Retry-After": wait[0]} if wait else {})
+            case ["302"]:
+                self._send(302, "", {"Location": "http://127.0.0.1:9/elsewhere"})
+            case [status]:
+                self._send(int(status), '{"error": {"message": "no luck\\ntoday"}}')
+
+    def _send(self, status: int, text: str, headers: dict[str, str] | None = None, length: int | None = None) -> None:
+        self.send_response(status)
+        for name, value in (headers or {}).items():
+            self.send_header(name, value)
+        self.send_header("Content-Length", str(len(text) if length is None else length))
+        self.end_headers()
+        self.wfile.write(text.encode())
+
+    def log_message(self, *_: object) -> None:
+        """Keep the test's output clean."""
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    monkeypatch.setattr(endpoint, "FIRST_WAIT", 0.02)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    running = Server()
+    thread = threading.Thread(target=running.serve_forever, args=(0.02,))
+    thread.start()
+    yield running
+    running.shutdown()
+    thread.join()
+    running.server_close()
+
+
+@pytest.fixture(autouse=True)
+def own_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("TSAE_HOME", str(tmp_path / "home"))
+    return tmp_path / "home"
+
+
+Ask = Callable[..., list[Answer]]
+
+
+@pytest.fixture
+def ask(server: Server) -> Ask:
+    def ask(*questions: str, **settings: Any) -> list[Answer]:
+        chosen = AnswersConfig(backend="endpoint", model="tester", base_url=server.base_url, **settings)
+        return open_backend(chosen, WHERE).answers([PROMPT._replace(user=question) for question in questions])
+
+    return ask
+
+
+def test_a_prompt_is_sent_as_the_protocol_says_with_the_key_from_the_environment(
+    server: Server, ask: Ask, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MY_KEY", "secret")
+    assert ask("how many?", key_variable="MY_KEY") == [Answer("HOW MANY?")]
+    assert server.requests == [
+        {
+            "model": "tester",
+            "messages": [{"role": "system", "content": "You count."}, {"role": "user", "content": "how many?"}],
+            "max_tokens": 16,
+            "temperature": 0,
+        }
+    ]
+    assert server.keys == ["Bearer secret"]
+
+
+def test_without_a_key_none_is_sent(server: Server, ask: Ask, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    assert ask("a") == [Answer("A")]
+    assert server.keys == [None]
+
+
+def test_answers_stand_in_the_order_of_their_prompts_and_few_are_asked_at_a_time(server: Server, ask: Ask) -> None:
+    server.faults = ["slow"] * 30
+    questions = [f"question {n}" for n in range(30)]
+    assert [answer.text for answer in ask(*questions, concurrency=4)] == [question.upper() for question in questions]
+    assert 2 <= server.most_at_once <= 4
+
+
+@pytest.mark.parametrize("fault", ["429", "500", "503", "hang", "cut", "broken", "empty"])
+def test_a_passing_fault_is_outlived(server: Server, ask: Ask, fault: str) -> None:
+    server.faults = [fault, fault]
+    assert ask("still there?", timeout=0.2) == [Answer("STILL THERE?")]
+    assert len(server.requests) == 3
+
+
+def test_the_endpoint_decides_how_long_to_wait(server: Server, ask: Ask) -> None:
+    server.faults = ["429 0.4"]
+    assert ask("a") == [Answer("A")]
+    assert server.times[1] - server.times[0] >= 0.4
+
+
+@pytest.mark.parametrize(
+    ("fault", "reason"),
+    [
+        ("429", "HTTP 429 slow down"),
+        ("500", "HTTP 500 no luck today"),
+        ("hang", "no answer within 0.2 s"),
+        ("cut", "IncompleteRead"),
+        ("broken", "not what the protocol says"),
+    ],
+)
+def test_a_lasting_fault_becomes_a_failure_with_its_reason(server: Server, ask: Ask, fault: str, reason: str) -> None:
+    server.faults = [fault] * 3
+    (answer,) = ask("a", timeout=0.2, tries=3)
+    assert answer.text is None
+    assert reason in str(answer.failure)
+    assert "after 3 attempts" in str(answer.failure)
+    assert len(server.requests) == 3
+
+
+@pytest.mark.parametrize("fault", ["400", "302"])
+def test_what_will_not_pass_is_not_tried_again(server: Server, ask: Ask, fault: str) -> None:
+    server.faults = [fault]
+    (answer,) = ask("a")
+    assert answer.failure is not None
+    assert answer.failure.startswith(f"HTTP {fault}")
+    assert len(server.requests) == 1
+
+
+@pytest.mark.parametrize(("fault", "remedy"), [("401", "read from NO_SUCH_KEY, which is not set"), ("404", "'tester'")])
+def test_a_refused_key_or_an_unknown_model_ends_it_at_once(server: Server, ask: Ask, fault: str, remedy: str) -> None:
+    server.faults = [fault] * 100
+    with pytest.raises(TsaeError, match=remedy):
+        ask(*map(str, range(40)), concurrency=2, key_variable="NO_SUCH_KEY")
+    assert len(server.requests) < 10
+
+
+def test_an_endpoint_that_is_not_there_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    dead = AnswersConfig(backend="endpoint", model="m", base_url="http://127.0.0.1:9/v1", tries=1, concurrency=2)
+    with pytest.raises(TsaeError, match=r"5 requests in a row failed.*connection failed"):
+        open_backend(dead, WHERE).answers([PROMPT._replace(user=str(n)) for n in range(50)])
+
+
+def test_what_was_answered_is_not_asked_again(server: Server, ask: Ask, own_home: Path) -> None:
+    server.faults = ["", "400"]
+    first = ask("a", "b", concurrency=1)
+    assert [answer.text for answer in first] == ["A", None]
+    assert [answer.text for answer in ask("a", "b")] == ["A", "B"]
+    assert [request["messages"][1]["content"] for request in server.requests] == ["a", "b", "b"]
+
+    (folder,) = (own_home / "answers").iterdir()
+    replay = AnswersConfig(backend="replay", model="tester", recorded=str(folder))
+    replayed = open_backend(replay, WHERE).answers([PROMPT._replace(user=text) for text in ("b", "new")])
+    assert replayed == [Answer("B"), Answer(None, "no answer of tester is recorded")]
+
+
+def test_a_line_that_a_killed_process_left_unfinished_costs_one_answer(
+    server: Server, ask: Ask, own_home: Path
+) -> None:
+    ask("a", "b")
+    (file,) = own_home.glob("answers/*/*.jsonl")
+    file.write_text(file.read_text()[:-20])
+    assert [answer.text for answer in ask("a", "b")] == ["A", "B"]
+    assert len(server.requests) == 3
+
+
+def test_a_damaged_record_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "recorded.jsonl").write_text('{"model": "m", "system": "s"}\n')
+    settings = AnswersConfig(backend="replay", model="m", recorded=str(tmp_path / "recorded.jsonl"))
+    with pytest.raises(TsaeError, match=r"recorded.jsonl: line 1 is no recorded answer"):
+        open_backend(settings, WHERE)
+
+
+def test_a_process_that_is_asked_to_leave_does_not_wait_for_answers(
+    server: Server, ask: Ask, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server.faults = ["hang"] * 8
+    monkeypatch.setattr(preemption, "requested", lambda: bool(server.requests))
+    began = time.monotonic()
+    with pytest.raises(preemption.Preempted):
+        ask(*map(str, range(20)), concurrency=2)
+    assert len(server.requests) <= 4
+    assert time.monotonic() - began < 1.4  # shorter than a single answer takes
+
+
+@pytest.mark.parametrize(
+    ("settings", "complaint"),
+    [
+        ({"backend": "endpoint", "model": "m"}, "answers.base_url: is needed for the backend endpoint"),
+        ({"backend": "endpoint", "model": "m", "base_url": "localhost:80"}, "answers.base_url: 'localhost:80'"),
+        ({"backend": "local"}, "answers.model: is needed"),
+        ({"backend": "replay", "model": "m", "recorded": "/nowhere"}, "answers.recorded: there is no /nowhere"),
+        ({"backend": "none"}, "answers.backend: none asks nobody"),
+        ({"backend": "endpoint", "model": "m", "tries": 0}, "answers.tries: 0 is impossible"),
+    ],
+)
+def test_settings_that_lack_something_are_named(settings: dict[str, Any], complaint: str) -> None:
+    with pytest.raises(TsaeError, match=complaint):
+        open_backend(AnswersConfig(**settings), WHERE)
+
+
+def test_a_local_model_answers_a_prompt_alone_as_it_does_in_a_batch(tiny_model: Path, own_home: Path) -> None:
+    prompts = [Prompt("kaba", words, 5) for words in ("lodo mife", "rugi", "senu taba kado lofe")]
+    settings = AnswersConfig(backend="local", model=str(tiny_model), batch_size=2)
+    together = open_backend(settings, WHERE).answers(prompts)
+    assert all(answer.text for answer in together)
+    for record in own_home.glob("answers/*/*.jsonl"):
+        record.unlink()
+    alone = AnswersConfig(backend="local", model=str(tiny_model), batch_size=1)
+    assert open_backend(alone, WHERE).answers(prompts) == together
+
+
+def test_a_prompt_longer_than_the_local_model_reads_fails_by_itself(tiny_model: Path) -> None:
+    prompts = [Prompt("kaba", "lodo " * 80, 5), Prompt("kaba", "lodo", 5)]
+    long, short = open_backend(AnswersConfig(backend="local", model=str(tiny_model)), WHERE).answers(prompts)
+    assert "81 tokens and 5 to come" in str(long.failure)
+    assert short.text
