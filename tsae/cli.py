@@ -93,6 +93,8 @@ def _parser() -> argparse.ArgumentParser:
     bench = _command(commands, "bench", _bench, "time a training step against the dense path, the floor and others")
     add_bench_arguments(bench)
 
+    _command(commands, "selftest", _selftest, "check that this installation works here, without a network")
+
     embedded = _command(commands, "embedded-lm", _embedded_lm, "train the small language model that ships inside")
     embedded.add_argument("--out", type=Path, required=True, help="folder for the model and its recipe")
     embedded.add_argument(
@@ -208,6 +210,12 @@ def _bench(options: argparse.Namespace) -> None:
     from tsae.benchmark.command import run
 
     print(run(options))
+
+
+def _selftest(_options: argparse.Namespace) -> int:
+    from tsae.selftest import selftest
+
+    return selftest()
 
 
 def _embedded_lm(options: argparse.Namespace) -> None:
