@@ -383,7 +383,8 @@ def evaluation_settings(config: RunConfig) -> dict[str, Any]:
 
 def experiment_settings(config: RunConfig, name: str) -> dict[str, Any]:
     """The part that decides the results of experiment `name`."""
-    return {**training_settings(config), "experiment": schema.to_plain(getattr(config.experiments, name))}
+    own, texts = (schema.to_plain(getattr(config.experiments, part)) for part in (name, "texts"))
+    return {**training_settings(config), "experiment": own, "texts": texts}
 
 
 def help_text() -> str:

@@ -57,7 +57,7 @@ def tokenize(
     total = 0
     for batch in _batches(documents):
         encoded = tokenizer(
-            [_encodable(document.text) for document in batch],
+            [encodable(document.text) for document in batch],
             add_special_tokens=False,
             split_special_tokens=True,
             return_attention_mask=False,
@@ -92,6 +92,6 @@ def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
         yield batch
 
 
-def _encodable(text: str) -> str:
+def encodable(text: str) -> str:
     """`text` with lone surrogates, which scraped JSON holds and no tokenizer takes, replaced by U+FFFD."""
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")

@@ -31,6 +31,26 @@ class AnswersConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TextsConfig:
+    """The labelled texts that experiments share: their activations are harvested once for all runs."""
+
+    count: int = 700
+    """Texts that are read, at most; equal shares of the classes."""
+    classes: tuple[str, ...] | None = None
+    """Labels to read; by default those that the paper takes of the dataset, or all."""
+    context_length: int = 128
+    """Tokens of each text that the language model reads, at most."""
+    min_characters: int = 200
+    """Shorter texts are passed over."""
+    categories: str | None = None
+    """CSV table (columns Article, Category) that labels the articles of `wikipedia`."""
+    subset: str | None = None
+    """Configuration of a hub dataset, in place of the paper's."""
+    split: str | None = None
+    """Split of a hub dataset, in place of the paper's."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class ProbeConfig:
     """Linear probes for semantics, context and syntax on feature activations (paper section 4.2)."""
 
@@ -186,8 +206,10 @@ class FeaturesConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ExperimentsConfig:
-    """Each experiment's own settings."""
+    """Each experiment's own settings, and the texts they share."""
 
+    texts: TextsConfig = field(default_factory=TextsConfig)
+    """Labelled texts."""
     probe: ProbeConfig = field(default_factory=ProbeConfig)
     """Linear probes."""
     tsne: TsneConfig = field(default_factory=TsneConfig)
