@@ -11,10 +11,11 @@ from pathlib import Path
 from tsae import config as configuration
 from tsae import preemption
 from tsae.benchmark.command import add_arguments as add_bench_arguments
-from tsae.environment import home, load_dotenv, process_count, process_rank
+from tsae.environment import adopt_slurm_step, home, load_dotenv, process_count, process_rank
 from tsae.errors import TsaeError, os_error_line
 from tsae.experiments.commands import add_commands as add_experiment_commands
 from tsae.interop.commands import add_commands
+from tsae.validation import require_processes
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -22,6 +23,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parse(arguments)
     try:
         load_dotenv()
+        adopt_slurm_step()
         return int(options.run(options) or 0)
     except TsaeError as error:
         print(f"tsae: {error}", file=sys.stderr)
@@ -141,7 +143,7 @@ def _harvest(options: argparse.Namespace) -> None:
         raise TsaeError(f"--tasks {options.tasks}: at least 1 is expected")
     if not 0 <= options.task < options.tasks:
         raise TsaeError(f"--task {options.task}: tasks are counted from 0 to {options.tasks - 1}")
-    print(harvest_stage(config, options.task, options.tasks))
+    _print_once(harvest_stage(config, options.task, options.tasks))
 
 
 @preemption.watched()
@@ -149,17 +151,21 @@ def _train(options: argparse.Namespace) -> None:
     from tsae.stages import harvest_stage, train_stage
 
     config = configuration.load(options.config, options.overrides)
-    # Processes that train together share the harvest as well.
-    harvest_stage(config, process_rank(), process_count())
-    path = train_stage(config, *_run_of(options))
-    if process_rank() == 0:
-        print(path)
+    require_processes(config, process_count())  # before the harvest, which may take long
+    harvest_stage(config)
+    _print_once(train_stage(config, *_run_of(options)))
 
 
 def _evaluate(options: argparse.Namespace) -> None:
     from tsae.stages import evaluate_stage
 
-    print(evaluate_stage(configuration.load(options.config, options.overrides), *_run_of(options)))
+    _print_once(evaluate_stage(configuration.load(options.config, options.overrides), *_run_of(options)))
+
+
+def _print_once(path: Path) -> None:
+    """Print a result in the first of the processes that made it together."""
+    if process_rank() == 0:
+        print(path)
 
 
 def _calibrate(options: argparse.Namespace) -> None:

@@ -20,6 +20,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR2)
 
 _Item = TypeVar("_Item")
 _asked: signal.Signals | None = None
+_told = False
 _watching = False
 
 
@@ -43,7 +44,7 @@ def watched() -> Iterator[None]:
     Handlers of others, such as submitit's own, are put back at the end; but a process that is on its way out takes
     no more notice of the signals. Raises Preempted in place of the error of a pool whose processes the signal killed.
     """
-    global _asked, _watching
+    global _asked, _told, _watching
     if _watching or threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -51,12 +52,12 @@ def watched() -> Iterator[None]:
     _watching = True
     try:
         yield
-        _asked = None
+        _asked, _told = None, False
     except BaseException as error:
         if isinstance(error, Preempted) or (isinstance(error, BrokenExecutor) and requested()):
             before = dict.fromkeys(SIGNALS, signal.SIG_IGN)
             raise Preempted from error.__cause__
-        _asked = None
+        _asked, _told = None, False
         raise
     finally:
         _watching = False
@@ -66,7 +67,13 @@ def watched() -> Iterator[None]:
 
 def requested() -> bool:
     """Whether this process was asked to leave."""
-    return _asked is not None
+    return _asked is not None or _told
+
+
+def request() -> None:
+    """Ask this process to leave, because one that it works with was asked to; without effect unless it is watched."""
+    global _told
+    _told = _watching
 
 
 def check() -> None:
@@ -89,9 +96,9 @@ def _note(number: int, _frame: FrameType | None) -> None:
 
 def _in_child() -> None:
     """A forked helper ends when it is told to, and leaves USR2, which Slurm sends to all of a job, to its parent."""
-    global _asked, _watching
+    global _asked, _told, _watching
     if _watching:
-        _asked, _watching = None, False
+        _asked, _told, _watching = None, False, False
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         signal.signal(signal.SIGUSR2, signal.SIG_IGN)
 

@@ -6,6 +6,7 @@ import sys
 import time
 from pathlib import Path
 
+from tsae.environment import process_rank
 from tsae.files import write_json
 
 LINE_SECONDS = 2.0
@@ -23,6 +24,8 @@ class Progress:
 
     def update(self, done: int, **shown: float | int | str) -> None:
         """Report that `done` of `total` (None: not known) is reached; `shown` are named figures for the line."""
+        if process_rank() > 0:
+            return  # of processes that work together the first one speaks
         now = time.monotonic()
         if (self.total is None or done < self.total) and now - self._shown < LINE_SECONDS:
             return

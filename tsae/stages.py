@@ -9,29 +9,40 @@ load when a stage runs.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tsae import config as configuration
 from tsae import locks, preemption
 from tsae.checkpoint import RunFolder
 from tsae.config import RunConfig
-from tsae.environment import process_rank
+from tsae.environment import process_count, process_rank
+from tsae.validation import require_processes
+
+if TYPE_CHECKING:
+    from tsae.parallel.group import Group
 
 log = logging.getLogger("tsae")
 
 
 @preemption.watched()
 def harvest_stage(config: RunConfig | str, task: int = 0, tasks: int = 1) -> Path:
-    """Write share `task` of `tasks` of the activation store of the run described by `config`, a configuration or its file."""
-    config = _resolved(config)
-    if is_harvested(config):
-        return store_path(config)
-    with locks.hold(harvest_lock(store_path(config), task, tasks), "harvest"):
-        from tsae.store.harvest import harvest
+    """Write share `task` of `tasks` of the activation store of the run described by `config`, a configuration or its file.
 
-        return harvest(config, task, tasks)
+    Processes that were started together divide the share among themselves.
+    """
+    config = _resolved(config)
+    path = store_path(config)
+    with _started_together(config) as group:
+        if not _in_any(group, is_harvested(config)):
+            own, all_shares = task * process_count() + process_rank(), tasks * process_count()
+            with locks.hold(harvest_lock(path, own, all_shares), "harvest"):
+                from tsae.store.harvest import harvest
+
+                harvest(config, own, all_shares)
+    return path
 
 
 @preemption.watched()
@@ -39,14 +50,16 @@ def train_stage(config: RunConfig | str, checkpoints_path: Path | str, run_name:
     """Train the dictionary of run `run_name`, from its last resumable state if there is one."""
     config = _resolved(config)
     run = RunFolder.of(checkpoints_path, run_name)
-    if run.is_trained(config):
-        run.remove_resume_states()
-        log.info("%s: already trained", run.path)
-        return run.path
-    with _held_by_first(run_lock(run, "train"), f"train {run_name}"):
-        from tsae.training.run import train
+    require_processes(config, process_count())
+    with _started_together(config) as group:
+        if _in_any(group, run.is_trained(config)):
+            run.remove_resume_states()
+            log.info("%s: already trained", run.path)
+            return run.path
+        with _held_by_first(run_lock(run, "train"), f"train {run_name}", group):
+            from tsae.training.run import train
 
-        train(config, run)
+            train(config, run)
     return run.path
 
 
@@ -57,9 +70,11 @@ def train_pack_stage(configs: Sequence[str], checkpoints_path: Path | str, run_n
         (_resolved(config), RunFolder.of(checkpoints_path, name))
         for config, name in zip(configs, run_names, strict=True)
     ]
-    with ExitStack() as held:
+    for config, _ in runs:
+        require_processes(config, process_count())
+    with _started_together(runs[0][0]) as group, ExitStack() as held:
         for _, run in runs:
-            held.enter_context(_held_by_first(run_lock(run, "train"), f"train {run.path.parent.name}"))
+            held.enter_context(_held_by_first(run_lock(run, "train"), f"train {run.path.parent.name}", group))
         from tsae.training.run import train_together
 
         train_together(runs)
@@ -67,17 +82,21 @@ def train_pack_stage(configs: Sequence[str], checkpoints_path: Path | str, run_n
 
 @preemption.watched()
 def evaluate_stage(config: RunConfig | str, checkpoints_path: Path | str, run_name: str) -> Path:
-    """Measure the trained dictionary of run `run_name` on held-out activations."""
+    """Measure the trained dictionary of run `run_name` on held-out activations.
+
+    Processes that were started together divide the contexts among themselves; the results are the same.
+    """
     config = _resolved(config)
     run = RunFolder.of(checkpoints_path, run_name)
-    if run.is_evaluated(config):
-        log.info("%s: already evaluated", run.path)
-        return run.path
-    with locks.hold(run_lock(run, "evaluate"), f"evaluate {run_name}"):
-        from tsae.evaluation.driver import evaluate
+    with _started_together(config) as group:
+        if _in_any(group, run.is_evaluated(config)):
+            log.info("%s: already evaluated", run.path)
+            return run.path
+        with _held_by_first(run_lock(run, "evaluate"), f"evaluate {run_name}", group):
+            from tsae.evaluation.driver import evaluate
 
-        if not run.is_evaluated(config):  # another process may have been faster
-            evaluate(config, run)
+            if not _in_any(group, run.is_evaluated(config)):  # another process may have been faster
+                evaluate(config, run)
     return run.path
 
 
@@ -100,9 +119,36 @@ def experiment_stage(
         return driver.run(name, config, run, chunks, checkpoint, explanations)
 
 
-def _held_by_first(path: Path, what: str) -> AbstractContextManager[None]:
-    """The lock at `path`; of processes that work together only the first one holds it."""
-    return locks.hold(path, what) if process_rank() == 0 else nullcontext()
+@contextmanager
+def _started_together(config: RunConfig) -> Iterator[Group | None]:
+    """The processes started with this one; all enter and leave together. None, at no cost, where this one is alone."""
+    if process_count() == 1:
+        yield None
+        return
+    from tsae.parallel.meeting import together
+
+    with together(cpu=config.training.device == "cpu") as group:
+        yield group
+
+
+def _in_any(group: Group | None, found: bool) -> bool:
+    """Whether a process finds something, as all of them then take it."""
+    return found if group is None else group.start_any([found])()[0]
+
+
+@contextmanager
+def _held_by_first(path: Path, what: str, group: Group | None) -> Iterator[None]:
+    """The lock at `path`; of processes that work together only the first one holds it. Raises LockHeld in all."""
+    with ExitStack() as held:
+        refusal: locks.LockHeld | None = None
+        if process_rank() == 0:
+            try:
+                held.enter_context(locks.hold(path, what))
+            except locks.LockHeld as error:
+                refusal = error
+        if _in_any(group, refusal is not None):
+            raise refusal or locks.LockHeld(f"{what}: somebody else is already working on it; wait for it or end it")
+        yield
 
 
 def _resolved(config: RunConfig | str) -> RunConfig:

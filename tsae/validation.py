@@ -114,6 +114,29 @@ def _check_training(config: RunConfig, check: _Check, where: str) -> None:
         check.at("training.batch_size", lambda size: size > 1, "a contrastive term needs at least 2 pairs")
 
 
+def require_processes(config: RunConfig, world: int) -> None:
+    """Refuse to train by `world` processes: another number than was asked for, or one that does not fit.
+
+    Raises TsaeError. A launcher that starts fewer than it was told to, and says nothing, is caught here.
+    """
+    from tsae.config import PENALTY_KINDS
+
+    settings = config.training
+    if settings.processes not in (None, world):
+        raise TsaeError(
+            f"training.processes: {settings.processes} were asked for, but {world} {'is' if world == 1 else 'are'} "
+            f"training; start it with: torchrun --nproc-per-node {settings.processes} -m tsae.cli train ..."
+        )
+    if world > 1 and settings.engine == "dense" and config.sae.kind not in PENALTY_KINDS:
+        raise TsaeError(f"training.engine: dense works in one process, not in {world}; use sparse")
+    if settings.batch_size % world:
+        nearest = max(1, round(settings.batch_size / world)) * world
+        raise TsaeError(
+            f"training.batch_size: {settings.batch_size} cannot be shared by {world} processes; use a multiple, "
+            f"such as {nearest}"
+        )
+
+
 def _check_data(config: RunConfig, check: _Check) -> None:
     length = config.data.context_length
     check.at("data.holdout", lambda share: 0 < share < 1, "a share between 0 and 1 is allowed")

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from tsae import cli
-from tsae.training.distributed import ALONE
+from tsae.parallel.group import ALONE
 
 WORKER = Path(__file__).with_name("world_size_worker.py")
 WORLDS = (2, 4)

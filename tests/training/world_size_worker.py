@@ -17,8 +17,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from tsae import config as configuration
+from tsae.parallel.group import Group, Processes
 from tsae.sae.select import Encoder, batch_top_k_codes
-from tsae.training.distributed import Group, Processes
 from tsae.training.global_select import global_top_k_codes
 from tsae.training.trainer import Trainer
 

@@ -10,8 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from tsae.parallel.group import ALONE, Group, starts
 from tsae.sae.sparse import SparseCode, sampled_products, weighted_rows
-from tsae.training.distributed import ALONE, Group, starts
 
 BLOCK_ELEMENTS, CUDA_BLOCK_ELEMENTS = 2**19, 64 * 2**20
 

@@ -13,10 +13,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from tsae.parallel.group import Group
 from tsae.phases import phase
 from tsae.sae.select import Encoder, Entries, Prepared, Selection, candidates, first_guess, lowered
 from tsae.sae.sparse import from_entries
-from tsae.training.distributed import Group
 
 DIGIT_BITS = 11
 

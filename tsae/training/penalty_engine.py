@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from tsae.config import RunConfig
+from tsae.parallel.group import ALONE, Group
 from tsae.sae.dictionary import Dictionary
 from tsae.training import penalties
-from tsae.training.distributed import ALONE, Group
 from tsae.training.engine import Encoded, Engine
 from tsae.training.objective import Losses, Weights
 from tsae.training.penalties import Penalised, PenaltySettings

@@ -16,13 +16,14 @@ from tsae import files, preemption, schema
 from tsae.checkpoint import RunFolder, save_dictionary
 from tsae.config import RunConfig, reading_settings
 from tsae.errors import TsaeError
+from tsae.parallel.group import Group
+from tsae.parallel.meeting import together
 from tsae.progress import Progress
 from tsae.provenance import provenance
 from tsae.reference import reference_config
 from tsae.store.layout import store_path
 from tsae.store.pairs import PairStream
 from tsae.store.reader import Store
-from tsae.training.distributed import Group, started_together
 from tsae.training.metrics import Metrics, measures_of
 from tsae.training.random_state import random_state, set_random_state
 from tsae.training.resume import ResumeStates
@@ -58,20 +59,26 @@ def train_together(runs: Sequence[tuple[RunConfig, RunFolder]]) -> None:
     if not pending:
         return
     config = pending[0][0]
-    group = started_together(cpu=config.training.device == "cpu")
     for other, run in pending:
         if reading_settings(other) != reading_settings(config):
             raise TsaeError(f"{run.path}: reads other batches than {pending[0][1].path}; they cannot be packed")
+    with together(cpu=config.training.device == "cpu") as group:
+        _train(pending, group)
+
+
+def _train(runs: Sequence[tuple[RunConfig, RunFolder]], group: Group) -> None:
+    config = runs[0][0]
     store = Store.open(store_path(config), config)
-    running = [_Training(config, run, store, group) for config, run in pending]
+    running = [_Training(config, run, store, group) for config, run in runs]
     failed: list[Exception] = []
     start, stop = min(training.step for training in running), max(training.steps for training in running)
-    if _asked_to_leave(group):
+    if group.start_any([preemption.requested()])()[0]:
         raise preemption.Preempted
     for step, batch in enumerate(_stream(store, config, group).iterate(start, stop), start):
-        if running and _asked_to_leave(group):
-            _leave(running, group)
-        for training in [training for training in running if training.step == step]:
+        together_now = [training for training in running if training.step == step]
+        # Asked before the step and answered after it, so that nobody waits for the answer.
+        asked = group.start_any([preemption.requested(), *(training.will_be_due() for training in together_now)])
+        for training in together_now:
             try:
                 training.advance(batch)
             except (TsaeError, RuntimeError, OSError) as error:
@@ -80,26 +87,23 @@ def train_together(runs: Sequence[tuple[RunConfig, RunFolder]]) -> None:
                 failed.append(error)
                 running.remove(training)
         running = [training for training in running if not training.finished]
+        leave, *due = asked()
+        for training, now in zip(together_now, due, strict=True):
+            if now and training in running:
+                training.save()
+        if leave and running:
+            _leave(running, group)
     if failed:
         raise failed[0]
 
 
-def _asked_to_leave(group: Group) -> bool:
-    """Whether some process was; all get the same answer."""
-    return bool(group.any(torch.tensor([preemption.requested()])))
-
-
 def _leave(running: Sequence[_Training], group: Group) -> None:
     """Save every run's state and raise Preempted, in all processes together."""
-
-    def save() -> None:
-        for training in running:
-            training.save()
-        for training in running:
-            training.wait()
-            log.warning("%s: state saved before step %d", training.run.path, training.step)
-
-    group.on_first(save)
+    for training in running:
+        training.save()
+    for training in running:
+        group.on_first(training.wait)
+        log.warning("%s: state saved before step %d", training.run.path, training.step)
     raise preemption.Preempted
 
 
@@ -133,8 +137,8 @@ class _Training:
         group.on_first(lambda: self._open_files(store, state.get("metrics_bytes", 0)))
         if state:
             self._trainer.load_state(state["trainer"])
-            set_random_state(state["random"])
-        self._saved_at = time.monotonic()
+            _continue_generators(state["random"], group.rank)
+        self._saved, self._saved_at = self.step, time.monotonic()
         self._progress = Progress(f"train {run.path.parent.name}", self.steps, "steps", run.progress, self.step)
 
     def _begin(self) -> dict[str, Any]:
@@ -163,7 +167,7 @@ class _Training:
         return self._trainer.steps_done
 
     def advance(self, batch: Tensor) -> None:
-        """One update, and what is due after it: a line of metrics, a resumable state, the final weights."""
+        """One update, and what is due after it: a line of metrics, the final weights."""
         settings, step = self.config.training, self.step
         self._states.raise_failure()
         first = self._group.rank == 0
@@ -172,49 +176,52 @@ class _Training:
         with self._accelerator.autocast():
             terms = self._trainer.step(batch.to(self._accelerator.device, non_blocking=True))
         last = self.step == self.steps
-        if last or step % settings.log_every == 0 or self._is_due():
-            self._require_finite(step, terms)
-        if first and (step % settings.log_every == 0 or last):
-            self._log(step, terms)
+        if last or step % settings.log_every == 0:
+            self._require_finite(terms.loss)
+            if first:
+                self._log(step, terms)
         if last:
             self._group.on_first(self._finish)
             self.finished = True
-        elif first and self._is_due():
-            self.save()
 
-    def _require_finite(self, step: int, terms: Terms) -> None:
+    def _require_finite(self, *more: Tensor) -> None:
         """Refuse to go on from, or to keep, weights that are lost."""
-        weights = self._trainer.dictionary.W_dec.detach().sum() + self._trainer.dictionary.W_enc.detach().sum()
-        if not bool(torch.isfinite(terms.loss + weights)):
+        dictionary = self._trainer.dictionary
+        total = sum((tensor.detach().sum() for tensor in (dictionary.W_enc, *more)), dictionary.W_dec.detach().sum())
+        if not bool(torch.isfinite(total)):
             raise TsaeError(
                 f"{self.run.path.parent.name}: training diverged: the loss or the weights are not finite "
-                f"at step {step}; lower training.lr ({self._trainer.peak_lr:g})"
+                f"at step {self.step - 1}; lower training.lr ({self._trainer.peak_lr:g})"
             )
 
+    def will_be_due(self) -> bool:
+        """Whether a resumable state should be written after the update that comes next; the first process decides."""
+        if self._group.rank > 0 or self._states.busy:
+            return False  # the disk is slower than states are asked for; training does not wait for it
+        every, minutes = self.config.training.resume_every, self.config.training.resume_minutes
+        if every and (self.step + 1) % every == 0:
+            return True
+        return minutes is not None and time.monotonic() - self._saved_at >= 60 * minutes
+
     def save(self) -> None:
-        """Begin to write a resumable state, unless that of this very step is there or nothing was done yet."""
-        if self.step == 0 or self.step == self._states.newest:
+        """Begin to write a resumable state, in which all processes have a part, unless that of this very step is there."""
+        if self.step == self._saved:
             return
-        state = {
-            "trainer": self._trainer.state(),
-            "metrics_bytes": self._metrics.length,
-            "random": random_state(),
-            "tracking": {**self._tracking, "step": self.step},
-        }
-        self._states.save(self.step, state, first=self._metrics.sync)
-        self._saved_at = time.monotonic()
+        self._require_finite()
+        trainer, random = self._trainer.state(), self._group.collect(random_state())
+        self._saved, self._saved_at = self.step, time.monotonic()
+        if self._group.rank == 0:
+            state = {
+                "trainer": trainer,
+                "metrics_bytes": self._metrics.length,
+                "random": random,
+                "tracking": {**self._tracking, "step": self.step},
+            }
+            self._states.save(self.step, state, first=self._metrics.sync)
 
     def wait(self) -> None:
         """Return when the last resumable state is on the disk."""
         self._states.wait()
-
-    def _is_due(self) -> bool:
-        if self._states.busy:
-            return False  # the disk is slower than states are asked for; training does not wait for it
-        every, minutes = self.config.training.resume_every, self.config.training.resume_minutes
-        if every and self.step % every == 0:
-            return True
-        return minutes is not None and time.monotonic() - self._saved_at >= 60 * minutes
 
     def _log(self, step: int, terms: Terms) -> None:
         measures = measures_of(step, terms, self.config)
@@ -230,6 +237,12 @@ class _Training:
             tracker.finish()
         save_dictionary(self.run.weights, self._trainer.dictionary, self._trainer.scale)
         self._states.remove()
+
+
+def _continue_generators(states: Sequence[dict[str, Any]], rank: int) -> None:
+    """Set this process's random generators; of more processes than saved the state, the new ones keep their own."""
+    if rank < len(states):
+        set_random_state(states[rank])
 
 
 def _origin(config: RunConfig, store: Store) -> dict[str, str]:

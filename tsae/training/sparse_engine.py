@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
+from tsae.parallel.group import ALONE, Group
 from tsae.phases import phase
 from tsae.sae.architectures import AutoEncoderTopK
 from tsae.sae.dictionary import ThresholdDictionary
@@ -24,7 +25,6 @@ from tsae.sae.row_select import top_k_codes
 from tsae.sae.select import GUESS_MARGIN, Encoder, Selection, batch_top_k_codes
 from tsae.sae.sparse import ByLatent, SparseCode, add_rows, sampled_products, weighted_rows
 from tsae.training.contrast import TemporalTerm, contrastive, weighted_l1
-from tsae.training.distributed import ALONE, Group
 from tsae.training.engine import Encoded, Engine
 from tsae.training.global_select import global_top_k_codes
 from tsae.training.objective import Losses, Weights

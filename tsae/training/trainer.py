@@ -9,17 +9,18 @@ from torch import Tensor
 
 from tsae.config import PENALTY_KINDS, RunConfig
 from tsae.errors import TsaeError
+from tsae.parallel.group import ALONE, Group
 from tsae.reference import REFERENCE_NAMES
 from tsae.sae.architectures import JumpReluAutoEncoder
 from tsae.sae.classes import from_state
 from tsae.sae.dictionary import Dictionary, ThresholdDictionary
 from tsae.sae.init import centre, geometric_median, new_dictionary
-from tsae.training.distributed import ALONE, Group
 from tsae.training.engine import DenseEngine, Engine
 from tsae.training.objective import Losses, Weights
 from tsae.training.penalty_engine import PenaltyEngine
 from tsae.training.sparse_engine import SparseEngine
 from tsae.training.update import Adam, lay_out_by_latent, project_and_measure
+from tsae.validation import require_processes
 
 FIRST_MOMENT = {"jump_relu": 0.0, "gated": 0.0}
 """Adam's β₁ where the source of an objective departs from 0.9."""
@@ -76,7 +77,7 @@ class Trainer:
         group: Group = ALONE,
     ) -> None:
         self.config, self.settings, self.group = config, config.training, group
-        _require_processes(config, group.world)
+        require_processes(config, group.world)
         self.scale = _scale(config, mean_squared_norm)
         self.steps_done = 0
         dictionary = new_dictionary(config.sae, activation_dim, config.training.seed)
@@ -220,18 +221,6 @@ def _engine(config: RunConfig, group: Group) -> Engine[Any]:
         return DenseEngine()
     selection, negatives = (group if scope == "global" else ALONE for scope in (settings.selection, settings.negatives))
     return SparseEngine(settings.encoder_precision, settings.deterministic, group, selection, negatives)
-
-
-def _require_processes(config: RunConfig, world: int) -> None:
-    """Refuse another number of processes than was asked for, and what works in one process only."""
-    settings = config.training
-    if settings.processes not in (None, world):
-        raise TsaeError(
-            f"training.processes: {settings.processes} were asked for, but {world} {'is' if world == 1 else 'are'} "
-            f"training; start it with: torchrun --nproc-per-node {settings.processes} -m tsae.cli train ..."
-        )
-    if world > 1 and settings.engine == "dense" and config.sae.kind not in PENALTY_KINDS:
-        raise TsaeError(f"training.engine: dense works in one process, not in {world}; use sparse")
 
 
 def _scale(config: RunConfig, mean_squared_norm: float | None) -> float:
