@@ -10,9 +10,6 @@ from cluster import Cluster
 from resources import StageResources
 from stage import Stage
 
-LAST = "report"
-"""The kind that runs whatever became of the stages before it."""
-
 
 @dataclass(eq=False)
 class Array:
@@ -33,7 +30,7 @@ class Array:
         chosen = [job for array, indices in self._by_array() for job in array.ids(id_of[array], indices)]
         parts = [f"aftercorr:{id_of[array]}" for array in self.one_by_one]
         if chosen or self.jobs:
-            parts.append(":".join(["afterany" if self.kind == LAST else "afterok", *chosen, *self.jobs]))
+            parts.append(":".join(["afterany" if self.stages[0].after_failures else "afterok", *chosen, *self.jobs]))
         return ",".join(parts) or None
 
     def ids(self, job: str, indices: Sequence[int]) -> list[str]:

@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from snapshot import copy_code, write_provenance
+from stage import config_file
 
 from tsae import files
 
@@ -63,7 +64,7 @@ class Attempt:
             files.write_text(made / "sweep.yaml", sweep)
             (made / "points").mkdir()
             for name, text in points.items():
-                (made / "points" / f"{name}.yaml").write_text(text, encoding="utf-8")
+                config_file(made / "points", name).write_text(text, encoding="utf-8")
             write_provenance(made, image)
             copy_code(made / "code")
             folder = _fresh(parent)
@@ -82,9 +83,10 @@ class Attempt:
         """The copy of the code that its jobs import."""
         return self.folder / "code"
 
-    def config(self, point: str) -> Path:
-        """The resolved configuration of a point as its jobs read it."""
-        return self.folder / "points" / f"{point}.yaml"
+    @property
+    def points(self) -> Path:
+        """The resolved configurations as its jobs read them."""
+        return self.folder / "points"
 
     def jobs(self) -> list[Submitted]:
         """What it has submitted so far."""

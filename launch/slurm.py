@@ -100,13 +100,14 @@ class Submission:
         """The sbatch scripts that `submit` would hand over, with words where ids are not known yet."""
         from submitit.slurm.slurm import _make_sbatch_string
 
-        texts, ids = [], {}
+        texts: list[str] = []
+        ids: dict[Array, str] = {}
         for number, array in enumerate(to_arrays(stages, self.cluster, known.max_array, self.alive)):
             name = _folder_name(number, array)
             folder = self.attempt.folder / name
             command = f"{self._python(array)} -u -m submitit.core._submit {shlex.quote(str(folder))}"
-            count = {"map_count": len(array.stages)} if len(array.stages) > 1 else {}
-            texts.append(_make_sbatch_string(command, folder, **self._parameters(array, ids), **count))
+            count = len(array.stages) if len(array.stages) > 1 else None
+            texts.append(_make_sbatch_string(command, folder, map_count=count, **self._parameters(array, ids)))
             ids[array] = f"<{name}>"
         return texts
 
@@ -114,8 +115,8 @@ class Submission:
         for stage in array.stages:
             yield Call(
                 record=str(stage.record),
-                function=f"{stage.function.__module__}:{stage.function.__qualname__}",
-                arguments=stage.arguments,
+                function=stage.function,
+                arguments=stage.arguments_in(self.attempt.points),
                 label=stage.label,
                 attempt=self.attempt.stamp,
                 executor="slurm",

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from tsae import files, preemption
-from tsae.environment import process_count, process_rank
+from tsae.environment import adopt_slurm_step, process_count, process_rank
 from tsae.errors import TsaeError
 from tsae.locks import LockHeld
 
@@ -63,7 +63,7 @@ def run_stage(call: Call) -> None:
 
     Waits while another process works on the same output. Raises what the stage raises, `Preempted` among it.
     """
-    _join_group()
+    adopt_slurm_step()
     first = process_rank() == 0
     record = Record(Path(call.record), _identity(call)) if first else None
     try:
@@ -127,16 +127,6 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"tsae: {preempted}", file=sys.stderr)
         return preemption.REQUEUE
     return 0
-
-
-def _join_group() -> None:
-    """Tell torch and accelerate, by their variables, which process of a Slurm job this one is."""
-    if os.environ.get("SUBMITIT_EXECUTOR") != "slurm" or int(os.environ.get("SLURM_NTASKS", "1")) == 1:
-        return
-    from submitit.helpers import TorchDistributedEnvironment
-
-    # The GPUs stay those that Slurm allotted: submitit would name GPU `local rank`, which may be another job's.
-    TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True)
 
 
 def _identity(call: Call) -> dict[str, Any]:

@@ -1,0 +1,56 @@
+"""What the jobs of these tests do when nothing is to be learned from training: they load no torch and end soon."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+
+from tsae import preemption
+from tsae.files import write_json
+from tsae.locks import LockHeld
+
+
+def note(_configs: str, path: str, seconds: float = 0.0) -> None:
+    """Write down where and when this ran."""
+    began = time.time()
+    time.sleep(seconds)
+    seen = {name: value for name, value in os.environ.items() if name.startswith(("SLURM_", "TSAE_", "CUDA_", "MY_"))}
+    write_json(Path(path), {"began": began, "ended": time.time(), "environment": seen, "code": preemption.__file__})
+
+
+def fail(_configs: str, words: str) -> None:
+    """Raise an error with these words."""
+    raise ValueError(words)
+
+
+def die(_configs: str) -> None:
+    """End without a word, as a process does that runs out of memory."""
+    os._exit(9)
+
+
+def count_up(_configs: str, path: str, until: int, seconds: float = 0.1) -> None:
+    """Count from where the last process stopped; asked to leave, save the count and go."""
+    state, counted = Path(path), 0
+    if state.exists():
+        counted = json.loads(state.read_text())["counted"]
+    try:
+        for counted in preemption.polled(range(counted + 1, until + 1)):  # noqa: B007
+            time.sleep(seconds)
+    finally:
+        write_json(state, {"counted": counted})
+
+
+def hang(_configs: str, path: str) -> None:
+    """Begin a line in a file and do nothing more, whatever is asked; done at once the second time."""
+    begun = Path(path).exists()
+    Path(path).touch()
+    if not begun:
+        time.sleep(600)
+
+
+def wait_for_lock(_configs: str, path: str) -> None:
+    """As a stage whose lock another process holds until there is a file."""
+    if not Path(path).exists():
+        raise LockHeld("somebody is working on it")
