@@ -16,6 +16,9 @@ OBJECTIVES = {
     "paper": {"preset": "paper"},
     "l1": {"temporal": "l1"},
     "cosine with temperature": {"similarity": "cosine", "temperature": 0.1},
+    "linear": {"temporal": "linear"},
+    "linear cosine": {"temporal": "linear", "similarity": "cosine", "directions": "sum"},
+    "relative to variance": {"reconstruction": "variance"},
 }
 
 

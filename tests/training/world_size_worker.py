@@ -29,6 +29,7 @@ FEWER_STEPS = MIDDLE + 2
 CASES: dict[str, dict[str, Any]] = {
     "contrastive": {"objective": "reference"},
     "cosine": {"objective": {"similarity": "cosine", "temperature": 0.1, "directions": "mean"}},
+    "linear": {"objective": {"temporal": "linear", "similarity": "cosine", "reconstruction": "variance"}},
     "l1": {"objective": {"temporal": "l1"}},
     "matryoshka": {"sae": {"kind": "matryoshka"}},
     "batch_topk": {"sae": {"kind": "batch_topk"}},

@@ -26,31 +26,56 @@ class TemporalTerm(NamedTuple):
     """[n of the partner code]"""
 
 
-def contrastive(
-    high: SparseCode, other: SparseCode, similarity: str, temperature: float, scale: float, group: Group = ALONE
+def contrast(
+    form: str,
+    high: SparseCode,
+    other: SparseCode,
+    similarity: str,
+    temperature: float,
+    scale: float,
+    group: Group = ALONE,
 ) -> TemporalTerm:
-    """Symmetric InfoNCE of codes [B, F0]; `scale` multiplies the sum of the two directions' cross-entropies.
+    """The `contrastive` or `linear` term of codes [B, F0]; `scale` multiplies the sum of its two directions.
 
     Every token is told from the partners of all processes of `group`, and every partner from all their tokens. The
-    value is this process's share of the whole: the sum over processes is the term. Logits are made block of
-    rows by block of rows, twice: first for the log-sum-exp of rows (exact) and of columns (running, then over
-    processes), then for the gradients.
+    value is this process's share of the whole: the sum over processes is the term.
     """
+    by_dot = {"contrastive": _contrastive, "linear": _linear}[form]
     if similarity == "cosine":
         high_unit, high_norm = _unit_rows(high)
         other_unit, other_norm = _unit_rows(other)
-        term = _dot_contrastive(high_unit, other_unit, temperature, scale, group)
+        term = by_dot(high_unit, other_unit, temperature, scale, group)
         return TemporalTerm(
             term.loss,
             _through_norm(high_unit, high_norm, term.current),
             _through_norm(other_unit, other_norm, term.partner),
         )
-    return _dot_contrastive(high, other, temperature, scale, group)
+    return by_dot(high, other, temperature, scale, group)
 
 
-def _dot_contrastive(
+def _linear(high: SparseCode, other: SparseCode, temperature: float, scale: float, group: Group) -> TemporalTerm:
+    """Means of dot products: the one over all pairs is the product of the codes' means."""
+    own = len(high.offsets) - 1
+    batch, factor = own * group.world, 2 * scale / temperature
+    means = [group.sum(code.dense_by_latent().sum(dim=1)) / batch for code in (high, other)]
+    keys, other_keys = _keys(high), _keys(other)
+    of_partner = _values_at(keys, other_keys, other.values)
+    of_current = _values_at(other_keys, keys, high.values)
+    together = means[0] @ means[1] / group.world
+    loss = factor * (together - (high.values * of_partner).sum() / batch)
+    return TemporalTerm(
+        loss,
+        factor / batch * (means[1][high.latents] - of_partner),
+        factor / batch * (means[0][other.latents] - of_current),
+    )
+
+
+def _contrastive(
     high: SparseCode, own_other: SparseCode, temperature: float, scale: float, group: Group
 ) -> TemporalTerm:
+    """Symmetric InfoNCE of dot products. Logits are made block of rows by block of rows, twice: first for the
+    log-sum-exp of rows (exact) and of columns (running, then over processes), then for the gradients.
+    """
     own = len(high.offsets) - 1
     other, mine = _of_all_processes(own_other, group)
     batch, shift = own * group.world, own * group.rank
@@ -129,9 +154,7 @@ def _through_norm(unit: SparseCode, norms: Tensor, gradient: Tensor) -> Tensor:
 def weighted_l1(high: SparseCode, other: SparseCode, cosine: Tensor) -> TemporalTerm:
     """Mean over pairs of the L1 distance of codes [B, F0] times the cosine [B] of their inputs."""
     batch = len(high.offsets) - 1
-    own, theirs = high.rows, other.rows
-    keys = own * high.dict_size + high.latents
-    other_keys = theirs * other.dict_size + other.latents
+    own, theirs, keys, other_keys = high.rows, other.rows, _keys(high), _keys(other)
     difference = high.values - _values_at(keys, other_keys, other.values)
     reverse = other.values - _values_at(other_keys, keys, high.values)
     # An entry that both codes hold is in both lists; it counts once, on the current side.
@@ -140,6 +163,11 @@ def weighted_l1(high: SparseCode, other: SparseCode, cosine: Tensor) -> Temporal
     return TemporalTerm(
         distance / batch, difference.sign() * cosine[own] / batch, reverse.sign() * cosine[theirs] / batch
     )
+
+
+def _keys(code: SparseCode) -> Tensor:
+    """A number for the row and latent of each entry, ascending."""
+    return code.rows * code.dict_size + code.latents
 
 
 def _values_at(keys: Tensor, among: Tensor, values: Tensor) -> Tensor:

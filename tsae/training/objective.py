@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity, cross_entropy
 
 from tsae.config import RunConfig, group_weights
+from tsae.parallel.group import ALONE, Group
 from tsae.phases import phase
 from tsae.sae.dictionary import ThresholdDictionary
 
@@ -28,6 +29,8 @@ class Weights:
     """The same before the reduction; the L1 temporal term carries the first one."""
     reduction: float
     """What makes one of the other."""
+    relative: bool
+    """Whether reconstruction losses are divided by the batch's variance."""
     temporal: str | None
     temporal_alpha: float
     similarity: str
@@ -45,6 +48,7 @@ class Weights:
             groups=tuple(weight * reduction for weight in weights),
             group_weights=weights,
             reduction=reduction,
+            relative=objective.reconstruction == "variance",
             temporal=objective.temporal if config.sae.kind == "temporal" else None,
             temporal_alpha=objective.temporal_alpha,
             similarity=objective.similarity,
@@ -107,14 +111,16 @@ def objective(
 ) -> Losses:
     """All terms for codes of `current` [B, D]; `dead` [F] marks the latents that aux-k revives."""
     group_losses, error = nested_reconstruction(dictionary, codes.current, current, weights.group_weights)
+    if weights.relative:
+        group_losses = group_losses / variance(current)
     l2_loss = group_losses.sum() * weights.reduction
     auxk = auxiliary(dictionary, codes.pre, error, dead, weights.aux_k)
     temporal = l2_loss.new_zeros(())
     if weights.temporal and codes.partner is not None and partner is not None:
         high = dictionary.group_slices[0]
         pair = (codes.current[:, high], codes.partner[:, high])
-        if weights.temporal == "contrastive":
-            temporal = contrastive(*pair, weights)
+        if weights.temporal in CONTRASTS:
+            temporal = CONTRASTS[weights.temporal](*pair, weights)
         else:
             temporal = weighted_l1(*pair, cosine_similarity(current, partner, dim=-1)) * weights.group_weights[0]
     loss = l2_loss + weights.auxk_alpha * auxk + weights.temporal_alpha * temporal
@@ -134,14 +140,38 @@ def nested_reconstruction(
     return torch.stack(losses), (x - reconstruction).detach()
 
 
+def variance(x: Tensor, group: Group = ALONE) -> Tensor:
+    """Mean squared distance of x [B, D] from its mean, over the batches of all processes."""
+    return group.mean((x - group.mean(x.mean(dim=0))).pow(2).sum(dim=-1).mean())
+
+
 @phase("contrast")
 def contrastive(high: Tensor, other: Tensor, weights: Weights) -> Tensor:
     """Symmetric InfoNCE of high-level codes [B, F0]: each token's own partner against all partners of the batch."""
-    if weights.similarity == "cosine":
-        high, other = (f / f.norm(dim=-1, keepdim=True).clamp_min(1e-8) for f in (high, other))
-    logits = high @ other.T / weights.temperature
+    logits = _similarities(high, other, weights)
     labels = torch.arange(len(logits), device=logits.device)
     return weights.direction_scale * (cross_entropy(logits, labels) + cross_entropy(logits.T, labels))
+
+
+@phase("contrast")
+def linear(high: Tensor, other: Tensor, weights: Weights) -> Tensor:
+    """What InfoNCE is to first order: the mean similarity of codes [B, F0] of all pairs minus that of the true ones.
+
+    Both directions are equal. Proposed by a reviewer of the paper (openreview.net, bojVI4l9Kn).
+    """
+    similarities = _similarities(high, other, weights)
+    return 2 * weights.direction_scale * (similarities.mean() - similarities.diagonal().mean())
+
+
+CONTRASTS = {"contrastive": contrastive, "linear": linear}
+"""Temporal terms that tell a token's own partner from the others of the batch."""
+
+
+def _similarities(high: Tensor, other: Tensor, weights: Weights) -> Tensor:
+    """[B, B] similarities of high-level codes [B, F0], divided by the temperature."""
+    if weights.similarity == "cosine":
+        high, other = (f / f.norm(dim=-1, keepdim=True).clamp_min(1e-8) for f in (high, other))
+    return high @ other.T / weights.temperature
 
 
 @phase("contrast")
@@ -160,5 +190,4 @@ def auxiliary(dictionary: ThresholdDictionary, pre: Tensor, error: Tensor, dead:
     strongest = pre[:, latents].topk(min(aux_k, n_dead), dim=-1, sorted=False)
     revived = torch.zeros_like(pre[:, latents]).scatter(1, strongest.indices, strongest.values)
     difference = (error - revived @ dictionary.W_dec[latents]).pow(2).sum(dim=-1).mean()
-    variance = (error - error.mean(dim=0)).pow(2).sum(dim=-1).mean()
-    return (difference / variance).nan_to_num(0.0)
+    return (difference / variance(error)).nan_to_num(0.0)

@@ -24,10 +24,10 @@ from tsae.sae.dictionary import ThresholdDictionary
 from tsae.sae.row_select import top_k_codes
 from tsae.sae.select import GUESS_MARGIN, Encoder, Selection, batch_top_k_codes
 from tsae.sae.sparse import ByLatent, SparseCode, add_rows, sampled_products, weighted_rows
-from tsae.training.contrast import TemporalTerm, contrastive, weighted_l1
+from tsae.training.contrast import TemporalTerm, contrast, weighted_l1
 from tsae.training.engine import Encoded, Engine
 from tsae.training.global_select import global_top_k_codes
-from tsae.training.objective import Losses, Weights
+from tsae.training.objective import CONTRASTS, Losses, Weights, variance
 from tsae.training.update import chunk_rows
 
 
@@ -117,16 +117,17 @@ class SparseEngine(Engine[ThresholdDictionary]):
     ) -> Losses:
         codes: _Codes = encoded.codes
         own, batch = len(current), len(current) * self._group.world
+        total = batch * float(variance(current, self._group)) if weights.relative else batch
         gradients = _Gradients(dictionary, self._deterministic)
         parts = [codes.current.within(group) for group in dictionary.group_slices]
         residuals = _residuals(dictionary, [part for part, _ in parts], codes.centred[:own])
         group_losses = torch.stack(
             [
-                weight * residual.square().sum() / batch
+                weight * residual.square().sum() / total
                 for weight, residual in zip(weights.group_weights, residuals, strict=True)
             ]
         )
-        value_gradient = _through_decoder(dictionary, weights, codes.current, parts, residuals, gradients, batch)
+        value_gradient = _through_decoder(dictionary, weights, codes.current, parts, residuals, gradients, total)
         auxk, revived = self._auxiliary(dictionary, weights, codes.centred[:own], residuals[-1], dead, gradients)
         decoder_done = self._group.start_sum(gradients.W_dec)
         term = self._temporal(weights, codes, parts[0][0], dictionary.group_slices[0], current, partner)
@@ -169,10 +170,11 @@ class SparseEngine(Engine[ThresholdDictionary]):
         if weights.temporal is None or codes.partner is None or partner is None:
             return None
         other, _ = codes.partner.within(group)
-        if weights.temporal == "contrastive":
+        if weights.temporal in CONTRASTS:
             # Each process's term is a mean over the processes that it shares negatives with.
             scale = weights.direction_scale * self._negatives.world / self._group.world
-            return contrastive(high, other, weights.similarity, weights.temperature, scale, self._negatives), other
+            form = (weights.temporal, high, other, weights.similarity, weights.temperature)
+            return contrast(*form, scale, self._negatives), other
         term = weighted_l1(high, other, cosine_similarity(current, partner, dim=-1))
         weight = weights.group_weights[0] / self._group.world
         return TemporalTerm(*(weight * part for part in term)), other
@@ -226,18 +228,18 @@ def _through_decoder(
     parts: list[tuple[SparseCode, Tensor]],
     residuals: list[Tensor],
     gradients: _Gradients,
-    batch: int,
+    total: float,
 ) -> Tensor:
     """The reconstruction's gradient with respect to the code's entries [n]; W_dec's and b_dec's go to `gradients`.
 
-    `batch` is the number of rows over all processes.
+    `total` is what the sum of squared errors over all processes is divided by.
     """
     value_gradient = torch.empty_like(code.values)
     back = torch.zeros_like(residuals[-1])
     for g in reversed(range(len(parts))):
         part, places = parts[g]
         group = dictionary.group_slices[g]
-        back.add_(residuals[g], alpha=-2 * weights.groups[g] / batch)
+        back.add_(residuals[g], alpha=-2 * weights.groups[g] / total)
         value_gradient[places] = sampled_products(part, back, dictionary.W_dec[group])
         gradients.decoder(part, back, group)
     gradients.b_dec.copy_(back.sum(dim=0))
