@@ -12,12 +12,15 @@ from tsae import config as configuration
 from tsae import files, preemption, schema
 from tsae.checkpoint import RunFolder, load_dictionary
 from tsae.config import RunConfig
+from tsae.devices import own_device
 from tsae.errors import TsaeError
 from tsae.evaluation import figure, ground_truth
 from tsae.evaluation.held_out import held_out_batches
 from tsae.evaluation.loss_recovered import SequenceLosses, loss_results, sequence_losses
 from tsae.evaluation.results import plain, summarise
 from tsae.evaluation.scores import Scores
+from tsae.parallel.group import Group, in_turns
+from tsae.parallel.meeting import together
 from tsae.progress import Progress
 from tsae.sae.dictionary import Dictionary
 from tsae.sae.inference import reconstruct
@@ -29,23 +32,41 @@ def evaluate(config: RunConfig, run: RunFolder) -> dict[str, Any]:
     """Measure the dictionary in `run` on the held-out part of its store; write and return the results.
 
     eval_results.json is written last: where it carries the hash of `config`, the evaluation is complete.
+    Processes that were started together all call this and take batches of contexts in turns; the numbers are those
+    of one process to the last bit, and the first one writes them.
     Raises TsaeError if the dictionary does not fit the store or nothing is held out.
     """
     run.require_same_training(config)
-    dictionary, _ = load_dictionary(run.path, _device(config.training.device))
-    store = Store.open(store_path(config), config)
-    if dictionary.activation_dim != store.activation_dim:
-        raise TsaeError(
-            f"{run.path}: reads activations of {dictionary.activation_dim} dimensions, "
-            f"the store {store.path} holds {store.activation_dim}"
-        )
-    scores = _score(config, run, dictionary, store)
+    with together(cpu=config.training.device == "cpu") as group:
+        dictionary, _ = load_dictionary(run.path, own_device(config.training.device, "training.device"))
+        store = Store.open(store_path(config), config)
+        if dictionary.activation_dim != store.activation_dim:
+            raise TsaeError(
+                f"{run.path}: reads activations of {dictionary.activation_dim} dimensions, "
+                f"the store {store.path} holds {store.activation_dim}"
+            )
+        scores = _score(config, run, dictionary, store, group)
+        losses = None
+        if config.evaluation.loss_recovered and not config.is_synthetic:
+            losses = _loss_recovered(config, run, dictionary, store, group)
+        group.on_first(lambda: _write(config, run, dictionary, store, scores, losses))
+    return run.read_results()
+
+
+def _write(
+    config: RunConfig,
+    run: RunFolder,
+    dictionary: Dictionary,
+    store: Store,
+    scores: Scores,
+    losses: dict[str, tuple[float, float]] | None,
+) -> None:
     results = summarise(scores)
     if config.is_synthetic:
         # No language model stands behind a synthetic world; the truth takes the place of its loss.
         results |= ground_truth.headline(ground_truth.measure(config, run, dictionary, store))
-    elif config.evaluation.loss_recovered:
-        for name, interval in _loss_recovered(config, run, dictionary, store).items():
+    if losses is not None:
+        for name, interval in losses.items():
             results[name], results["half_width_95"][name] = (plain(number) for number in interval)
         results["loss_ablation"] = config.evaluation.ablation
     results |= {
@@ -55,32 +76,26 @@ def evaluate(config: RunConfig, run: RunFolder) -> dict[str, Any]:
     }
     figure.draw(results, run.result("eval_results", "png"))
     files.write_json(run.eval_results, results)
-    return results
 
 
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(name)
-
-
-def _score(config: RunConfig, run: RunFolder, dictionary: Dictionary, store: Store) -> Scores:
-    """Score the held-out contexts, one batch of sequences at a time."""
+def _score(config: RunConfig, run: RunFolder, dictionary: Dictionary, store: Store, group: Group) -> Scores:
+    """Score the held-out contexts, one batch of sequences at a time; in the first process, those of all."""
     settings, device = config.evaluation, dictionary.b_dec.device
     scores = Scores(dictionary)
     sequences = min(settings.sequences, len(store.heldout_range))
     progress = Progress(f"evaluate {run.path.parent.name}", sequences, "sequences", run.progress)
-    batches = held_out_batches(store, settings.sequences, settings.batch_size, config.data.skip_positions)
+    batches = held_out_batches(store, settings.sequences, settings.batch_size, config.data.skip_positions, group)
     for batch in preemption.polled(batches):
         scores.add(batch.x.to(device), batch.lengths, batch.documents)
-        progress.update(batch.sequences_done, tokens=scores.tokens)
+        progress.update(batch.sequences_done)
+    scores.collect(group)
     return scores
 
 
 def _loss_recovered(
-    config: RunConfig, run: RunFolder, dictionary: Dictionary, store: Store
-) -> dict[str, tuple[float, float]]:
-    """Losses of the language model on the first held-out sequences, with half-widths."""
+    config: RunConfig, run: RunFolder, dictionary: Dictionary, store: Store, group: Group
+) -> dict[str, tuple[float, float]] | None:
+    """Losses of the language model on the first held-out sequences, with half-widths; in the first process."""
     from tsae.lm.model import load_language_model
 
     settings = config.evaluation
@@ -97,7 +112,7 @@ def _loss_recovered(
     )
     progress = Progress(f"evaluate {run.path.parent.name}: loss recovered", len(rows), "sequences", run.progress)
     batches = []
-    for start in preemption.polled(range(0, len(rows), settings.batch_size)):
+    for start in preemption.polled(group.turns(len(rows), settings.batch_size)):
         part = slice(start, start + settings.batch_size)
         batches.append(
             sequence_losses(
@@ -111,6 +126,9 @@ def _loss_recovered(
             )
         )
         progress.update(min(part.stop, len(rows)))
+    batches = in_turns(group.collect(batches))
+    if not batches:
+        return None
     losses = SequenceLosses(*(np.concatenate(column) for column in zip(*batches, strict=True)))
     # A sequence is one draw of the document that its valid part begins with.
     first = np.argmax(valid, axis=1)

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tsae.parallel.group import ALONE, Group
 from tsae.store.reader import Store
 
 SHORTEST = 2
@@ -28,11 +29,16 @@ class HeldOutBatch(NamedTuple):
     sequences_done: int
 
 
-def held_out_batches(store: Store, sequences: int, batch_size: int, skip_positions: int) -> Iterator[HeldOutBatch]:
-    """The first `sequences` held-out sequences (they are in random order), `batch_size` at a time."""
+def held_out_batches(
+    store: Store, sequences: int, batch_size: int, skip_positions: int, group: Group = ALONE
+) -> Iterator[HeldOutBatch]:
+    """The first `sequences` held-out sequences (they are in random order), `batch_size` at a time.
+
+    The processes of `group` take whole batches in turns, so that a batch is what it is for one process.
+    """
     rows = np.asarray(store.heldout_range)[:sequences]
     document, valid = store.document, store.valid(skip_positions)
-    for start in range(0, len(rows), batch_size):
+    for start in group.turns(len(rows), batch_size):
         batch = rows[start : start + batch_size]
         found = [(i, *run) for i, row in enumerate(batch) for run in runs(document[row], valid[row])]
         activations = store.read(batch)

@@ -7,6 +7,7 @@ low-level, each group), D activation_dim, F dict_size.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -16,9 +17,21 @@ from tsae.errors import TsaeError
 from tsae.evaluation import reconstruction
 from tsae.evaluation.codes import ActiveCode, context_code, split_ranges
 from tsae.evaluation.smoothness import smoothness
+from tsae.parallel.group import Group, in_turns
 from tsae.sae.dictionary import Dictionary
 from tsae.sae.inference import encode_sparse
 from tsae.sae.select import Encoder
+
+
+class _Context(NamedTuple):
+    """What is kept of a context."""
+
+    row: dict[str, Tensor]
+    """Its measures, scalars or [R]."""
+    document: int
+    length: int
+    sum: Tensor
+    """Of its activations, float64 [D]."""
 
 
 class Scores:
@@ -30,10 +43,7 @@ class Scores:
         self.firings = torch.zeros(dictionary.dict_size, dtype=torch.int64)
         """Tokens on which each latent was active, [F]."""
         self._encoder = Encoder()
-        self._rows: list[dict[str, Tensor]] = []
-        self._documents: list[int] = []
-        self._lengths: list[int] = []
-        self._sums: list[Tensor] = []
+        self._batches: list[list[_Context]] = []
 
     @torch.no_grad()
     def add(self, x: Tensor, lengths: Sequence[int], documents: Sequence[int]) -> None:
@@ -41,52 +51,63 @@ class Scores:
         x = x.float()
         code = encode_sparse(self.dictionary, x, self._encoder)
         reconstructions = reconstruction.decode_ranges(self.dictionary, code)
+        self._batches.append([])
         start = 0
         for length, document in zip(lengths, documents, strict=True):
             here = slice(start, start + length)
-            self._add_context(x[here], context_code(code, here), [x_hat[here] for x_hat in reconstructions])
-            self._documents.append(document)
-            self._lengths.append(length)
+            row = self._measures(x[here], context_code(code, here), [x_hat[here] for x_hat in reconstructions])
+            self._batches[-1].append(_Context(row, document, length, x[here].double().sum(0).cpu()))
             start += length
 
-    def _add_context(self, x: Tensor, code: ActiveCode, reconstructions: list[Tensor]) -> None:
+    def _measures(self, x: Tensor, code: ActiveCode, reconstructions: list[Tensor]) -> dict[str, Tensor]:
         self.firings.index_add_(0, code.latents.cpu(), (code.values > 0).sum(1).cpu())
-        self._sums.append(x.double().sum(0).cpu())
-        self._rows.append(
-            {
-                **smoothness(code, x, self.ranges)._asdict(),
-                **reconstruction.sparsity(code, self.ranges),
-                **reconstruction.token_means(x, reconstructions[0]),
-                "variance_explained": reconstruction.variance_explained(x, reconstructions),
-                "squared_error": reconstruction.squared_errors(x, reconstructions, self.dictionary.b_dec),
-                "squared_norm": x.square().sum(1).double().sum(),
-            }
-        )
+        measures = {
+            **smoothness(code, x, self.ranges)._asdict(),
+            **reconstruction.sparsity(code, self.ranges),
+            **reconstruction.token_means(x, reconstructions[0]),
+            "variance_explained": reconstruction.variance_explained(x, reconstructions),
+            "squared_error": reconstruction.squared_errors(x, reconstructions, self.dictionary.b_dec),
+            "squared_norm": x.square().sum(1).double().sum(),
+        }
+        return {name: value.double().cpu() for name, value in measures.items()}
+
+    def collect(self, group: Group) -> None:
+        """In the first process, take in what those of `group` have scored, which take the batches in turns."""
+        found = group.collect((self._batches, self.firings))
+        if found:
+            self._batches = in_turns([batches for batches, _ in found])
+            self.firings = torch.stack([firings for _, firings in found]).sum(dim=0)
+
+    @property
+    def _contexts(self) -> list[_Context]:
+        return [context for batch in self._batches for context in batch]
 
     @property
     def contexts(self) -> int:
         """S, the number of contexts so far."""
-        return len(self._rows)
+        return len(self._contexts)
 
     @property
     def tokens(self) -> int:
         """Tokens of all contexts so far."""
-        return sum(self._lengths)
+        return sum(context.length for context in self._contexts)
 
     @property
     def documents(self) -> np.ndarray:
         """Document index of each context, [S]."""
-        return np.array(self._documents)
+        return np.array([context.document for context in self._contexts])
 
     def table(self) -> dict[str, np.ndarray]:
         """Measure → its values per context, float64 [S] or [S, R]. Raises TsaeError if nothing was scored."""
-        if not self._rows:
+        rows = [context.row for context in self._contexts]
+        if not rows:
             raise TsaeError("evaluation: no held-out context with a valid position; harvest more text")
-        return {name: torch.stack([row[name].double().cpu() for row in self._rows]).numpy() for name in self._rows[0]}
+        return {name: torch.stack([row[name] for row in rows]).numpy() for name in rows[0]}
 
     def squared_deviations(self) -> np.ndarray:
         """Sum over each context's tokens of the squared distance to the mean of all scored tokens, [S]."""
-        sums, lengths = torch.stack(self._sums), torch.tensor(self._lengths, dtype=torch.float64)
+        sums = torch.stack([context.sum for context in self._contexts])
+        lengths = torch.tensor([context.length for context in self._contexts], dtype=torch.float64)
         mean = sums.sum(0) / lengths.sum()
         norms = torch.from_numpy(self.table()["squared_norm"])
         return np.asarray(norms - 2 * (sums @ mean) + lengths * mean.square().sum())

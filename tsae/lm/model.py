@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tsae.config import ModelConfig
+from tsae.devices import own_device
 from tsae.errors import TsaeError
 from tsae.lm.source import check_layer, local_folder, weights_fingerprint
 
@@ -176,10 +177,7 @@ def load_language_model(model: ModelConfig) -> LanguageModel:
     from transformers.utils import logging as hf_logging
 
     hf_logging.disable_progress_bar()  # a bar for weights that load in a second would stand before every error
-    device = model.device if model.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    gpus = torch.cuda.device_count()
-    if device.startswith("cuda") and int(device.partition(":")[2] or 0) >= gpus:
-        raise TsaeError(f"model.device: {device} is not here; this machine shows {gpus} GPUs to PyTorch")
+    device = own_device(model.device, "model.device")
     options = {"attn_implementation": model.attn_implementation} if model.attn_implementation else {}
     module, info = _load(
         AutoModelForCausalLM, model, dtype=getattr(torch, model.dtype), output_loading_info=True, **options

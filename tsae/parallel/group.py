@@ -107,6 +107,10 @@ class Group:
         """Where this process's rows lie among `n` rows a process, put together in order of rank."""
         return slice(self.rank * n, (self.rank + 1) * n)
 
+    def turns(self, n: int, size: int) -> range:
+        """Where this process's pieces begin if `n` things are dealt out in pieces of `size`, in turns."""
+        return range(self.rank * size, n, self.world * size)
+
     def take_bytes(self) -> int:
         """Bytes handed over since the last call."""
         taken, self.bytes_handed = self.bytes_handed, 0
@@ -251,6 +255,12 @@ class Processes(Group):
 def _pieces(rows: Tensor) -> tuple[Tensor, ...]:
     """A matrix in pieces that a GPU has room for beside its work."""
     return rows.split(max(1, PIECE_BYTES // (rows[:1].numel() * rows.element_size() or 1)))
+
+
+def in_turns(shares: Sequence[Sequence[Result]]) -> list[Result]:
+    """What processes made of pieces that they took in turns (see `Group.turns`), in the order of the pieces."""
+    most = max(map(len, shares), default=0)
+    return [share[turn] for turn in range(most) for share in shares if turn < len(share)]
 
 
 def starts(lengths: Sequence[int]) -> list[int]:
