@@ -20,7 +20,18 @@ from tsae.parallel.group import ALONE
 
 WORKER = Path(__file__).with_name("world_size_worker.py")
 WORLDS = (2, 4)
-INVARIANT = ("contrastive", "cosine", "linear", "l1", "matryoshka", "batch_topk", "topk", "jump_relu", "gated", "double")
+INVARIANT = (
+    "contrastive",
+    "cosine",
+    "linear",
+    "l1",
+    "matryoshka",
+    "batch_topk",
+    "topk",
+    "jump_relu",
+    "gated",
+    "double",
+)
 
 
 def worker() -> ModuleType:
