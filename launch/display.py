@@ -9,10 +9,12 @@ import time
 from typing import Any, TextIO
 
 from runner import Task
+from stage import Stage
 
 TERMINAL_SECONDS = 0.5
 LOG_SECONDS = 5.0
 BAR = 16
+STATES = ("done", "running", "elsewhere", "waiting", "failed", "interrupted", "blocked")
 
 
 class Terminal:
@@ -31,22 +33,22 @@ class Terminal:
 
     def changed(self, task: Task) -> None:
         """Print the line of an event; what a failure blocks is counted in the live lines and named at the end."""
-        label = task.stage.label
-        if task.state == "running" and task.share is not None and task.job is not None:
-            gpus = f", GPU {','.join(task.share.gpus)}" if task.share.gpus else ""
-            plural = "s" if task.share.cpus > 1 else ""
-            self.say(f"{label}: started ({task.share.cpus} core{plural}{gpus}; log {task.job.log})")
+        label, status = task.stage.label, task.status
+        if task.state == "running":
+            gpus = f", GPU {status.gpus}" if status.gpus else ""
+            plural = "s" if status.cpus > 1 else ""
+            self.say(f"{label}: started ({status.cpus} core{plural}{gpus}; log {status.log})")
         elif task.state == "elsewhere":
-            self.say(f"{label}: {task.elsewhere} is working on it; waiting for that")
-        elif task.state == "waiting" and task.preemptions:
+            self.say(f"{label}: {status.elsewhere} is working on it; waiting for that")
+        elif task.state == "waiting" and status.preemptions:
             self.say(f"{label}: was preempted; it continues when there is room")
         elif task.state == "done":
-            spent = f" in {duration(time.time() - task.job.started)}" if task.job else ""
+            spent = f" in {duration(status.ended - status.began)}" if status.began else ""
             self.say(f"{label}: done{spent}")
-        elif task.state == "failed":
-            self.say(f"{label}: FAILED: {task.error}")
-            if task.job is not None:
-                self.say(f"    log: {task.job.log}")
+        elif task.state in ("failed", "interrupted"):
+            self.say(f"{label}: {task.state.upper()}: {status.error}")
+            if status.log:
+                self.say(f"    log: {status.log}")
 
     def refresh(self, tasks: list[Task]) -> None:
         """Redraw the live lines when it is time."""
@@ -59,7 +61,7 @@ class Terminal:
             return
         counts = ", ".join(
             f"{sum(task.state == state for task in tasks)} {state}"
-            for state in ("done", "running", "elsewhere", "waiting", "failed", "blocked")
+            for state in STATES
             if any(task.state == state for task in tasks)
         )
         lines.append(f"[{duration(now - self._began)}] {len(tasks)} stages: {counts}")
@@ -79,25 +81,25 @@ class Terminal:
 
 def progress_line(task: Task) -> str:
     """`train k=16  [####    ] 200/800 steps  12.5/s  0:48 left  loss 0.31`."""
-    began = task.job.started if task.job is not None else task.elsewhere.since if task.elsewhere else time.time()
+    began = task.status.began
     label = f"  {task.stage.label}"
-    record = read_progress(task, began)
+    record = read_progress(task.stage, began)
     if not record or not record.get("total"):
-        return f"{label}  starting, {duration(time.time() - began)}"
+        return f"{label}  starting, {duration(time.time() - began)}" if began else f"{label}  starting"
     done, total, rate = record["done"], record["total"], record.get("rate") or 0.0
     filled = min(BAR, BAR * done // total)
     left = f"  {duration((total - done) / rate)} left" if rate > 0 and done < total else ""
-    stage = "" if str(record["stage"]).split(" ")[0] == task.stage.kind else f"{record['stage']} "
+    part = "" if str(record["stage"]).split(" ")[0] == task.stage.kind else f"{record['stage']} "
     return (
-        f"{label}  {stage}[{'#' * filled}{'.' * (BAR - filled)}] {done}/{total} {record['unit']}"
+        f"{label}  {part}[{'#' * filled}{'.' * (BAR - filled)}] {done}/{total} {record['unit']}"
         f"  {rate:.3g}/s{left}  {record.get('message', '')}"
     ).rstrip()
 
 
-def read_progress(task: Task, began: float) -> dict[str, Any]:
+def read_progress(stage: Stage, began: float) -> dict[str, Any]:
     """What the stage last wrote about itself; nothing from before it began counts."""
     try:
-        record: dict[str, Any] = json.loads(task.stage.progress.read_text())
+        record: dict[str, Any] = json.loads(stage.progress.read_text())
         return record if record["time"] >= began else {}
     except (OSError, ValueError, KeyError, TypeError):
         # Not written yet, or by another version: progress is for looking at, nothing depends on it.
@@ -105,7 +107,10 @@ def read_progress(task: Task, began: float) -> dict[str, Any]:
 
 
 def duration(seconds: float) -> str:
-    """Seconds as `m:ss` or `h:mm:ss`."""
+    """Seconds as `m:ss`, `h:mm:ss` or `2d 3:04:05`."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+    days, hours = divmod(hours, 24)
+    if not hours and not days:
+        return f"{minutes}:{rest:02}"
+    return f"{f'{days}d ' if days else ''}{hours}:{minutes:02}:{rest:02}"

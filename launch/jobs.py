@@ -1,46 +1,46 @@
-"""Executors: how one stage becomes a running job. The queue above them decides when.
+"""Executors: how one stage becomes a running job on this machine. The queue above them decides when.
 
-`local` runs each stage in a process of its own through submitit; `debug` runs it inside this one.
+`local` runs each stage in processes of its own; `debug` runs it inside this one.
 """
 
 from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from attempt import Attempt
+from machine import Share
+from resources import StageResources
+from snapshot import python_path
 from stage import Stage
 
-from tsae.errors import TsaeError
+from container import Container
+from tsae import files, job
 from tsae.preemption import REQUEUE
 
-CONTROLLER = Path(__file__).with_name("controller.py")
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS")
 PATIENCE_SECONDS = 10.0
+LAST_WORDS = 4096
+"""Bytes from the end of a log in which a job's last line is looked for."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a job ended: `error` is None, or one line; a job that was `preempted` has saved its state and can go on."""
+    """How a job ended: `error` is None, or one line; one that was `preempted` has saved its state and can go on."""
 
     error: str | None
     preempted: bool = False
-
-
-@dataclass(frozen=True)
-class Share:
-    """What one job may use of this machine."""
-
-    cpus: int
-    gpus: tuple[str, ...]
+    killed: bool = False
+    """Whether it was ended from outside, and so said nothing of its own."""
 
 
 class Job(Protocol):
@@ -54,11 +54,21 @@ class Job(Protocol):
     def started(self) -> float:
         """When it started, in seconds since the epoch."""
 
+    @property
+    def pid(self) -> int:
+        """Its process group."""
+
     def poll(self) -> Outcome | None:
         """How it ended, or None while it runs."""
 
+    def ask(self) -> None:
+        """Ask it to save what it has and leave."""
+
     def end(self) -> None:
-        """Stop it and everything it started."""
+        """Wait a little for it to leave, then stop it and everything it started."""
+
+    def mark_failed(self, error: str) -> None:
+        """Record what its own process could not say."""
 
 
 class Executor(Protocol):
@@ -66,8 +76,11 @@ class Executor(Protocol):
 
     name: str
 
+    def processes(self, resources: StageResources, gpus: int) -> int:
+        """How many processes a job of so many GPUs has."""
+
     def start(self, stage: Stage, share: Share) -> Job:
-        """Start `stage` with the resources of `share`."""
+        """Start `stage` with what is in `share`."""
 
 
 class DebugExecutor:
@@ -75,18 +88,27 @@ class DebugExecutor:
 
     name = "debug"
 
+    def __init__(self, attempt: Attempt) -> None:
+        self._attempt = attempt
+
+    def processes(self, resources: StageResources, gpus: int) -> int:  # noqa: ARG002 (there is no other process)
+        """One: this."""
+        return 1
+
     def start(self, stage: Stage, share: Share) -> Job:  # noqa: ARG002 (this process has all it has)
         """Run `stage` to its end; its output goes to the terminal."""
-        log = attempt_folder(stage) / "traceback.txt"
-        started = time.time()
+        call, started = call_of(stage, self._attempt, self.name), time.time()
+        assert call.log is not None
+        log = Path(call.log)
+        log.parent.mkdir(exist_ok=True)
         try:
-            stage.function(*stage.arguments)
+            job.run_stage(call)
         except Exception as error:
             log.write_text(traceback.format_exc())
-            if not isinstance(error, TsaeError):
-                traceback.print_exc()
-            return FinishedJob(log, started, Outcome(last_line(f"{type(error).__name__}: {error}")))
-        return FinishedJob(log, started, Outcome(None))
+            traceback.print_exc()
+            state = job.read_state(Path(call.record)) or {}
+            return FinishedJob(log, started, Outcome(state.get("error") or str(error)), stage.record)
+        return FinishedJob(log, started, Outcome(None), stage.record)
 
 
 @dataclass(frozen=True)
@@ -96,159 +118,206 @@ class FinishedJob:
     log: Path
     started: float
     outcome: Outcome
+    record: Path
+    pid: int = 0
 
     def poll(self) -> Outcome | None:
         """How it ended."""
         return self.outcome
 
+    def ask(self) -> None:
+        """Nothing is left to ask."""
+
     def end(self) -> None:
         """Nothing is left to stop."""
 
+    def mark_failed(self, error: str) -> None:
+        """Record what the stage could not say."""
+        mark_failed(self.record, error)
+
 
 class LocalExecutor:
-    """Runs each stage in processes of this machine that outlive neither the queue nor Ctrl-C."""
+    """Runs each stage in processes of this machine: one, or several that work together."""
 
     name = "local"
 
-    def start(self, stage: Stage, share: Share) -> Job:
-        """Submit `stage`; threads and visible GPUs are those of `share`."""
-        import submitit.local.local as backend
+    def __init__(self, attempt: Attempt, container: Container | None = None) -> None:
+        self._attempt, self._container = attempt, container
 
-        folder = attempt_folder(stage)
-        executor = _session_executor(backend)(folder)
-        executor.update_parameters(timeout_min=60 * 24 * 365, stderr_to_stdout=True)
-        variables = {
-            **dict.fromkeys(THREAD_VARIABLES, str(share.cpus)),
+    def processes(self, resources: StageResources, gpus: int) -> int:
+        """As many as the sweep names, else one for each GPU that this machine has for the job."""
+        return (resources.nodes or 1) * resources.tasks if resources.tasks else max(1, gpus)
+
+    def start(self, stage: Stage, share: Share) -> LocalJob:
+        """Start `stage`; threads and visible GPUs are those of `share`."""
+        count = self.processes(stage.resources, len(share.gpus))
+        call = call_of(stage, self._attempt, self.name, count)
+        path = self._attempt.folder / "calls" / f"{stage.record.name}.json"
+        call.save(path)
+        environ = {**self._variables(share, count), **_meeting_point(count)}
+        assert call.log is not None
+        log = Path(call.log)
+        log.parent.mkdir(exist_ok=True)
+        processes: list[subprocess.Popen[bytes]] = []
+        with open(log, "ab") as stream:
+            for rank in range(count):
+                own = environ | ({"RANK": str(rank), "LOCAL_RANK": str(rank)} if count > 1 else {})
+                processes.append(
+                    subprocess.Popen(
+                        [*self._python(own, share), "-m", "tsae.job", str(path)],
+                        env=os.environ | own,
+                        stdin=subprocess.DEVNULL,
+                        stdout=stream,
+                        stderr=stream,
+                        # All of them in a group of their own, which Ctrl-C does not reach and one signal ends.
+                        process_group=processes[0].pid if processes else 0,
+                        pass_fds=share.leases,
+                    )
+                )
+        return LocalJob(stage.record, log, processes)
+
+    def _python(self, variables: Mapping[str, str], share: Share) -> list[str]:
+        if self._container is None:
+            return [sys.executable]
+        return self._container.command(variables, gpus=bool(share.gpus))
+
+    def _variables(self, share: Share, processes: int) -> dict[str, str]:
+        return {
+            **dict.fromkeys(THREAD_VARIABLES, str(max(1, share.cpus // processes))),
             "CUDA_VISIBLE_DEVICES": ",".join(share.gpus),
+            "PYTHONPATH": python_path(self._attempt.code),
             "PYTHONUNBUFFERED": "1",
             # Without it, a folder `tsae` in the working directory would stand in for the launcher's own package.
             "PYTHONSAFEPATH": "1",
         }
-        with environment(variables):
-            submitted = executor.submit(stage.function, *stage.arguments)
-        return LocalJob(submitted.paths.stdout, time.time(), submitted.paths.result_pickle, submitted._process)
 
 
 class LocalJob:
-    """A stage in a session of its own: a controller of submitit and the task below it."""
+    """The processes of one stage; when one of them dies the others are ended, since they would wait for it for ever."""
 
-    def __init__(self, log: Path, started: float, result: Path, process: subprocess.Popen[bytes]) -> None:
-        self.log, self.started = log, started
-        self._result, self._process = result, process
+    def __init__(self, record: Path, log: Path, processes: list[subprocess.Popen[bytes]]) -> None:
+        self.log, self.started, self.pid = log, time.time(), processes[0].pid
+        self._record, self._processes = record, processes
+        self._first_code: int | None = None
+        self._deadline: float | None = None
 
     def poll(self) -> Outcome | None:
-        """The result that the task left, or the word of the log if it was killed before it could leave one."""
-        if self._process.poll() is None:
+        """What its record says, or the word of the log if it was killed before it could say anything."""
+        codes = [process.poll() for process in self._processes]
+        bad = [code for code in codes if code not in (None, 0)]
+        if bad and self._first_code is None:
+            self._first_code = bad[0]
+        if None in codes:
+            if bad:
+                self._end_the_rest()
             return None
-        if self._process.returncode == REQUEUE:
+        code = self._first_code or 0
+        if code == REQUEUE:
             return Outcome("was preempted", preempted=True)
-        if not self._result.exists():
-            said = last_line(self.log.read_text(errors="replace")) if self.log.exists() else ""
-            return Outcome(f"ended without a result (killed, or out of memory?); its last words: {said or 'none'}")
-        from submitit.core.utils import pickle_load
+        if code < 0:
+            return Outcome(
+                f"was killed ({_signal_name(-code)}; out of memory?); its last words: {self._last_words()}", killed=True
+            )
+        if code == 0:
+            return Outcome(None)
+        state = job.read_state(self._record) or {}
+        if state.get("state") != "failed" or state.get("started", 0.0) < self.started - 1:
+            self.mark_failed(f"a process ended with code {code}; its last words: {self._last_words()}")
+            state = job.read_state(self._record) or {}
+        return Outcome(str(state["error"]))
 
-        verdict, value = pickle_load(self._result)
-        return Outcome(None if verdict == "success" else last_line(str(value)))
+    def ask(self) -> None:
+        """Ask all of its processes to leave."""
+        self._signal(signal.SIGTERM)
 
     def end(self) -> None:
-        """Interrupt the session, and kill what does not stop in time."""
-        for number in (signal.SIGINT, signal.SIGKILL):
-            try:
-                os.killpg(self._process.pid, number)
-            except ProcessLookupError:
-                return
+        """Kill what does not leave in time."""
+        for number in (signal.SIGTERM, signal.SIGKILL):
             deadline = time.monotonic() + PATIENCE_SECONDS
-            while time.monotonic() < deadline and self._session_lives():
+            while self._lives():
+                if time.monotonic() > deadline:
+                    self._signal(number)
+                    break
                 time.sleep(0.05)
 
-    def _session_lives(self) -> bool:
-        self._process.poll()
+    def mark_failed(self, error: str) -> None:
+        """Record what its own process could not say."""
+        mark_failed(self._record, error)
+
+    def _end_the_rest(self) -> None:
+        if self._deadline is None:
+            self._deadline = time.monotonic() + PATIENCE_SECONDS
+            self._signal(signal.SIGTERM)
+        elif time.monotonic() > self._deadline:
+            self._signal(signal.SIGKILL)
+
+    def _signal(self, number: signal.Signals) -> None:
         try:
-            os.killpg(self._process.pid, 0)
+            os.killpg(self.pid, number)
+        except ProcessLookupError:
+            return
+
+    def _lives(self) -> bool:
+        for process in self._processes:
+            process.poll()
+        try:
+            os.killpg(self.pid, 0)
         except ProcessLookupError:
             return False
         return True
 
-
-def _session_executor(backend: Any) -> Any:
-    """submitit's local executor, but in a session of its own, so that Ctrl-C reaches the launcher alone.
-
-    submitit chooses GPUs 0 to n-1 for every job; here the environment already names this job's own.
-    """
-
-    class SessionExecutor(backend.LocalExecutor):
-        def _submit_command(self, command: str) -> Any:
-            environ = {
-                **os.environ,
-                "SUBMITIT_EXECUTOR": "local",
-                "SUBMITIT_LOCAL_COMMAND": command,
-                "SUBMITIT_LOCAL_NTASKS": "1",
-                "SUBMITIT_LOCAL_NODEID": "0",
-                "SUBMITIT_LOCAL_JOB_NUM_NODES": "1",
-                "SUBMITIT_LOCAL_TIMEOUT_S": str(60 * self.parameters["timeout_min"]),
-                "SUBMITIT_LOCAL_SIGNAL_DELAY_S": "30",
-                "SUBMITIT_LOCAL_WITH_SHELL": "",
-                "SUBMITIT_STDERR_TO_STDOUT": "1",
-            }
-            with open(self.folder / "controller.log", "wb") as stream:
-                process = subprocess.Popen(
-                    [sys.executable, str(CONTROLLER), str(self.folder)],
-                    env=environ,
-                    stdin=subprocess.DEVNULL,
-                    stdout=stream,
-                    stderr=stream,
-                    start_new_session=True,
-                )
-            return backend.LocalJob(self.folder, str(process.pid), tasks=[0], process=process)
-
-    return SessionExecutor
+    def _last_words(self) -> str:
+        return last_line(self.log) or "none"
 
 
-def attempt_folder(stage: Stage) -> Path:
-    """A fresh folder for one attempt: results of an earlier one with the same process id are never mistaken for its own."""
-    stamp = f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
-    folder = stage.logs / stamp
-    attempt = 1
-    while folder.exists():
-        attempt += 1
-        folder = stage.logs / f"{stamp}-{attempt}"
-    folder.mkdir(parents=True)
-    return folder
+def call_of(stage: Stage, attempt: Attempt, executor: str, processes: int = 1) -> job.Call:
+    """`stage` as a job of `attempt` on this machine."""
+    return job.Call(
+        record=str(stage.record),
+        function=stage.function,
+        arguments=stage.arguments_in(attempt.points),
+        label=stage.label,
+        attempt=attempt.stamp,
+        executor=executor,
+        processes=processes,
+        log=str(log_path(stage, attempt)),
+    )
 
 
-def last_line(text: str) -> str:
-    """The last line that says something, without the module path of an exception's class."""
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    if not lines:
+def log_path(stage: Stage, attempt: Attempt) -> Path:
+    """Where a local job of `attempt` writes."""
+    return attempt.folder / "logs" / f"{stage.record.name}.log"
+
+
+def mark_failed(record: Path, error: str) -> None:
+    """Let the record say that the stage failed."""
+    state: dict[str, Any] = job.read_state(record) or {}
+    files.write_json(job.state_path(record), {**state, "state": "failed", "ended": time.time(), "error": error})
+
+
+def last_line(log: Path) -> str:
+    """The last line of a log that says something."""
+    try:
+        with open(log, "rb") as stream:
+            stream.seek(max(0, stream.seek(0, os.SEEK_END) - LAST_WORDS))
+            lines = stream.read().decode(errors="replace").splitlines()
+    except FileNotFoundError:
         return ""
-    kind, colon, message = lines[-1].partition(": ")
-    if (colon and kind.endswith("TsaeError")) or kind.endswith("LockHeld"):
-        return message
-    return f"{kind.rpartition('.')[2]}{colon}{message}" if kind.replace(".", "").isidentifier() else lines[-1]
+    return next((line.strip() for line in reversed(lines) if line.strip()), "")
 
 
-@contextmanager
-def environment(variables: Mapping[str, str]) -> Iterator[None]:
-    """Set environment variables for the processes started inside the block."""
-    before = {name: os.environ.get(name) for name in variables}
-    os.environ.update(variables)
+def _meeting_point(processes: int) -> dict[str, str]:
+    """Variables by which processes that work together find each other."""
+    if processes == 1:
+        return {}
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    return {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+
+
+def _signal_name(number: int) -> str:
     try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
-
-
-def visible_gpus() -> tuple[str, ...]:
-    """GPUs of this machine that this process may use, found without loading torch."""
-    named = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if named is not None:
-        return tuple(name.strip() for name in named.split(",") if name.strip() and name.strip() != "-1")
-    try:
-        listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=20, check=False)
-    except (OSError, subprocess.TimeoutExpired):
-        return ()
-    return tuple(str(i) for i, line in enumerate(listed.stdout.splitlines()) if line.startswith("GPU "))
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"

@@ -11,7 +11,7 @@ from points import Point
 from stage import Stage
 
 from tsae import config as configuration
-from tsae import schema, stages
+from tsae import schema
 
 
 def pack(points: Iterable[Point], plan: Sequence[Stage]) -> list[Stage]:
@@ -29,18 +29,21 @@ def pack(points: Iterable[Point], plan: Sequence[Stage]) -> list[Stage]:
             if len(part) > 1:
                 pack_of |= dict.fromkeys((stage.key for stage in part), _merged(part))
     packed = [pack_of.get(stage.key, stage) for stage in plan]
-    return [_after_packs(stage, pack_of) for stage in dict.fromkeys(packed)]
+    return [_after_packs(stage, pack_of) for stage in {stage.key: stage for stage in packed}.values()]
 
 
 def _merged(members: Sequence[Stage]) -> Stage:
     """One stage that trains all of `members`; it shows the progress of the first."""
-    configs, checkpoints, names = zip(*(stage.arguments for stage in members), strict=True)
+    names = tuple(stage.subject for stage in members)
+    key = schema.stable_hash([stage.key for stage in members])
     return dataclasses.replace(
         members[0],
-        key=schema.stable_hash([stage.key for stage in members]),
-        subject=f"{members[0].subject} and {len(members) - 1} more",
-        function=stages.train_pack_stage,
-        arguments=(configs, checkpoints[0], names),
+        key=key,
+        subject=f"{names[0]} and {len(members) - 1} more",
+        function="tsae.stages:train_pack_stage",
+        config=names,
+        arguments=(members[0].arguments[0], names),
+        record=members[0].record.with_name(f"train-pack-{key}"),
         points=tuple(dict.fromkeys(name for stage in members for name in stage.points)),
         is_done=functools.partial(_all_done, members),
     )

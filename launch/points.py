@@ -8,8 +8,10 @@ import itertools
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, get_type_hints
 
+from draws import draw_points
 from sweepfile import Sweep, file_name, flatten, lay_over, shown, unflatten
 
 from tsae import config as configuration
@@ -38,7 +40,7 @@ class Point:
 
 def expand(sweep: Sweep) -> tuple[Point, ...]:
     """All points in the order of the file. Raises TsaeError for unknown axes, bad values and duplicates."""
-    choices = [_grid(sweep), _zipped(sweep), _listed(sweep)]
+    choices = [_grid(sweep), _zipped(sweep), _listed(sweep), _drawn(sweep)]
     _refuse_overlap(sweep, choices)
     rows = [_merged(parts) for parts in itertools.product(*choices)]
     short = short_names([key for row in rows for key in row])
@@ -74,6 +76,11 @@ def key_paths(cls: type = RunConfig, path: str = "") -> Iterator[str]:
             yield dotted
 
 
+@cache
+def _known_axes() -> tuple[str, ...]:
+    return (*key_paths(), "objective")
+
+
 def _grid(sweep: Sweep) -> list[dict[str, Any]]:
     axes = _axes(sweep, "grid", sweep.config.grid)
     return [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
@@ -98,6 +105,28 @@ def _listed(sweep: Sweep) -> list[dict[str, Any]]:
     return rows or [{}]
 
 
+def _drawn(sweep: Sweep) -> list[dict[str, Any]]:
+    if not sweep.config.random:
+        return [{}]
+    where = f"{sweep.path}: random"
+    tree = dict(sweep.config.random)
+    count, seed = (schema.convert(int, tree.pop(name, None), where, name) for name in ("n", "seed"))
+    if count < 1:
+        raise TsaeError(f"{where}: n: {count} is impossible; it must be at least 1")
+    axes: dict[str, Any] = {}
+    known = _known_axes()
+    for key, value in flatten(tree):
+        setting, _, way = key.rpartition(".")
+        axis, choice = (setting, {way: value}) if setting in known else (key, value)
+        _refuse_unknown(sweep, "random", axis)
+        axes[axis] = choice
+    if not axes:
+        raise TsaeError(
+            f"{where}: no axis besides n and seed; for example training.lr: {{log_uniform: [1.0e-4, 1.0e-2]}}"
+        )
+    return draw_points(axes, count, seed, where)
+
+
 def _axes(sweep: Sweep, part: str, tree: Mapping[str, Any]) -> dict[str, list[Any]]:
     axes = dict(flatten(tree))
     for key, values in axes.items():
@@ -111,9 +140,9 @@ def _axes(sweep: Sweep, part: str, tree: Mapping[str, Any]) -> dict[str, list[An
 
 def _refuse_overlap(sweep: Sweep, choices: list[list[dict[str, Any]]]) -> None:
     if not any(row for rows in choices for row in rows):
-        raise TsaeError(f"{sweep.path}: grid: empty, and so are zip and list; name at least one axis")
+        raise TsaeError(f"{sweep.path}: grid: empty, and so are zip, list and random; name at least one axis")
     seen: dict[str, str] = {}
-    for part, rows in zip(("grid", "zip", "list"), choices, strict=True):
+    for part, rows in zip(("grid", "zip", "list", "random"), choices, strict=True):
         for key in dict.fromkeys(key for row in rows for key in row):
             if key in seen:
                 raise TsaeError(f"{sweep.path}: {part}.{key}: {seen[key]} varies it too; it may be in one of them")
@@ -121,7 +150,7 @@ def _refuse_overlap(sweep: Sweep, choices: list[list[dict[str, Any]]]) -> None:
 
 
 def _refuse_unknown(sweep: Sweep, part: str, key: str) -> None:
-    known = [*key_paths(), "objective"]
+    known = _known_axes()
     if key in known:
         return
     last = key.rpartition(".")[2]
@@ -141,7 +170,8 @@ def _refuse_duplicates(sweep: Sweep, points: list[Point]) -> None:
     names: dict[str, Point] = {}
     contents: dict[str, Point] = {}
     for point in points:
-        content = schema.stable_hash(configuration.evaluation_settings(point.config), 64)
+        experiments = schema.to_plain(point.config.experiments)
+        content = schema.stable_hash([configuration.evaluation_settings(point.config), experiments], 64)
         for table, key in ((names, point.name), (contents, content)):
             if key in table:
                 raise TsaeError(

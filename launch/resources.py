@@ -23,6 +23,8 @@ class StageResources:
     """Nodes; by default 1."""
     tasks: int | None = None
     """Processes on each node; by default one for each GPU, and one where there is none."""
+    jobs: int | None = None
+    """Jobs that share one harvest, each with all that stands here; by default 1, and no other stage takes more."""
     cpus: int | None = None
     """CPU cores of each process; locally a fair share of those at hand by default."""
     mem: str | None = None
@@ -96,7 +98,7 @@ def to_minutes(text: str) -> int:
     short = re.fullmatch(r"(\d+)\s*([mhd])", text)
     if short:
         return int(short[1]) * MINUTES[short[2]]
-    clock = re.fullmatch(r"(?:(\d+)-)?(\d+):(\d\d)(?::(\d\d))?", text)
+    clock = re.fullmatch(r"(?:(\d+)-)?(\d+):(\d\d):(\d\d)", text)
     if not clock or not any(int(part) for part in clock.groups("0")):
         raise TsaeError(f"time: '{text}' is no time limit; allowed: '90m', '4h', '2d', '12:00:00', '1-12:00:00'")
     days, hours, minutes, seconds = (int(part) for part in clock.groups("0"))

@@ -14,20 +14,18 @@ from types import FrameType
 from typing import TYPE_CHECKING
 
 from plan import Plan, make_plan
-from stage import Stage
-from sweepfile import BASES, load_sweep, shown
+from sweepfile import BASES, load_sweep
 
 from tsae import config as configuration
-from tsae import environment, locks
+from tsae import environment
 from tsae.errors import TsaeError, os_error_line
 
 if TYPE_CHECKING:
-    from jobs import Executor
-    from runner import Task
+    from launcher import Launched, Options
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command line; 0 when everything is complete, 1 when a point failed, 2 for bad input."""
+    """The command line; 0 when everything is complete or under way, 1 when a point failed, 2 for bad input."""
     given = _parser().parse_intermixed_args(arguments)
     if given.settings:
         print(configuration.help_text())
@@ -36,11 +34,7 @@ def main(arguments: list[str] | None = None) -> int:
         environment.load_dotenv()
         if given.file is None:
             raise TsaeError("command line: FILE: the sweep's YAML is missing; for example sweeps/split_fraction.yaml")
-        plan = make_plan(load_sweep(given.file, given.base, given.overrides, given.name))
-        if given.dry_run:
-            print("\n".join(dry_run(plan)))
-            return 0
-        return run(plan, given.executor)
+        return _run(given)
     except TsaeError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -52,85 +46,94 @@ def main(arguments: list[str] | None = None) -> int:
         return 130
 
 
-def run(plan: Plan, executor: str = "auto") -> int:
-    """Do what is missing of `plan`, then write the report; the exit code."""
+def run(plan: Plan, options: Options) -> int:
+    """Do what is missing of `plan`, or have it done; the exit code."""
+    from launcher import launch
+
+    signal.signal(signal.SIGTERM, _interrupt)
+    if not plan.unfinished():
+        print(f"{plan.name}: nothing to do, all {len(plan.points)} points are complete", file=sys.stderr)
+        _show_report(plan)
+        return 0
+    launched = launch(plan, options)
+    under_way = launched.submitted or launched.choice.left
+    if under_way:
+        left = f", {len(launched.choice.left)} were under way" if launched.choice.left else ""
+        print(f"{plan.name}: {launched.submitted} stages were submitted{left}; see how they do with", file=sys.stderr)
+        print(f"    python launch/status.py {' '.join(_words(plan))}", file=sys.stderr)
+    else:
+        _show_report(plan)
+    return _verdict(plan, launched)
+
+
+def _run(given: argparse.Namespace) -> int:
+    sweep = load_sweep(given.file, given.base, given.overrides, given.name)
+    if given.cancel:
+        from cancel import cancel
+        from chain import Chain
+
+        print("\n".join(cancel(Chain(sweep).folder)) or f"{sweep.folder_name}: nothing is running or queued")
+        return 0
+    plan = make_plan(sweep)
+    from launcher import Options
+
+    options = Options(
+        executor=given.executor,
+        cluster=given.cluster,
+        container=given.container,
+        retry_failed=given.retry_failed,
+        detach=given.detach,
+    )
+    if given.dry_run:
+        from dryrun import dry_run
+
+        print("\n".join(dry_run(plan, options)))
+        return 0
+    return run(plan, options)
+
+
+def _show_report(plan: Plan) -> None:
+    """Print the short table and where the report is; write it first if a job has not."""
     from report import is_current, page_path, short_table, write_report
 
-    unfinished = plan.unfinished()
-    broken: list[Task] = []
-    if unfinished:
-        plan.write_configs()
-        broken = _run_stages(plan, unfinished, executor)
-    else:
-        print(f"{plan.name}: nothing to do, all {len(plan.points)} points are complete", file=sys.stderr)
     if "report" in plan.sweep.config.stages:
         page = page_path(plan) if is_current(plan) else write_report(plan)
         print("\n".join(short_table(plan)))
         print(f"report: {page}")
-    return _verdict(plan, broken)
-
-
-def dry_run(plan: Plan) -> list[str]:
-    """What would be done, as lines."""
-    unfinished = {stage.key for stage in plan.unfinished()}
-    axes = list(dict.fromkeys(key for point in plan.points for key in point.axes))
-    rows = [["point", *axes]]
-    rows += [[point.name, *(shown(point.value(key)) for key in axes)] for point in plan.points]
-    lines = [f"{plan.name}: {len(plan.points)} points", *_table(rows), ""]
-    rows = [["stage", "subject", "points", "state"]]
-    for stage in plan.stages:
-        holder = locks.owner(stage.lock)
-        state = "to run" if stage.key in unfinished else "complete" if stage.is_done() else "not needed"
-        state += f", {holder} is working on it" if holder else ""
-        rows.append([stage.kind, stage.subject, str(len(stage.points)), state])
-    lines += [f"{len(plan.stages)} stages, {len(unfinished)} to run", *_table(rows), ""]
-    return [*lines, f"results: {plan.folder}", "dry run: nothing was started"]
-
-
-def _run_stages(plan: Plan, stages: list[Stage], executor: str) -> list[Task]:
-    from display import Terminal
-    from jobs import visible_gpus
-    from runner import Queue
-
-    skipped = len(plan.stages) - len(stages)
-    terminal = Terminal()
-    cores, gpus = environment.available_cores(), visible_gpus()
-    terminal.say(
-        f"{plan.name}: {len(plan.points)} points, {len(stages)} stages to run, {skipped} complete; "
-        f"{cores} cores, {len(gpus)} GPUs; logs in {plan.folder / 'logs'}"
-    )
-    signal.signal(signal.SIGTERM, _interrupt)
-    return Queue(stages, _executor(executor), terminal, cores, gpus).run()
-
-
-def _executor(name: str) -> Executor:
-    from jobs import DebugExecutor, LocalExecutor
-
-    return DebugExecutor() if name == "debug" else LocalExecutor()
 
 
 def _interrupt(_number: int, _frame: FrameType | None) -> None:
     raise KeyboardInterrupt
 
 
-def _verdict(plan: Plan, broken: list[Task]) -> int:
-    failed = [task for task in broken if task.state == "failed"]
-    if not broken:
+def _verdict(plan: Plan, launched: Launched) -> int:
+    """Name what failed, now or before; the exit code."""
+    choice = launched.choice
+    broken = [(task.stage, task.state, task.status.error, task.status.log) for task in launched.broken]
+    for stage in choice.failed:
+        standing = choice.standings[stage.key]
+        broken.append((stage, "failed before", standing.error, standing.log))
+    if not broken and not (choice.blocked and not choice.left):
         return 0
-    lost = {point for task in broken for point in task.stage.points}
+    lost = {point for stage, *_ in broken for point in stage.points}
+    lost |= {point for stage in choice.blocked for point in stage.points}
     print(f"\n{len(lost)} of {len(plan.points)} points are not complete:", file=sys.stderr)
-    for task in failed:
-        log = f"\n    log: {task.job.log}" if task.job else ""
-        print(f"  {task.stage.label}: {task.error}{log}", file=sys.stderr)
-    print("the same command tries them again", file=sys.stderr)
+    for stage, state, error, log in broken:
+        if state == "blocked":
+            continue
+        print(f"  {stage.label}: {state}: {error}" + (f"\n    log: {log}" if log else ""), file=sys.stderr)
+    states = {state for _, state, *_ in broken}
+    if "interrupted" in states:
+        print("the same command continues what was interrupted", file=sys.stderr)
+    if states & {"failed", "failed before"}:
+        print("the same command with --retry-failed tries again what failed", file=sys.stderr)
     return 1
 
 
-def _table(rows: list[list[str]]) -> list[str]:
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return [
-        "  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
-    ]
+def _words(plan: Plan) -> list[str]:
+    """The sweep as the command line named it."""
+    base = ["--base", str(plan.sweep.base_path)] if plan.sweep.config.base != plan.sweep.base_path.stem else []
+    return [str(plan.sweep.path), *plan.sweep.overrides, *base]
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -141,6 +144,30 @@ def _parser() -> argparse.ArgumentParser:
         epilog=f"bases: {bases}. Everything lands under TSAE_HOME (default ./runs). "
         "Running the same command again continues and does only what is missing.",
     )
+    add_sweep_arguments(parser)
+    parser.add_argument(
+        "--executor",
+        choices=("auto", "slurm", "local", "debug"),
+        default="auto",
+        help="slurm: submit and return; local: processes of this machine; debug: inside this process; "
+        "auto: slurm where a controller answers, else local",
+    )
+    parser.add_argument(
+        "--cluster", type=Path, metavar="FILE", help="a site's defaults, instead of ~/.config/tsae/cluster.yaml"
+    )
+    parser.add_argument(
+        "--container", metavar="IMAGE", help="run every job in tsae.sif, docker://owner/image or docker:image"
+    )
+    parser.add_argument("--retry-failed", action="store_true", help="try again what failed; else it is only named")
+    parser.add_argument("--detach", action="store_true", help="local: return once the queue runs, do not follow it")
+    parser.add_argument("--cancel", action="store_true", help="end what runs or waits of this sweep, and nothing else")
+    parser.add_argument("--dry-run", action="store_true", help="show points, stages and sbatch scripts, start nothing")
+    parser.add_argument("--settings", action="store_true", help="print every setting with its meaning")
+    return parser
+
+
+def add_sweep_arguments(parser: argparse.ArgumentParser) -> None:
+    """What names a sweep on a command line."""
     parser.add_argument(
         "file", nargs="?", type=Path, metavar="FILE", help="the sweep's YAML, such as sweeps/split_fraction.yaml"
     )
@@ -151,15 +178,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--name", help="name of the sweep's folders, instead of one made from sweep, base and overrides"
     )
-    parser.add_argument(
-        "--executor",
-        choices=("auto", "local", "debug"),
-        default="auto",
-        help="local: processes of this machine; debug: inside this process; auto: local",
-    )
-    parser.add_argument("--dry-run", action="store_true", help="show points and stages, start nothing")
-    parser.add_argument("--settings", action="store_true", help="print every setting with its meaning")
-    return parser
 
 
 if __name__ == "__main__":

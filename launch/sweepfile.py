@@ -6,35 +6,18 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
+
+from resources import Resources
 
 from tsae import config as configuration
 from tsae import schema
 from tsae.errors import TsaeError, suggestion
 
+StageKind = Literal[
+    "harvest", "train", "evaluate", "probe", "tsne", "sequences", "align", "steer", "explain", "features", "report"
+]
 BASES = Path(__file__).resolve().parent.parent / "sweeps" / "bases"
-
-
-@dataclass(frozen=True, kw_only=True)
-class StageResources:
-    """What one job of a stage may use."""
-
-    cpus: int | None = None
-    """CPU cores; by default a fair share of those at hand."""
-    gpus: int | None = None
-    """GPUs; by default one where there are any."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Resources:
-    """Resources of each stage."""
-
-    harvest: StageResources = field(default_factory=StageResources)
-    """Reading activations."""
-    train: StageResources = field(default_factory=StageResources)
-    """Training one point."""
-    evaluate: StageResources = field(default_factory=StageResources)
-    """Measuring one point."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +30,7 @@ class ReportConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class SweepConfig:
-    """A sweep: the product of `grid`, `zip` and `list` over a base configuration."""
+    """A sweep: the product of `grid`, `zip`, `list` and `random` over a base configuration."""
 
     name: str | None = None
     """Name of the sweep; by default the name of its file."""
@@ -59,12 +42,18 @@ class SweepConfig:
     """Key path: list of values, all of one length, which vary together."""
     list: tuple[dict[str, Any], ...] = ()
     """Explicit points: one mapping of key path to value for each."""
+    random: dict[str, Any] = field(default_factory=dict)
+    """`n` points, drawn by `seed`; every other key is a key path with a list to choose from, or `uniform`, `log_uniform` or `integers` with its bounds."""
     overrides: dict[str, Any] = field(default_factory=dict)
     """Settings that differ from the base in every point."""
-    stages: tuple[Literal["harvest", "train", "evaluate", "report"], ...] = ("harvest", "train", "evaluate", "report")
-    """What to do."""
+    stages: tuple[StageKind, ...] = ("harvest", "train", "evaluate", "report")
+    """What to do; experiments of the paper may be among it."""
     resources: Resources = field(default_factory=Resources)
-    """Cores and GPUs for each stage."""
+    """What the jobs of each stage may use."""
+    max_parallel: int | None = None
+    """Jobs of this sweep that run at the same time, at most."""
+    container: str | None = None
+    """Image that the jobs run in, as for --container."""
     report: ReportConfig = field(default_factory=ReportConfig)
     """Axes of the report."""
 
@@ -79,6 +68,9 @@ class Sweep:
     """Base and overrides as one tree of a RunConfig, without the swept values."""
     folder_name: str
     """Names its folders under TSAE_HOME: the sweep, its base and the overrides that change results."""
+    base_path: Path
+    overrides: tuple[str, ...]
+    """As they were given on the command line."""
 
 
 def load_sweep(
@@ -89,7 +81,9 @@ def load_sweep(
     tree = schema.read_yaml(path)
     config = schema.build(SweepConfig, tree, str(path))
     if not config.stages or set(config.stages) <= {"report"}:
-        raise TsaeError(f"{path}: stages: nothing to run; allowed: harvest, train, evaluate, report")
+        raise TsaeError(f"{path}: stages: nothing to run; allowed: {', '.join(get_args(StageKind))}")
+    if config.max_parallel is not None and config.max_parallel < 1:
+        raise TsaeError(f"{path}: max_parallel: {config.max_parallel} is impossible; it must be at least 1")
     base_path = find_base(base or config.base, path, "--base" if base else f"{path}: base")
     settings = schema.read_yaml(base_path)
     configuration.from_mapping(settings, str(base_path))
@@ -101,7 +95,7 @@ def load_sweep(
     _refuse_swept(config, extra, path)
     lay_over(settings, extra)
     folder = name or "-".join([config.name or path.stem, base_path.stem]) + _override_suffix(extra)
-    return Sweep(path, config, settings, file_name(folder))
+    return Sweep(path, config, settings, file_name(folder), base_path, tuple(overrides or ()))
 
 
 def find_base(name: str, sweep: Path, where: str) -> Path:
@@ -162,7 +156,7 @@ def shown(value: Any) -> str:
 
 
 def _refuse_swept(config: SweepConfig, extra: Mapping[str, Any], path: Path) -> None:
-    swept = {key for part in (config.grid, config.zip, *config.list) for key, _ in flatten(part)}
+    swept = {key for part in (config.grid, config.zip, config.random, *config.list) for key, _ in flatten(part)}
     for key, _ in flatten(extra):
         if key in swept:
             raise TsaeError(f"command line: {key}: {path} sweeps it; edit the sweep's values there instead")

@@ -10,6 +10,7 @@ Nothing else in the package builds a path into a run folder.
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -58,12 +59,23 @@ class RunFolder:
         """`<name>.json` or `<name>.png` of an experiment on this run."""
         return self.path / f"{name}.{suffix}"
 
+    def training_hash(self) -> str | None:
+        """Hash of the settings that this folder belongs to; None while it belongs to none."""
+        # A launcher asks thousands of folders, so the one line is found without reading the rest as YAML.
+        try:
+            line = re.search(r"^training_hash: .*$", self.resolved.read_text(encoding="utf-8"), re.MULTILINE)
+        except FileNotFoundError:
+            return None
+        except (OSError, UnicodeDecodeError) as error:
+            raise TsaeError(f"{self.resolved}: cannot be read: {error}") from None
+        return str(yaml.safe_load(line[0])["training_hash"]) if line else ""
+
     def require_same_training(self, config: RunConfig) -> None:
         """Refuse a run that was trained with other settings; files that came from elsewhere state none."""
-        if not self.resolved.exists():
+        found = self.training_hash()
+        if found is None:
             return
         wanted = schema.stable_hash(configuration.training_settings(config))
-        found = schema.read_yaml(self.resolved).get("training_hash")
         if found != wanted:
             raise TsaeError(
                 f"{self.path}: was trained with another configuration (hash {found}, this one is {wanted}); "
@@ -73,8 +85,8 @@ class RunFolder:
     def claim(self, config: RunConfig) -> None:
         """Write resolved.yaml, or refuse a folder that belongs to another training configuration."""
         wanted = schema.stable_hash(configuration.training_settings(config))
-        if self.resolved.exists():
-            found = schema.read_yaml(self.resolved).get("training_hash")
+        found = self.training_hash()
+        if found is not None:
             if found != wanted:
                 raise TsaeError(
                     f"{self.path}: holds a run of another configuration (hash {found}, this one is {wanted}); "
@@ -104,10 +116,8 @@ class RunFolder:
 
     def is_trained(self, config: RunConfig) -> bool:
         """Whether final weights of exactly this training configuration are here."""
-        if not (self.weights.exists() and self.resolved.exists()):
-            return False
-        wanted = schema.stable_hash(configuration.training_settings(config))
-        return bool(schema.read_yaml(self.resolved).get("training_hash") == wanted)
+        found = self.training_hash() if self.weights.exists() else None
+        return found is not None and found == schema.stable_hash(configuration.training_settings(config))
 
     def is_evaluated(self, config: RunConfig) -> bool:
         """Whether eval_results.json of exactly this configuration, and of the last calibration, is here."""

@@ -1,0 +1,66 @@
+"""Ending what runs or waits of one sweep, wherever a launch of it put that, and nothing else."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+import slurm_query
+from attempt import attempts
+from background import lock_of, read_queue
+
+from tsae import locks
+
+PATIENCE_SECONDS = 30.0
+
+
+def cancel(sweep_folder: Path) -> list[str]:
+    """End the sweep's Slurm jobs and its queues on this machine; a line for each thing done or left."""
+    lines = []
+    for attempt in attempts(sweep_folder):
+        owner = locks.owner(lock_of(attempt))
+        if owner is not None and owner.host != socket.gethostname():
+            lines.append(f"a queue runs on {owner.host}; cancel it there")
+            continue
+        tasks = read_queue(attempt).values()
+        groups = {task.pid: task.pid_started for task in tasks if task.state == "running" and task.pid}
+        if owner is not None:
+            waiting = sum(task.state == "waiting" for task in tasks)
+            os.kill(owner.pid, signal.SIGTERM)
+            _wait_until(lambda pid=owner.pid, started=owner.started: locks.started_at(pid) != started)  # type: ignore[misc]
+            lines.append(f"ended a local queue with {len(groups)} running and {waiting} waiting stages")
+        lines += [f"ended process {pid}" for pid, started in groups.items() if _end_orphans(pid, started)]
+    jobs = {entry.job for attempt in attempts(sweep_folder) for entry in attempt.jobs() if entry.executor == "slurm"}
+    if jobs:
+        queued = slurm_query.queued(sweep_folder)
+        alive = sorted(job for job in jobs if job in queued and queued[job].alive)
+        slurm_query.cancel(alive)
+        if alive:
+            lines.append(f"cancelled {len(alive)} Slurm jobs")
+    return lines
+
+
+def _end_orphans(pid: int, started: str) -> bool:
+    """End the processes of a job whose queue is gone; whether there were any."""
+    if locks.started_at(pid) != started:
+        return False
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        with suppress(ProcessLookupError):
+            os.killpg(pid, number)
+        if _wait_until(lambda: locks.started_at(pid) != started):
+            break
+    return True
+
+
+def _wait_until(reached: Callable[[], bool]) -> bool:
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while not reached():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.05)
+    return True
