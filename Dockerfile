@@ -15,13 +15,13 @@ RUN /opt/installer/bin/pip wheel --no-cache-dir --no-deps --wheel-dir /opt/wheel
 FROM ${BASE_IMAGE}
 ARG TORCH=cuda
 ARG TORCH_CPU_INDEX=https://download.pytorch.org/whl/cpu
-COPY container/install.sh constraints.txt /opt/tsae/
+COPY containers/install.sh constraints.txt /opt/tsae/
 RUN --mount=type=bind,from=installer,source=/opt/installer,target=/opt/installer \
     /opt/tsae/install.sh torch
 COPY pyproject.toml /opt/tsae/
 RUN --mount=type=bind,from=installer,source=/opt/installer,target=/opt/installer \
     /opt/tsae/install.sh dependencies
-COPY container/entrypoint.sh /opt/tsae/
+COPY containers/entrypoint.sh /opt/tsae/
 COPY sweeps /opt/tsae/sweeps
 COPY launch /opt/tsae/launch
 RUN --mount=type=bind,from=installer,source=/opt/installer,target=/opt/installer \
