@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
+import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +14,18 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+from dying import as_rank
+
 from tsae import config as configuration
+from tsae import schema
 from tsae.config import RunConfig
 from tsae.store.harvest import harvest
 
 PRELOADED = [
     "dying",
+    "tsae.cli",
+    "tsae.parallel.meeting",
+    "accelerate.state",
     "tsae.training.run",
     "tsae.evaluation.driver",
     "tsae.lm.verification",
@@ -73,3 +81,43 @@ def run_process() -> Callable[..., int]:
         return process.exitcode
 
     return run
+
+
+@pytest.fixture
+def run_ranks(tmp_path: Path) -> Callable[..., list[int]]:
+    """Run a `tsae` command in several processes at once; returns their exit codes, -9 of those that would not end.
+
+    `disturbed` are what `as_rank` takes besides. What each writes to stderr is in `rank<n>.err`.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+
+    def run(world: int, arguments: Sequence[str], **disturbed: Any) -> list[int]:
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = free.getsockname()[1]
+        processes = [
+            context.Process(
+                target=as_rank, args=(rank, world, port, tmp_path, [*map(str, arguments)]), kwargs=disturbed
+            )
+            for rank in range(world)
+        ]
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join(timeout=120)
+        for process in processes:
+            if process.exitcode is None:
+                process.kill()
+                process.join()
+                pytest.fail("a process waits for ever")
+        return [process.exitcode or 0 for process in processes]
+
+    return run
+
+
+@pytest.fixture
+def config_file(config: RunConfig, tmp_path: Path) -> Path:
+    """The file of `config`."""
+    path = tmp_path / "run.yaml"
+    path.write_text(json.dumps(schema.to_plain(config)))
+    return path

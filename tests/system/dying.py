@@ -8,13 +8,15 @@ import io
 import itertools
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
 
-from tsae import preemption, stages
+from tsae import cli, preemption, stages
 from tsae.checkpoint import RunFolder
 from tsae.config import RunConfig
 from tsae.training.resume import ResumeStates
@@ -27,6 +29,13 @@ MOMENTS = ("after a time", "in a step", "in a write", "before a sync", "before a
 
 def train_and_die(config: RunConfig, run: RunFolder, moment: str, count: int) -> None:
     """Train; SIGKILL at the `count`-th such moment (the `count`-th hundredth of a second for 'after a time')."""
+    _die_at(moment, count)
+    train(config, run)
+    # A timer that has not struck must not outlive the training.
+    os._exit(0)
+
+
+def _die_at(moment: str, count: int) -> None:
     if moment == "after a time":
         threading.Timer(count / 100, _die).start()
     elif moment == "in a step":
@@ -41,9 +50,54 @@ def train_and_die(config: RunConfig, run: RunFolder, moment: str, count: int) ->
         _at(ResumeStates, "remove", count, before=_die)
     else:
         _at(os, "replace", count, after=_die)
-    train(config, run)
-    # A timer that has not struck must not outlive the training.
-    os._exit(0)
+
+
+def as_rank(
+    rank: int,
+    world: int,
+    port: int,
+    folder: Path,
+    arguments: list[str],
+    slurm: bool = False,
+    kill: tuple[int, str, int] | None = None,
+    preempt: tuple[int, int] | None = None,
+) -> None:
+    """Be process `rank` of `world` that run a `tsae` command.
+
+    `kill` (rank, moment, n) ends one at its n-th such moment, `preempt` (rank, n) signals one in its n-th update.
+    What it says goes to `rank<n>.err`. With `slurm`, srun's variables say which process it is, else torchrun's.
+    """
+    with open(folder / f"rank{rank}.err", "wb") as stream:
+        os.dup2(stream.fileno(), 2)
+    os.environ["OMP_NUM_THREADS"] = "1"
+    os.environ.update(_srun(rank, world, port) if slurm else _torchrun(rank, world, port))
+    if kill is not None and kill[0] == rank:
+        _die_at(*kill[1:])
+    if preempt is not None and preempt[0] == rank:
+        _at(Trainer, "_track_threshold", preempt[1], before=lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    sys.exit(cli.main(arguments))
+
+
+def _torchrun(rank: int, world: int, port: int) -> dict[str, str]:
+    return {
+        "RANK": str(rank),
+        "WORLD_SIZE": str(world),
+        "LOCAL_RANK": str(rank),
+        "LOCAL_WORLD_SIZE": str(world),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+
+
+def _srun(rank: int, world: int, port: int) -> dict[str, str]:
+    return {
+        "SLURM_JOB_ID": str(port),
+        "SLURM_STEP_ID": "0",
+        "SLURM_STEP_NUM_TASKS": str(world),
+        "SLURM_PROCID": str(rank),
+        "SLURM_LOCALID": str(rank),
+        "SLURM_STEP_NODELIST": "localhost",
+    }
 
 
 def signalled(stage: str, arguments: tuple[Any, ...], at: str, count: int, number: int) -> None:
