@@ -180,14 +180,16 @@ class TrainingConfig:
     """Pairs (or single tokens) per step, over all processes."""
     lr: float | None = None
     """Learning rate; by default 2e-4 / sqrt(dict_size / 16384)."""
+    bias_lr: float = 1.0
+    """Learning rate of b_enc and b_dec relative to that of the weight matrices."""
     warmup_steps: int | None = None
     """Steps of linear warm-up; by default 1000, or a tenth of the steps where they are fewer than 10,000."""
     decay_start: int | None = None
     """First step of the linear decay to zero; none: no decay."""
     pair_rule: str = "previous"
     """Partner of a token: `previous`, `random` (any earlier token of the document), `within:N` (at most N back) or `none` (single tokens)."""
-    normalize: Literal["none", "mean_squared_norm"] = "none"
-    """`mean_squared_norm`: train on activations divided by the root of their mean squared norm; saved weights apply to raw activations either way."""
+    normalize: Literal["none", "mean_squared_norm", "unit_rms"] = "none"
+    """`mean_squared_norm`: train on activations divided by the root of their mean squared norm; `unit_rms`: scaled to a root mean square of 1 in each dimension, so that a mean squared norm of D remains. Saved weights apply to raw activations either way."""
     threshold_beta: float = 0.999
     """Decay of the moving average of the inference threshold."""
     threshold_start_step: int | None = None

@@ -17,7 +17,7 @@ POSITIVE = """model.batch_size data.max_documents data.max_tokens data.context_l
     training.resume_minutes training.resume_keep
     evaluation.sequences evaluation.batch_size evaluation.loss_sequences"""
 NOT_NEGATIVE = """model.layer data.skip_positions objective.temporal_alpha objective.auxk_alpha
-    objective.sparsity_penalty objective.sparsity_warmup_steps training.warmup_steps training.resume_every"""
+    objective.sparsity_penalty objective.sparsity_warmup_steps training.warmup_steps training.resume_every training.bias_lr"""
 
 
 def validate(config: RunConfig, where: str) -> None:

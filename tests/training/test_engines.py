@@ -108,3 +108,22 @@ def test_schedule_warms_up_holds_and_decays() -> None:
     tree = {"training": {"steps": 100, "warmup_steps": 10, "decay_start": 80, "lr": 1.0}, "sae": {"dict_size": 64}}
     built = Trainer(configuration.from_mapping(tree, "test"), 8)
     assert [built.learning_rate(step) for step in (0, 5, 10, 79, 80, 90, 99)] == [0, 0.5, 1, 1, 1, 0.5, 0.05]
+
+
+def test_biases_may_learn_at_another_rate() -> None:
+    def moved(bias_lr: float) -> dict[str, float]:
+        tree = {"sae": {"kind": "batch_topk", "dict_size": 64, "k": 4}}
+        tree["training"] = {"bias_lr": bias_lr, "lr": 0.01, "warmup_steps": 0}
+        built = Trainer(configuration.from_mapping(tree, "test"), 12)
+        batch = torch.randn(48, 12, generator=torch.Generator().manual_seed(0))
+        built.step(batch)
+        before = {name: tensor.clone() for name, tensor in built.dictionary.state_dict().items()}
+        built.step(batch)
+        after = built.dictionary.state_dict()
+        return {name: float((after[name] - before[name]).norm()) for name in ("b_enc", "b_dec", "W_enc")}
+
+    whole, tenth, none = (moved(rate) for rate in (1.0, 0.1, 0.0))
+    assert none["b_enc"] == none["b_dec"] == 0
+    for name in ("b_enc", "b_dec"):
+        assert 0.05 < tenth[name] / whole[name] < 0.2
+    assert tenth["W_enc"] == pytest.approx(whole["W_enc"], rel=0.2)

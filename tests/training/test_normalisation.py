@@ -59,6 +59,14 @@ def test_normalised_training_is_training_on_normalised_activations(normalised: R
         Trainer(normalised, store.activation_dim)
 
 
+def test_unit_rms_leaves_a_mean_squared_norm_of_the_dimension(normalised: RunConfig) -> None:
+    store, stream = batches(normalised)
+    config = configuration.replace(normalised, training={"normalize": "unit_rms"})
+    built = Trainer(config, store.activation_dim, mean_squared_norm=store.mean_squared_norm)
+    x = torch.cat([stream[step][:, 0] for step in range(20)]) / built.scale
+    assert float(x.square().mean()) == pytest.approx(1, rel=0.1)
+
+
 def test_intermediate_files_are_for_raw_activations_and_saving_leaves_training_alone(
     normalised: RunConfig, tmp_path: Path
 ) -> None:

@@ -78,7 +78,7 @@ class Trainer:
     ) -> None:
         self.config, self.settings, self.group = config, config.training, group
         require_processes(config, group.world)
-        self.scale = _scale(config, mean_squared_norm)
+        self.scale = _scale(config, activation_dim, mean_squared_norm)
         self.steps_done = 0
         dictionary = new_dictionary(config.sae, activation_dim, config.training.seed)
         if state_dict is not None:
@@ -90,7 +90,7 @@ class Trainer:
         self.engine = _engine(config, group)
         self.peak_lr = config.training.lr or 2e-4 / (config.sae.dict_size / 16384) ** 0.5
         betas = (FIRST_MOMENT.get(config.sae.kind, 0.9), 0.999)
-        self.optimizer = Adam(self.dictionary.parameters(), lr=self.peak_lr, betas=betas, fused=True)
+        self.optimizer = Adam(self._parameter_groups(), lr=self.peak_lr, betas=betas, fused=True)
         self.tokens_since_fired = torch.zeros(config.sae.dict_size, dtype=torch.int64, device=device)
 
     def step(self, batch: Tensor) -> Terms:
@@ -113,7 +113,7 @@ class Trainer:
         grad_norm = project_and_measure(self.dictionary, self._unit_rows)
         lr = self.learning_rate(self.steps_done)
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["relative_lr"]
         unit_rows = self.dictionary.W_dec if self._unit_rows else None
         self.optimizer.update(grad_norm, self.settings.clip_norm, unit_rows)
         if isinstance(self.dictionary, JumpReluAutoEncoder):
@@ -140,6 +140,15 @@ class Trainer:
             lr=lr,
             bytes_handed=self.group.take_bytes(),
         )
+
+    def _parameter_groups(self) -> list[dict[str, Any]]:
+        """The biases, whose learning rate is relative to that of all other parameters, and those."""
+        parameters = dict(self.dictionary.named_parameters())
+        biases = [parameters.pop(name) for name in ("b_enc", "b_dec")]
+        return [
+            {"params": list(parameters.values()), "relative_lr": 1.0},
+            {"params": biases, "relative_lr": self.settings.bias_lr},
+        ]
 
     def learning_rate(self, step: int) -> float:
         """Learning rate of update `step`: linear warm-up from 0, constant, linear decay towards 0."""
@@ -223,13 +232,14 @@ def _engine(config: RunConfig, group: Group) -> Engine[Any]:
     return SparseEngine(settings.encoder_precision, settings.deterministic, group, selection, negatives)
 
 
-def _scale(config: RunConfig, mean_squared_norm: float | None) -> float:
+def _scale(config: RunConfig, activation_dim: int, mean_squared_norm: float | None) -> float:
     """What activations are divided by before training."""
     if config.training.normalize == "none":
         return 1.0
     if mean_squared_norm is None or not mean_squared_norm > 0:
         raise TsaeError(f"training.normalize: a positive mean squared norm is needed, found {mean_squared_norm}")
-    return float(mean_squared_norm**0.5)
+    kept = activation_dim if config.training.normalize == "unit_rms" else 1
+    return float((mean_squared_norm / kept) ** 0.5)
 
 
 def _given(config: RunConfig, state_dict: dict[str, Tensor], scale: float) -> Dictionary:
