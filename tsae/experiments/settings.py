@@ -55,7 +55,25 @@ class ProbeConfig:
     """Linear probes for semantics, context and syntax on feature activations (paper section 4.2)."""
 
     dataset: str = "embedded"
-    """Labelled texts: `embedded`, `finefineweb`, `wikipedia`, `mmlu`, or a local file or hub id in one of their schemas."""
+    """Labelled texts: `embedded`, `finefineweb`, `wikipedia`, `mmlu`, `pile`, or a local file or hub id in one of their schemas."""
+    protocol: Literal["disjoint", "reference"] = "disjoint"
+    """`disjoint`: training and test tokens come from different texts (context: lie apart), probes are standardised; `reference`: what the authors' released code does."""
+    tasks: tuple[Literal["semantics", "context", "syntax"], ...] = ("semantics", "context", "syntax")
+    """What is probed for: the label of the text, which text a token is from, the syntactic class of the token."""
+    tagger: str = "auto"
+    """Who gives syntactic classes: `spacy` or `spacy:PIPELINE` (parts of speech), `surface` (word classes by surface form), `module:function`; `auto`: spaCy, or without a pipeline `surface` for the embedded corpus alone."""
+    features: tuple[int, ...] = (1, 5, 10, 20)
+    """Features of each sparse probe (k)."""
+    tokens: int = 4000
+    """Tokens of each task, at most."""
+    context_texts: int = 32
+    """Texts told apart by the task `context`."""
+    gap: int = 5
+    """Tokens between the training and the test tokens of a text in the task `context`."""
+    test_share: float = 0.25
+    """Share of texts, or in `context` of tokens, that probes are scored on."""
+    seeds: int = 3
+    """Random splits; intervals are over them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,7 +106,7 @@ class SequencesConfig:
     """What makes a latent one of them: its total activation (the paper's), its variance, or its mean where it is active."""
     latents: tuple[int, ...] = ()
     """Latents to draw, whatever their rank."""
-    window: int = 8
+    window: int = 16
     """Tokens on either side of a place that a change of the code is measured over."""
     tolerance: int = 10
     """Tokens between a border and a change point that found it, at most."""
@@ -177,7 +195,7 @@ class ExplainConfig:
     answers: AnswersConfig = field(default_factory=AnswersConfig)
     """Who explains and judges; without a language model an explanation is a rule over tokens."""
     latents: int | None = None
-    """Latents that are explained, drawn evenly over firing rates and groups; none: 200 with a language model, all without."""
+    """Latents that are explained, drawn evenly over firing rates and groups; none: 200 with a language model, 2048 without."""
     sequences: int = 2048
     """Stored sequences that are read, at most: so many to explain from, and so many held-out ones to score on."""
     window: int = 32

@@ -27,7 +27,7 @@ from torch import Tensor
 from tsae import locks, preemption, schema
 from tsae.config import RunConfig
 from tsae.data.contexts import Contexts
-from tsae.data.labelled import LabelledText
+from tsae.data.labelled import EMBEDDED, LabelledText
 from tsae.data.tokens import encodable, starts_with_bos
 from tsae.environment import home
 from tsae.errors import TsaeError
@@ -36,7 +36,7 @@ from tsae.experiments.subject import Subject
 from tsae.lm.model import load_tokenizer
 from tsae.lm.source import weights_fingerprint
 from tsae.progress import Progress
-from tsae.store.layout import StoreLayout
+from tsae.store.layout import StoreLayout, store_path
 from tsae.store.reader import Store
 from tsae.store.writer import finalise, prepare, write_shard
 
@@ -227,3 +227,28 @@ def _path(config: RunConfig, key: str) -> Path:
     hook = config.model.hook_point or f"layer{config.model.layer}"
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", f"texts-{model}-{hook}")
     return home() / "stores" / f"{name[:80]}-{key}"
+
+
+def texts_read(subject: Subject, texts: TextActivations, dataset: str) -> dict[str, Any]:
+    """What results say of their texts; `seen_in_training` is None where the run's store is not at hand."""
+    return {
+        "dataset": dataset,
+        "texts": len(texts.texts),
+        "classes": {name: int((texts.label == i).sum()) for i, name in enumerate(texts.label_names)},
+        "tokens": int(texts.valid.sum()),
+        "seen_in_training": _seen_in_training(subject, texts, dataset),
+    }
+
+
+def _seen_in_training(subject: Subject, texts: TextActivations, dataset: str) -> int | None:
+    """How many of the embedded corpus's documents, whose groups are their numbers, the dictionary was trained on."""
+    config = subject.config
+    if subject.is_dense:
+        return 0
+    if not dataset == config.data.source == EMBEDDED:
+        return None
+    layout = StoreLayout(store_path(config))
+    if not layout.exists():
+        return None
+    trained = np.unique(layout.document[: layout.geometry.sequences - layout.heldout])
+    return int(np.isin(texts.group, trained).sum())
