@@ -36,6 +36,8 @@ def add_commands(add: AddCommand) -> None:
             _option(
                 parser, "chunk", type=int, choices=(0, 1, 2), help="0: high-level split, 1: the rest, 2: all latents"
             )
+        if name == "probe":
+            _option(parser, "protocol", choices=("disjoint", "reference"), help="reference: that of the released code")
         _option(parser, "explanation-path", type=Path, help="explanations.json (default: the one beside the run)")
 
 
@@ -49,6 +51,8 @@ def _run(name: str, options: argparse.Namespace) -> None:
     from tsae.stages import experiment_stage
 
     checkpoints = options.checkpoints_path or environment.home() / "checkpoints"
+    if getattr(options, "protocol", None) is not None:
+        options.overrides = [*options.overrides, f"experiments.{name}.protocol={options.protocol}"]
     config = with_dataset(_config(checkpoints, options), name, options.dataset)
     chunk = getattr(options, "chunk", None)
     chunks = None if chunk is None else [chunk]

@@ -74,7 +74,7 @@ def run(
     splits: Sequence[int | None] = (subject.chunks if chunks is None else chunks) if experiment.splits else (None,)
     made = []
     for chunk in splits:
-        path = run.result(_stem(name, chunk, checkpoint), "json")
+        path = run.result(_stem(config, name, chunk, checkpoint), "json")
         if not _is_current(run, name, config, chunk, checkpoint):
             _make(name, subject, chunk)
         made.append(str(path))
@@ -101,10 +101,10 @@ def headlines(run: RunFolder, config: RunConfig) -> dict[str, tuple[float, float
         for chunk in (0, 1, 2) if experiment.splits else (None,):
             if not _is_current(run, name, config, chunk, None):
                 continue
-            results = json.loads(run.result(_stem(name, chunk, None), "json").read_text())
+            results = json.loads(run.result(_stem(config, name, chunk, None), "json").read_text())
             half = results.get("half_width_95", {})
             for measure, value in results.get("headline", {}).items():
-                found[f"{_stem(name, chunk, None)}/{measure}"] = (value, half.get(measure))
+                found[f"{_stem(config, name, chunk, None)}/{measure}"] = (value, half.get(measure))
     return found
 
 
@@ -125,14 +125,16 @@ def _make(name: str, subject: Subject, chunk: int | None) -> None:
 
         results |= {"chunk": chunk, "split": "residual stream" if subject.is_dense else SPLIT_NAMES[chunk]}
         results |= module.measure(subject, settings, chunk)
-    stem = _stem(name, chunk, subject.checkpoint)
+    stem = _stem(subject.config, name, chunk, subject.checkpoint)
     module.draw(results, subject.run.result(stem, "png"))
     files.write_json(subject.run.result(stem, "json"), results)
 
 
-def _stem(name: str, chunk: int | None, checkpoint: str | None) -> str:
-    """Stem of the files of one experiment."""
+def _stem(config: RunConfig, name: str, chunk: int | None, checkpoint: str | None) -> str:
+    """Stem of the files of one experiment; another protocol than the usual one has files of its own."""
     parts = [EXPERIMENTS[name].file]
+    if getattr(getattr(config.experiments, name), "protocol", None) == "reference":
+        parts.append("reference")
     if chunk is not None:
         parts.append(f"chunk{chunk}")
     if checkpoint is not None:
@@ -141,7 +143,7 @@ def _stem(name: str, chunk: int | None, checkpoint: str | None) -> str:
 
 
 def _is_current(run: RunFolder, name: str, config: RunConfig, chunk: int | None, checkpoint: str | None) -> bool:
-    path = run.result(_stem(name, chunk, checkpoint), "json")
+    path = run.result(_stem(config, name, chunk, checkpoint), "json")
     if not path.exists():
         return False
     found = json.loads(path.read_text())
