@@ -64,17 +64,15 @@ class Chain:
     def of(self, point: Point, harvests: list[Stage]) -> list[Stage]:
         """Everything after the harvest; what the sweep does not list is left out and must be done already."""
         config, run = point.config, self.run(point)
-        training = configuration.training_settings(config)
         read = tuple(stage.key for stage in harvests)
-        train = self._on_run(point, "train", training, read, lambda: run.is_trained(config))
-        measuring = configuration.evaluation_settings(config)
+        train = self._on_run(point, "train", config.training_hash, read, lambda: run.is_trained(config))
         inputs = (*read, train.key)
-        evaluate = self._on_run(point, "evaluate", measuring, inputs, lambda: run.is_evaluated(config))
+        evaluate = self._on_run(point, "evaluate", config.evaluation_hash, inputs, lambda: run.is_evaluated(config))
         chain = {"train": train, "evaluate": evaluate}
         listed = [name for name in EXPERIMENTS if name in self.sweep.config.stages]
         for name in sorted(listed, key=lambda name: name != "explain"):
             explained = name in READ_EXPLANATIONS and "explain" in listed
-            settings = configuration.experiment_settings(config, name)
+            settings = schema.stable_hash(configuration.experiment_settings(config, name))
             before = (*inputs, chain["explain"].key) if explained else inputs
             chain[name] = self._on_run(point, name, settings, before, partial(driver.is_done, config, run, name))
         return [stage for kind, stage in chain.items() if kind in self.sweep.config.stages]
@@ -103,7 +101,7 @@ class Chain:
         self,
         point: Point,
         kind: str,
-        settings: dict[str, Any],
+        settings: str,
         depends_on: tuple[str, ...],
         is_done: Callable[[], bool],
     ) -> Stage:

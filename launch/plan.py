@@ -129,9 +129,9 @@ def _refuse_impossible(chain: Chain, point: Point, checked: set[str]) -> None:
         check_layer(point.config.model, f"{chain.sweep.path}: {point.name}")
         checked.add(model)
     run = chain.run(point)
-    wanted = configuration.training_settings(point.config)
-    if run.training_hash() in (None, schema.stable_hash(wanted)):
+    if run.training_hash() in (None, point.config.training_hash):
         return
+    wanted = configuration.training_settings(point.config)
     here = configuration.training_settings(run.load_config())
     raise TsaeError(
         f"{run.path}: holds a run of another configuration ({_first_difference(here, wanted)}); "

@@ -170,8 +170,7 @@ def _refuse_duplicates(sweep: Sweep, points: list[Point]) -> None:
     names: dict[str, Point] = {}
     contents: dict[str, Point] = {}
     for point in points:
-        experiments = schema.to_plain(point.config.experiments)
-        content = schema.stable_hash([configuration.evaluation_settings(point.config), experiments], 64)
+        content = point.config.evaluation_hash + schema.stable_hash(schema.to_plain(point.config.experiments))
         for table, key in ((names, point.name), (contents, content)):
             if key in table:
                 raise TsaeError(

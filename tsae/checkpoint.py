@@ -75,7 +75,7 @@ class RunFolder:
         found = self.training_hash()
         if found is None:
             return
-        wanted = schema.stable_hash(configuration.training_settings(config))
+        wanted = config.training_hash
         if found != wanted:
             raise TsaeError(
                 f"{self.path}: was trained with another configuration (hash {found}, this one is {wanted}); "
@@ -84,7 +84,7 @@ class RunFolder:
 
     def claim(self, config: RunConfig) -> None:
         """Write resolved.yaml, or refuse a folder that belongs to another training configuration."""
-        wanted = schema.stable_hash(configuration.training_settings(config))
+        wanted = config.training_hash
         found = self.training_hash()
         if found is not None:
             if found != wanted:
@@ -117,11 +117,11 @@ class RunFolder:
     def is_trained(self, config: RunConfig) -> bool:
         """Whether final weights of exactly this training configuration are here."""
         found = self.training_hash() if self.weights.exists() else None
-        return found is not None and found == schema.stable_hash(configuration.training_settings(config))
+        return found is not None and found == config.training_hash
 
     def is_evaluated(self, config: RunConfig) -> bool:
         """Whether eval_results.json of exactly this configuration, and of the last calibration, is here."""
-        wanted = schema.stable_hash(configuration.evaluation_settings(config))
+        wanted = config.evaluation_hash
         results = self.read_results()
         if not self.is_trained(config) or results.get("config_hash") != wanted:
             return False

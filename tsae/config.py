@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -295,6 +296,16 @@ class RunConfig:
     def is_synthetic(self) -> bool:
         """Whether the activations are those of a synthetic world: no language model is read."""
         return self.data.source == SYNTHETIC
+
+    @cached_property
+    def training_hash(self) -> str:
+        """Hash of what decides the trained dictionary; a launcher of many runs asks for it again and again."""
+        return schema.stable_hash(training_settings(self))
+
+    @cached_property
+    def evaluation_hash(self) -> str:
+        """Hash of what decides eval_results.json."""
+        return schema.stable_hash(evaluation_settings(self))
 
 
 def load(path: str | Path, overrides: list[str] | None = None) -> RunConfig:

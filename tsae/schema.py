@@ -169,14 +169,19 @@ def kind_of(value: Any) -> str:
 def to_plain(config: Any) -> dict[str, Any]:
     """A config dataclass as YAML-ready dicts, lists and scalars."""
     # `dataclasses.asdict` copies every scalar deeply, which a sweep of a thousand points would wait for.
-    plain: dict[str, Any] = {field.name: _plain(getattr(config, field.name)) for field in dataclasses.fields(config)}
+    plain: dict[str, Any] = {name: _plain(getattr(config, name)) for name in _names(type(config))}
     return plain
+
+
+@cache
+def _names(cls: type) -> tuple[str, ...]:
+    return tuple(field.name for field in dataclasses.fields(cls))
 
 
 def _plain(value: Any) -> Any:
     if value is None or isinstance(value, (str, int, float)):
         return value
-    if isinstance(value, Mapping):
+    if isinstance(value, dict):
         return {str(key): _plain(item) for key, item in value.items()}
     return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else to_plain(value)
 
