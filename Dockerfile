@@ -12,7 +12,7 @@ COPY pyproject.toml README.md LICENSE constraints.txt ./
 COPY tsae tsae
 RUN /opt/installer/bin/pip wheel --no-cache-dir --no-deps --wheel-dir /opt/wheel .
 
-FROM ${BASE_IMAGE}
+FROM ${BASE_IMAGE} AS environment
 ARG TORCH=cuda
 ARG TORCH_CPU_INDEX=https://download.pytorch.org/whl/cpu
 COPY containers/install.sh constraints.txt /opt/tsae/
@@ -21,7 +21,15 @@ RUN --mount=type=bind,from=installer,source=/opt/installer,target=/opt/installer
 COPY pyproject.toml /opt/tsae/
 RUN --mount=type=bind,from=installer,source=/opt/installer,target=/opt/installer \
     /opt/tsae/install.sh dependencies
-COPY containers/entrypoint.sh /opt/tsae/
+
+# The only stage with a compiler.
+FROM environment AS driver
+ARG TORCH=cuda
+RUN /opt/tsae/install.sh driver
+
+FROM environment
+COPY --from=driver /opt/tsae/driver /opt/tsae/driver
+COPY containers/entrypoint.sh containers/cc.sh /opt/tsae/
 COPY sweeps /opt/tsae/sweeps
 COPY launch /opt/tsae/launch
 RUN --mount=type=bind,from=installer,source=/opt/installer,target=/opt/installer \
@@ -34,6 +42,7 @@ ENV PATH=/opt/venv/bin:$PATH \
     PYTHONSAFEPATH=1 \
     PYTHONUNBUFFERED=1 \
     LANG=C.UTF-8 \
+    CC=/opt/tsae/cc.sh \
     TSAE_HOME=/runs \
     HF_HOME=/runs/huggingface \
     HOME=/runs/.home \
