@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -82,11 +83,44 @@ def test_only_the_stages_asked_for_are_planned(plan_of):
     assert kinds(plan_of(grid={"sae.k": [8, 16]}, stages=["harvest"]).stages) == ["harvest"]
 
 
-def test_jobs_read_configurations_that_say_exactly_what_the_point_is(plan_of):
+def test_jobs_read_configurations_that_say_exactly_what_the_point_is(plan_of, tmp_path):
     plan = plan_of(command_line=["objective=paper"], grid={"sae.k": [8, 16]})
-    plan.write_configs()
+    texts = plan.config_texts(list(plan.stages))
+    assert set(texts) == {point.name for point in plan.points}
     for point, train in zip(plan.points, (s for s in plan.stages if s.kind == "train"), strict=True):
-        assert configuration.load(train.arguments[0]) == point.config
+        path = Path(train.arguments_in(tmp_path)[0])
+        path.write_text(texts[path.stem])
+        assert configuration.load(path) == point.config
+
+
+def test_a_harvest_may_be_shared_by_several_jobs(plan_of):
+    plan = plan_of(grid={"sae.k": [8]}, resources={"harvest": {"jobs": 3}})
+    *harvests, train, _evaluate = plan.stages
+    assert [stage.arguments for stage in harvests] == [(0, 3), (1, 3), (2, 3)]
+    assert train.depends_on == tuple(stage.key for stage in harvests)
+    assert len({stage.lock for stage in harvests}) == len({stage.record for stage in harvests}) == 3
+
+
+def test_experiments_follow_training_and_those_that_show_explanations_follow_these(plan_of):
+    asked = ["harvest", "train", "evaluate", "features", "explain", "probe", "report"]
+    plan = plan_of(grid={"sae.k": [8]}, stages=asked)
+    harvest, train, _evaluate, *experiments = plan.stages
+    by_kind = {stage.kind: stage for stage in experiments}
+    assert list(by_kind) == ["probe", "explain", "features"]
+    assert by_kind["probe"].depends_on == by_kind["explain"].depends_on == (harvest.key, train.key)
+    assert by_kind["features"].depends_on == (harvest.key, train.key, by_kind["explain"].key)
+    report = plan.report()
+    assert report.after_failures
+    assert set(report.depends_on) == {stage.key for stage in plan.stages}
+    finish(plan, plan.points[0], l0=8.0)
+    assert kinds(plan.unfinished()) == ["harvest", "probe", "explain", "features"]
+
+
+def test_a_store_that_is_read_by_nothing_unfinished_is_not_needed_but_training_alone_can_be_asked_for(plan_of):
+    plan = plan_of(grid={"sae.k": [8]}, stages=["harvest", "train"])
+    assert kinds(plan.unfinished()) == ["harvest", "train"]
+    finish(plan, plan.points[0])
+    assert plan.unfinished() == []
 
 
 def test_trainings_that_read_the_same_batches_are_packed(plan_of) -> None:

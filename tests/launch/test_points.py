@@ -170,3 +170,52 @@ def test_the_large_bases_carry_the_papers_settings():
         assert (config.model.layer, config.sae.k, config.data.context_length) == (layer, 20, 256)
         assert (config.training.steps, config.training.batch_size, config.training.lr) == (200_000, 8192, 3e-4)
         assert (config.training.warmup_steps, config.training.pair_rule) == (1000, "previous")
+
+
+DRAWS = {"training.lr": {"log_uniform": [1e-4, 1e-2]}, "sae.k": {"integers": [4, 40]}, "training.seed": [0, 1]}
+
+
+def test_random_points_lie_within_their_bounds_and_are_the_same_every_time(plan_of):
+    axes = DRAWS | {"sae": {"split_fraction": {"uniform": [0.1, 0.5]}}}
+    points = plan_of(random={"n": 12, "seed": 3, **axes}).points
+    assert len(set(names(plan_of(random={"n": 12, "seed": 3, **axes})))) == 12
+    assert [p.axes for p in points] == [p.axes for p in plan_of(random={"n": 12, "seed": 3, **axes}).points]
+    assert [p.axes for p in points] != [p.axes for p in plan_of(random={"n": 12, "seed": 4, **axes}).points]
+    assert all(1e-4 <= p.config.training.lr <= 1e-2 and 4 <= p.config.sae.k <= 40 for p in points)
+    assert all(0.1 <= p.config.sae.split_fraction <= 0.5 for p in points)
+    assert {p.config.training.seed for p in points} == {0, 1}
+
+
+def test_more_draws_and_another_axis_leave_the_draws_that_are_there(plan_of):
+    few = plan_of(random={"n": 4, "seed": 0, **DRAWS}).points
+    many = plan_of(random={"n": 9, "seed": 0, **DRAWS}).points
+    assert [p.axes for p in few] == [p.axes for p in many[:4]]
+    wider = plan_of(random={"n": 4, "seed": 0, **DRAWS, "sae.dict_size": [512, 1024]}).points
+    assert [p.axes["training.lr"] for p in wider] == [p.axes["training.lr"] for p in few]
+
+
+def test_random_points_multiply_with_a_grid(plan_of):
+    plan = plan_of(
+        random={"n": 3, "seed": 0, "sae.k": [4, 8, 16, 32]}, grid={"training.pair_rule": ["previous", "random"]}
+    )
+    assert len(plan.points) == 6
+
+
+@pytest.mark.parametrize(
+    ("random", "message"),
+    [
+        ({"n": 2, "sae.k": [1, 2]}, "seed: a whole number is expected"),
+        ({"n": 0, "seed": 0, "sae.k": [1, 2]}, "n: 0 is impossible"),
+        ({"n": 5, "seed": 0, "sae.k": [8, 16]}, "5 distinct points are asked for; these axes gave 2"),
+        ({"n": 2, "seed": 0}, "no axis besides n and seed"),
+        ({"n": 2, "seed": 0, "sae.kk": [1]}, "random.sae.kk: no such axis; did you mean 'sae.k'"),
+        ({"n": 2, "seed": 0, "training.lr": {"loguniform": [1, 2]}}, "loguniform: unknown; did you mean 'log_uniform'"),
+        ({"n": 2, "seed": 0, "training.lr": {"log_uniform": [0, 2]}}, "low must be greater than 0"),
+        ({"n": 2, "seed": 0, "training.lr": {"uniform": [3, 2]}}, "low below high"),
+        ({"n": 2, "seed": 0, "sae.k": {"integers": [1.5, 2]}}, "whole numbers"),
+        ({"n": 2, "seed": 0, "sae.k": 3}, "a list of values is expected"),
+    ],
+)
+def test_random_axes_that_make_no_sense_are_refused(plan_of, random, message):
+    with pytest.raises(TsaeError, match=message.replace("(", r"\(")):
+        plan_of(random=random)
