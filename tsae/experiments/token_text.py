@@ -16,11 +16,13 @@ def token_texts(tokenizer: PreTrainedTokenizerFast, ids: Iterable[int]) -> dict[
     """
     wanted = sorted(set(map(int, ids)))
     anchor = tokenizer("a", add_special_tokens=False)["input_ids"][-1:]
-    options = {"clean_up_tokenization_spaces": False}
-    before = tokenizer.decode(anchor, **options)
-    after = tokenizer.batch_decode([[*anchor, token] for token in wanted], **options)
-    alone = tokenizer.batch_decode([[token] for token in wanted], **options)
-    return {
-        token: joined.removeprefix(before) if joined.startswith(before) else single
-        for token, joined, single in zip(wanted, after, alone, strict=True)
-    }
+
+    def decoded(tokens: list[int]) -> str:
+        return str(tokenizer.decode(tokens, clean_up_tokenization_spaces=False))
+
+    before = decoded(anchor)
+    texts = {}
+    for token in wanted:
+        after = decoded([*anchor, token])
+        texts[token] = after.removeprefix(before) if after.startswith(before) else decoded([token])
+    return texts
