@@ -213,6 +213,8 @@ class TrainingConfig:
     """Sum the sparse engine's gradients in a fixed order on CUDA, so that the same run gives the same bits; false: atomic additions."""
     processes: int | None = None
     """Processes that must train together, one GPU each (torchrun, accelerate, Slurm tasks); none: as many as were started. Results do not depend on it."""
+    shard: Literal["none", "optimizer"] = "none"
+    """What several processes divide among themselves, latent by latent. `optimizer`: Adam's moments and the update, so that a process of N keeps 1/N of half the training state; results do not change."""
     selection: Literal["global", "local"] = "global"
     """`global`: batch-top-k over the whole batch; `local`: over each process's share by itself, which saves a few small exchanges and lets results depend on the number of processes."""
     negatives: Literal["global", "local"] = "global"
@@ -382,7 +384,7 @@ def training_settings(config: RunConfig) -> dict[str, Any]:
     plain = {**schema.to_plain(config), **store_settings(config)}
     plain["data"]["skip_positions"] = config.data.skip_positions
     del plain["evaluation"], plain["experiments"], plain["model" if config.is_synthetic else "synthetic"]
-    for name in ("device", "processes", "trackers", "resume_every", "resume_minutes", "resume_keep", "pack"):
+    for name in ("device", "processes", "shard", "trackers", "resume_every", "resume_minutes", "resume_keep", "pack"):
         del plain["training"][name]
     return plain
 

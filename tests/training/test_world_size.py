@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -18,8 +17,12 @@ from torch import Tensor
 from tsae import cli
 from tsae.parallel.group import ALONE
 
-WORKER = Path(__file__).with_name("world_size_worker.py")
+sys.path.insert(0, str(Path(__file__).parent))
+
+from world_size_worker import everything, work_together
+
 WORLDS = (2, 4)
+SHARDED = ("sharded", "sharded jump_relu")
 INVARIANT = (
     "contrastive",
     "cosine",
@@ -32,15 +35,6 @@ INVARIANT = (
     "gated",
     "double",
 )
-
-
-def worker() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("world_size_worker", WORKER)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def torchrun(processes: int, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -60,9 +54,15 @@ def torchrun(processes: int, *arguments: str) -> subprocess.CompletedProcess[str
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict[str, Any]]:
     """What 1, 2 and 4 processes made of the same work."""
     folder = tmp_path_factory.mktemp("world-size")
-    found = {1: worker().everything(ALONE, folder)}
-    done = torchrun(max(WORLDS), str(WORKER), str(folder))
-    assert done.returncode == 0, done.stderr[-3000:]
+    found = {1: everything(ALONE, folder)}
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["world_size_worker"])
+    processes = [context.Process(target=work_together, args=(rank, folder)) for rank in range(max(WORLDS))]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0] * len(processes)
     return found | {world: torch.load(folder / f"world_{world}.pt", weights_only=True) for world in WORLDS}
 
 
@@ -72,7 +72,7 @@ def distance(found: Tensor, expected: Tensor) -> float:
 
 
 @pytest.mark.parametrize("world", WORLDS)
-@pytest.mark.parametrize("case", INVARIANT)
+@pytest.mark.parametrize("case", [*INVARIANT, *SHARDED])
 def test_losses_and_weights_do_not_depend_on_world_size(
     results: dict[int, dict[str, Any]], case: str, world: int
 ) -> None:

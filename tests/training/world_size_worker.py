@@ -1,14 +1,11 @@
-"""What every process of the world-size tests does: started by torchrun, or called in one process.
+"""What every process of the world-size tests does.
 
-`python -m torch.distributed.run --nproc-per-node 4 world_size_worker.py FOLDER` trains each case with four processes,
-then with the first two of them, on the same batches, and writes `world_4.pt` and `world_2.pt`. It reads what one
-process left there: a state to make a single step from.
+Four processes train each case, then the first two of them, on the same batches, and write `world_4.pt` and
+`world_2.pt`. They read what one process left there before: a state to make a single step from.
 """
 
 from __future__ import annotations
 
-import os
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +17,7 @@ from tsae import config as configuration
 from tsae.parallel.group import Group, Processes
 from tsae.sae.select import Encoder, batch_top_k_codes
 from tsae.training.global_select import global_top_k_codes
-from tsae.training.trainer import Trainer
+from tsae.training.trainer import Terms, Trainer
 
 WORLDS = (4, 2)
 STEPS, BATCH, DIM, FEATURES = 50, 96, 24, 80
@@ -38,6 +35,8 @@ CASES: dict[str, dict[str, Any]] = {
     "jump_relu": {"sae": {"kind": "jump_relu"}, "double": True},
     "gated": {"sae": {"kind": "gated"}, "double": True},
     "double": {"double": True},
+    "sharded": {"training": {"shard": "optimizer"}},
+    "sharded jump_relu": {"sae": {"kind": "jump_relu"}, "double": True, "training": {"shard": "optimizer"}},
     "local": {"training": {"selection": "local", "negatives": "local"}},
 }
 LONG = ("contrastive", "cosine", "l1", "matryoshka", "batch_topk")
@@ -82,6 +81,11 @@ def gradients(built: Trainer) -> dict[str, Tensor]:
     return {name: p.grad.clone() for name, p in built.dictionary.named_parameters() if p.grad is not None}
 
 
+def plain(terms: Terms) -> dict[str, Any]:
+    """As numbers and lists of numbers."""
+    return {key: torch.as_tensor(value).tolist() for key, value in terms._asdict().items()}
+
+
 def train_case(name: str, group: Group, folder: Path) -> dict[str, Any]:
     case = CASES[name]
     built = trainer(case, group)
@@ -89,17 +93,17 @@ def train_case(name: str, group: Group, folder: Path) -> dict[str, Any]:
     for step, batch in enumerate(batches(case)[: STEPS if name in LONG else FEWER_STEPS]):
         if group.world == 1 and step == MIDDLE:
             torch.save(built.state(), folder / f"{name}.pt")
-        terms.append({key: float(value) for key, value in built.step(own_share(batch, group))._asdict().items()})
+        terms.append(plain(built.step(own_share(batch, group))))
         first = first or gradients(built)
     single = trainer(case, group)
     single.load_state(torch.load(folder / f"{name}.pt", weights_only=True))
-    single_terms = single.step(own_share(batches(case)[MIDDLE], group))._asdict()
+    single_terms = plain(single.step(own_share(batches(case)[MIDDLE], group)))
     return {
         "terms": terms,
         "weights": {key: tensor.clone() for key, tensor in built.dictionary.state_dict().items()},
         "first": first,
         "single": gradients(single),
-        "single_terms": {key: float(value) for key, value in single_terms.items()},
+        "single_terms": single_terms,
         "tokens_since_fired": built.tokens_since_fired,
     }
 
@@ -135,10 +139,9 @@ def _same(tensor: Tensor, group: Group) -> bool:
     return bool((copies == copies[:1]).all())
 
 
-def main() -> None:
-    folder = Path(sys.argv[1])
+def work_together(rank: int, folder: Path) -> None:
+    """Be process `rank`."""
     torch.set_num_threads(1)
-    rank = int(os.environ["RANK"])
     for world in WORLDS:
         if rank < world:
             meeting = f"file://{folder}/meeting_{world}"
@@ -147,7 +150,3 @@ def main() -> None:
             if rank == 0:
                 torch.save(results, folder / f"world_{world}.pt")
             dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main()

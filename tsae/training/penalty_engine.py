@@ -16,6 +16,8 @@ from tsae.training import penalties
 from tsae.training.engine import Encoded, Engine
 from tsae.training.objective import Losses, Weights
 from tsae.training.penalties import Penalised, PenaltySettings
+from tsae.training.sharding import Shard
+from tsae.training.update import OTHERS
 
 ADJUSTMENT = 0.02
 """Largest change of the logarithm of an adjusted weight in one step."""
@@ -38,8 +40,8 @@ class PenaltyEngine(Engine[Dictionary]):
         "jump_relu": penalties.jump_relu,
     }
 
-    def __init__(self, config: RunConfig, group: Group = ALONE) -> None:
-        objective, self._group = config.objective, group
+    def __init__(self, config: RunConfig, group: Group = ALONE, shard: Shard | None = None) -> None:
+        objective, self._group, self._shard = config.objective, group, shard or Shard(group)
         self._penalise = self.OBJECTIVES[config.sae.kind]
         self._settings = PenaltySettings(float(objective.target_l0 or config.sae.k), objective.bandwidth, group.mean)
         warmup = objective.sparsity_warmup_steps
@@ -86,9 +88,11 @@ class PenaltyEngine(Engine[Dictionary]):
             return
         gradients = [parameter.grad for parameter in dictionary.parameters() if parameter.grad is not None]
         # W_enc is kept as a transpose, and so is its gradient.
-        self._group.start_sum(*(grad if grad.is_contiguous() else grad.T for grad in gradients))()
+        self._shard.start_sum(OTHERS, *(grad if grad.is_contiguous() else grad.T for grad in gradients))
+        self._shard.wait(OTHERS)
         for gradient in gradients:
-            gradient /= self._group.world
+            own = self._shard.own(gradient)
+            own /= self._group.world
 
     def _current_weight(self, dictionary: Dictionary, current: Tensor) -> float:
         if self.weight is None:

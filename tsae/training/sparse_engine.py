@@ -4,7 +4,8 @@ Equal to autograd through `tsae.training.objective` up to rounding. After batch-
 of both halves; everything else is sums over the k·B nonzero entries, and no [B, F] tensor outlives its block of rows.
 
 With several processes each has its share of the batch. Its gradients are its share of the whole batch's, whose size
-divides every sum; they are summed over processes once, the decoder's while the encoder's are being made.
+divides every sum; they are summed over processes once, the decoder's while the encoder's are being made, and the
+encoder's while the update of the decoder is prepared.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ from tsae.training.contrast import TemporalTerm, contrast, weighted_l1
 from tsae.training.engine import Encoded, Engine
 from tsae.training.global_select import global_top_k_codes
 from tsae.training.objective import CONTRASTS, Losses, Weights, variance
-from tsae.training.update import chunk_rows
+from tsae.training.sharding import Shard
+from tsae.training.update import DECODER, OTHERS, chunk_rows
 
 
 class _Codes(NamedTuple):
@@ -60,7 +62,7 @@ class SparseEngine(Engine[ThresholdDictionary]):
 
     `encoder_precision` and `deterministic` are the settings of that name. The k·B largest activations are selected
     over the batches of all processes of `selection`, negatives come from all of `negatives`: the `group` of the
-    training, or `ALONE`.
+    training, or `ALONE`. Gradients are summed by `shard`, which has to be waited for.
     """
 
     def __init__(
@@ -70,10 +72,12 @@ class SparseEngine(Engine[ThresholdDictionary]):
         group: Group = ALONE,
         selection: Group = ALONE,
         negatives: Group = ALONE,
+        shard: Shard | None = None,
     ) -> None:
         self._encoder = Encoder(encoder_precision)
         self._deterministic = deterministic
         self._group, self._selection, self._negatives = group, selection, negatives
+        self._shard = shard or Shard(group)
         self._guesses: list[float | None] = [None, None]
 
     @torch.no_grad()
@@ -129,7 +133,7 @@ class SparseEngine(Engine[ThresholdDictionary]):
         )
         value_gradient = _through_decoder(dictionary, weights, codes.current, parts, residuals, gradients, total)
         auxk, revived = self._auxiliary(dictionary, weights, codes.centred[:own], residuals[-1], dead, gradients)
-        decoder_done = self._group.start_sum(gradients.W_dec)
+        self._shard.start_sum(DECODER, gradients.W_dec)
         term = self._temporal(weights, codes, parts[0][0], dictionary.group_slices[0], current, partner)
         rows, latents = codes.current.rows, codes.current.latents
         entries = [_Entries(rows, latents, value_gradient)]
@@ -143,15 +147,13 @@ class SparseEngine(Engine[ThresholdDictionary]):
         if revived is not None:
             gradients.add_encoder(revived, codes.centred[:own])
         gradients.finish()
-        encoder_done = self._group.start_sum(gradients.W_enc, gradients.b_enc, gradients.b_dec)
+        self._shard.start_sum(OTHERS, gradients.W_enc, gradients.b_enc, gradients.b_dec)
 
         *summed, temporal = self._group.sums(*group_losses, term[0].loss if term else group_losses.new_zeros(()))
         group_losses = torch.stack(summed)
         l2_loss = group_losses.sum() * weights.reduction
         loss = l2_loss + weights.auxk_alpha * auxk + weights.temporal_alpha * temporal
         strongest = term[0].current.abs().max() if term and len(term[0].current) else l2_loss.new_zeros(())
-        decoder_done()
-        encoder_done()
         return Losses(loss, l2_loss, group_losses, auxk, temporal, residuals[-1], strongest)
 
     def state(self) -> dict[str, Any]:

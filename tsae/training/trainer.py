@@ -18,6 +18,7 @@ from tsae.sae.init import centre, geometric_median, new_dictionary
 from tsae.training.engine import DenseEngine, Engine
 from tsae.training.objective import Losses, Weights
 from tsae.training.penalty_engine import PenaltyEngine
+from tsae.training.sharding import OwnLatents, Shard
 from tsae.training.sparse_engine import SparseEngine
 from tsae.training.update import Adam, lay_out_by_latent, project_and_measure
 from tsae.validation import require_processes
@@ -87,10 +88,11 @@ class Trainer:
         self.dictionary: Dictionary = dictionary.to(device)
         lay_out_by_latent(self.dictionary)
         self.weights = Weights.of(config, activation_dim)
-        self.engine = _engine(config, group)
+        shard = OwnLatents(group, config.sae.dict_size) if self.settings.shard == "optimizer" else Shard(group)
+        self._shard, self.engine = shard, _engine(config, group, shard)
         self.peak_lr = config.training.lr or 2e-4 / (config.sae.dict_size / 16384) ** 0.5
         betas = (FIRST_MOMENT.get(config.sae.kind, 0.9), 0.999)
-        self.optimizer = Adam(self._parameter_groups(), lr=self.peak_lr, betas=betas, fused=True)
+        self.optimizer = Adam(self._parameter_groups(), lr=self.peak_lr, betas=betas, fused=True, shard=shard)
         self.tokens_since_fired = torch.zeros(config.sae.dict_size, dtype=torch.int64, device=device)
 
     def step(self, batch: Tensor) -> Terms:
@@ -110,7 +112,7 @@ class Trainer:
         losses = self.engine.backward(self.dictionary, self.weights, encoded, current, partner, dead)
         self._require_temporal_gradient(losses, total)
 
-        grad_norm = project_and_measure(self.dictionary, self._unit_rows)
+        grad_norm = project_and_measure(self.dictionary, self._unit_rows, self._shard)
         lr = self.learning_rate(self.steps_done)
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group["relative_lr"]
@@ -204,10 +206,13 @@ class Trainer:
             )
 
     def state(self) -> dict[str, Any]:
-        """Everything that a bit-exact continuation needs, besides the configuration."""
+        """Everything that a bit-exact continuation needs, besides the configuration; whole in the first process.
+
+        All processes call this. It does not depend on how many they are.
+        """
         return {
             "dictionary": self.dictionary.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": self.optimizer.whole_state(),
             "engine": self.engine.state(),
             "tokens_since_fired": self.tokens_since_fired,
             "steps_done": self.steps_done,
@@ -216,20 +221,20 @@ class Trainer:
     def load_state(self, state: dict[str, Any]) -> None:
         """Continue from what `state()` returned."""
         self.dictionary.load_state_dict(state["dictionary"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        self.optimizer.load_whole_state(state["optimizer"])
         self.engine.load_state(state["engine"])
         self.tokens_since_fired.copy_(state["tokens_since_fired"])
         self.steps_done = int(state["steps_done"])
 
 
-def _engine(config: RunConfig, group: Group) -> Engine[Any]:
+def _engine(config: RunConfig, group: Group, shard: Shard) -> Engine[Any]:
     settings = config.training
     if config.sae.kind in PENALTY_KINDS:
-        return PenaltyEngine(config, group)
+        return PenaltyEngine(config, group, shard)
     if settings.engine == "dense":
         return DenseEngine()
     selection, negatives = (group if scope == "global" else ALONE for scope in (settings.selection, settings.negatives))
-    return SparseEngine(settings.encoder_precision, settings.deterministic, group, selection, negatives)
+    return SparseEngine(settings.encoder_precision, settings.deterministic, group, selection, negatives, shard)
 
 
 def _scale(config: RunConfig, activation_dim: int, mean_squared_norm: float | None) -> float:
