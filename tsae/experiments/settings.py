@@ -149,17 +149,19 @@ class SteerConfig:
     """Text generated while one latent is held up (paper section 4.4 and appendix B.2)."""
 
     dataset: str = "embedded"
-    """Labelled texts; a concept is a label."""
+    """Labelled texts, as for probing; a concept is a label."""
     concepts: tuple[str, ...] = ()
-    """Labels to steer towards; by default the most frequent ones."""
+    """Labels to steer towards; by default the first of the dataset's."""
     max_concepts: int = 8
     """Concepts where none are named."""
     latents: tuple[int, ...] = ()
-    """Latents to steer with, one for each of `concepts`; by default the one whose activation tells best which concept a text is about."""
+    """Latents to steer with, one for each of `concepts`; by default they are chosen."""
+    choose: Literal["lift", "auc"] = "lift"
+    """How a concept's latent is chosen: mean activation on the concept's texts minus that on all, or ROC AUC of a text's mean activation."""
     mode: Literal["set", "add"] = "set"
     """`set`: the latent's activation becomes the strength; `add`: the strength comes on top of it."""
     multiples: tuple[float, ...] = (0.5, 1.0, 2.0, 4.0, 8.0)
-    """Strengths in units of the latent's 99.9th percentile over active tokens."""
+    """Strengths in units of the latent's 99.9th percentile over the tokens on which it is active; 0 is the unsteered text."""
     strengths: tuple[float, ...] = ()
     """Further, absolute strengths; the paper's are 10, 100, 150, 500, 1000, 1500, 5000, 10000, 15000."""
     steer_first: bool = False
@@ -167,21 +169,19 @@ class SteerConfig:
     prompts: tuple[str, ...] = ("We find",)
     """Prompts; the paper's is `We find`."""
     text_prompts: int = 7
-    """Further prompts: openings of texts that nothing else uses, on any label."""
+    """Further prompts: openings of texts on any label that nothing else uses."""
     prompt_tokens: int = 8
     """Tokens of those."""
     tokens: int = 32
     """Tokens that are generated."""
     temperature: float = 0.0
     """0: greedy; above: sampled."""
-    texts_per_concept: int = 40
-    """Texts of each concept for each use: to choose its latent, and to train the classifier."""
     success: float = 0.5
-    """Probability of the concept from which text counts as steered."""
+    """Probability of the concept from which steering counts as successful."""
     coherence: float = 0.5
-    """Coherence, relative to unsteered text, from which text counts as coherent."""
+    """Coherence, relative to real text, from which steered text counts as coherent."""
     judge: AnswersConfig = field(default_factory=AnswersConfig)
-    """A language model that grades samples for concept and coherence as in the paper; none by default."""
+    """A language model that grades the samples for concept and coherence, 0 to 3 each as in the paper; none by default."""
     bootstrap: int = 1000
     """Draws of concepts behind each interval."""
     seed: int = 0
