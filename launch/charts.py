@@ -4,97 +4,76 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from axis import SweptAxis
+from grids import draw_effects, draw_heat_map, effects_caption
 from measures import CHARTS, Chart
 from points import short_names
 from summary import Group, Summary
 from sweepfile import shown
+from trade_offs import draw_trade_offs
 
 from tsae import plotting
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-WIDE_RATIO = 20.0
-"""Swept values that span more than this factor are spread evenly or logarithmically."""
-MOST_TICKS = 10
+MOST_SERIES = 7
+"""Series that one panel can show; the palette has no more colours."""
+LEAST_GRID = 4
+"""Values of two ordered settings from which on a heat map shows more than lines."""
 LONG_LABEL = 32
 """Characters of a legend's entry that leave too little room for the axes beside it."""
 
 
-class SweptAxis:
-    """Where the swept values stand on the horizontal axis."""
-
-    def __init__(self, key: str, values: list[Any]) -> None:
-        self.key = key
-        self.values = list(dict.fromkeys(tuple(v) if isinstance(v, list) else v for v in values))
-        numbers = [v for v in self.values if isinstance(v, (int, float)) and not isinstance(v, bool)]
-        self.scale = "category"
-        if len(numbers) == len(self.values) > 1:
-            self.values.sort()
-            smallest = min((abs(v) for v in numbers if v), default=1.0)
-            wide = max(numbers) / smallest > WIDE_RATIO
-            self.scale = "linear" if not wide else "log" if min(numbers) > 0 else "category"
-
-    def position(self, value: Any) -> float:
-        """Where `value` stands."""
-        value = tuple(value) if isinstance(value, list) else value
-        return float(self.values.index(value)) if self.scale == "category" else float(value)
-
-    @property
-    def is_ordered(self) -> bool:
-        """Whether a line between neighbours means something."""
-        return all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in self.values)
-
-    def apply(self, axes: Axes) -> None:
-        """Set scale, ticks and label of `axes`."""
-        if self.scale == "log":
-            axes.set_xscale("log")
-        if len(self.values) <= MOST_TICKS:
-            labels = [shown(value) for value in self.values]
-            long = max(map(len, labels)) * len(labels) > 44
-            axes.set_xticks([self.position(v) for v in self.values], labels, rotation=30 if long else 0)
-            axes.minorticks_off()
-        if self.scale == "category":
-            axes.set_xlim(-0.5, len(self.values) - 0.5)
-            axes.grid(visible=False, axis="x")
-        axes.set_xlabel(short_names([self.key])[self.key].replace("_", " "))
-
-
 def draw_charts(summary: Summary, folder: Path) -> list[tuple[Chart, Path]]:
-    """Write every chart that has data as a PNG into `folder`."""
-    axis = SweptAxis(summary.x, [row.point.value(summary.x) for row in summary.rows])
+    """Write every figure that has data as a PNG into `folder`.
+
+    Measures are drawn as lines over the swept value; as heat maps over two settings with many values; and where there
+    are still more settings, as the effect of each. Trade-offs between measures follow.
+    """
+    measured = [row for row in summary.rows if not row.missing]
+    if not measured:
+        return []
     series = series_of(summary)
     drawn = []
-    for chart in CHARTS:
-        known = [line for line in chart.lines if line[0] in summary.measures]
-        if known:
+    if len(series) <= MOST_SERIES or len(summary.telling) == 2:
+        axis = SweptAxis(summary.x, [row.point.value(summary.x) for row in summary.rows])
+        for chart in CHARTS:
+            known = [line for line in chart.lines if line[0] in summary.measures]
+            if not known:
+                continue
             path = folder / f"{chart.name}.png"
-            _draw(chart, known, axis, series, path)
+            if _is_grid(summary, series):
+                draw_heat_map(summary, chart, known, path)
+            else:
+                _draw(chart, known, axis, series, path)
             drawn.append((chart, path))
-    return drawn
+    else:
+        chart = Chart("effects", "What each setting does", "", (), effects_caption(summary))
+        draw_effects(summary, folder / "effects.png")
+        drawn.append((chart, folder / "effects.png"))
+    return drawn + draw_trade_offs(summary, folder)
+
+
+def _is_grid(summary: Summary, series: dict[str, list[Group]]) -> bool:
+    """Whether two settings have so many values that lines would hide them."""
+    if len(summary.telling) != 2:
+        return False
+    axes = [SweptAxis(key, [group.value(key) for group in summary.groups]) for key in summary.telling]
+    many = all(len(axis.values) >= LEAST_GRID and axis.is_ordered for axis in axes)
+    return many or len(series) > MOST_SERIES
 
 
 def series_of(summary: Summary) -> dict[str, list[Group]]:
     """Groups that differ in the swept value alone, by what they share (with one series, that is nothing)."""
-    keys = dict.fromkeys(key for group in summary.groups for key in group.axes if key != summary.x)
-    telling: list[str] = []
-    for key in keys:
-        # A value that follows from those named already would only make the names longer.
-        if _distinct(summary, [*telling, key]) > _distinct(summary, telling):
-            telling.append(key)
-    short = short_names([*keys, summary.x])
+    short = short_names(summary.telling)
     series: dict[str, list[Group]] = {}
     for group in summary.groups:
-        name = ", ".join(f"{short[key].replace('_', ' ')} {shown(group.value(key))}" for key in telling)
+        name = ", ".join(f"{short[key].replace('_', ' ')} {shown(group.value(key))}" for key in summary.telling[1:])
         series.setdefault(name, []).append(group)
     return series
-
-
-def _distinct(summary: Summary, keys: list[str]) -> int:
-    """How many groups of points the swept value and `keys` tell apart."""
-    return len({tuple(shown(group.value(key)) for key in (summary.x, *keys)) for group in summary.groups})
 
 
 def _draw(

@@ -17,6 +17,9 @@ LABELS = {
     "frac_recovered": ("CE recovered", ""),
     "frac_alive": ("Alive", ""),
     "l0": ("L0", ""),
+    "probing_chunk0/semantics": ("Probing, high", "semantics"),
+    "probing_chunk0/context": ("Probing, high", "context"),
+    "probing_chunk0/syntax": ("Probing, high", "syntax"),
     "truth_slow": ("Recovery", "slow"),
     "truth_slow_high": ("Recovery", "slow in high"),
     "truth_fast_low": ("Recovery", "fast in low"),
@@ -41,7 +44,7 @@ class Chart:
     caption: str
 
 
-CHARTS = (
+CHARTS: tuple[Chart, ...] = (
     Chart(
         "fve",
         "Reconstruction",
@@ -109,6 +112,26 @@ CHARTS = (
         "other way round: 1 is perfect, 0 a random split. Re-split: the same latents, divided by their autocorrelation.",
     ),
 )
+
+PROBES = tuple(
+    Chart(
+        f"probing_{task}",
+        f"Probing: {task}",
+        "balanced accuracy",
+        (
+            (f"probing_chunk0/{task}", "high-level"),
+            (f"probing_chunk1/{task}", "low-level"),
+            (f"probing_chunk2/{task}", "all latents"),
+        ),
+        f"Balanced accuracy of a sparse linear probe for {meaning}, on feature activations of one split.",
+    )
+    for task, meaning in (
+        ("semantics", "the text's topic"),
+        ("context", "which text a token is from"),
+        ("syntax", "a token's class"),
+    )
+)
+CHARTS = (*CHARTS, *PROBES)
 
 
 def scalars(results: dict[str, Any]) -> dict[str, float]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import html
 import itertools
 import math
@@ -10,8 +9,11 @@ import time
 from pathlib import Path
 
 import yaml
-from measures import LABELS, Chart, figures
+from comparison import Comparison, compare
+from measures import LABELS, Chart, figures, label
+from pictures import experiments_section, picture
 from points import short_names
+from prose import sentences
 from summary import Group, Summary
 from sweepfile import shown
 
@@ -32,6 +34,8 @@ p { margin: 8px 0; max-width: 76ch; }
 code, pre { font: 12.5px/1.5 ui-monospace, "DejaVu Sans Mono", Menlo, monospace; }
 pre { background: #f7f7f7; padding: 12px 16px; overflow-x: auto; border-radius: 4px; }
 .wide { overflow-x: auto; }
+.tall { max-height: 75vh; overflow-y: auto; }
+.tall thead { position: sticky; top: 0; background: #fff; }
 table { border-collapse: collapse; font-size: 13px; font-variant-numeric: tabular-nums lining-nums; }
 thead th { font-weight: 600; vertical-align: bottom; padding-bottom: 3px; }
 thead tr:first-child th { border-top: 1.5px solid var(--ink); }
@@ -55,6 +59,12 @@ details summary { cursor: pointer; color: var(--accent); }
 """
 
 
+LONG_TABLE = 40
+"""Rows above which the summary scrolls in a box of its own."""
+MOST_COLUMNS = 60
+"""Points whose every measure fits into one table that a person would read."""
+
+
 def render(summary: Summary, charts: list[tuple[Chart, Path]]) -> str:
     """The whole page."""
     plan = summary.plan
@@ -63,11 +73,14 @@ def render(summary: Summary, charts: list[tuple[Chart, Path]]) -> str:
         f"<h1>{title}</h1>",
         f'<p class="lead">{_lead(summary)}</p>',
         _missing(summary),
+        "".join(f"<p>{html.escape(sentence)}</p>" for sentence in sentences(summary)),
         "<h2>Summary</h2>",
-        f'<div class="wide">{_summary_table(summary)}</div>',
+        f'<div class="wide{" tall" if len(summary.groups) > LONG_TABLE else ""}">{_summary_table(summary)}</div>',
         f'<p class="note">{_interval_note(summary)}</p>',
+        _comparisons(compare(summary)),
         "<h2>Figures</h2>" if charts else "",
         f'<div class="figures">{"".join(_figure(chart, path, len(charts)) for chart, path in charts)}</div>',
+        experiments_section(summary),
         "<h2>Every measure</h2>",
         f'<div class="wide">{_every_measure(summary)}</div>',
         "<h2>Settings</h2>",
@@ -155,26 +168,54 @@ def _words(name: str) -> str:
     return html.escape(name.replace("_", " "))
 
 
-def _figure(chart: Chart, path: Path, charts: int) -> str:
-    data = base64.b64encode(path.read_bytes()).decode()
-    width, height = _png_size(path)
-    panels = ' class="panels"' if width > 2.4 * height or charts == 1 else ""
+def _comparisons(found: list[Comparison]) -> str:
+    """Differences seed by seed; bold where the interval leaves out zero."""
+    if not found:
+        return ""
+    measures = list(dict.fromkeys(name for entry in found for name in entry.differences))
+    seeds = max(values[2] for entry in found for values in entry.differences.values())
+    head = "".join(f"<th>{html.escape(label(name))}</th>" for name in measures)
+    body = ""
+    for entry in found:
+        keys = list(dict.fromkeys([*entry.group.axes, *entry.reference.axes]))
+        differing = [key for key in keys if shown(entry.group.value(key)) != shown(entry.reference.value(key))]
+        shared = [key for key in entry.group.axes if key not in differing]
+        names = short_names(keys)
+        change = ", ".join(
+            f"{names[key].replace('_', ' ')} {shown(entry.group.value(key))} − {shown(entry.reference.value(key))}"
+            for key in differing
+        )
+        where = ", ".join(f"{names[key].replace('_', ' ')} {shown(entry.group.value(key))}" for key in shared)
+        cells = "".join(f"<td>{_difference(entry.differences.get(name))}</td>" for name in measures)
+        body += f'<tr><td class="key">{html.escape(change)}<small>{html.escape(where)}</small></td>{cells}</tr>'
     return (
-        f'<figure{panels}><img src="data:image/png;base64,{data}" width="{width // 2}" height="{height // 2}" '
-        f'alt="{html.escape(chart.title)}"><figcaption>{html.escape(chart.caption)}</figcaption></figure>'
+        "<h2>Differences, seed by seed</h2>"
+        f'<div class="wide{" tall" if len(found) > LONG_TABLE else ""}"><table><thead><tr><th class="key">difference</th>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+        f'<p class="note">Mean difference between points of the same seed over up to {seeds} seeds, ± its 95 % interval '
+        "(Student's t); bold where the interval leaves out zero. No correction for the number of comparisons.</p>"
     )
 
 
-def _png_size(path: Path) -> tuple[int, int]:
-    """Width and height in pixels, from the header."""
-    header = path.read_bytes()[16:24]
-    return int.from_bytes(header[:4], "big"), int.from_bytes(header[4:], "big")
+def _difference(values: tuple[float, float, int] | None) -> str:
+    if values is None:
+        return "–"
+    mean, half, _ = values
+    text = f"{mean:+.3f}<small>± {half:.3f}</small>"
+    return f"<b>{text}</b>" if abs(mean) > half else text
+
+
+def _figure(chart: Chart, path: Path, charts: int) -> str:
+    image, width, height = picture(path, chart.title)
+    panels = ' class="panels"' if width > 2.4 * height or charts == 1 else ""
+    return f"<figure{panels}>{image}<figcaption>{html.escape(chart.caption)}</figcaption></figure>"
 
 
 def _every_measure(summary: Summary) -> str:
     rows = [row for row in summary.rows if not row.missing]
     if not rows:
         return "<p>No point has results yet.</p>"
+    if len(rows) > MOST_COLUMNS:
+        return f"<p>{len(rows)} points have {len(summary.measures)} measures each: they are in table.csv beside this page.</p>"
     axes = short_names([key for row in rows for key in row.point.axes])
     head = "".join(
         f"<tr><th>{_words(name)}</th>"

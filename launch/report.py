@@ -81,7 +81,13 @@ def write_report(plan: Plan) -> Path:
     files.write_text(page.with_name("table.md"), _markdown(summary))
     files.write_text(page, render(summary, draw_charts(summary, page.parent)))
     points = [
-        {"name": row.point.name, "axes": row.point.axes, "missing": row.missing, "results": row.results}
+        {
+            "name": row.point.name,
+            "axes": row.point.axes,
+            "missing": row.missing,
+            "results": row.results,
+            "experiments": {name: value for name, (value, _) in row.experiments.items()},
+        }
         for row in summary.rows
     ]
     files.write_json(page.with_name("results.json"), {"sweep": plan.name, "made_from": state, "points": points})
@@ -113,8 +119,9 @@ def _aligned(line: list[str], widths: list[int]) -> list[str]:
 
 def _state(plan: Plan) -> str:
     """Hash of what the report is made from: the points, and which results are there."""
-    runs = [plan.run(point).eval_results for point in plan.points]
-    stamps = [path.stat().st_mtime_ns if path.exists() else 0 for path in runs]
+    # Results are replaced as whole files, which changes their folder.
+    runs = [plan.run(point) for point in plan.points]
+    stamps = [path.stat().st_mtime_ns for run in runs for path in sorted(run.path.glob("*.json"))]
     return schema.stable_hash([stamps, [point.name for point in plan.points], plan.sweep.path.read_text()])
 
 

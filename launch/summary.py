@@ -1,16 +1,19 @@
-"""The results of a sweep, gathered from its run folders and averaged over seeds."""
+"""The results of a sweep, gathered from its run folders, averaged over seeds and compared seed by seed."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from typing import Any
 
 from measures import LABELS, scalars
 from plan import Plan
 from points import Point
 from sweepfile import shown
+
+from tsae.experiments.driver import headlines
 
 SEED_AXES = ("training.seed", "data.seed")
 
@@ -22,13 +25,26 @@ class Row:
     point: Point
     results: dict[str, Any]
     """Content of eval_results.json; empty while the point is missing."""
+    experiments: dict[str, tuple[float, float | None]]
+    """Headline numbers of the experiments: measure → value and half-width of its interval."""
     missing: str
     """Why there are no results, or nothing."""
 
-    @property
+    @cached_property
     def values(self) -> dict[str, float]:
         """Measure → value."""
-        return scalars(self.results)
+        return scalars(self.results) | {name: value for name, (value, _) in self.experiments.items()}
+
+    def half_width(self, measure: str) -> float:
+        """Half-width of the run's own 95 % interval, NaN where none was estimated."""
+        own = self.results.get("half_width_95", {}).get(measure)
+        own = self.experiments[measure][1] if measure in self.experiments else own
+        return math.nan if own is None else float(own)
+
+    @property
+    def seed(self) -> tuple[Any, ...]:
+        """What tells this point from others of its group."""
+        return tuple(self.point.value(key) for key in SEED_AXES)
 
 
 @dataclass(frozen=True)
@@ -50,13 +66,19 @@ class Group:
         found = [row.values[measure] for row in self.rows if measure in row.values]
         if not found:
             return math.nan, math.nan
-        mean = sum(found) / len(found)
         if len(found) == 1:
-            row = next(row for row in self.rows if measure in row.values)
-            own = row.results.get("half_width_95", {}).get(measure)
-            return mean, math.nan if own is None else float(own)
-        deviation = math.sqrt(sum((value - mean) ** 2 for value in found) / (len(found) - 1))
-        return mean, student_quantile(len(found) - 1) * deviation / math.sqrt(len(found))
+            return found[0], next(row for row in self.rows if measure in row.values).half_width(measure)
+        return student_interval(found)
+
+    def difference(self, reference: Group, measure: str) -> tuple[float, float, int]:
+        """Mean over shared seeds of this group's value less the reference's, half-width of its 95 % interval, seeds."""
+        theirs = {row.seed: row.values[measure] for row in reference.rows if measure in row.values}
+        found = [
+            row.values[measure] - theirs[row.seed] for row in self.rows if measure in row.values and row.seed in theirs
+        ]
+        if len(found) < 2:
+            return math.nan, math.nan, len(found)
+        return *student_interval(found), len(found)
 
 
 @dataclass(frozen=True)
@@ -80,6 +102,19 @@ class Summary:
         names = dict.fromkeys(name for row in self.rows for name in row.values)
         return [name for name in (*LABELS, *(name for name in names if name not in LABELS)) if name in names]
 
+    @cached_property
+    def telling(self) -> list[str]:
+        """Key paths that tell the groups apart, the swept one first; what follows from those before it is left out."""
+        keys = dict.fromkeys(key for group in self.groups for key in group.axes if key != self.x)
+        telling = [self.x]
+        for key in keys:
+            if self._distinct([*telling, key]) > self._distinct(telling):
+                telling.append(key)
+        return telling
+
+    def _distinct(self, keys: list[str]) -> int:
+        return len({tuple(shown(group.value(key)) for key in keys) for group in self.groups})
+
     @property
     def seeds(self) -> int:
         """The largest number of seeds with results in one group."""
@@ -99,9 +134,12 @@ def summarise(plan: Plan) -> Summary:
 
 def _row(plan: Plan, point: Point) -> Row:
     run = plan.run(point)
+    experiments = headlines(run, point.config)
     if run.is_evaluated(point.config):
-        return Row(point, run.read_results(), "")
-    return Row(point, {}, "trained, not evaluated" if run.is_trained(point.config) else "not trained")
+        return Row(point, run.read_results(), experiments, "")
+    if experiments and "evaluate" not in plan.sweep.config.stages:
+        return Row(point, {}, experiments, "")
+    return Row(point, {}, {}, "trained, not evaluated" if run.is_trained(point.config) else "not trained")
 
 
 def _swept_key(plan: Plan) -> str:
@@ -116,6 +154,13 @@ def _swept_key(plan: Plan) -> str:
 
 def _shared_axes(point: Point, x: str) -> dict[str, Any]:
     return {key: value for key, value in point.axes.items() if key == x or key not in SEED_AXES}
+
+
+def student_interval(values: Sequence[float]) -> tuple[float, float]:
+    """Mean of at least two values and the half-width of its 95 % interval (Student's t)."""
+    mean = sum(values) / len(values)
+    deviation = math.sqrt(sum((value - mean) ** 2 for value in values) / (len(values) - 1))
+    return mean, student_quantile(len(values) - 1) * deviation / math.sqrt(len(values))
 
 
 @cache

@@ -26,6 +26,8 @@ class ReportConfig:
 
     x: str | None = None
     """Key path of the swept value on the horizontal axis; by default the first that varies and is not a seed."""
+    baseline: dict[str, Any] = field(default_factory=dict)
+    """Key path: value of the points that the others are compared with, seed by seed; by default those with the first swept value."""
 
 
 @dataclass(frozen=True, kw_only=True)

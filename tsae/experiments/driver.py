@@ -94,17 +94,25 @@ def settings_hash(config: RunConfig, name: str, chunk: int | None, checkpoint: s
     return schema.stable_hash([configuration.experiment_settings(config, name), chunk, checkpoint])
 
 
+def files_of(run: RunFolder, config: RunConfig, name: str) -> list[Path]:
+    """The complete results of an experiment on the final weights, split by split; pictures lie beside them as .png."""
+    splits: Sequence[int | None] = (0, 1, 2) if EXPERIMENTS[name].splits else (None,)
+    return [
+        run.result(_stem(config, name, chunk, None), "json")
+        for chunk in splits
+        if _is_current(run, name, config, chunk, None)
+    ]
+
+
 def headlines(run: RunFolder, config: RunConfig) -> dict[str, tuple[float, float | None]]:
     """Every complete experiment's headline numbers, `probing_chunk0/semantics` → (value, half-width of its interval)."""
     found: dict[str, tuple[float, float | None]] = {}
-    for name, experiment in EXPERIMENTS.items():
-        for chunk in (0, 1, 2) if experiment.splits else (None,):
-            if not _is_current(run, name, config, chunk, None):
-                continue
-            results = json.loads(run.result(_stem(config, name, chunk, None), "json").read_text())
-            half = results.get("half_width_95", {})
-            for measure, value in results.get("headline", {}).items():
-                found[f"{_stem(config, name, chunk, None)}/{measure}"] = (value, half.get(measure))
+    for path in (path for name in EXPERIMENTS for path in files_of(run, config, name)):
+        results = json.loads(path.read_text())
+        half = results.get("half_width_95", {})
+        for measure, value in results.get("headline", {}).items():
+            if value is not None:
+                found[f"{path.stem}/{measure}"] = (float(value), half.get(measure))
     return found
 
 

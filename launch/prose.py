@@ -1,0 +1,88 @@
+"""What a sweep's numbers say, in a few sentences made from them."""
+
+from __future__ import annotations
+
+import math
+
+from comparison import compare
+from measures import figures, label
+from points import short_names
+from summary import Group, Summary
+from sweepfile import shown
+
+RANGED = (
+    "frac_variance_explained",
+    "lipschitz_cont_h",
+    "frac_recovered",
+    "truth_disentanglement",
+    "truth_slow",
+    "probing_chunk0/semantics",
+)
+"""Measures whose range is told, where a sweep has them."""
+
+
+def sentences(summary: Summary) -> list[str]:
+    """A paragraph or two; nothing while there are no results."""
+    groups = [group for group in summary.groups if any(not row.missing for row in group.rows)]
+    if not groups:
+        return []
+    return [text for text in (_ranges(summary, groups), _splits(groups), _differences(summary)) if text]
+
+
+def _ranges(summary: Summary, groups: list[Group]) -> str:
+    parts = []
+    for measure in RANGED:
+        known = [(mean, group) for group in groups if not math.isnan(mean := group.interval(measure)[0])]
+        if not known:
+            continue
+        (low, worst), (high, best) = min(known, key=lambda e: e[0]), max(known, key=lambda e: e[0])
+        if len(known) == 1 or figures(low, 3) == figures(high, 3):
+            parts.append(f"{label(measure)} is {figures(high, 3)}")
+        else:
+            parts.append(
+                f"{label(measure)} goes from {figures(low, 3)} ({_name(summary, worst)}) to {figures(high, 3)} "
+                f"({_name(summary, best)})"
+            )
+    return "; ".join(parts) + "." if parts else ""
+
+
+def _splits(groups: list[Group]) -> str:
+    """Whether the high-level split is the smoother one, and for how many settings beyond doubt."""
+    known, smoother, bounded, certain = 0, 0, 0, 0
+    for group in groups:
+        (high, high_half), (low, low_half) = group.interval("lipschitz_cont_h"), group.interval("lipschitz_cont_l")
+        if math.isnan(high) or math.isnan(low):
+            continue
+        known += 1
+        smoother += high < low
+        bounded += high_half == high_half and low_half == low_half
+        certain += high + high_half < low - low_half
+    if not known:
+        return ""
+    where = "the one setting" if known == 1 else f"{smoother} of {known} settings"
+    verb = "is" if smoother or known > 1 else "is not"
+    return f"The high-level split {verb} smoother than the low-level one in {where}" + (
+        f", in {certain} of them with intervals that do not touch." if known > 1 else "."
+    )
+
+
+def _differences(summary: Summary) -> str:
+    """The measures whose differences by seed leave out zero."""
+    found = compare(summary)
+    parts = []
+    for measure in dict.fromkeys(name for entry in found for name in entry.differences):
+        values = [entry.differences[measure] for entry in found if measure in entry.differences]
+        up = sum(mean > half for mean, half, _ in values)
+        down = sum(mean < -half for mean, half, _ in values)
+        if up or down:
+            directions = [f"higher in {up}" if up else "", f"lower in {down}" if down else ""]
+            parts.append(f"{label(measure)} is {' and '.join(filter(None, directions))}")
+    if not parts:
+        return ""
+    against = f"Of {len(found)} comparisons by seed (95 %)" if len(found) > 1 else "Compared by seed (95 %)"
+    return f"{against}: {'; '.join(parts)}."
+
+
+def _name(summary: Summary, group: Group) -> str:
+    names = short_names(summary.telling)
+    return ", ".join(f"{names[key].replace('_', ' ')} {shown(group.value(key))}" for key in summary.telling)
