@@ -25,6 +25,11 @@ class Array:
     jobs: list[str] = field(default_factory=list)
     """Jobs of an earlier launch that all of this one waits for."""
 
+    @property
+    def is_free(self) -> bool:
+        """Whether it waits for nothing."""
+        return not (self.one_by_one or self.elements or self.jobs)
+
     def dependency(self, id_of: Mapping[Array, str]) -> str | None:
         """Slurm's --dependency; `id_of` gives the ids of the arrays that were submitted before."""
         chosen = [job for array, indices in self._by_array() for job in array.ids(id_of[array], indices)]

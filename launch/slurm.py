@@ -20,11 +20,11 @@ from typing import Any
 from arrays import Array, to_arrays
 from attempt import Attempt, Submitted
 from cluster import Cluster
-from slurm_query import Limits, cancel, complaint, job_name, limits
+from container import Container
+from slurm_query import Limits, cancel, complaint, job_name, limits, release
 from snapshot import python_path
 from stage import Stage
 
-from container import Container
 from tsae import environment
 from tsae.errors import TsaeError
 from tsae.job import MOST_RESTARTS, Call, run_stage
@@ -70,8 +70,9 @@ class Submission:
         """
         known = limits()
         ids: dict[Array, str] = {}
+        arrays = to_arrays(stages, self.cluster, known.max_array, self.alive)
         try:
-            for number, array in enumerate(to_arrays(stages, self.cluster, known.max_array, self.alive)):
+            for number, array in enumerate(arrays):
                 folder = self.attempt.folder / _folder_name(number, array)
                 folder.mkdir()
                 began = time.time()
@@ -90,6 +91,7 @@ class Submission:
                     )
                     for stage, job in zip(array.stages, jobs, strict=True)
                 )
+            release(ids[array] for array in arrays if array.is_free)
         except BaseException:
             cancel(ids.values())
             self.attempt.remove()
@@ -134,7 +136,13 @@ class Submission:
         minutes, cpus = asked.minutes, asked.cpus
         notice = cluster.signal_seconds if minutes is None else min(cluster.signal_seconds, minutes * 60 // 3)
         extra = {name: value for name, value in asked.extra.items() if value not in (None, False)}
-        own = {"requeue": True, "kill-on-invalid-dep": "yes", **({"mem": asked.mem} if asked.mem else {})}
+        own: dict[str, Any] = {
+            "requeue": True,
+            "kill-on-invalid-dep": "yes",
+            **({"mem": asked.mem} if asked.mem else {}),
+        }
+        if array.is_free:
+            own["hold"] = True  # until all is submitted: if Slurm refuses a later array, no job of this one has run
         return {
             "job_name": job_name(self.sweep_folder),
             "comment": f"{array.kind} of {self.sweep_folder.name}",
@@ -199,7 +207,7 @@ def _sbatch(folder: Path, parameters: Mapping[str, Any], python: str, calls: Ite
         with _outside_any_job(), contextlib.redirect_stderr(io.StringIO()):
             jobs = executor.map_array(run_stage, calls)
     except (FailedJobError, FailedSubmissionError) as error:
-        said = complaint(str(error)) or " ".join(str(error).split())
+        said = complaint(str(error))
         raise TsaeError(f"sbatch: {parameters['comment']}: {said}; nothing was submitted") from None
     return [str(job.job_id) for job in jobs]
 

@@ -113,6 +113,12 @@ def cancel(jobs: Iterable[str]) -> None:
         run("scancel", *part)
 
 
+def release(jobs: Iterable[str]) -> None:
+    """Let jobs start that were submitted with --hold."""
+    for part in _parts(list(jobs)):
+        run("scontrol", "release", ",".join(part))
+
+
 def answers() -> bool:
     """Whether a controller answers; a machine may have the commands of Slurm without one."""
     try:
@@ -141,8 +147,9 @@ def run(*command: str) -> str:
 
 def complaint(said: str) -> str:
     """What one of Slurm's commands complains about, as one line."""
-    lines = [line.strip() for line in said.splitlines() if "error:" in line]
-    return "; ".join(dict.fromkeys(line.partition("error: ")[2] or line for line in lines))
+    lines = [line.strip() for line in said.splitlines() if line.strip()]
+    errors = [line.partition("error: ")[2] for line in lines if "error: " in line]
+    return "; ".join(dict.fromkeys(errors or lines[-1:]))
 
 
 def _parts(items: list[str]) -> Iterator[list[str]]:

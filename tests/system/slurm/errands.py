@@ -36,8 +36,10 @@ def count_up(_configs: str, path: str, until: int, seconds: float = 0.1) -> None
     if state.exists():
         counted = json.loads(state.read_text())["counted"]
     try:
-        for counted in preemption.polled(range(counted + 1, until + 1)):  # noqa: B007
+        while counted < until:
+            preemption.check()
             time.sleep(seconds)
+            counted += 1
     finally:
         write_json(state, {"counted": counted})
 

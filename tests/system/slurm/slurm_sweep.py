@@ -1,0 +1,102 @@
+"""A sweep on the lab's Slurm whose stages do what a test wants, and what becomes of them."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import yaml
+from attempt import Attempt, Submitted
+from cluster import Cluster
+from resources import StageResources
+from slurm import Submission
+from slurm_query import QueuedJob, queued
+from snapshot import python_path
+from stage import Stage
+
+from tsae.job import read_state
+
+HERE = Path(__file__).parent
+PATIENCE = 150.0
+
+
+class SweepOnSlurm:
+    """A sweep's folder, the stages put into it, and what becomes of them."""
+
+    def __init__(self, home: Path) -> None:
+        self.home = home
+        self.folder = home / "sweeps" / "tiny,k=3"
+        self.folder.mkdir(parents=True, exist_ok=True)
+
+    def stage(
+        self,
+        name: str,
+        function: str,
+        *arguments: Any,
+        kind: str = "train",
+        after: tuple[str, ...] = (),
+        config: str | None = None,
+        after_failures: bool = False,
+        **resources: Any,
+    ) -> Stage:
+        """A stage of `kind` that calls `function` (module:name) with the configurations' folder and `arguments`."""
+        return Stage(
+            kind=kind,
+            key=name,
+            subject=name,
+            function=function,
+            config=config,
+            arguments=arguments,
+            points=(name,),
+            depends_on=after,
+            record=self.folder / "stages" / name,
+            progress=self.home / "progress",
+            lock=self.home / "lock",
+            resources=StageResources(**{"time": "10m", "mem": "200M", **resources}),
+            on_gpu=False,
+            is_done=lambda: False,
+            after_failures=after_failures,
+        )
+
+    def submission(self, configs: dict[str, Any] | None = None, environment: Any = None, **settings: Any) -> Submission:
+        """A fresh attempt whose jobs find the errands; `settings` are the cluster's."""
+        points = {name: yaml.safe_dump(tree) for name, tree in (configs or {}).items()}
+        attempt = Attempt.begin(self.folder, "name: tiny", points)
+        path = os.pathsep.join((python_path(attempt.code), str(HERE)))
+        cluster = Cluster(environment={"PYTHONPATH": path, **(environment or {})}, **settings)
+        return Submission(sweep_folder=self.folder, attempt=attempt, cluster=cluster)
+
+    def submit(self, *stages: Stage, **settings: Any) -> dict[str, Submitted]:
+        """Stage key → what was submitted for it."""
+        return {entry.stage: entry for entry in self.submission(**settings).submit(stages)}
+
+    def queue(self) -> dict[str, QueuedJob]:
+        """What Slurm knows of this sweep."""
+        return queued(self.folder)
+
+    def state(self, name: str) -> dict[str, Any]:
+        """The record of a stage; empty before there is one."""
+        return read_state(self.folder / "stages" / name) or {}
+
+    def alive(self) -> list[str]:
+        """Jobs that run or will."""
+        return [job for job, seen in self.queue().items() if seen.alive]
+
+    def wait(self, condition: Callable[[], object], seconds: float = PATIENCE) -> None:
+        """Return when `condition` holds, which must be before the last job has ended."""
+        until = time.monotonic() + seconds
+        while not condition():
+            in_vain = time.monotonic() > until or (not self.alive() and not condition())
+            assert not in_vain, f"{self.queue()}{self._logs()}"
+            time.sleep(0.2)
+
+    def wait_until_over(self, seconds: float = PATIENCE) -> None:
+        """Return when no job of this sweep is alive."""
+        self.wait(lambda: not self.alive(), seconds)
+
+    def _logs(self) -> str:
+        logs = sorted(self.folder.glob("attempts/*/*/*.out"))
+        return "".join(f"\n== {path.name}\n{path.read_text()[-2000:]}" for path in logs)
