@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -50,36 +50,29 @@ class Examples(NamedTuple):
 def find_examples(firings: Firings, largest: np.ndarray, settings: FeaturesConfig, progress: Progress) -> Examples:
     """The strongest activations of each latent, one per document, and weaker ones, with the text around them."""
     bounds, document = _text_bounds(firings), firings.document.reshape(-1)
-    counts, strong, lengths, starts, fired = [], [], [], [], []
-    positions, values = [], []
+    chosen, spans, shown = [], [], []
+    strong = np.zeros(firings.dict_size, np.uint8)
     for latent in preemption.polled(range(firings.dict_size)):
         places, activations = firings.of(latent)
         order = np.argsort(-activations, kind="stable")
         _, first = np.unique(document[places[order]], return_index=True)
         ranked = places[order[np.sort(first)]]
-        chosen = np.concatenate(
-            [ranked[: settings.examples], spread(ranked[settings.examples :], settings.examples // 2)]
-        )
-        strong.append(min(len(ranked), settings.examples))
-        counts.append(len(chosen))
-        for place in chosen.tolist():
-            start = max(int(bounds[place, 0]), place - settings.before)
-            end = min(int(bounds[place, 1]), place + settings.after)
-            begin, stop = np.searchsorted(places, [start, end + 1])
-            starts.append(start)
-            lengths.append(end + 1 - start)
-            fired.append(int(stop - begin))
-            positions.append(places[begin:stop] - start)
-            values.append(np.ceil(255 * activations[begin:stop] / largest[latent]))
+        strong[latent] = min(len(ranked), settings.examples)
+        weaker = spread(ranked[settings.examples :], settings.examples // 2)
+        centres = np.concatenate([ranked[: settings.examples], weaker])
+        chosen.append(len(centres))
+        start = np.maximum(bounds[centres, 0], centres - settings.before)
+        end = np.minimum(bounds[centres, 1], centres + settings.after)
+        begin, stop = np.searchsorted(places, start), np.searchsorted(places, end, side="right")
+        spans.append(np.stack([start, end + 1 - start, stop - begin]))
+        entries = _ranges(begin, stop)
+        level = np.ceil(255 * activations[entries] / largest[latent]).clip(1, 255)
+        shown.append(np.stack([places[entries] - np.repeat(start, stop - begin), level]).astype(np.uint8))
         progress.update(latent + 1)
+    start, length, fired = np.concatenate(spans, axis=1)
+    position, value = np.concatenate(shown, axis=1)
     return Examples(
-        _running(counts),
-        np.asarray(strong, np.uint8),
-        np.asarray(starts, np.uint32),
-        np.asarray(lengths, np.uint8),
-        _running(fired),
-        np.concatenate(positions).astype(np.uint8) if positions else np.empty(0, np.uint8),
-        np.concatenate(values).clip(1, 255).astype(np.uint8) if values else np.empty(0, np.uint8),
+        _running(chosen), strong, start.astype(np.uint32), length.astype(np.uint8), _running(fired), position, value
     )
 
 
@@ -145,5 +138,12 @@ def _text_bounds(firings: Firings) -> np.ndarray:
     return np.stack([first[text], last[text]], axis=1)
 
 
-def _running(counts: list[int]) -> np.ndarray:
+def _ranges(begin: np.ndarray, stop: np.ndarray) -> np.ndarray:
+    """begin[0], …, stop[0] - 1, begin[1], …: one range after the other."""
+    counts = stop - begin
+    before = np.cumsum(counts) - counts
+    return np.arange(counts.sum()) + np.repeat(begin - before, counts)
+
+
+def _running(counts: Sequence[int] | np.ndarray) -> np.ndarray:
     return np.concatenate([[0], np.cumsum(counts)]).astype(np.uint32)
