@@ -79,16 +79,17 @@ class Chain:
 
     def report(self, points: tuple[Point, ...], after: list[Stage], is_done: Callable[[], bool]) -> Stage:
         """The stage that writes the report of `points` once all of `after` have ended."""
+        key = schema.stable_hash(["report", str(self.folder), [point.name for point in points]])
         return Stage(
             kind="report",
-            key=schema.stable_hash(["report", str(self.folder), [point.name for point in points]]),
+            key=key,
             subject=self.sweep.folder_name,
             function="last:report_stage",
             config=None,
             arguments=(list(self.sweep.overrides), self.sweep.folder_name),
             points=(),
             depends_on=tuple(stage.key for stage in after),
-            record=self.folder / "stages" / "report",
+            record=self.folder / "stages" / f"report-{key[:8]}",
             progress=self.folder / "report" / "progress.json",
             lock=self.folder / "report.lock",
             resources=self.sweep.config.resources.report,

@@ -110,7 +110,7 @@ def _most_telling(stages: Sequence[Stage], standings: Standings) -> Stage:
 
 def _cells(stage: Stage, standing: Standing) -> list[str]:
     elapsed = ""
-    if standing.since is not None:
+    if standing.since is not None and (standing.until is not None or standing.state == "running"):
         elapsed = duration(max(0.0, (standing.until or time.time()) - standing.since))
     progress, rate = _progress(stage, standing) if standing.state in ("running", "preempted") else ("", "")
     return [stage.kind, standing.state, standing.node, elapsed, progress, rate]

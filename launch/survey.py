@@ -26,6 +26,8 @@ from tsae import job, locks
 
 STATES = ("done", "running", "queued", "preempted", "failed", "interrupted", "blocked", "waiting")
 """waiting: nobody was asked to do it, or not by now; blocked: it waits for one that failed."""
+ENDED_FROM_OUTSIDE = ("CANCELLED", "NODE_FAIL", "PREEMPTED", "TIMEOUT", "DEADLINE", "BOOT_FAIL")
+"""Slurm's words for jobs that did not end by themselves."""
 LIVE = ("running", "queued", "preempted")
 
 
@@ -103,6 +105,8 @@ class Survey:
         if entry is None:
             return self._without_job(stage)
         mine = state if state.get("attempt") == entry.attempt else {}
+        if mine.get("state") == "done":
+            return Standing("waiting")  # it was done, and its output was taken away or is out of date
         if entry.executor == "slurm":
             return self._on_slurm(stage, entry, mine)
         return self._on_this_machine(stage, entry, mine)
@@ -222,12 +226,14 @@ def _ended_without_a_word(own: Standing, ended: QueuedJob | AccountedJob | None,
     """A job of Slurm's that lives no more; the accounting may lag behind, or there may be none."""
     word = ended.state if ended is not None else ""
     node = own.node or (ended.node if ended is not None else "")
+    if not begun and word != "FAILED":
+        return Standing("waiting")
     if word == "OUT_OF_MEMORY":
         return replace(own, state="failed", node=node, error="out of memory; resources: mem asks for more")
-    if word == "FAILED" and not begun:
+    if not begun:
         return replace(own, state="failed", node=node, error="ended before the stage began; its log may say why")
-    said = "" if word in ("", "COMPLETED") else f" ({word})"
-    return replace(own, state="interrupted", node=node, error=own.error or f"ended without a word{said}")
+    said = f"ended from outside ({word})" if word in ENDED_FROM_OUTSIDE else "ended without a word (killed?)"
+    return replace(own, state="interrupted", node=node, error=own.error or said)
 
 
 def slurm_seconds(elapsed: str) -> float:

@@ -7,6 +7,7 @@ same command again is always safe: it continues what was interrupted and does ex
 from __future__ import annotations
 
 import argparse
+import shlex
 import signal
 import sys
 from pathlib import Path
@@ -46,8 +47,8 @@ def main(arguments: list[str] | None = None) -> int:
         return 130
 
 
-def run(plan: Plan, options: Options) -> int:
-    """Do what is missing of `plan`, or have it done; the exit code."""
+def run(plan: Plan, options: Options, words: list[str]) -> int:
+    """Do what is missing of `plan`, or have it done; the exit code. `words` name the sweep on a command line."""
     from launcher import launch
 
     signal.signal(signal.SIGTERM, _interrupt)
@@ -58,9 +59,10 @@ def run(plan: Plan, options: Options) -> int:
     launched = launch(plan, options)
     under_way = launched.submitted or launched.choice.left
     if under_way:
-        left = f", {len(launched.choice.left)} were under way" if launched.choice.left else ""
-        print(f"{plan.name}: {launched.submitted} stages were submitted{left}; see how they do with", file=sys.stderr)
-        print(f"    python launch/status.py {' '.join(_words(plan))}", file=sys.stderr)
+        given = [f"{launched.submitted} stages were submitted"] if launched.submitted else []
+        given += [f"{len(launched.choice.left)} are under way from before"] if launched.choice.left else []
+        print(f"{plan.name}: {', '.join(given)}; see how they do with", file=sys.stderr)
+        print(f"    python launch/status.py {shlex.join(words)}", file=sys.stderr)
     else:
         _show_report(plan)
     return _verdict(plan, launched)
@@ -89,7 +91,7 @@ def _run(given: argparse.Namespace) -> int:
 
         print("\n".join(dry_run(plan, options)))
         return 0
-    return run(plan, options)
+    return run(plan, options, _words(given))
 
 
 def _show_report(plan: Plan) -> None:
@@ -130,10 +132,12 @@ def _verdict(plan: Plan, launched: Launched) -> int:
     return 1
 
 
-def _words(plan: Plan) -> list[str]:
-    """The sweep as the command line named it."""
-    base = ["--base", str(plan.sweep.base_path)] if plan.sweep.config.base != plan.sweep.base_path.stem else []
-    return [str(plan.sweep.path), *plan.sweep.overrides, *base]
+def _words(given: argparse.Namespace) -> list[str]:
+    """What names the sweep on the command line."""
+    options = [
+        word for name in ("base", "name") if getattr(given, name) for word in (f"--{name}", getattr(given, name))
+    ]
+    return [str(given.file), *given.overrides, *options]
 
 
 def _parser() -> argparse.ArgumentParser:
