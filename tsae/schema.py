@@ -169,7 +169,8 @@ def kind_of(value: Any) -> str:
 def to_plain(config: Any) -> dict[str, Any]:
     """A config dataclass as YAML-ready dicts, lists and scalars."""
     # `dataclasses.asdict` copies every scalar deeply, which a sweep of a thousand points would wait for.
-    plain: dict[str, Any] = {name: _plain(getattr(config, name)) for name in _names(type(config))}
+    names = _names(type(config))  # type: ignore[arg-type]
+    plain: dict[str, Any] = {name: _plain(getattr(config, name)) for name in names}
     return plain
 
 
