@@ -11,23 +11,8 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from container_lab import HERE, REPOSITORY, Lab, make_lab, results, run
+from container_lab import COMMIT, HERE, QUICKSTART, REPOSITORY, USER, Lab, make_lab, results, run
 
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
-USER = "tsae-test"
-OWNER = 4242
-# The README's first sweep, made small: every stage of it runs, on the same model and text.
-QUICKSTART = (
-    "sweeps/split_fraction.yaml",
-    "--name",
-    "quickstart",
-    "data.max_tokens=40000",
-    "training.steps=20",
-    "training.pack=4",
-    "sae.dict_size=256",
-    "evaluation.sequences=16",
-    "evaluation.loss_sequences=4",
-)
 FINDINGS = pytest.StashKey[list[str]]()
 
 

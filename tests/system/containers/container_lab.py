@@ -20,6 +20,21 @@ REPOSITORY = HERE.parents[2]
 BUILD_INPUTS = (".dockerignore", "Dockerfile", "apptainer.def", "containers", "launch", "sweeps", "tsae")
 BUILD_FILES = ("LICENSE", "README.md", "constraints.txt", "pyproject.toml")
 PATIENCE_SECONDS = 900
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+USER = "tsae-test"
+OWNER = 4242
+# The README's first sweep, made small: every stage of it runs, on the same model and text.
+QUICKSTART = (
+    "sweeps/split_fraction.yaml",
+    "--name",
+    "quickstart",
+    "data.max_tokens=40000",
+    "training.steps=20",
+    "training.pack=4",
+    "sae.dict_size=256",
+    "evaluation.sequences=16",
+    "evaluation.loss_sequences=4",
+)
 
 # What a virtual machine asks of podman: no cgroup manager, no limits above those that its root has. Images get no
 # network; builds have none to use, since pip takes wheels from a folder.

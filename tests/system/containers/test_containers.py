@@ -11,8 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import COMMIT, OWNER, QUICKSTART
-from container_lab import REPOSITORY, Lab, results, run
+from container_lab import COMMIT, OWNER, QUICKSTART, REPOSITORY, Lab, results, run
 
 CONTENT = """
 import json, os, shutil
