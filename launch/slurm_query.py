@@ -149,7 +149,7 @@ def complaint(said: str) -> str:
     """What one of Slurm's commands complains about, as one line."""
     lines = [line.strip() for line in said.splitlines() if line.strip()]
     errors = [line.partition("error: ")[2] for line in lines if "error: " in line]
-    return "; ".join(dict.fromkeys(errors or lines[-1:]))
+    return "; ".join(dict.fromkeys(errors or lines))
 
 
 def _parts(items: list[str]) -> Iterator[list[str]]:

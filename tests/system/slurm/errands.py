@@ -6,6 +6,7 @@ import json
 import os
 import time
 from pathlib import Path
+from typing import Any
 
 from tsae import preemption
 from tsae.files import write_json
@@ -50,6 +51,25 @@ def hang(_configs: str, path: str) -> None:
     Path(path).touch()
     if not begun:
         time.sleep(600)
+
+
+def train(config: str, checkpoints: str, name: str, reached: str) -> None:
+    """Train; the first time, halt after 100 steps, note in file `reached` that they are done, and wait for a signal."""
+    from tsae.stages import train_stage
+    from tsae.training.trainer import Trainer
+
+    step = Trainer.step
+
+    def halting(trainer: Any, batch: Any) -> Any:
+        terms = step(trainer, batch)
+        if trainer.steps_done == 100 and "SLURM_RESTART_COUNT" not in os.environ:
+            Path(reached).touch()
+            while not preemption.requested():
+                time.sleep(0.05)
+        return terms
+
+    Trainer.step = halting  # type: ignore[method-assign]
+    train_stage(config, checkpoints, name)
 
 
 def wait_for_lock(_configs: str, path: str) -> None:

@@ -23,6 +23,18 @@ HERE = Path(__file__).parent
 PATIENCE = 150.0
 
 
+def tiny_run(store: Path, **training: Any) -> dict[str, Any]:
+    """The configuration of a run on a small synthetic world: no language model is read."""
+    return {
+        "data": {"source": "synthetic", "context_length": 32, "holdout": 0.1, "skip_positions": 0},
+        "synthetic": {"sequences": 900, "activation_dim": 16, "n_slow": 6, "k_slow": 1, "n_fast": 10, "k_fast": 2},
+        "store": {"path": str(store), "dtype": "float32"},
+        "sae": {"dict_size": 20, "k": 3, "split_fraction": 0.3},
+        "training": {"steps": 60, "batch_size": 128, "threshold_beta": 0.9, "device": "cpu", **training},
+        "evaluation": {"sequences": 64},
+    }
+
+
 class SweepOnSlurm:
     """A sweep's folder, the stages put into it, and what becomes of them."""
 

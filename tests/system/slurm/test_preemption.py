@@ -11,81 +11,61 @@ from typing import Any
 
 import pytest
 from slurm_query import run
-from slurm_sweep import SweepOnSlurm
+from slurm_sweep import SweepOnSlurm, tiny_run
 
 from tsae import config as configuration
 from tsae.checkpoint import RunFolder
-from tsae.stages import harvest_stage, train_stage
-
-TINY: dict[str, Any] = {
-    "data": {"source": "synthetic", "context_length": 32, "holdout": 0.1, "skip_positions": 0},
-    "synthetic": {"sequences": 900, "activation_dim": 16, "n_slow": 6, "k_slow": 1, "n_fast": 10, "k_fast": 2},
-    "sae": {"dict_size": 20, "k": 3, "split_fraction": 0.3},
-    "training": {"steps": 2500, "batch_size": 128, "threshold_beta": 0.9, "resume_every": 0, "device": "cpu"},
-}
+from tsae.stages import harvest_stage
 
 
-@pytest.fixture(scope="module")
-def config(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """A run on a world that is harvested."""
-    tree = {**TINY, "store": {"path": str(tmp_path_factory.mktemp("world") / "store"), "dtype": "float32"}}
+@pytest.fixture
+def config(tmp_path: Path) -> dict[str, Any]:
+    """A run on a world that is harvested; no state is saved but the one of a training that leaves."""
+    tree = tiny_run(tmp_path / "store", steps=200, resume_every=0)
     harvest_stage(configuration.from_mapping(tree, "test"))
     return tree
 
 
-def urgent(node: str, seconds: float) -> None:
-    """Take all GPUs of `node` away for a while."""
+def urgent(node: str) -> None:
+    """Take all GPUs of `node` away for a moment."""
     command = ["sbatch", "--partition=urgent", f"--nodelist={node}", "--gpus-per-node=4", "--output=/dev/null"]
-    subprocess.run([*command, f"--wrap=sleep {seconds}"], check=True, capture_output=True)
-
-
-def train(sweep: SweepOnSlurm, name: str, **resources: Any) -> Any:
-    folder = str(sweep.home / "checkpoints")
-    asked = {"gpus": 4, "tasks": 1, "cpus": 1, "mem": "2G", **resources}
-    return sweep.stage(name, "tsae.stages:train_stage", folder, name, config=name, **asked)
-
-
-def weights(sweep: SweepOnSlurm, name: str) -> bytes:
-    return RunFolder.of(sweep.home / "checkpoints", name).weights.read_bytes()
-
-
-@pytest.fixture
-def trained_steps(sweep: SweepOnSlurm) -> Any:
-    """Steps that a training has said it has done."""
-
-    def steps(name: str) -> int:
-        path = RunFolder.of(sweep.home / "checkpoints", name).progress
-        return int(json.loads(path.read_text())["done"]) if path.exists() else 0
-
-    return steps
+    subprocess.run([*command, "--wrap=sleep 1"], check=True, capture_output=True)
 
 
 def test_a_preempted_training_ends_with_the_bits_of_one_that_was_left_alone(
-    sweep: SweepOnSlurm, config: dict[str, Any], trained_steps: Any
+    sweep: SweepOnSlurm, config: dict[str, Any]
 ) -> None:
-    """At once in `main`, with 20 seconds' notice in `grace`, where two processes train together."""
-    places = {"main": ("n1", {}), "grace": ("n2", {"tasks": 2})}
-    stages = [
-        train(sweep, name, partition=name, extra={"nodelist": node}, **more) for name, (node, more) in places.items()
-    ]
-    later = [
-        sweep.stage(f"e {name}", "errands:note", str(sweep.home / name), kind="evaluate", after=(name,))
-        for name in places
-    ]
-    submission = sweep.submission(configs=dict.fromkeys(places, config))
-    jobs = {entry.stage: entry for entry in submission.submit([*stages, *later])}
-    for name, (node, _) in places.items():
-        sweep.wait(lambda name=name: trained_steps(name) > 100)
-        urgent(node, 1)
-    whole = {**config, "training": {**config["training"], "resume_every": 200}}
-    train_stage(configuration.from_mapping(whole, "test"), sweep.home / "checkpoints", "whole")
+    """At once in `main`; with 20 seconds' notice in `grace`, where two processes train together."""
+    checkpoints = sweep.home / "checkpoints"
+    alone = {"cpus": 1, "mem": "2G", "partition": "main"}
+    shapes: dict[str, dict[str, Any]] = {
+        "main": {**alone, "gpus": 4, "tasks": 1, "extra": {"nodelist": "n1"}},
+        "grace": {**alone, "gpus": 4, "tasks": 2, "extra": {"nodelist": "n2"}, "partition": "grace"},
+        "undisturbed main": alone,
+        "undisturbed grace": {**alone, "tasks": 2},
+    }
+    stages = []
+    for name, asked in shapes.items():
+        arguments = [str(checkpoints), name]
+        function = "tsae.stages:train_stage"
+        if not name.startswith("undisturbed"):
+            function, arguments = "errands:train", [*arguments, str(sweep.home / f"{name} is under way")]
+        stages.append(sweep.stage(name, function, *arguments, config=name, **asked))
+    for name in ("main", "grace"):
+        note = str(sweep.home / f"{name} is evaluated")
+        stages.append(sweep.stage(f"e {name}", "errands:note", note, kind="evaluate", after=(name,)))
+    submission = sweep.submission(configs=dict.fromkeys(shapes, config))
+    jobs = {entry.stage: entry for entry in submission.submit(stages)}
+    for name, node in (("main", "n1"), ("grace", "n2")):
+        sweep.wait((sweep.home / f"{name} is under way").exists)
+        urgent(node)
     sweep.wait_until_over()
-    for name in places:
+    for name in ("main", "grace"):
         assert (sweep.state(name)["state"], sweep.state(name)["restarts"]) == ("done", 1)
-        assert weights(sweep, name) == weights(sweep, "whole")
-        assert (sweep.home / name).exists()  # what waited for it was not given up
-        log = Path(jobs[name].log).read_text()
-        assert log.count("Starting with") == 2
+        undisturbed = RunFolder.of(checkpoints, f"undisturbed {name}")
+        assert RunFolder.of(checkpoints, name).weights.read_bytes() == undisturbed.weights.read_bytes()
+        assert (sweep.home / f"{name} is evaluated").exists()  # what waited for it was not given up
+        assert "state saved before step 100" in Path(jobs[name].log).read_text()
     assert "step ended with code 75" in Path(jobs["grace"].log).read_text()
 
 
