@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import json
 import platform
 import subprocess
 import sys
@@ -33,6 +34,11 @@ def provenance(config: RunConfig, **sources: Any) -> dict[str, Any]:
 def _tsae_version() -> dict[str, str]:
     version = {"version": metadata.version("tsae")}
     folder = Path(__file__).parent
+    # A launcher's jobs import a copy of the code, which lies beside the record of what it is a copy of.
+    copied = folder.parents[1] / "provenance.json"
+    if copied.exists():
+        record = json.loads(copied.read_text())
+        return version | {name: record[name] for name in ("commit", "changes") if record.get(name)}
     # Only a checkout has a commit; an installed wheel is told by its version.
     if (folder.parent / ".git").exists():
         commands = {"commit": ["rev-parse", "HEAD"], "changes": ["status", "--porcelain", "--untracked-files=no"]}
