@@ -58,6 +58,11 @@ class SparseCode(NamedTuple):
         )
         return part, chosen
 
+    def mass(self, latents: slice) -> Tensor:
+        """Sum of all entries in a run of latents, a scalar."""
+        inside = (self.latents >= latents.start) & (self.latents < latents.stop)
+        return self.values.where(inside, 0).sum()
+
     def sum_values(self, values: Tensor) -> Tensor:
         """Sum of each row's entries of `values` [n] → [N]."""
         return segment_sums(values, self.offsets)

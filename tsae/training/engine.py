@@ -24,6 +24,8 @@ class Encoded(NamedTuple):
     """Nonzero entries of the current tokens' codes."""
     cut: Tensor
     """What the inference threshold follows: about the smallest activation kept; infinite if there is none."""
+    mass: Tensor
+    """Sum of the current tokens' feature activations in each group [G]."""
 
 
 class Engine(Protocol[D_contra]):
@@ -60,7 +62,8 @@ class DenseEngine(Engine[ThresholdDictionary]):
         code = codes.current.detach()
         positive = code > 0
         smallest = torch.where(positive, code, torch.inf).amin(dim=1)
-        return Encoded(codes, positive.any(dim=0), positive.sum(), dictionary.cut_of(smallest))
+        mass = torch.stack([code[:, group].sum() for group in dictionary.group_slices])
+        return Encoded(codes, positive.any(dim=0), positive.sum(), dictionary.cut_of(smallest), mass)
 
     def backward(
         self,

@@ -4,19 +4,36 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from tsae.config import RunConfig
 from tsae.errors import TsaeError
 from tsae.training.trainer import Terms
 
+FEWEST = 0.1
+"""A group has collapsed when its share of the feature activations is less than this part of its share of the latents."""
+
 
 def measures_of(step: int, terms: Terms, config: RunConfig) -> dict[str, float]:
     """The line of update `step`. No clock is in it, so that a resumed run writes the same."""
-    values = {name: float(value) for name, value in terms._asdict().items()}
+    shares = terms.group_shares.tolist()
+    values = {name: float(value) for name, value in terms._asdict().items() if name != "group_shares"}
+    if len(shares) > 1:
+        values |= {f"share_{group}": share for group, share in enumerate(shares)}
+        values["collapsed_groups"] = len(collapsed(shares, config.sae.fractions))
     values["l0"] = values.pop("n_active") / config.training.batch_size
     values["dead_percent"] = 100 * values.pop("dead_features") / config.sae.dict_size
     return {"step": step, "tokens": (step + 1) * config.training.batch_size, **values}
+
+
+def collapsed(shares: Sequence[float], fractions: Sequence[float]) -> list[int]:
+    """The groups whose share of the feature activations is far below their share of the latents: others took over."""
+    return [
+        group
+        for group, (share, fraction) in enumerate(zip(shares, fractions, strict=True))
+        if share < FEWEST * fraction
+    ]
 
 
 class Metrics:

@@ -55,7 +55,8 @@ class PenaltyEngine(Engine[Dictionary]):
         del partner  # no penalty looks at pairs
         penalised = self._penalise(dictionary, current, self._settings)
         active = penalised.f.detach() > 0
-        return Encoded(penalised, self._group.any(active.any(dim=0)), active.sum(), current.new_tensor(torch.inf))
+        fired, cut = self._group.any(active.any(dim=0)), current.new_tensor(torch.inf)
+        return Encoded(penalised, fired, active.sum(), cut, penalised.f.detach().sum()[None])
 
     def backward(
         self,

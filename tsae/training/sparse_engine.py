@@ -100,7 +100,8 @@ class SparseEngine(Engine[ThresholdDictionary]):
         smallest = values.new_full((len(current),), torch.inf).scatter_reduce_(0, codes[0].rows, values, "amin")
         own = _Codes(centred.flatten(0, 1), codes[0], codes[1] if partner is not None else None)
         cut = dictionary.cut_of(self._group.gather(smallest))
-        return Encoded(own, self._group.any(fired), torch.tensor(len(values)), cut)
+        mass = torch.stack([codes[0].mass(group) for group in dictionary.group_slices])
+        return Encoded(own, self._group.any(fired), torch.tensor(len(values)), cut, mass)
 
     def _select(self, dictionary: ThresholdDictionary) -> Callable[..., list[Selection]]:
         if isinstance(dictionary, AutoEncoderTopK):

@@ -28,7 +28,7 @@ FIRST_MOMENT = {"jump_relu": 0.0, "gated": 0.0}
 
 
 class Terms(NamedTuple):
-    """What one step computed; scalars on the training device, under the reference's names where it has one.
+    """What one step computed; all but one are scalars on the training device, under the reference's names where it has one.
 
     All are of the whole batch, and the same in every process.
     """
@@ -49,6 +49,8 @@ class Terms(NamedTuple):
     n_fired_features: Tensor
     fve: Tensor
     """Fraction of variance explained on this batch."""
+    group_shares: Tensor
+    """Share of each group in the sum of the current half's feature activations [G]."""
     sparsity_loss: Tensor
     sparsity_weight: Tensor
     lr: float
@@ -123,7 +125,9 @@ class Trainer:
         self.steps_done += 1
 
         spread = current - self.group.mean(current.mean(dim=0))
-        n_active, error, variance = self.group.sums(encoded.n_active, losses.error.pow(2).sum(), spread.pow(2).sum())
+        squares = losses.error.pow(2).sum(), spread.pow(2).sum()
+        n_active, error, variance, *masses = self.group.sums(encoded.n_active, *squares, *encoded.mass)
+        mass = torch.stack(masses)
         return Terms(
             losses.loss,
             losses.l2_loss,
@@ -137,6 +141,7 @@ class Trainer:
             n_active=n_active,
             n_fired_features=encoded.fired.sum(),
             fve=1 - error / variance,
+            group_shares=mass / mass.sum(),
             sparsity_loss=losses.sparsity_loss,
             sparsity_weight=losses.sparsity_weight,
             lr=lr,
