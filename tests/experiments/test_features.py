@@ -1,0 +1,335 @@
+"""The page of latents: what is packed into it, and what a real browser makes of it."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import random
+import re
+import resource
+import sys
+import zlib
+from base64 import b64decode
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from chromium import Browser, find_chromium
+
+from tsae import config as configuration
+from tsae import files
+from tsae.checkpoint import RunFolder, save_dictionary
+from tsae.cli import main
+from tsae.config import RunConfig
+from tsae.errors import TsaeError
+from tsae.experiments import driver
+from tsae.experiments.settings import FeaturesConfig
+from tsae.interop.explanations import write_explanations
+from tsae.reference import reference_config
+from tsae.sae.init import new_dictionary
+from tsae.stages import experiment_stage, harvest_stage
+from tsae.store.reader import Store
+
+BIG = 16_384
+
+
+def unpack(page: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """What is inside a page, read as its script reads it."""
+    packed = re.search(r'<script type="text/plain" id="data">(.*?)</script>', page.read_text())
+    assert packed is not None
+    block = zlib.decompress(b64decode(packed[1]))
+    length = int.from_bytes(block[:4], "little")
+    about = json.loads(block[4 : 4 + length])
+    base = -(-(4 + length) // 4) * 4
+    return about, {
+        name: np.frombuffer(block, np.dtype(kind).newbyteorder("<"), count, base + offset)
+        for name, (kind, offset, count) in about["arrays"].items()
+    }
+
+
+@pytest.fixture(scope="module")
+def run(run_config: RunConfig, checkpoints: Path) -> RunFolder:
+    """The T-SAE with a few explanations, one of which would break a careless page."""
+    run = RunFolder.of(checkpoints, "temporal")
+    own = RunFolder.of(checkpoints, "explained")
+    for file in (run.config_json, run.weights, run.resolved):
+        files.write_atomically(own.path / file.name, lambda stream, file=file: stream.write(file.read_bytes()))
+    fired = _most_active(run_config, own)
+    texts = {
+        fired[0]: "words of the North",
+        fired[1]: "</script><b>bold</b> & 'quotes' — ü",
+        fired[2]: "words of the east",
+    }
+    write_explanations(own.result("explanations", "json"), texts)
+    experiment_stage(run_config, checkpoints, "explained", "features")
+    return own
+
+
+def _most_active(config: RunConfig, run: RunFolder) -> list[int]:
+    from tsae.experiments.firings import collect
+    from tsae.experiments.subject import Subject
+
+    store = Store.open(harvest_stage(config), config)
+    return np.argsort(-collect(Subject(config, run), store, range(50), "test").counts).tolist()
+
+
+def test_the_page_holds_the_activations_of_the_store(run: RunFolder, run_config: RunConfig, tiny_model: Path) -> None:
+    about, columns = unpack(run.result("features", "html"))
+    store = Store.open(harvest_stage(run_config), run_config)
+    dictionary = torch.load(run.weights, weights_only=True)
+    pre = torch.relu(
+        (store.read(range(store.n_sequences)).float() - dictionary["b_dec"]) @ dictionary["W_enc"] + dictionary["b_enc"]
+    )
+    f = (pre * (pre > dictionary["threshold"])).numpy() * store.valid(1)[:, :, None]
+    flat = f.reshape(-1, f.shape[2])
+    np.testing.assert_allclose(columns["rate"], (flat > 0).sum(0) / store.valid(1).sum(), rtol=1e-5)
+    np.testing.assert_allclose(np.nan_to_num(columns["largest"]), flat.max(0), rtol=1e-4, atol=1e-6)
+    assert about["tokens"] == store.valid(1).sum()
+    words = [about["strings"][token].strip() for token in columns["text"]]
+    assert set(words) <= {"<unk>", "<eos>", *json.loads((tiny_model / "tokenizer.json").read_text())["model"]["vocab"]}
+
+    document = store.document.reshape(-1)
+    latent = int(np.argmax(columns["rate"]))
+    examples = range(columns["example_offsets"][latent], columns["example_offsets"][latent + 1])
+    assert len(examples) == 9
+    tops, documents = [], set()
+    for example in examples:
+        start, length = int(columns["example_start"][example]), int(columns["example_length"][example])
+        shown = np.zeros(length)
+        part = slice(columns["example_fired"][example], columns["example_fired"][example + 1])
+        shown[columns["example_position"][part]] = columns["example_value"][part]
+        truth = flat[start : start + length, latent] / columns["largest"][latent] * 255
+        assert (np.abs(shown - truth) <= 1.01).all()
+        assert len(set(document[start : start + length])) == 1
+        tops.append(shown.max())
+        documents.add(document[start])
+    assert tops == sorted(tops, reverse=True)
+    assert tops[0] == 255
+    assert len(documents) == 9
+
+
+def test_results_name_the_page_and_split_the_latents(run: RunFolder, run_config: RunConfig) -> None:
+    results = json.loads(run.result("features", "json").read_text())
+    assert results["page"] == "features.html"
+    assert set(results["splits"]) == {"high-level", "low-level"}
+    high = results["splits"]["high-level"]
+    assert high["latents"] == sum(high["count"]) + high["silent"] == run_config.sae.group_sizes[0]
+    assert {"persistence_high", "persistence_low", "smoothness"} <= set(results["headline"])
+    assert run.result("features", "png").read_bytes().startswith(b"\x89PNG")
+    assert "features/persistence_high" in driver.headlines(run, run_config)
+
+
+def test_one_group_of_latents_and_no_explanations(run_config: RunConfig, checkpoints: Path) -> None:
+    config = configuration.replace(run_config, sae={"kind": "batch_topk"})
+    experiment_stage(config, checkpoints, "batch_topk", "features")
+    run = RunFolder.of(checkpoints, "batch_topk")
+    about, columns = unpack(run.result("features", "html"))
+    assert about["groups"] == [64]
+    assert set(about["explanations"]) == {None}
+    assert np.isnan(columns["detection"]).all()
+    assert run.result("features", "png").exists()
+
+
+@pytest.mark.parametrize(
+    ("setting", "complaint"),
+    [
+        ("experiments.features.examples=0", "features.examples: 0 is impossible"),
+        ("experiments.features.before=250", "before and after: 250 and 12 are impossible"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused(
+    run: RunFolder, checkpoints: Path, setting: str, complaint: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["features", "--run-name", "explained", "--checkpoints-path", str(checkpoints), setting]
+    assert main(arguments) == 2
+    assert complaint in capsys.readouterr().err
+    assert run.result("features", "html").exists()
+
+
+def test_explanations_of_another_dictionary_are_refused(run: RunFolder, run_config: RunConfig, tmp_path: Path) -> None:
+    write_explanations(tmp_path / "explanations.json", {64: "too many"})
+    config = configuration.replace(run_config, experiments={"features": FeaturesConfig(examples=2)})
+    with pytest.raises(TsaeError, match=r"explains latent 64.*has 64; it is about another dictionary"):
+        driver.run("features", config, run, explanations=tmp_path / "explanations.json")
+
+
+# --- in a real browser
+
+
+Require = Callable[[str, bool, str], None]
+
+
+@pytest.fixture(scope="module")
+def browser(require: Require, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    program = find_chromium()
+    require("chromium", program is not None, "apt-get install chromium")
+    with Browser(str(program), tmp_path_factory.mktemp("profile")) as running:
+        yield running
+
+
+def rows(browser: Browser) -> list[int]:
+    return browser.run("[...document.querySelectorAll('#rows tr')].map((row) => Number(row.dataset.latent))")
+
+
+def test_typing_into_the_search_finds_explanations_tokens_and_numbers(browser: Browser, run: RunFolder) -> None:
+    about, columns = unpack(run.result("features", "html"))
+    texts = {latent: text for latent, text in enumerate(about["explanations"]) if text}
+    north = next(latent for latent, text in texts.items() if "North" in text)
+    broken = next(latent for latent, text in texts.items() if "</script>" in text)
+    browser.open(run.result("features", "html"))
+    assert len(rows(browser)) == (columns["rate"] > 0).sum()
+    browser.click("#query")
+    browser.type("WORDS north")
+    assert rows(browser) == [north]
+    assert "1 of 64 latents" in browser.run("document.getElementById('count').textContent")
+
+    browser.run("document.getElementById('query').select()")
+    browser.type("</script>")
+    assert rows(browser) == [broken]
+    shown = browser.run("document.querySelector('#rows td.words').textContent")
+    assert shown == texts[broken]
+    assert browser.run("document.querySelectorAll('#rows b').length") == 0
+
+    browser.run("document.getElementById('query').select()")
+    browser.type(str(broken))
+    assert rows(browser)[0] == broken
+    browser.run("document.getElementById('query').select()")
+    browser.type("no latent says this")
+    assert rows(browser) == []
+    assert browser.run("getComputedStyle(document.getElementById('none')).display") != "none"
+
+
+def test_sorting_filtering_and_choosing(browser: Browser, run: RunFolder) -> None:
+    _, columns = unpack(run.result("features", "html"))
+    browser.open(run.result("features", "html"))
+    browser.click("th[data-key=rate] button")
+    assert columns["rate"][rows(browser)].tolist() == sorted(
+        columns["rate"][columns["rate"] > 0].tolist(), reverse=True
+    )
+    browser.click("th[data-key=smoothness] button")
+    smoothness = columns["smoothness"][rows(browser)]
+    assert (np.diff(smoothness[~np.isnan(smoothness)]) >= 0).all()
+    browser.run(
+        "(document.getElementById('group').value = '0', document.getElementById('group').dispatchEvent(new Event('change')))"
+    )
+    assert set(columns["group"][rows(browser)]) == {0}
+    browser.click("#alive")
+    assert len(rows(browser)) == (columns["group"] == 0).sum()
+
+    browser.click("th[data-key=latent] button")
+    first = rows(browser)[0]
+    browser.click("#rows tr:first-child td.number")
+    assert browser.run("document.querySelector('#detail h2').textContent") == f"Latent {first}"
+    browser.run("document.querySelector('#rows tr').focus()")
+    browser.press("ArrowDown")
+    assert browser.run("document.querySelector('#detail h2').textContent") == f"Latent {rows(browser)[1]}"
+    assert browser.run("location.hash") == f"#latent={rows(browser)[1]}"
+
+
+def test_examples_are_coloured_where_the_latent_fires(browser: Browser, run: RunFolder) -> None:
+    about, columns = unpack(run.result("features", "html"))
+    latent = int(np.argmax(columns["rate"]))
+    browser.open(run.result("features", "html"), f"#latent={latent}")
+    example = int(columns["example_offsets"][latent])
+    start, length = int(columns["example_start"][example]), int(columns["example_length"][example])
+    fired = columns["example_position"][columns["example_fired"][example] : columns["example_fired"][example + 1]]
+    tokens = browser.run(
+        "[...document.querySelector('#detail .example').querySelectorAll('span')].map((token) => "
+        "[token.textContent, token.style.background !== ''])"
+    )
+    assert [text for text, _ in tokens] == [about["strings"][t] for t in columns["text"][start : start + length]]
+    assert [place for place, (_, coloured) in enumerate(tokens) if coloured] == fired.tolist()
+    assert browser.run("document.querySelectorAll('#detail .example').length") == 9
+
+
+def test_the_page_asks_for_nothing_but_itself(browser: Browser, run: RunFolder) -> None:
+    browser.requests.clear()
+    browser.open(run.result("features", "html"))
+    assert set(browser.requests) == {run.result("features", "html").as_uri()}
+    text = run.result("features", "html").read_text()
+    assert not re.findall(r"""(?:src|href)\s*=|@import|url\(""", text.replace("http://www.w3.org/2000/svg", ""))
+
+
+# --- 16,384 latents
+
+
+@pytest.fixture(scope="module")
+def big(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[RunConfig, Path]:
+    """A dictionary of 16,384 latents, about 20 active per token, on a store of more than 100,000 tokens."""
+    folder, generator = tmp_path_factory.mktemp("big"), random.Random(0)
+    words = list(json.loads((tiny_model / "tokenizer.json").read_text())["model"]["vocab"])[2:]
+    rows = [{"text": " ".join(generator.choices(words, k=64))} for _ in range(1750)]
+    (folder / "text.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = configuration.from_mapping(
+        {
+            "model": {"name": str(tiny_model), "layer": 1, "device": "cpu"},
+            "data": {"source": str(folder / "text.jsonl"), "context_length": 64},
+            "store": {"path": str(folder / "store")},
+            "sae": {"dict_size": BIG, "k": 20},
+            "training": {"device": "cpu"},
+        },
+        "here",
+    )
+    store = Store.open(harvest_stage(config), config)
+    dictionary = new_dictionary(config.sae, store.activation_dim, seed=0)
+    dictionary.b_dec.data = store.mean.clone()
+    x = store.read(range(8)).float().flatten(0, 1)
+    pre = torch.relu(dictionary.pre_activations(x)).detach().flatten()
+    dictionary.threshold.fill_(float(pre.topk(20 * len(x)).values[-1]))
+    run = RunFolder.of(folder, "big")
+    run.claim(config)
+    files.write_json(run.config_json, reference_config(config, store.activation_dim))
+    save_dictionary(run.weights, dictionary)
+    write_explanations(
+        run.result("explanations", "json"), {n: f"explanation number {n} of a latent" for n in range(BIG)}
+    )
+    return config, folder
+
+
+def _make_page(config: RunConfig, checkpoints: Path) -> None:
+    """Make the page, and leave the peak memory of this process in bytes."""
+    experiment_stage(config, checkpoints, "big", "features")
+    (checkpoints / "peak").write_text(str(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024))
+
+
+def test_sixteen_thousand_latents_open_quickly_and_never_become_dense(
+    big: tuple[RunConfig, Path], browser: Browser, capsys: pytest.CaptureFixture[str]
+) -> None:
+    process = multiprocessing.get_context("spawn").Process(target=_make_page, args=big)
+    process.start()
+    process.join()
+    run = RunFolder.of(big[1], "big")
+    page, results = run.result("features", "html"), json.loads(run.result("features", "json").read_text())
+    assert results["tokens"] > 100_000
+    dense = results["tokens"] * BIG * 4
+    peak = int((big[1] / "peak").read_text())
+    assert peak < dense / 4
+
+    browser.open(page)
+    ready = int(browser.run("document.documentElement.dataset.ready"))
+    began = browser.run("performance.now()")
+    browser.click("#query")
+    browser.type("number 16383")
+    searched = browser.run("performance.now()") - began
+    assert rows(browser) == [16_383]
+    with capsys.disabled():
+        print(
+            f"\n{BIG} latents: page of {page.stat().st_size / 1e6:.1f} MB opens in {ready / 1000:.2f} s, a search of 12 "
+            f"letters takes {searched / 1000:.2f} s; peak memory {peak / 1e9:.2f} GB (dense: {dense / 1e9:.1f} GB)"
+        )
+
+
+def test_rows_are_drawn_as_far_as_someone_scrolls(big: tuple[RunConfig, Path], browser: Browser) -> None:
+    page = RunFolder.of(big[1], "big").result("features", "html")
+    browser.open(page)
+    drawn = len(rows(browser))
+    assert drawn <= 300
+    browser.run("document.getElementById('list').scrollTo(0, 1e9)")
+    browser.run("new Promise((done) => setTimeout(done, 200))")
+    assert len(rows(browser)) > drawn
