@@ -176,10 +176,12 @@ class SteerConfig:
     """Tokens that are generated."""
     temperature: float = 0.0
     """0: greedy; above: sampled."""
+    classifier_texts: int = 150
+    """Texts of each concept, beyond those whose activations are read, that the classifier learns from, at most."""
     success: float = 0.5
     """Probability of the concept from which steering counts as successful."""
     coherence: float = 0.5
-    """Coherence, relative to real text, from which steered text counts as coherent."""
+    """Coherence, relative to unsteered and real text, from which steered text counts as coherent."""
     judge: AnswersConfig = field(default_factory=AnswersConfig)
     """A language model that grades the samples for concept and coherence, 0 to 3 each as in the paper; none by default."""
     bootstrap: int = 1000

@@ -2,8 +2,8 @@
 
 For each concept, a label of the texts, the latent that stands for it is steered at several strengths; random latents
 and the difference of the concept's mean activation from the rest, at the same norm, are the baselines. Success is the
-probability of the concept by a classifier of words, coherence compares perplexity under the unsteered model and
-distinct 2-grams with real text; a language model can grade samples as well.
+probability of the concept by a classifier of words; coherence compares perplexity under the unsteered model and
+distinct 2-grams with unsteered and with real text, whichever is worse; a language model can grade samples as well.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def measure(subject: Subject, settings: SteerConfig, chunk: int) -> dict[str, An
     )
     measures = {
         "success": _of_own_concept(every, probabilities),
-        "coherence": coherence(generated.loss, generated.distinct_2, *real),
+        "coherence": coherence(generated.loss, generated.distinct_2, _usual(generated, real)),
         "loss": generated.loss,
         "distinct_2": generated.distinct_2,
     }
@@ -76,6 +76,11 @@ def measure(subject: Subject, settings: SteerConfig, chunk: int) -> dict[str, An
 def draw(results: dict[str, Any], path: Path) -> None:
     """Pareto fronts, curves over strengths, and each concept's usable interval."""
     draw_figure(results, path)
+
+
+def _usual(generated: Generated, real: tuple[float, float]) -> tuple[float, float]:
+    """Loss and distinct-2 that coherence is measured from: of unsteered text or of real text, whichever is worse."""
+    return max(float(generated.loss[0].mean()), real[0]), min(float(generated.distinct_2[0].mean()), real[1])
 
 
 def _decoded(subject: Subject, generated: Generated) -> list[list[str]]:

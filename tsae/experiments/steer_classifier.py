@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from tsae.errors import TsaeError
+from tsae.experiments.choice import draw_texts
 from tsae.experiments.settings import SteerConfig
 from tsae.experiments.steer_concepts import SELECTION, TRAINING, Uses
 from tsae.experiments.steer_measures import ConceptClassifier
@@ -16,7 +19,7 @@ from tsae.experiments.subject import Subject
 if TYPE_CHECKING:
     from tsae.experiments.texts import TextActivations
 
-PASSAGES_PER_TEXT = 16
+PASSAGES_PER_TEXT = 8
 
 
 def concept_classifier(
@@ -28,37 +31,47 @@ def concept_classifier(
     """
     from sklearn.metrics import balanced_accuracy_score
 
-    tokenizer = subject.language_model.tokenizer
-    parts = []
-    for folds in (TRAINING, SELECTION):
-        passages, concept = _passages(tokenizer, texts, uses, uses.of(folds), settings.tokens)
-        missing = sorted(set(range(len(uses.concepts))) - set(concept.tolist()))
-        if missing:
+    training = [*_texts(texts, uses, TRAINING), *_further(subject, texts, uses, settings)]
+    learnt = _passages(subject, training, settings.tokens)
+    tested = _passages(subject, _texts(texts, uses, SELECTION), settings.tokens)
+    for index, name in enumerate(uses.concepts):
+        if index not in learnt[1] or index not in tested[1]:
             raise TsaeError(
-                f"experiments.steer.tokens: no text on '{uses.concepts[missing[0]]}' has {settings.tokens} tokens to learn "
-                "the concept from; generate fewer tokens"
+                f"experiments.steer.tokens: no text on '{name}' has {settings.tokens} tokens to learn the concept from; "
+                "generate fewer tokens"
             )
-        parts.append((passages, concept))
-    classifier = ConceptClassifier(*parts[0], settings.seed)
-    passages, concept = parts[1]
-    guesses = classifier.probabilities(passages).argmax(1)
-    return classifier, float(balanced_accuracy_score(concept, guesses))
+    classifier = ConceptClassifier(*learnt, settings.seed)
+    guesses = classifier.probabilities(tested[0]).argmax(1)
+    return classifier, float(balanced_accuracy_score(tested[1], guesses))
 
 
-def _passages(
-    tokenizer: Any, texts: TextActivations, uses: Uses, rows: np.ndarray, tokens: int
-) -> tuple[list[str], np.ndarray]:
-    """Pieces of `tokens` tokens of the texts `rows`, and the concept of each."""
-    pieces, concept = [], []
-    for row in rows:
-        text = texts.texts[row].text
-        ends = [
-            end
-            for _, end in tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)[
-                "offset_mapping"
-            ]
+def _texts(texts: TextActivations, uses: Uses, folds: Sequence[int]) -> list[tuple[str, int]]:
+    return [(texts.texts[row].text, int(uses.concept[row])) for row in uses.of(folds)]
+
+
+def _further(subject: Subject, texts: TextActivations, uses: Uses, settings: SteerConfig) -> Iterator[tuple[str, int]]:
+    """Texts of the concepts that are not among those whose activations are read."""
+    if not settings.classifier_texts:
+        return
+    read = {text.text for text in texts.texts}
+    wanted = subject.config.experiments.texts
+    count = (settings.classifier_texts + len(read) // len(uses.concepts)) * len(uses.concepts)
+    left = dict.fromkeys(uses.concepts, settings.classifier_texts)
+    for text in draw_texts(settings.dataset, dataclasses.replace(wanted, classes=uses.concepts, count=count)):
+        if text.text not in read and left[text.label]:
+            left[text.label] -= 1
+            yield text.text, uses.concepts.index(text.label)
+
+
+def _passages(subject: Subject, texts: Sequence[tuple[str, int]], tokens: int) -> tuple[list[str], np.ndarray]:
+    """Pieces of `tokens` tokens of each text, and the concept of each."""
+    tokenizer = subject.language_model.tokenizer
+    pieces, concepts = [], []
+    for text, concept in texts:
+        offsets = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)[
+            "offset_mapping"
         ]
-        edges = [0, *ends[tokens - 1 :: tokens]][: PASSAGES_PER_TEXT + 1]
+        edges = [0, *(end for _, end in offsets[tokens - 1 :: tokens])][: PASSAGES_PER_TEXT + 1]
         pieces += [text[start:end] for start, end in itertools.pairwise(edges)]
-        concept += [uses.concept[row]] * (len(edges) - 1)
-    return pieces, np.array(concept)
+        concepts += [concept] * (len(edges) - 1)
+    return pieces, np.array(concepts)

@@ -48,7 +48,7 @@ def _draw_front(axes: Axes, curves: list[dict[str, Any]], results: dict[str, Any
     axes.set_xlim(0, 1.02)
     axes.set_ylim(0, 1.02)
     axes.set_xlabel("success: probability of the concept")
-    axes.set_ylabel("coherence, relative to real text")
+    axes.set_ylabel("coherence")
     about = results["subject"]
     axes.set_title(f"{about['run']}, {results['split']}, {results['settings']['mode']}: Pareto fronts (area)")
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2, columnspacing=1)

@@ -114,7 +114,8 @@ def generate(subject: Subject, conditions: Sequence[Condition], prompts: Prompts
     progress, done = Progress("steer", total, "texts"), 0
     tokens = np.zeros((len(conditions), len(prompts.tokens), settings.tokens), np.int64)
     loss, distinct_2 = np.zeros(tokens.shape[:2]), np.zeros(tokens.shape[:2])
-    for batch in polled(_batches(len(conditions), prompts, subject.config.model.batch_size)):
+    tokens_at_once = subject.config.model.batch_size * subject.config.data.context_length
+    for batch in polled(_batches(len(conditions), prompts, settings.tokens, tokens_at_once)):
         places = tuple(np.array(batch).T)
         start = torch.tensor([prompts.tokens[prompt] for _, prompt in batch])
         rows = _rows([conditions[condition] for condition, _ in batch], settings, lm.activation_dim)
@@ -130,12 +131,13 @@ def generate(subject: Subject, conditions: Sequence[Condition], prompts: Prompts
     return Generated(tokens, loss, distinct_2)
 
 
-def _batches(count: int, prompts: Prompts, size: int) -> Iterator[list[tuple[int, int]]]:
+def _batches(count: int, prompts: Prompts, new: int, tokens_at_once: int) -> Iterator[list[tuple[int, int]]]:
     """(condition, prompt) in batches whose prompts have one length, so that no row is padded."""
     by_length: dict[int, list[int]] = defaultdict(list)
     for index, tokens in enumerate(prompts.tokens):
         by_length[len(tokens)].append(index)
-    for group in by_length.values():
+    for length, group in by_length.items():
+        size = max(tokens_at_once // (length + new), 1)
         every = [(condition, prompt) for condition in range(count) for prompt in group]
         yield from (every[start : start + size] for start in range(0, len(every), size))
 

@@ -26,8 +26,8 @@ class ConceptClassifier:
         from sklearn.linear_model import LogisticRegression
         from sklearn.pipeline import make_pipeline
 
-        words = TfidfVectorizer(sublinear_tf=True, token_pattern=r"\S+|\w+")
-        model = LogisticRegression(C=10.0, max_iter=1000, class_weight="balanced", random_state=seed)
+        words = TfidfVectorizer(sublinear_tf=True)
+        model = LogisticRegression(C=3.0, max_iter=1000, class_weight="balanced", random_state=seed)
         self._model = make_pipeline(words, model).fit(passages, concept)
 
     def probabilities(self, texts: Sequence[str]) -> np.ndarray:
@@ -51,10 +51,13 @@ def distinct(tokens: np.ndarray, n: int = 2) -> np.ndarray:
     return np.array([len(np.unique(row, axis=0)) / len(row) for row in grams])
 
 
-def coherence(loss: np.ndarray, distinct_2: np.ndarray, real_loss: float, real_distinct_2: float) -> np.ndarray:
-    """[N] in 0 to 1: how far perplexity and variety are from those of real text, each counted only where it is worse."""
-    likely = np.exp(np.minimum(real_loss - loss, 0.0))
-    varied = np.minimum(distinct_2 / max(real_distinct_2, 1e-12), 1.0)
+def coherence(loss: np.ndarray, distinct_2: np.ndarray, usual: tuple[float, float]) -> np.ndarray:
+    """How far perplexity and variety are from the `usual` loss and distinct-2, counted where they are worse; 0 to 1.
+
+    Fluent text in a loop is as little sense as a shower of words, so the two are multiplied.
+    """
+    likely = np.exp(np.minimum(usual[0] - loss, 0.0))
+    varied = np.minimum(distinct_2 / max(usual[1], 1e-12), 1.0)
     return np.asarray(likely * varied)
 
 
