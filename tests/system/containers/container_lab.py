@@ -179,13 +179,10 @@ class Lab:
         return run(command, cwd or self.folder, variables, check=check)
 
     def remove(self) -> None:
-        """Take everything away again."""
-        subprocess.run(
-            ["podman", "system", "reset", "--force"],
-            env=os.environ | self.environment(),
-            capture_output=True,
-            check=False,
-        )
+        """Take everything away again; `podman system reset` does the same in minutes."""
+        mounted = [line.split()[1] for line in Path("/proc/mounts").read_text().splitlines()]
+        for place in reversed([place for place in mounted if Path(place).is_relative_to(self.folder)]):
+            run(["umount", place])
         shutil.rmtree(self.folder)
 
 

@@ -22,9 +22,10 @@ packages = {
     for found in distributions()
 }
 tools = [name for name in ("gcc", "cc", "clang", "c++", "ld", "make", "pip", "git") if shutil.which(name)]
-rest = [path for path in ("/opt/installer", "/opt/source", "/opt/wheel", "/root/.cache", "/root/.local") if os.path.exists(path)]
-wheels = [name for _, _, names in os.walk("/opt") for name in names if name.endswith(".whl")]
-print(json.dumps({"packages": packages, "unneeded": tools + rest + wheels + os.listdir("/var/lib/apt/lists")}))
+folders = ("/opt/installer", "/opt/source", "/opt/wheel", "/root/.cache", "/root/.local")
+rest = [path for path in folders if os.path.exists(path)]
+rest += [name for _, _, names in os.walk("/opt") for name in names if name.endswith((".whl", ".a", ".o"))]
+print(json.dumps({"packages": packages, "unneeded": tools + rest}))
 """
 WHERE = "import sys, torch, tsae, plan; print(torch.__file__, tsae.__file__, plan.__file__, sys.flags.safe_path)"
 
