@@ -20,6 +20,7 @@ from stage import Stage
 from tsae.job import read_state
 
 HERE = Path(__file__).parent
+LAUNCH = HERE.parents[2] / "launch"
 PATIENCE = 150.0
 
 

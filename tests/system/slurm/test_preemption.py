@@ -65,7 +65,7 @@ def test_a_preempted_training_ends_with_the_bits_of_one_that_was_left_alone(
         undisturbed = RunFolder.of(checkpoints, f"undisturbed {name}")
         assert RunFolder.of(checkpoints, name).weights.read_bytes() == undisturbed.weights.read_bytes()
         assert (sweep.home / f"{name} is evaluated").exists()  # what waited for it was not given up
-        assert "state saved before step 100" in Path(jobs[name].log).read_text()
+        assert "state saved before step 101" in Path(jobs[name].log).read_text()
     assert "step ended with code 75" in Path(jobs["grace"].log).read_text()
 
 
