@@ -232,8 +232,11 @@ def _ended_without_a_word(own: Standing, ended: QueuedJob | AccountedJob | None,
         return replace(own, state="failed", node=node, error="out of memory; resources: mem asks for more")
     if not begun:
         return replace(own, state="failed", node=node, error="ended before the stage began; its log may say why")
-    said = f"ended from outside ({word})" if word in ENDED_FROM_OUTSIDE else "ended without a word (killed?)"
-    return replace(own, state="interrupted", node=node, error=own.error or said)
+    if word in ENDED_FROM_OUTSIDE:
+        return replace(own, state="interrupted", node=node, error=own.error or f"ended from outside ({word})")
+    # Slurm counts a job as failed when its process ends by itself, as one does that runs out of memory.
+    state = "failed" if word else "interrupted"
+    return replace(own, state=state, node=node, error=own.error or "ended without a word (killed, or out of memory?)")
 
 
 def slurm_seconds(elapsed: str) -> float:
