@@ -8,6 +8,8 @@ on the length difference and its square, pairs matched for length, and the respo
 from __future__ import annotations
 
 import textwrap
+from collections import Counter
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,11 +29,12 @@ from tsae.experiments.align_statistics import (
 )
 from tsae.experiments.settings import AlignConfig
 from tsae.experiments.subject import Subject
-from tsae.experiments.texts import harvest_texts
+from tsae.experiments.texts import TextActivations, harvest_texts
 
 MIN_PAIRS = 20
 EXCERPT = 240  # characters
-CONCEPT, LENGTH, NOTHING = "beyond length", "length-driven", "not significant"
+CONCEPT, LENGTH = "beyond length", "length-driven"
+UNDECIDED, NOTHING = "undecided", "not significant"
 
 
 class Tests(NamedTuple):
@@ -43,7 +46,8 @@ class Tests(NamedTuple):
     q: np.ndarray
     length: LengthTest
     intercept_q: np.ndarray
-    """Over the significant latents."""
+    """Over the significant latents, as is the next one."""
+    correlation_q: np.ndarray
     matched: PairedTest
     matched_q: np.ndarray
     matched_pairs: int
@@ -53,19 +57,21 @@ class Tests(NamedTuple):
     """[F] mean difference over whole dialogues."""
 
     def label(self, latent: int, level: float) -> str:
-        """What the difference of a latent is put down to."""
+        """What the difference of a latent is put down to.
+
+        One that does not outlast the correction for length is length-driven if it goes with length, else undecided.
+        """
         if not self.q[latent] < level:
             return NOTHING
-        return CONCEPT if self.intercept_q[latent] < level else LENGTH
+        if self.intercept_q[latent] < level:
+            return CONCEPT
+        return LENGTH if self.correlation_q[latent] < level else UNDECIDED
 
 
 def measure(subject: Subject, settings: AlignConfig, chunk: int) -> dict[str, Any]:
     """The differences of one split's latents. Raises TsaeError for too few pairs."""
     _check(settings)
-    lm = subject.language_model
-    room = min(settings.max_tokens, lm.max_length or settings.max_tokens)
-    pairs = read_pairs(settings.dataset, settings.pairs, lm.tokenizer, room - 1, settings.seed)  # one for BOS
-    texts = harvest_texts(subject, as_texts(pairs), room)
+    pairs, texts = _material(subject, settings)
     split = subject.latents(chunk)
     found = differences(subject, texts, pairs, split)
     if len(found.kept) < MIN_PAIRS:
@@ -77,12 +83,12 @@ def measure(subject: Subject, settings: AlignConfig, chunk: int) -> dict[str, An
     chosen = _ranked(tests)[: settings.table]
     table = _table(subject, pairs, found, tests, chosen, split.start, settings)
     significant = int((tests.q < settings.level).sum())
-    beyond = int((tests.intercept_q < settings.level).sum())
+    labels = Counter(tests.label(latent, settings.level) for latent in np.flatnonzero(tests.tested).tolist())
     largest = table[0] if table else None
     return {
         "headline": {
             "significant_share": significant / max(int(tests.tested.sum()), 1),
-            "beyond_length_share": beyond / significant if significant else None,
+            "beyond_length_share": labels[CONCEPT] / significant if significant else None,
             "largest_difference": abs(largest["mean_difference"]) if largest else None,
         },
         "half_width_95": {"largest_difference": (largest["high"] - largest["low"]) / 2 if largest else None},
@@ -94,14 +100,22 @@ def measure(subject: Subject, settings: AlignConfig, chunk: int) -> dict[str, An
         "latents": {
             "tested": int(tests.tested.sum()),
             "significant": significant,
-            CONCEPT: beyond,
-            LENGTH: significant - beyond,
+            **{label: labels[label] for label in (CONCEPT, LENGTH, UNDECIDED)},
         },
         "matched_pairs": tests.matched_pairs,
         "table": table,
         "scatter": _scatter(found, table, split.start),
         "all_tested": _all_tested(tests, split.start, settings.level),
     }
+
+
+@lru_cache(maxsize=1)
+def _material(subject: Subject, settings: AlignConfig) -> tuple[Pairs, TextActivations]:
+    """The pairs and their activations, for all splits of a run."""
+    lm, read = subject.language_model, subject.config.experiments.texts
+    room = min(settings.max_tokens, lm.max_length or settings.max_tokens)
+    pairs = read_pairs(settings, read.subset, read.split, lm.tokenizer, room - 1)  # one for BOS
+    return pairs, harvest_texts(subject, as_texts(pairs), room)
 
 
 def draw(results: dict[str, Any], path: Path) -> None:
@@ -126,6 +140,7 @@ def test(found: Differences, settings: AlignConfig) -> Tests:
         q,
         by_length,
         false_discovery(by_length.p, significant),
+        false_discovery(by_length.correlation_p, significant),
         matched,
         false_discovery(matched.p, significant),
         len(near),
@@ -163,6 +178,7 @@ def _table(
             "effect_size": _number(tests.paired.effect[latent]),
             "q": _number(tests.q[latent]),
             "length_correlation": _number(tests.length.correlation[latent]),
+            "length_correlation_q": _number(tests.correlation_q[latent]),
             "at_equal_length": _number(tests.length.intercept[latent]),
             "at_equal_length_q": _number(tests.intercept_q[latent]),
             "matched_mean_difference": _number(tests.matched.mean[latent]),

@@ -19,6 +19,7 @@ BARS = 16
 COLOURS = {
     "beyond length": plotting.PALETTE[0],
     "length-driven": plotting.PALETTE[1],
+    "undecided": plotting.PALETTE[4],
     "not significant": "#B5B5B5",
 }
 
@@ -71,7 +72,7 @@ def _draw_effects(axes: Axes, results: dict[str, Any]) -> None:
     axes.set_ylabel("effect size (mean / standard deviation)")
     lengths = results["response_tokens"]
     axes.set_title(f"{results['pairs']} pairs: {lengths['rejected']:.1f} against {lengths['chosen']:.1f} tokens")
-    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=3, handletextpad=0.1, columnspacing=0.8)
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=2, handletextpad=0.1, columnspacing=0.8)
 
 
 def _draw_pairs(axes: Axes, scatter: list[dict[str, Any]]) -> None:

@@ -45,7 +45,8 @@ def differences(subject: Subject, texts: TextActivations, pairs: Pairs, split: s
     means = _means(subject, texts, (response, beginning, texts.valid), split)
     kept = np.flatnonzero(lengths.min(1) > 0)
     half = len(pairs.chosen)
-    return Differences(*[mean[half + kept] - mean[kept] for mean in means], lengths[kept], kept)
+    response_d, beginning_d, dialogue_d = (mean[half + kept] - mean[kept] for mean in means)
+    return Differences(response_d, beginning_d, dialogue_d, lengths[kept], kept)
 
 
 def _means(subject: Subject, texts: TextActivations, masks: tuple[np.ndarray, ...], split: slice) -> list[Any]:

@@ -9,6 +9,7 @@ import numpy as np
 
 from tsae.data.labelled import EMBEDDED, LabelledText, ResponsePair, labelled_texts, response_pairs
 from tsae.errors import TsaeError
+from tsae.experiments.settings import AlignConfig
 
 HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
 CHOSEN_TOPIC, REJECTED_TOPIC, PROMPT_TOPIC = "stdlib-network", "sympy", "stdlib-system"
@@ -40,11 +41,12 @@ class Pairs(NamedTuple):
     """What the pairs are, where they are not preferences."""
 
 
-def read_pairs(dataset: str, wanted: int, tokenizer: Any, room: int, seed: int) -> Pairs:
-    """The first `wanted` pairs of `dataset` that have responses, cut to `room` tokens. Raises TsaeError if none has."""
-    embedded = dataset == EMBEDDED
+def read_pairs(settings: AlignConfig, subset: str | None, split: str | None, tokenizer: Any, room: int) -> Pairs:
+    """The first pairs of the dataset that have responses, cut to `room` tokens. Raises TsaeError if none has."""
+    dataset, embedded = settings.dataset, settings.dataset == EMBEDDED
+    source = embedded_pairs(settings.seed) if embedded else response_pairs(dataset, subset=subset, split=split)
     chosen, rejected, skipped, cut = [], [], 0, 0
-    for pair in embedded_pairs(seed) if embedded else response_pairs(dataset):
+    for pair in source:
         start = response_start(pair)
         if start is None or not (pair.chosen[start:].strip() and pair.rejected[start:].strip()):
             skipped += 1
@@ -53,7 +55,7 @@ def read_pairs(dataset: str, wanted: int, tokenizer: Any, room: int, seed: int) 
         chosen.append(sides[0])
         rejected.append(sides[1])
         cut += sum(side.text != text for side, text in zip(sides, pair, strict=True))
-        if len(chosen) == wanted:
+        if len(chosen) == settings.pairs:
             break
     if not chosen:
         raise TsaeError(

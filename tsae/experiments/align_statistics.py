@@ -24,6 +24,7 @@ class LengthTest(NamedTuple):
 
     correlation: np.ndarray
     """Pearson's r of the difference with the difference in length."""
+    correlation_p: np.ndarray
     intercept: np.ndarray
     """Expected difference of two responses of one length, from a regression on the length difference and its square."""
     p: np.ndarray
@@ -64,7 +65,13 @@ def length_test(difference: Any, length: np.ndarray, block: int = 512) -> Length
         norms = np.linalg.norm(y - y.mean(0), axis=0)
         correlation[part] = np.divide(centred @ y, norms, out=np.full(y.shape[1], np.nan), where=norms > 0)
     ratio = np.divide(intercept, error, out=np.full(latents, np.nan), where=error > 0)
-    return LengthTest(correlation, intercept, 2 * norm.sf(np.abs(ratio)))
+    return LengthTest(correlation, _correlation_p(correlation, n), intercept, 2 * norm.sf(np.abs(ratio)))
+
+
+def _correlation_p(r: np.ndarray, n: int) -> np.ndarray:
+    from scipy.stats import t
+
+    return np.asarray(2 * t.sf(np.abs(r) * np.sqrt((n - 2) / np.maximum(1 - r**2, 1e-300)), n - 2))
 
 
 def false_discovery(p: np.ndarray, tested: np.ndarray) -> np.ndarray:

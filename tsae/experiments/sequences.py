@@ -34,7 +34,7 @@ def measure(subject: Subject, settings: SequencesConfig, chunk: int) -> dict[str
     """The scores of one split and its controls, and the contexts that the figure and the page show. Raises TsaeError."""
     _check(settings, subject)
     contexts, split = draw_contexts(subject, settings), subject.latents(chunk)
-    progress, done = Progress("sequences", contexts.count, "contexts"), 0
+    progress, done = Progress("sequences", contexts.total, "contexts"), 0
     counts = SmoothnessCounts(subject.dictionary.dict_size)
     for coded in encode_contexts(subject, contexts.calibration, progress, done):
         counts.add(coded.z, coded.latents, coded.passage)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -46,8 +47,8 @@ class Contexts(NamedTuple):
     """The user's."""
 
     @property
-    def count(self) -> int:
-        """All of them."""
+    def total(self) -> int:
+        """How many there are."""
         return sum(map(len, self))
 
 
@@ -68,6 +69,7 @@ class Coded(NamedTuple):
         return self.splice.passage[self.first :]
 
 
+@lru_cache(maxsize=1)
 def draw_contexts(subject: Subject, settings: SequencesConfig) -> Contexts:
     """Every context, the same for all dictionaries on one language model. Raises TsaeError."""
     lm = subject.language_model
@@ -75,7 +77,9 @@ def draw_contexts(subject: Subject, settings: SequencesConfig) -> Contexts:
     with_bos = data.bos == "always" or (data.bos == "auto" and starts_with_bos(lm.tokenizer))
     bos = [lm.tokenizer.bos_token_id] if with_bos else []
     positions = lm.max_length or data.context_length
-    pool = read_pool(labelled_texts(settings.dataset), lm.tokenizer, bos, settings.labels)
+    read = subject.config.experiments.texts
+    labelled = labelled_texts(settings.dataset, categories=read.categories, subset=read.subset, split=read.split)
+    pool = read_pool(labelled, lm.tokenizer, bos, settings.labels)
     tokens = total_tokens(settings.passages, settings.passage_tokens, positions - len(bos))
     random = np.random.default_rng(settings.seed)
 

@@ -8,11 +8,10 @@ distinct 2-grams with unsteered and with real text, whichever is worse; a langua
 
 from __future__ import annotations
 
-import functools
-import operator
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -31,29 +30,38 @@ from tsae.experiments.steer_generation import (
     generate,
     real_text,
 )
-from tsae.experiments.steer_measures import coherence
+from tsae.experiments.steer_measures import ConceptClassifier, coherence
 from tsae.experiments.steer_scores import Curve, curve_results, curves, doublings
 from tsae.experiments.subject import Subject
-from tsae.experiments.texts import harvest_dataset
+from tsae.experiments.texts import TextActivations, harvest_dataset
+
+
+class Material(NamedTuple):
+    """What all splits of a run share."""
+
+    texts: TextActivations
+    uses: Uses
+    prompts: Prompts
+    classifier: ConceptClassifier
+    accuracy: float
+    real: tuple[float, float]
+    """Loss and distinct-2 of real text."""
 
 
 def measure(subject: Subject, settings: SteerConfig, chunk: int) -> dict[str, Any]:
     """Steering with latents of one split. Raises TsaeError for concepts, latents and prompts that cannot serve."""
     _check(settings, subject, chunk)
-    texts = harvest_dataset(subject, settings.dataset)
-    uses = divide(texts, settings)
-    found = directions(subject, texts, uses, subject.latents(chunk), settings)
-    every, prompts = conditions(found, settings), find_prompts(subject, texts, uses, settings)
-    classifier, accuracy = concept_classifier(subject, texts, uses, settings)
-    real = real_text(subject, texts, uses, settings)
+    material = _material(subject, settings)
+    uses, prompts = material.uses, material.prompts
+    found = directions(subject, material.texts, uses, subject.latents(chunk), settings)
+    every = conditions(found, settings)
     generated = generate(subject, every, prompts, settings)
     written = _decoded(subject, generated)
-    probabilities = classifier.probabilities(functools.reduce(operator.iadd, written, [])).reshape(
-        *generated.loss.shape, -1
-    )
+    probabilities = material.classifier.probabilities([text for texts in written for text in texts])
+    probabilities = probabilities.reshape(*generated.loss.shape, -1)
     measures = {
         "success": _of_own_concept(every, probabilities),
-        "coherence": coherence(generated.loss, generated.distinct_2, _usual(generated, real)),
+        "coherence": coherence(generated.loss, generated.distinct_2, _usual(generated, material.real)),
         "loss": generated.loss,
         "distinct_2": generated.distinct_2,
     }
@@ -65,12 +73,20 @@ def measure(subject: Subject, settings: SteerConfig, chunk: int) -> dict[str, An
         "control": _control(probabilities, measures),
         "curves": [curve_results(curve, settings) for curve in drawn],
         "by_concept": _by_concept(drawn, uses),
-        "classifier_accuracy": accuracy,
-        "real_text": {"perplexity": float(np.exp(real[0])), "distinct_2": real[1]},
+        "classifier_accuracy": material.accuracy,
+        "real_text": {"perplexity": float(np.exp(material.real[0])), "distinct_2": material.real[1]},
         "prompts": prompts.texts,
         "judge": _judged(settings, samples),
         "samples": samples,
     }
+
+
+@lru_cache(maxsize=1)
+def _material(subject: Subject, settings: SteerConfig) -> Material:
+    texts = harvest_dataset(subject, settings.dataset)
+    uses = divide(texts, settings)
+    prompts, real = find_prompts(subject, texts, uses, settings), real_text(subject, texts, uses, settings)
+    return Material(texts, uses, prompts, *concept_classifier(subject, texts, uses, settings), real)
 
 
 def draw(results: dict[str, Any], path: Path) -> None:

@@ -92,7 +92,8 @@ def directions(
     rows = uses.of(SELECTION)
     concept = uses.concept[rows]
     text, positions = np.nonzero(texts.valid[rows])
-    codes = texts.features(subject, rows[text], positions).tocsc()
+    codes: Any = texts.features(subject, rows[text], positions)
+    codes = codes.tocsc()
     means = _by_text(codes, text, len(rows))  # [S, F]
     alive = np.flatnonzero(np.diff(codes.indptr)[split]) + split.start
     if len(alive) < 2 * len(uses.concepts):
@@ -142,7 +143,7 @@ def _chosen(means: Any, concept: np.ndarray, alive: np.ndarray, rule: str) -> li
             for index in range(concept.max() + 1)
         ]
     )
-    latents = []
+    latents: list[int] = []
     for row in scores:
         row[np.isin(alive, latents)] = -np.inf
         latents.append(int(alive[row.argmax()]))

@@ -82,7 +82,7 @@ def find_prompts(subject: Subject, texts: TextActivations, uses: Uses, settings:
         )
     chosen = np.random.default_rng(settings.seed).permutation(rows)[: settings.text_prompts]
     openings = [texts.tokens[row, :size].tolist() for row in chosen]
-    names = [*settings.prompts, *(tokenizer.decode(tokens[len(bos) :]) for tokens in openings)]
+    names = [*settings.prompts, *(str(tokenizer.decode(tokens[len(bos) :])) for tokens in openings)]
     return Prompts(names, given + openings)
 
 

@@ -82,18 +82,18 @@ def area(points: Sequence[tuple[float, float]]) -> float:
 
 
 def usable_interval(
-    strengths: Sequence[float], success: Sequence[float], coherent: Sequence[float], limits: tuple[float, float]
+    strengths: np.ndarray, success: np.ndarray, coherent: np.ndarray, limits: tuple[float, float]
 ) -> tuple[float, float] | None:
     """The widest run of strengths in which both measures reach their limits; None without one.
 
     Between the strengths that were tried, measures are taken as linear in the strength's logarithm.
     """
     order = np.argsort(strengths)
-    log = np.log(np.asarray(strengths, float)[order])
+    log = np.log(strengths[order])
     fine = np.unique(np.concatenate([np.linspace(log[0], log[-1], 1001), log]))
     usable = np.ones(len(fine), bool)
     for values, limit in zip((success, coherent), limits, strict=True):
-        usable &= np.interp(fine, log, np.asarray(values, float)[order]) >= limit
+        usable &= np.interp(fine, log, values[order]) >= limit
     edges = np.flatnonzero(np.diff(np.concatenate([[False], usable, [False]]).astype(int)))
     runs = [(float(fine[start]), float(fine[end - 1])) for start, end in edges.reshape(-1, 2)]
     if not runs:

@@ -48,9 +48,9 @@ def curves(conditions: Sequence[Condition], measures: dict[str, np.ndarray]) -> 
     for (method, kind), own in places.items():
         strengths = tuple(dict.fromkeys(value for _, value in own))
         count = 1 + max(concept for concept, _ in own)
-        index = np.array([[own[concept, value] for value in strengths] for concept in range(count)])
+        table = np.array([[own[concept, value] for value in strengths] for concept in range(count)])
         found.append(
-            Curve(method, kind, strengths, **{name: values.mean(1)[index] for name, values in measures.items()})
+            Curve(method, kind, strengths, **{name: values.mean(1)[table] for name, values in measures.items()})
         )
     return found
 
