@@ -39,11 +39,11 @@ class Container:
 
     def _apptainer(self, variables: Mapping[str, str], gpus: bool) -> list[str]:
         # No --cleanenv or --containall: the job's place in Slurm, and its GPUs, are told by variables.
-        command = ["apptainer", "exec", *(["--nv"] if gpus else []), "--pwd", os.getcwd()]
+        # Not --env, which splits at commas: sweeps with overrides have them in their folders' names.
+        inside = [f"APPTAINERENV_{name}={value}" for name, value in variables.items()]
+        command = ["env", *inside, "apptainer", "exec", *(["--nv"] if gpus else []), "--pwd", os.getcwd()]
         for bind in self.binds:
             command += ["--bind", bind]
-        for name, value in variables.items():
-            command += ["--env", f"{name}={value}"]
         return [*command, self.image, PYTHON]
 
     def _docker(self, variables: Mapping[str, str], gpus: bool) -> list[str]:

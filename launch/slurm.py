@@ -128,7 +128,9 @@ class Submission:
     def _python(self, array: Array) -> str:
         if self.container is None:
             return shlex.quote(sys.executable)
-        return shlex.join(self.container.command(gpus=bool(array.resources.gpus)))
+        # An image keeps the host's PYTHONPATH out, so the copy of the code is named to it.
+        code = {"PYTHONPATH": python_path(self.attempt.code)}
+        return shlex.join(self.container.command(code, gpus=bool(array.resources.gpus)))
 
     def _parameters(self, array: Array, ids: Mapping[Array, str]) -> dict[str, Any]:
         """What submitit writes into the script, in its words."""
