@@ -44,6 +44,11 @@ class Submitted:
     attempt: str
     """Stamp of the attempt."""
 
+    @property
+    def exit_code(self) -> Path:
+        """File in which Slurm's batch script leaves the exit code of a job that failed by itself."""
+        return Path(self.log).with_name(f"{self.job}_exit_code")
+
 
 @dataclass(frozen=True)
 class Attempt:

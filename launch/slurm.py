@@ -46,8 +46,11 @@ case "$code/$state" in
     # 75: left when asked to; 140, 143: was asked to before it could listen
     75/RUNNING* | 140/RUNNING* | 143/RUNNING* | */*TimeLimit | 75/)
         scontrol requeue "$job" && sleep 60 ;;
+    # by itself; where there is no accounting, Slurm forgets
+    */RUNNING*)
+        echo $code >{folder}/"$job"_exit_code ;;
 esac
-exit $code""".splitlines()
+exit $code"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +79,7 @@ class Submission:
                 folder = self.attempt.folder / _folder_name(number, array)
                 folder.mkdir()
                 began = time.time()
-                jobs = _sbatch(folder, self._parameters(array, ids), self._python(array), self._calls(array))
+                jobs = _sbatch(folder, self._parameters(array, ids, folder), self._python(array), self._calls(array))
                 ids[array] = jobs[0].partition("_")[0]
                 self.attempt.add_jobs(
                     Submitted(
@@ -109,7 +112,7 @@ class Submission:
             folder = self.attempt.folder / name
             command = f"{self._python(array)} -u -m submitit.core._submit {shlex.quote(str(folder))}"
             count = len(array.stages) if len(array.stages) > 1 else None
-            texts.append(_make_sbatch_string(command, folder, map_count=count, **self._parameters(array, ids)))
+            texts.append(_make_sbatch_string(command, folder, map_count=count, **self._parameters(array, ids, folder)))
             ids[array] = f"<{name}>"
         return texts
 
@@ -132,7 +135,7 @@ class Submission:
         code = {"PYTHONPATH": python_path(self.attempt.code)}
         return shlex.join(self.container.command(code, gpus=bool(array.resources.gpus)))
 
-    def _parameters(self, array: Array, ids: Mapping[Array, str]) -> dict[str, Any]:
+    def _parameters(self, array: Array, ids: Mapping[Array, str], folder: Path) -> dict[str, Any]:
         """What submitit writes into the script, in its words."""
         asked, cluster = array.resources, self.cluster
         minutes, cpus = asked.minutes, asked.cpus
@@ -167,7 +170,7 @@ class Submission:
             "setup": [*cluster.setup, *self._variables(cpus), KEEP_SHELL],
             # srun does not inherit the cores; a dead process must not leave the others waiting for it.
             "srun_args": ["--kill-on-bad-exit=1", *([f"--cpus-per-task={cpus}"] if cpus else [])],
-            "teardown": list(REQUEUE),
+            "teardown": REQUEUE.replace("{folder}", shlex.quote(str(folder))).splitlines(),
         }
 
     def _variables(self, cpus: int | None) -> list[str]:

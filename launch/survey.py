@@ -160,6 +160,8 @@ class Survey:
         if owner is not None:
             return replace(own, state="running", node=owner.host, since=owner.since, until=None)
         ended = known or (None if stage.key in self._reused else (self._accounted or {}).get(entry.job))
+        if ended is None and entry.exit_code.exists():
+            ended = AccountedJob("FAILED", entry.exit_code.read_text().strip(), "", "")
         return _ended_without_a_word(own, ended, begun=bool(state))
 
     def queue(self, stamp: str) -> _Local:
