@@ -47,6 +47,10 @@ def measure(subject: Subject, settings: ExplainConfig) -> dict[str, Any]:
     Raises TsaeError for settings that cannot work, for an explanations.json that came from elsewhere, and where no
     latent can be explained.
     """
+    for name, least in (("sequences", 1), ("window", 2), ("examples", 1), ("tests", 1), ("seed", 0), ("latents", 1)):
+        value = getattr(settings, name)
+        if value is not None and value < least:
+            raise TsaeError(f"experiments.explain.{name}: {value} is impossible; at least {least}")
     stages = _Stages(subject, settings)
     stages.require_own_explanations()
     explainer: Explainer = TokenExplainer()

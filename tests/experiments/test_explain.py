@@ -1,0 +1,363 @@
+"""`tsae explain`: true texts, restartable stages, honest scores; with rules, with a served model, and from a record."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from chat_server import Server
+
+from tsae import config as configuration
+from tsae import files
+from tsae.checkpoint import RunFolder
+from tsae.cli import main
+from tsae.config import RunConfig
+from tsae.errors import TsaeError
+from tsae.experiments import driver, endpoint, explain
+from tsae.experiments.settings import AnswersConfig, ExplainConfig
+from tsae.interop.explanations import read_explanations
+from tsae.stages import harvest_stage
+from tsae.store.reader import Store
+
+SETTINGS = ExplainConfig(window=8, tests=6, examples=9)
+
+
+@pytest.fixture
+def run(checkpoints: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunFolder:
+    """A fresh copy of the trained T-SAE, and a TSAE_HOME of its own."""
+    monkeypatch.setenv("TSAE_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(endpoint, "FIRST_WAIT", 0.02)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    source, run = RunFolder.of(checkpoints, "temporal"), RunFolder.of(tmp_path, "run")
+    for file in (source.config_json, source.weights, source.resolved):
+        files.write_atomically(run.path / file.name, lambda stream, file=file: stream.write(file.read_bytes()))
+    return run
+
+
+Explain = Callable[..., dict[str, Any]]
+
+
+@pytest.fixture
+def explained(run: RunFolder, run_config: RunConfig) -> Explain:
+    """Explain the run's latents with some settings changed; the results."""
+
+    def make(**changes: Any) -> dict[str, Any]:
+        settings = dataclasses.replace(SETTINGS, **changes)
+        config = configuration.replace(run_config, experiments={"explain": settings})
+        (path,) = driver.run("explain", config, run)
+        results: dict[str, Any] = json.loads(Path(path).read_text())
+        return results
+
+    return make
+
+
+def lines(run: RunFolder, stage: str) -> dict[int, dict[str, Any]]:
+    """The records of a stage by latent."""
+    text = run.result(f"autointerp_{stage}", "jsonl").read_text().splitlines()
+    return {record["latent"]: record for record in map(json.loads, text[1:])}
+
+
+@pytest.fixture(scope="module")
+def dense(run_config: RunConfig, checkpoints: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray, range]:
+    """Feature activations [S, L, F], tokens and documents [S, L] of the store, and its held-out sequences."""
+    store = Store.open(harvest_stage(run_config), run_config)
+    state = torch.load(RunFolder.of(checkpoints, "temporal").weights, weights_only=True)
+    x = store.read(range(store.n_sequences)).float()
+    pre = torch.relu((x - state["b_dec"]) @ state["W_enc"] + state["b_enc"])
+    codes = (pre * (pre > state["threshold"])).numpy() * store.valid(1)[:, :, None]
+    return codes, store.tokens, store.document, store.heldout_range
+
+
+def test_texts_carry_the_true_activations_and_no_document_serves_twice(
+    run: RunFolder, explained: Explain, tiny_model: Path, dense: tuple[np.ndarray, np.ndarray, np.ndarray, range]
+) -> None:
+    results = explained()
+    codes, tokens, document, heldout = dense
+    vocabulary = json.loads((tiny_model / "tokenizer.json").read_text())["model"]["vocab"]
+    checked = 0
+    for latent, record in lines(run, "examples").items():
+        assert ("failure" in record) != ("rule" in record)
+        for part in ("examples", "active", "inactive") if "rule" in record else ():
+            documents = [text["document"] for text in record[part]]
+            assert len(set(documents)) == len(documents) or part == "inactive"
+            for text in record[part]:
+                ids = [vocabulary[token.strip()] for token in text["tokens"]]
+                rows, first = _find(tokens, document, text["document"], ids)
+                truth = codes[rows, first : first + len(ids), latent]
+                shown = np.array([text["values"].get(str(place), 0.0) for place in range(len(ids))])
+                np.testing.assert_allclose(shown, truth, rtol=1e-2, atol=1e-4)
+                assert (truth.max() > 0) == (part != "inactive")
+                assert (rows in heldout) == (part != "examples")
+                checked += 1
+    assert checked > 200
+    assert results["latents"]["all"] == 64
+    assert results["latents"]["drawn"] + sum(results["latents"]["failures"].values()) == 64
+
+
+def _find(tokens: np.ndarray, document: np.ndarray, wanted: int, ids: list[int]) -> tuple[int, int]:
+    """Sequence and position at which some tokens of a document stand."""
+    for row in np.flatnonzero((document == wanted).any(1)):
+        for first in range(1, tokens.shape[1] - len(ids) + 1):
+            if tokens[row, first : first + len(ids)].tolist() == ids and document[row, first] == wanted:
+                return int(row), first
+    raise AssertionError(f"document {wanted} does not hold these tokens")
+
+
+def test_rules_are_scored_without_a_language_model(run: RunFolder, explained: Explain, run_config: RunConfig) -> None:
+    results = explained()
+    assert results["explained_by"] == "a rule over tokens (no language model)"
+    assert results["chance"] == 0.5
+    found = read_explanations(run.path)
+    assert len(found) == results["latents"]["explained"] > 20
+    scores = lines(run, "scores")
+    assert set(scores) == set(found)
+    mean = results["headline"]["detection"]
+    assert abs(mean - np.mean([record["detection"]["score"] for record in scores.values()])) < 0.1
+    # One word, one token: what a latent fires on is most of what there is to say here.
+    assert mean - results["half_width_95"]["detection"] > 0.6
+    assert run.result("autointerp", "png").read_bytes().startswith(b"\x89PNG")
+    config = configuration.replace(run_config, experiments={"explain": SETTINGS})
+    assert driver.is_done(config, run, "explain")
+    assert driver.headlines(run, config)["autointerp/detection"] == (mean, results["half_width_95"]["detection"])
+
+
+def test_the_same_seed_gives_the_same_results(run: RunFolder, explained: Explain) -> None:
+    first = explained()
+    for file in [*run.path.glob("autointerp*"), run.result("explanations", "json")]:
+        file.unlink()
+    assert explained() == first
+
+
+def test_fewer_latents_are_drawn_from_every_stratum(run: RunFolder, explained: Explain) -> None:
+    explained()
+    everything = lines(run, "examples")
+    testable = {record["group"] for record in everything.values() if "rule" in record}
+    results = explained(latents=8)
+    drawn = [record for record in lines(run, "examples").values() if "rule" in record]
+    assert len(drawn) == results["latents"]["drawn"] == 8
+    assert {record["group"] for record in drawn} == testable
+
+
+# --- with a language model behind an endpoint
+
+
+def says(request: dict[str, Any]) -> str:
+    """A reader who names the words between the marks, and finds them again in other texts."""
+    system, user = (message["content"] for message in request["messages"])
+    if "EXPLANATION:" in system:
+        words = sorted(set(re.findall(r"<<(.*?)>>", user)))
+        return f"I see.\n**EXPLANATION:** {' '.join(words)}"
+    words = set(re.search(r"Description: (.*)", user)[1].split())
+    texts = re.findall(r"^Text \d+: (.*)$", user, re.MULTILINE)
+    if "<<" in user:
+        kept = [set(" ".join(re.findall(r"<<(.*?)>>", text)).split()) <= words for text in texts]
+    else:
+        kept = [bool(set(text.split()) & words) for text in texts]
+    return f"Here they are: {json.dumps([int(yes) for yes in kept])}"
+
+
+@pytest.fixture
+def server() -> Iterator[Server]:
+    with Server(says) as running:
+        yield running
+
+
+def served(server: Server, **changes: Any) -> AnswersConfig:
+    return AnswersConfig(backend="endpoint", model="reader", base_url=server.base_url, timeout=0.5, **changes)
+
+
+def questions(server: Server) -> list[str]:
+    return [json.dumps(request["messages"]) for request in server.requests]
+
+
+def test_a_served_model_explains_and_judges_through_faults(run: RunFolder, explained: Explain, server: Server) -> None:
+    # Twelve explanations are asked for first; no question meets as many faults as it has attempts.
+    faults = ["429", "broken", "500", "cut", "hang"]
+    server.faults = [*faults, *[""] * 12, *faults]
+    results = explained(answers=served(server), latents=12)
+    assert results["explained_by"] == f"reader at {server.base_url}"
+    assert results["latents"]["scored"] == results["latents"]["drawn"] == 12
+    assert "some verdicts are missing" not in results["latents"]["failures"]
+    assert results["fuzzing"]["all"]["mean"] > 0.6
+    assert all(set(text.split()) <= _words(run, latent) for latent, text in read_explanations(run.path).items())
+
+
+def _words(run: RunFolder, latent: int) -> set[str]:
+    """The words of a latent's examples on which it fires."""
+    return {
+        text["tokens"][int(place)].strip()
+        for text in lines(run, "examples")[latent]["examples"]
+        for place in text["values"]
+    }
+
+
+def test_an_interrupted_run_asks_nothing_twice_and_ends_the_same(
+    run: RunFolder, explained: Explain, server: Server
+) -> None:
+    whole = explained(answers=served(server), latents=20)
+    every = set(questions(server))
+    assert len(every) == len(server.requests)
+    for file in [*run.path.glob("autointerp*"), run.result("explanations", "json")]:
+        file.unlink()
+    shutil.rmtree(run.path.parent.parent / "home")
+    server.requests.clear()
+
+    server.faults = [""] * 70 + ["401"] * 200
+    with pytest.raises(TsaeError, match="the key is refused"):
+        explained(answers=served(server, concurrency=2), latents=20)
+    done = {latent for latent, record in lines(run, "explanations").items() if "explanation" in record}
+    assert len(done) == 20
+    answered = set(questions(server)[:70])
+    server.faults = []
+    server.requests.clear()
+    assert explained(answers=served(server), latents=20) == whole
+    assert set(questions(server)) == every - answered
+
+
+def test_recorded_answers_give_the_same_results_without_the_endpoint(
+    explained: Explain, server: Server, tmp_path: Path
+) -> None:
+    first = explained(answers=served(server), latents=6)
+    (recorded,) = (tmp_path / "home/answers").iterdir()
+    server.requests.clear()
+    replay = AnswersConfig(backend="replay", model="reader", recorded=str(recorded))
+    second = explained(answers=replay, latents=6)
+    assert server.requests == []
+    for name in ("headline", "half_width_95", "latents", "explanations", "by_rate"):
+        assert second[name] == first[name]
+
+
+def test_what_cannot_be_read_is_a_failure_with_its_reason(run: RunFolder, explained: Explain, server: Server) -> None:
+    asked: list[str] = []
+
+    def sloppy(request: dict[str, Any]) -> str:
+        system, user = (message["content"] for message in request["messages"])
+        if "EXPLANATION:" in system:
+            asked.append(user)
+            return "No idea." if len(asked) <= 3 else says(request)
+        return "Yes to all!" if "<<" in user else says(request)
+
+    server.says = sloppy
+    results = explained(answers=served(server, concurrency=1), latents=8)
+    failed = [record["failure"] for record in lines(run, "explanations").values() if "failure" in record]
+    assert failed == ["the answer has no line that begins with EXPLANATION:"] * 3
+    assert results["latents"]["explained"] == results["latents"]["scored"] == 5
+    assert results["latents"]["failures"]["no explanation in the answer"] == 3
+    for record in lines(run, "scores").values():
+        assert record["failure"] == "the answer has no list of 5 zeros and ones"
+        assert record["fuzzing"]["score"] is None
+        assert record["fuzzing"]["unanswered"] > 0
+        assert record["detection"]["score"] is not None
+    assert results["fuzzing"]["all"]["mean"] is None
+    assert "fuzzing" not in results["headline"]
+
+
+def test_explanations_from_elsewhere_are_not_written_over(run: RunFolder, explained: Explain, server: Server) -> None:
+    target = run.result("explanations", "json")
+    target.write_text('{"3": "from SAEBench"}\n')
+    with pytest.raises(TsaeError, match=r"explanations.json: was not made by `tsae explain`"):
+        explained(answers=served(server), latents=6)
+    assert server.requests == []
+    assert target.read_text() == '{"3": "from SAEBench"}\n'
+    target.unlink()
+
+    explained(answers=served(server), latents=6)
+    own = target.read_text()
+    assert explained()["latents"]["explained"] > 6  # its own ones are replaced
+    assert target.read_text() != own
+    target.write_text('{"3": "edited"}\n')
+    with pytest.raises(TsaeError, match="was not made by"):
+        explained(answers=served(server), latents=6)
+
+
+# --- files and refusals
+
+
+def test_a_stage_continues_after_the_last_whole_line(run: RunFolder, explained: Explain) -> None:
+    first = explained()
+    run.result("autointerp", "json").unlink()
+    run.result("explanations", "json").unlink()
+    for stage in ("explanations", "scores"):
+        path = run.result(f"autointerp_{stage}", "jsonl")
+        text = path.read_text()
+        path.write_text(text[: len(text) // 2])
+    assert explained() == first
+    assert len(lines(run, "scores")) == first["latents"]["scored"]
+
+
+def test_half_a_file_of_examples_is_made_again(run: RunFolder, explained: Explain) -> None:
+    first = explained()
+    run.result("autointerp", "json").unlink()
+    path = run.result("autointerp_examples", "jsonl")
+    path.write_text("\n".join(path.read_text().splitlines()[:10]))
+    assert explained() == first
+
+
+def test_other_settings_begin_anew(run: RunFolder, explained: Explain) -> None:
+    explained()
+    explained(window=16)
+    lengths = {len(text["tokens"]) for record in lines(run, "examples").values() for text in record.get("active", ())}
+    assert max(lengths) == 16
+
+
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        ({"window": 200}, "experiments.explain.window: 200 is too long"),
+        ({"tests": 0}, "experiments.explain.tests: 0 is impossible"),
+        ({"sequences": 2}, "no latent can be explained; of most: active in fewer than 4 documents"),
+        ({"answers": AnswersConfig(backend="endpoint", model="m")}, "explain.answers.base_url: is needed"),
+    ],
+)
+def test_what_cannot_work_is_refused_with_its_reason(
+    run: RunFolder, explained: Explain, changes: dict[str, Any], complaint: str
+) -> None:
+    with pytest.raises(TsaeError, match=complaint):
+        explained(**changes)
+    assert not run.result("explanations", "json").exists()
+    assert not run.result("autointerp", "json").exists()
+
+
+def test_a_synthetic_world_has_no_text(run_config: RunConfig, run: RunFolder) -> None:
+    config = configuration.replace(run_config, data={"source": "synthetic"})
+    for name in ("explain", "features"):
+        with pytest.raises(TsaeError, match="synthetic world, which has no text"):
+            driver.run(name, config, run)
+
+
+def test_the_command_prints_where_its_results_are(run: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = str(run.path.parent.parent)
+    arguments = ["explain", "--run_name", "run", "--checkpoints_path", folder]
+    assert main([*arguments, "experiments.explain.window=8", "experiments.explain.latents=5"]) == 0
+    assert capsys.readouterr().out.strip() == str(run.result("autointerp", "json"))
+    assert main([*arguments, "experiments.explain.answers.backend=chatgpt"]) == 2
+    assert "allowed: none, local, endpoint, replay" in capsys.readouterr().err
+
+
+def test_a_local_model_that_says_nothing_useful_ends_with_the_reason(explained: Explain, tiny_model: Path) -> None:
+    local = AnswersConfig(backend="local", model=str(tiny_model))
+    with pytest.raises(TsaeError, match=r"none of 3 latents could be explained; mostly: .*64 positions"):
+        explained(answers=local, latents=3)
+
+
+def test_version_is_part_of_what_decides_a_stage(
+    run: RunFolder, explained: Explain, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    explained(latents=4)
+    before = run.result("autointerp_examples", "jsonl").read_text().splitlines()[0]
+    monkeypatch.setattr(explain, "VERSION", explain.VERSION + 1)
+    run.result("autointerp", "json").unlink()
+    explained(latents=4)
+    assert run.result("autointerp_examples", "jsonl").read_text().splitlines()[0] != before
