@@ -129,8 +129,8 @@ class SaeConfig:
 class ObjectiveConfig:
     """The training objective; `objective: NAME` alone takes a preset."""
 
-    preset: Literal["reference", "paper"] = "reference"
-    """`reference`: what the authors' released code computes; `paper`: what the paper's equations say. Other keys override it."""
+    preset: Literal["reference", "paper", "scale_free"] = "reference"
+    """`reference`: what the authors' released code computes; `paper`: what the paper's equations say; `scale_free`: ours, which means the same for activations of any scale. Other keys override it."""
     temporal: Literal["contrastive", "linear", "l1"] = "contrastive"
     """Temporal term of a T-SAE: InfoNCE over the batch; `linear`: the mean similarity of all pairs of the batch minus that of the true pairs, without a logarithm; or the L1 distance of the two codes weighted by the inputs' cosine."""
     temporal_alpha: float = 0.1
@@ -168,6 +168,13 @@ OBJECTIVE_PRESETS: dict[str, dict[str, Any]] = {
         "group_weights": "ones",
         "group_reduction": "sum",
     },
+    "scale_free": {
+        "temporal_alpha": 0.2,
+        "similarity": "cosine",
+        "temperature": 0.15,
+        "reconstruction": "variance",
+        "group_weights": "uniform",
+    },
 }
 
 
@@ -181,16 +188,16 @@ class TrainingConfig:
     """Pairs (or single tokens) per step, over all processes."""
     lr: float | None = None
     """Learning rate; by default 2e-4 / sqrt(dict_size / 16384)."""
-    bias_lr: float = 1.0
-    """Learning rate of b_enc and b_dec relative to that of the weight matrices."""
+    bias_lr: float | None = None
+    """Learning rate of b_enc and b_dec relative to that of the weight matrices; by default 1, or 0.1 where `objective.reconstruction` is `variance`: biases that adapt fast make frequent features crowd out others."""
     warmup_steps: int | None = None
     """Steps of linear warm-up; by default 1000, or a tenth of the steps where they are fewer than 10,000."""
     decay_start: int | None = None
     """First step of the linear decay to zero; none: no decay."""
     pair_rule: str = "previous"
     """Partner of a token: `previous`, `random` (any earlier token of the document), `within:N` (at most N back) or `none` (single tokens)."""
-    normalize: Literal["none", "mean_squared_norm", "unit_rms"] = "none"
-    """`mean_squared_norm`: train on activations divided by the root of their mean squared norm; `unit_rms`: scaled to a root mean square of 1 in each dimension, so that a mean squared norm of D remains. Saved weights apply to raw activations either way."""
+    normalize: Literal["auto", "none", "mean_squared_norm", "unit_rms"] = "auto"
+    """`auto`: `unit_rms` where `objective.reconstruction` is `variance`, else `none`; `mean_squared_norm`: train on activations divided by the root of their mean squared norm; `unit_rms`: scaled to a root mean square of 1 in each dimension, so that a mean squared norm of D remains. Saved weights apply to raw activations either way."""
     threshold_beta: float = 0.999
     """Decay of the moving average of the inference threshold."""
     threshold_start_step: int | None = None
@@ -293,6 +300,20 @@ class RunConfig:
     """Measures."""
     experiments: ExperimentsConfig = field(default_factory=ExperimentsConfig)
     """The paper's experiments on the trained dictionary."""
+
+    @property
+    def normalize(self) -> str:
+        """How activations are scaled for training."""
+        if self.training.normalize != "auto":
+            return self.training.normalize
+        return "unit_rms" if self.objective.reconstruction == "variance" else "none"
+
+    @property
+    def bias_lr(self) -> float:
+        """Learning rate of the biases relative to that of the weight matrices."""
+        if self.training.bias_lr is not None:
+            return self.training.bias_lr
+        return 0.1 if self.objective.reconstruction == "variance" else 1.0
 
     @property
     def is_synthetic(self) -> bool:

@@ -55,6 +55,7 @@ def _common_keys(config: RunConfig, activation_dim: int) -> dict[str, Any]:
         # The reference leaves these out although they decide the result.
         "dead_feature_threshold": training.dead_after,
         "pair_rule": training.pair_rule,
+        "bias_lr": config.bias_lr,
     }
 
 
@@ -62,6 +63,7 @@ def _selection_keys(config: RunConfig, activation_dim: int) -> dict[str, Any]:
     """Of kinds that select the largest activations."""
     return {
         "k": config.sae.k,
+        "reconstruction": config.objective.reconstruction,
         "auxk_alpha": config.objective.auxk_alpha,
         "top_k_aux": activation_dim // 2,
         "threshold_beta": config.training.threshold_beta,

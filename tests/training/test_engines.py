@@ -28,7 +28,8 @@ def trainer(engine: str, kind: str, objective: dict, dict_size: int, k: int, fra
     tree = {
         "sae": {"kind": kind, "dict_size": dict_size, "k": k, "group_fractions": fractions},
         "objective": objective,
-        "training": {"engine": engine, "warmup_steps": 0, "lr": 0.01, "dead_after": 60, "batch_size": 24},
+        "training": {"engine": engine, "warmup_steps": 0, "lr": 0.01, "dead_after": 60, "batch_size": 24}
+        | {"normalize": "none"},
     }
     built = Trainer(configuration.from_mapping(tree, "test"), 12)
     built.dictionary.double()

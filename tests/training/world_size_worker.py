@@ -50,6 +50,7 @@ def trainer(case: dict[str, Any], group: Group) -> Trainer:
         "dead_after": 3 * BATCH,
         "threshold_start_step": 10,
         "threshold_beta": 0.9,
+        "normalize": "none",
         **case.get("training", {}),
     }
     sae = {"dict_size": 200, "k": 4, "group_fractions": [0.25, 0.75], **case.get("sae", {})}

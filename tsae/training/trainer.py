@@ -154,7 +154,7 @@ class Trainer:
         biases = [parameters.pop(name) for name in ("b_enc", "b_dec")]
         return [
             {"params": list(parameters.values()), "relative_lr": 1.0},
-            {"params": biases, "relative_lr": self.settings.bias_lr},
+            {"params": biases, "relative_lr": self.config.bias_lr},
         ]
 
     def learning_rate(self, step: int) -> float:
@@ -244,11 +244,11 @@ def _engine(config: RunConfig, group: Group, shard: Shard) -> Engine[Any]:
 
 def _scale(config: RunConfig, activation_dim: int, mean_squared_norm: float | None) -> float:
     """What activations are divided by before training."""
-    if config.training.normalize == "none":
+    if config.normalize == "none":
         return 1.0
     if mean_squared_norm is None or not mean_squared_norm > 0:
         raise TsaeError(f"training.normalize: a positive mean squared norm is needed, found {mean_squared_norm}")
-    kept = activation_dim if config.training.normalize == "unit_rms" else 1
+    kept = activation_dim if config.normalize == "unit_rms" else 1
     return float((mean_squared_norm / kept) ** 0.5)
 
 
