@@ -18,7 +18,7 @@ from tsae.experiments import firings as firings_module
 from tsae.experiments.firings import Firings, collect
 from tsae.experiments.latents import latent_statistics, texts
 from tsae.experiments.subject import Subject
-from tsae.experiments.windows import cut, peaks, silent, spread, strongest_per_document
+from tsae.experiments.windows import any_per_document, cut, peaks, silent, spread, strongest_per_document
 from tsae.stages import harvest_stage, train_stage
 from tsae.store.reader import Store
 
@@ -122,6 +122,10 @@ def test_windows_know_where_a_latent_is_active(firings: Firings, dense: np.ndarr
         ranked = strongest_per_document(windows, active, peak)
         assert len(set(windows.document[ranked])) == len(ranked) == len(set(windows.document[active]))
         assert (np.diff(truth[ranked]) <= 1e-6).all()
+        drawn = any_per_document(windows, active, peak, np.random.default_rng(0))
+        assert sorted(windows.document[drawn]) == sorted(windows.document[ranked])
+        assert (np.diff(truth[drawn]) <= 1e-6).all()
+        assert truth[drawn].sum() <= truth[ranked].sum()
         quiet = silent(windows, active, 12, np.random.default_rng(0))
         assert not truth[quiet].any()
         assert len(set(quiet)) == len(quiet) == min(12, (truth == 0).sum())

@@ -73,6 +73,7 @@ def test_autointerp_results_become_explanations(make_run, tmp_path: Path, capsys
     target = Path(capsys.readouterr().out.strip())
     assert json.loads(target.read_text()) == {"2": "dates", "17": "legal terms"}
     assert read_explanations(run) == {2: "dates", 17: "legal terms"}
+    assert read_explanations(path) == {2: "dates", 17: "legal terms"}
     assert main(["explanations", str(path), "--run", str(run)]) == 2
     assert "left as it is" in capsys.readouterr().err
 

@@ -38,7 +38,13 @@ def add_commands(add: AddCommand) -> None:
             )
         if name == "probe":
             _option(parser, "protocol", choices=("disjoint", "reference"), help="reference: that of the released code")
-        _option(parser, "explanation-path", type=Path, help="explanations.json (default: the one beside the run)")
+        if name != "explain":  # which writes explanations, and reads none
+            _option(
+                parser,
+                "explanation-path",
+                type=Path,
+                help="explanations.json or a SAEBench result (default: the explanations.json beside the run)",
+            )
 
 
 def _option(parser: argparse.ArgumentParser, name: str, **options: object) -> None:
@@ -57,7 +63,13 @@ def _run(name: str, options: argparse.Namespace) -> None:
     chunk = getattr(options, "chunk", None)
     chunks = None if chunk is None else [chunk]
     for path in experiment_stage(
-        config, checkpoints, options.run_name, name, chunks, options.checkpoint, options.explanation_path
+        config,
+        checkpoints,
+        options.run_name,
+        name,
+        chunks,
+        options.checkpoint,
+        getattr(options, "explanation_path", None),
     ):
         print(path)
 

@@ -19,7 +19,16 @@ from tsae.experiments.settings import ExplainConfig
 from tsae.experiments.subject import Subject
 from tsae.experiments.token_rules import TokenRules
 from tsae.experiments.token_text import token_texts
-from tsae.experiments.windows import Windows, cut, excerpt, peaks, silent, spread, strongest_per_document
+from tsae.experiments.windows import (
+    Windows,
+    any_per_document,
+    cut,
+    excerpt,
+    peaks,
+    silent,
+    spread,
+    strongest_per_document,
+)
 from tsae.progress import Progress
 from tsae.store.layout import store_path
 from tsae.store.reader import Store
@@ -141,12 +150,15 @@ def _texts(
     strings: dict[int, str],
     generator: np.random.Generator,
 ) -> dict[str, Any]:
-    """Examples to explain from, and active and inactive held-out texts, none two of one document where possible."""
+    """Examples to explain from, and active and inactive held-out texts, none two of one document where possible.
+
+    Held-out texts are spread over all strengths: an explanation that fits only the strongest ones scores less.
+    """
     ranked = strongest_per_document(explaining.windows, *peaks(*explaining, latent))
     top = (2 * settings.examples + 2) // 3
     examples = np.concatenate([ranked[:top], spread(ranked[top:], settings.examples - top)])
     active, peak = peaks(*scoring, latent)
-    chosen = spread(strongest_per_document(scoring.windows, active, peak), settings.tests)
+    chosen = spread(any_per_document(scoring.windows, active, peak, generator), settings.tests)
     quiet = silent(scoring.windows, active, settings.tests, generator)
     return {
         "examples": [excerpt(*explaining, window, latent, strings) for window in examples.tolist()],

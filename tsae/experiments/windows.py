@@ -58,6 +58,16 @@ def strongest_per_document(windows: Windows, active: np.ndarray, peak: np.ndarra
     return active[order[np.sort(first)]]
 
 
+def any_per_document(
+    windows: Windows, active: np.ndarray, peak: np.ndarray, generator: np.random.Generator
+) -> np.ndarray:
+    """Of the windows `active`, a random one of each document, those with the largest peaks first."""
+    order = generator.permutation(len(active))
+    _, first = np.unique(windows.document[active[order]], return_index=True)
+    chosen = np.sort(order[first])
+    return active[chosen[np.argsort(-peak[chosen], kind="stable")]]
+
+
 def spread(ranked: np.ndarray, count: int) -> np.ndarray:
     """`count` of the items, evenly over their ranks, the first and the last among them; all if there are fewer."""
     if len(ranked) <= count:

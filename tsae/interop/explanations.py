@@ -22,7 +22,7 @@ def find_explanations(folder: Path) -> Path | None:
 
 
 def read_explanations(source: str | Path) -> dict[int, str]:
-    """Latent → explanation, from an explanations.json, a run folder or a hub id.
+    """Latent → explanation, from an explanations.json, a SAEBench autointerp result, a run folder or a hub id.
 
     A latent that is missing was silent or never explained. Raises TsaeError if there is none, and for keys that are
     not latent indices.
@@ -33,8 +33,11 @@ def read_explanations(source: str | Path) -> dict[int, str]:
         if found is None:
             raise TsaeError(f"{source}: holds no explanations.json")
         path = found
+    content = read_json(path)
+    if "eval_type_id" in content:
+        return from_sae_bench(path)
     explanations = {}
-    for key, text in read_json(path).items():
+    for key, text in content.items():
         if not key.isdecimal() or not isinstance(text, str):
             raise TsaeError(f'{path}: entry {key!r} is not of the form "<latent index>": "<explanation>"')
         explanations[int(key)] = text
