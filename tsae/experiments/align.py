@@ -79,7 +79,7 @@ def measure(subject: Subject, settings: AlignConfig, chunk: int) -> dict[str, An
             f"--dataset {settings.dataset}: {len(found.kept)} pairs with two responses are too few to test; "
             f"at least {MIN_PAIRS} are needed"
         )
-    tests = test(found, settings)
+    tests = run_tests(found, settings)
     chosen = _ranked(tests)[: settings.table]
     table = _table(subject, pairs, found, tests, chosen, split.start, settings)
     significant = int((tests.q < settings.level).sum())
@@ -124,7 +124,7 @@ def draw(results: dict[str, Any], path: Path) -> None:
     write_table(results, path.with_suffix(".csv"))
 
 
-def test(found: Differences, settings: AlignConfig) -> Tests:
+def run_tests(found: Differences, settings: AlignConfig) -> Tests:
     """All tests of the differences [P, F]."""
     tested = np.bincount(found.response.tocoo().coords[1], minlength=found.response.shape[1]) >= settings.min_pairs
     length = (found.lengths[:, 1] - found.lengths[:, 0]).astype(np.float64)

@@ -83,7 +83,8 @@ def _draw_pairs(axes: Axes, scatter: list[dict[str, Any]]) -> None:
         label = f"latent {shown['latent']}, {shown['label']}"
         axes.scatter(x, y, s=7, marker=plotting.MARKERS[series], color=colour, alpha=0.35, linewidth=0, label=label)
         if len(np.unique(x)) > 2:
-            at = np.linspace(*np.quantile(x, [0.02, 0.98]), 50)
+            low, high = np.quantile(x, [0.02, 0.98]).tolist()
+            at = np.linspace(low, high, 50)
             axes.plot(at, np.polyval(np.polyfit(x, y, 2), at), color=colour)
     axes.axhline(0, color="#666666", linewidth=0.8)
     axes.axvline(0, color="#666666", linewidth=0.8)

@@ -137,7 +137,8 @@ def code_distance(z: np.ndarray, window: int) -> np.ndarray:
 
 
 def _peaks(distance: np.ndarray, wanted: int, apart: int) -> list[int]:
-    left, peaks = distance.copy(), []
+    left = distance.copy()
+    peaks: list[int] = []
     while len(peaks) < wanted and not np.isnan(left).all():
         peak = int(np.nanargmax(left))
         peaks.append(peak)
