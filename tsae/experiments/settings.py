@@ -82,6 +82,20 @@ class TsneConfig:
 
     dataset: str = "embedded"
     """Labelled texts, as for probing."""
+    tagger: str = "auto"
+    """Who gives syntactic classes, as for probing."""
+    texts: int = 100
+    """Texts on the map, in equal shares of the classes."""
+    tokens: int = 20
+    """Last tokens of each text."""
+    dimensions: int = 50
+    """Dimensions left by the singular value decomposition before t-SNE."""
+    perplexity: float = 30.0
+    """Perplexity of t-SNE."""
+    neighbours: int = 15
+    """Nearest neighbours of a token, in the original space, whose labels are compared with its own."""
+    seeds: int = 3
+    """Random choices of texts that the numbers are averaged over; the map shows the first."""
 
 
 @dataclass(frozen=True, kw_only=True)
