@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 HEADLINE = 5
 """Features of the probes whose balanced accuracy stands for a task."""
+REFERENCE_FEATURES = 10
+"""Features a class of the released code's one probe."""
 
 
 def measure(subject: Subject, settings: ProbeConfig, chunk: int) -> dict[str, Any]:
@@ -121,7 +123,7 @@ def _sparse_and_dense(data: probe_fit.Split, label: np.ndarray, settings: ProbeC
 
 
 def _reference(data: probe_fit.Split, label: np.ndarray, settings: ProbeConfig) -> dict[int | None, Scores]:
-    return {k: probe_fit.reference_probe(data, label, k) for k in (*settings.features, None)}
+    return {k: probe_fit.reference_probe(data, label, k) for k in _counts(settings) if k is not None}
 
 
 def _summary(
@@ -130,7 +132,7 @@ def _summary(
     """Means over splits with half-widths of their 95 % intervals."""
     majority = [entry["majority"][0] for entry in found]
     probes = []
-    for k in (*settings.features, None):
+    for k in _counts(settings):
         entry: dict[str, Any] = {"features": "all" if k is None else k}
         for kind, prefix in (("true", ""), ("shuffled", "shuffled_")):
             scores = [run[kind][k] for run in found]
@@ -150,8 +152,13 @@ def _summary(
     }
 
 
+def _counts(settings: ProbeConfig) -> tuple[int | None, ...]:
+    """Features of each probe; None: all."""
+    return (REFERENCE_FEATURES,) if settings.protocol == "reference" else (*settings.features, None)
+
+
 def _headline_k(settings: ProbeConfig) -> int:
-    return min(settings.features, key=lambda k: abs(k - HEADLINE))
+    return min((k for k in _counts(settings) if k is not None), key=lambda k: abs(k - HEADLINE))
 
 
 def _at_headline(probes: list[dict[str, Any]], settings: ProbeConfig) -> dict[str, Any]:

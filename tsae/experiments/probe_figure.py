@@ -69,7 +69,8 @@ def _curve(axes: Axes, task: dict[str, Any], split: str, own: bool) -> None:
     half = [_number(entry["balanced_accuracy_half_width"]) for entry in probes]
     series = SERIES[split]
     # Probes on all features are no continuation of the curve, so the line ends before them.
-    for part, label in ((slice(0, -1), split), (slice(-1, None), None)):
+    sparse = [entry["features"] != "all" for entry in probes].count(True)
+    for part, label in ((slice(0, sparse), split), (slice(sparse, None), None)):
         positions = [place + (series - 1.5) * DODGE for place in range(len(probes))][part]
         plotting.draw_interval(axes, positions, mean[part], half[part], series=series, label=label)
     for line in axes.get_lines()[-2:]:

@@ -121,11 +121,11 @@ def dense_probe(data: Split, label: np.ndarray) -> Scores:
     return Scores(*accuracies(said, data), None)
 
 
-def reference_probe(data: Split, label: np.ndarray, k: int | None) -> Scores:
+def reference_probe(data: Split, label: np.ndarray, k: int) -> Scores:
     """The released code's probe: one multinomial regression, not standardised, on the union of k features per class."""
     from sklearn.linear_model import LogisticRegression
 
-    kept: Any = slice(None) if k is None else np.unique(rank(data, label, k, signed=True))
+    kept = np.unique(rank(data, label, min(k, data.train.shape[1]), signed=True))
     said = _fitted(LogisticRegression(), _rows(data.train, kept), label).predict(_rows(data.test, kept))
     return Scores(*accuracies(said, data), None)
 

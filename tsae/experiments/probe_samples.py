@@ -44,7 +44,7 @@ def choose_samples(texts: TextActivations, probe: ProbeConfig, task: str) -> Sam
     if task == "context":
         return _context(texts, probe, random)
     if task == "semantics":
-        tags = Tags(np.broadcast_to(texts.label[:, None], texts.valid.shape), texts.label_names, "labels of the texts")
+        tags = Tags(np.broadcast_to(texts.label[:, None], texts.valid.shape), texts.label_names, "label of the text")
     else:
         tags = _syntax(texts, probe)
     valid = texts.valid & (tags.of_token >= 0)
