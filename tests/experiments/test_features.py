@@ -136,6 +136,21 @@ def test_one_group_of_latents_and_no_explanations(run_config: RunConfig, checkpo
     assert run.result("features", "png").exists()
 
 
+def test_the_page_is_made_again_for_other_explanations(
+    run: RunFolder, run_config: RunConfig, checkpoints: Path, tmp_path: Path
+) -> None:
+    page = run.result("features", "html")
+    made = page.stat().st_mtime_ns
+    experiment_stage(run_config, checkpoints, "explained", "features")
+    assert page.stat().st_mtime_ns == made
+    before = page.read_text()
+    write_explanations(tmp_path / "explanations.json", {1: "another reading"})
+    experiment_stage(run_config, checkpoints, "explained", "features", explanations=tmp_path / "explanations.json")
+    assert unpack(page)[0]["explanations"][1] == "another reading"
+    experiment_stage(run_config, checkpoints, "explained", "features")
+    assert page.read_text() == before
+
+
 @pytest.mark.parametrize(
     ("setting", "complaint"),
     [

@@ -60,7 +60,7 @@ def run(
 ) -> list[str]:
     """Make experiment `name` for the splits `chunks` (all there are by default); the paths of its results.
 
-    A split whose results are complete is not measured again. Raises TsaeError for a split that is not there and for
+    A split whose results are complete is not measured again, unless they show explanations and there are others now. Raises TsaeError for a split that is not there and for
     the dense baseline where only latents make sense.
     """
     from tsae.experiments.subject import Subject
@@ -75,7 +75,7 @@ def run(
     made = []
     for chunk in splits:
         path = run.result(_stem(config, name, chunk, checkpoint), "json")
-        if not _is_current(run, name, config, chunk, checkpoint):
+        if not _is_current(run, name, config, chunk, checkpoint) or _shows_other_explanations(path, subject):
             _make(name, subject, chunk)
         made.append(str(path))
     return made
@@ -156,6 +156,12 @@ def _is_current(run: RunFolder, name: str, config: RunConfig, chunk: int | None,
         return False
     found = json.loads(path.read_text())
     return bool(found.get("config_hash") == settings_hash(config, name, chunk, checkpoint))
+
+
+def _shows_other_explanations(path: Path, subject: Subject) -> bool:
+    """Whether results say which explanations they show, and those are not the ones there are now."""
+    shown = json.loads(path.read_text()).get("explanations_hash")
+    return shown is not None and shown != subject.explanations_hash
 
 
 def with_dataset(config: RunConfig, name: str, dataset: str | None) -> RunConfig:

@@ -52,6 +52,7 @@ def measure(subject: Subject, settings: FeaturesConfig) -> dict[str, Any]:
         "tokens": firings.n_tokens,
         "sequences": len(firings.tokens),
         "explained": len(subject.explanations),
+        "explanations_hash": subject.explanations_hash,
         "rate_edges": RATE_EDGES,
         "splits": {name: _split(statistics, part) for name, part in _splits(subject).items()},
         **_headline(subject, statistics),
