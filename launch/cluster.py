@@ -48,6 +48,8 @@ def load_cluster(path: Path | None = None) -> Cluster:
     if path is None and not chosen.exists():
         return Cluster()
     cluster = schema.build(Cluster, schema.read_yaml(chosen), str(chosen))
+    cluster.check(f"{chosen}: ")
+    cluster.defaults.check(f"{chosen}: defaults")
     for name, value, least in (
         ("max_parallel", cluster.max_parallel, 1),
         ("max_restarts", cluster.max_restarts, 0),

@@ -38,10 +38,10 @@ class Container:
         return self._apptainer(variables, gpus) if self.runtime == "apptainer" else self._docker(variables, gpus)
 
     def _apptainer(self, variables: Mapping[str, str], gpus: bool) -> list[str]:
-        # No --cleanenv or --containall: the job's place in Slurm, and its GPUs, are told by variables.
-        # Not --env, which splits at commas: sweeps with overrides have them in their folders' names.
-        inside = [f"APPTAINERENV_{name}={value}" for name, value in variables.items()]
-        command = ["env", *inside, "apptainer", "exec", *(["--nv"] if gpus else []), "--pwd", os.getcwd()]
+        # `env`, because Apptainer cuts the values of its own --env at commas. No --cleanenv or --containall: the job's
+        # place in Slurm, and its GPUs, are told by variables.
+        command = ["env", *(f"APPTAINERENV_{name}={value}" for name, value in variables.items())]
+        command += ["apptainer", "exec", *(["--nv"] if gpus else []), "--pwd", os.getcwd()]
         for bind in self.binds:
             command += ["--bind", bind]
         return [*command, self.image, PYTHON]

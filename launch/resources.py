@@ -61,6 +61,30 @@ class StageResources:
         """The time limit in minutes, rounded up; None for Slurm's own."""
         return None if self.time is None else to_minutes(self.time)
 
+    @property
+    def gpu_request(self) -> str | None:
+        """The value of --gres, where GPUs are asked for in that way."""
+        if self.gres is None or ("{" in self.gres and not self.gpus):
+            return None
+        return self.gres.format(gpus=self.gpus)
+
+    def check(self, where: str) -> None:
+        """Refuse what no cluster can give, naming `where` it stands. Raises TsaeError."""
+        for name, least in (("gpus", 0), ("nodes", 1), ("tasks", 1), ("jobs", 1), ("cpus", 1)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise TsaeError(f"{where}.{name}: {value} is impossible; at least {least} is expected")
+        try:
+            _ = self.minutes
+        except TsaeError as error:
+            raise TsaeError(f"{where}.{error}") from None
+        try:
+            _ = self.gpu_request
+        except (KeyError, IndexError, ValueError):
+            raise TsaeError(
+                f"{where}.gres: '{self.gres}': only {{gpus}} is filled in, as in gpu:a100:{{gpus}}"
+            ) from None
+
 
 @dataclass(frozen=True, kw_only=True)
 class Resources:
@@ -82,6 +106,11 @@ class Resources:
         found: StageResources = getattr(self, kind, self.experiments)
         return found
 
+    def check(self, where: str) -> None:
+        """Refuse what no cluster can give. Raises TsaeError."""
+        for entry in dataclasses.fields(Resources):
+            self.of(entry.name).check(f"{where}{entry.name}")
+
 
 def laid_over(over: StageResources, below: StageResources) -> StageResources:
     """`over`, with what it does not say from `below`."""
@@ -95,7 +124,7 @@ def laid_over(over: StageResources, below: StageResources) -> StageResources:
 
 def to_minutes(text: str) -> int:
     """Minutes in a time limit, rounded up. Raises TsaeError for one that Slurm would not take either."""
-    short = re.fullmatch(r"(\d+)\s*([mhd])", text)
+    short = re.fullmatch(r"0*([1-9]\d*)([mhd])", text)
     if short:
         return int(short[1]) * MINUTES[short[2]]
     clock = re.fullmatch(r"(?:(\d+)-)?(\d+):(\d\d):(\d\d)", text)

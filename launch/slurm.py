@@ -141,6 +141,7 @@ class Submission:
         minutes, cpus = asked.minutes, asked.cpus
         notice = cluster.signal_seconds if minutes is None else min(cluster.signal_seconds, minutes * 60 // 3)
         extra = {name: value for name, value in asked.extra.items() if value not in (None, False)}
+        variables = [f"export {name}={shlex.quote(value)}" for name, value in self._variables(cpus).items()]
         own: dict[str, Any] = {
             "requeue": True,
             "kill-on-invalid-dep": "yes",
@@ -154,7 +155,8 @@ class Submission:
             "nodes": asked.nodes or 1,
             "ntasks_per_node": asked.tasks_per_node,
             "cpus_per_task": cpus,
-            **_gpu_request(asked.gpus, asked.gres),
+            "gres": asked.gpu_request,
+            "gpus_per_node": (asked.gpus or None) if asked.gres is None else None,
             "time": minutes,
             "partition": asked.partition,
             "account": asked.account,
@@ -167,14 +169,14 @@ class Submission:
             "wckey": None,  # submitit's own default would be refused where keys are checked
             "stderr_to_stdout": True,
             "additional_parameters": {**own, **extra},
-            "setup": [*cluster.setup, *self._variables(cpus), KEEP_SHELL],
+            "setup": [*cluster.setup, *variables, KEEP_SHELL],
             # srun does not inherit the cores; a dead process must not leave the others waiting for it.
             "srun_args": ["--kill-on-bad-exit=1", *([f"--cpus-per-task={cpus}"] if cpus else [])],
             "teardown": REQUEUE.replace("{folder}", shlex.quote(str(folder))).splitlines(),
         }
 
-    def _variables(self, cpus: int | None) -> list[str]:
-        variables = {
+    def _variables(self, cpus: int | None) -> dict[str, str]:
+        return {
             "TSAE_HOME": str(environment.home()),
             "PYTHONPATH": python_path(self.attempt.code),
             "PYTHONSAFEPATH": "1",  # else a folder `tsae` in the working directory would stand in for the copy
@@ -182,22 +184,10 @@ class Submission:
             **({"OMP_NUM_THREADS": str(cpus)} if cpus else {}),
             **self.cluster.environment,
         }
-        return [f"export {name}={shlex.quote(str(value))}" for name, value in variables.items()]
 
 
 def _folder_name(number: int, array: Array) -> str:
     return f"{number:02}-{array.kind}"
-
-
-def _gpu_request(gpus: int | None, gres: str | None) -> dict[str, Any]:
-    if gres is None:
-        return {"gpus_per_node": gpus or None}
-    try:
-        return {"gres": gres.format(gpus=gpus)} if gpus or "{" not in gres else {}
-    except (KeyError, IndexError, ValueError):
-        raise TsaeError(
-            f"gres: '{gres}': {{gpus}} is the only thing that is filled in, as in gpu:a100:{{gpus}}"
-        ) from None
 
 
 def _sbatch(folder: Path, parameters: Mapping[str, Any], python: str, calls: Iterator[Call]) -> list[str]:

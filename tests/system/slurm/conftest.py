@@ -32,10 +32,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="session")
-def slurm() -> Iterator[Callable[..., None]]:
+def slurm(require: Callable[[str, bool, str], None]) -> Iterator[Callable[..., None]]:
     """The lab, started; a function that calls its script. Ended with the session unless it ran before."""
-    if shutil.which("apt-get") is None or os.getuid() != 0:
-        pytest.skip("Slurm is tested on Debian, by root: `sudo pytest tests/system/slurm`")
+    can = shutil.which("apt-get") is not None and os.getuid() == 0
+    require("slurm", can, "tests/system/slurm/lab starts it on Debian, as root")
 
     def lab(*arguments: str) -> None:
         answer = subprocess.run([str(LAB), *arguments], capture_output=True, text=True, check=False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import site
 import time
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,9 @@ def note(_configs: str, path: str, seconds: float = 0.0) -> None:
     began = time.time()
     time.sleep(seconds)
     seen = {name: value for name, value in os.environ.items() if name.startswith(("SLURM_", "TSAE_", "CUDA_", "MY_"))}
-    write_json(Path(path), {"began": began, "ended": time.time(), "environment": seen, "code": preemption.__file__})
+    place: dict[str, Any] = {"code": preemption.__file__, "image": os.environ.get("APPTAINER_CONTAINER")}
+    place["no_user_site"] = not site.ENABLE_USER_SITE
+    write_json(Path(path), {"began": began, "ended": time.time(), "environment": seen, **place})
 
 
 def fail(_configs: str, words: str) -> None:
