@@ -1,0 +1,180 @@
+"""The paper's claims, judged on a sweep over kinds and seeds: `python launch/claims.py sweeps/claims.yaml`.
+
+Each claim is a difference, taken seed by seed, and the range in which it should lie. It holds if the whole 95 % interval
+of the mean difference does, fails if no part of it does, and is undecided otherwise.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from plan import Plan, make_plan
+from report import page_path
+from sweepfile import load_sweep
+
+from tsae import environment, files
+from tsae.errors import TsaeError
+
+if TYPE_CHECKING:
+    from summary import Row
+
+FVE_COST = 0.02
+"""A small loss of explained variance; the largest in the paper's Table 1 is 0.01."""
+PROBE_MARGIN = 0.02
+"""A difference of a probe's balanced accuracy that counts as none."""
+
+
+@dataclass(frozen=True)
+class Claim:
+    """`measure` of the T-SAE less `other` of the SAE of another kind lies between `above` and `below`."""
+
+    text: str
+    measure: str
+    kind: str
+    """`temporal`: two measures of the same dictionary are compared."""
+    other: str
+    above: float = -math.inf
+    below: float = math.inf
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the seeds say of a claim."""
+
+    text: str
+    seeds: int
+    difference: float
+    """Mean over the seeds; NaN without any."""
+    half_width_95: float
+    """NaN with fewer than two seeds."""
+    word: str
+    """`holds`, `fails` or `undecided`."""
+
+
+def _against(kind: str, name: str, high: str, smoothness: str) -> list[Claim]:
+    """The claims against one baseline, whose codes are probed in split `high`."""
+    chunk = f"probing_chunk{high}"
+    fve = "frac_variance_explained"
+    return [
+        Claim(f"Smoother than {name}", "lipschitz_cont_h", kind, smoothness, below=0.0),
+        Claim(f"Explains at most {FVE_COST} less variance than {name}", fve, kind, fve, above=-FVE_COST),
+        Claim(f"Better for semantics than {name}", "probing_chunk0/semantics", kind, f"{chunk}/semantics", above=0.0),
+        Claim(f"Better for context than {name}", "probing_chunk0/context", kind, f"{chunk}/context", above=0.0),
+        Claim(
+            f"Equal for syntax to {name} (within {PROBE_MARGIN})",
+            "probing_chunk0/syntax",
+            kind,
+            f"{chunk}/syntax",
+            -PROBE_MARGIN,
+            PROBE_MARGIN,
+        ),
+    ]
+
+
+CLAIMS = (
+    Claim("Smoother than its own low-level split", "lipschitz_cont_h", "temporal", "lipschitz_cont_l", below=0.0),
+    *_against("matryoshka", "Matryoshka's", "0", "lipschitz_cont_h"),
+    # Without a split, the whole code stands in: a harder comparison.
+    *_against("batch_topk", "BatchTopK's", "2", "lipschitz_cont_tot"),
+)
+"""Of the high-level split of a T-SAE (arXiv 2511.05541, Table 1 and section 4.2)."""
+
+
+def judge(rows: Sequence[Row], claims: Sequence[Claim] = CLAIMS) -> list[Verdict]:
+    """The verdict on each claim, from points that differ in `sae.kind` and seeds alone."""
+    values: dict[str, dict[tuple[object, ...], dict[str, float]]] = {}
+    for row in rows:
+        values.setdefault(str(row.point.value("sae.kind")), {})[row.seed] = row.values
+    verdicts = []
+    for claim in claims:
+        theirs = values.get(claim.kind, {})
+        differences = [
+            own[claim.measure] - theirs[seed][claim.other]
+            for seed, own in values.get("temporal", {}).items()
+            if claim.measure in own and claim.other in theirs.get(seed, {})
+        ]
+        verdicts.append(_verdict(claim, differences))
+    return verdicts
+
+
+def _verdict(claim: Claim, differences: Sequence[float]) -> Verdict:
+    from summary import student_interval
+
+    if len(differences) < 2:
+        mean = differences[0] if differences else math.nan
+        return Verdict(claim.text, len(differences), mean, math.nan, "undecided")
+    mean, half = student_interval(differences)
+    low, high = mean - half, mean + half
+    if claim.above < low and high < claim.below:
+        word = "holds"
+    elif high <= claim.above or low >= claim.below:
+        word = "fails"
+    else:
+        word = "undecided"
+    return Verdict(claim.text, len(differences), mean, half, word)
+
+
+def table(verdicts: Sequence[Verdict]) -> str:
+    """The verdicts as Markdown."""
+    lines = [
+        "| claim, of the T-SAE's high-level split | difference | 95 % interval | seeds | |",
+        "|---|---:|---:|---:|---|",
+    ]
+    for verdict in verdicts:
+        low, high = verdict.difference - verdict.half_width_95, verdict.difference + verdict.half_width_95
+        interval = "–" if math.isnan(verdict.half_width_95) else f"{low:+.3f} to {high:+.3f}"
+        difference = "–" if math.isnan(verdict.difference) else f"{verdict.difference:+.3f}"
+        lines.append(f"| {verdict.text} | {difference} | {interval} | {verdict.seeds} | {verdict.word} |")
+    return "\n".join(lines) + "\n"
+
+
+def write_claims(plan: Plan) -> list[Verdict]:
+    """Judge the results that are there; writes claims.json and claims.md beside the report's page.
+
+    Raises TsaeError if the sweep varies more than kind and seed.
+    """
+    from summary import SEED_AXES, summarise
+
+    varying = {key for point in plan.points for key in point.axes} - {"sae.kind", *SEED_AXES}
+    if varying:
+        raise TsaeError(
+            f"{plan.sweep.path}: claims are judged on sae.kind and seeds alone; {', '.join(sorted(varying))} varies"
+        )
+    verdicts = judge(summarise(plan).rows)
+    folder = page_path(plan).parent
+    folder.mkdir(parents=True, exist_ok=True)
+    plain = [
+        {name: None if value != value else value for name, value in asdict(verdict).items()} for verdict in verdicts
+    ]
+    files.write_json(folder / "claims.json", {"sweep": plan.name, "claims": plain})
+    files.write_text(folder / "claims.md", table(verdicts))
+    return verdicts
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line; 0, or 2 with one line on stderr."""
+    parser = argparse.ArgumentParser(prog="launch/claims.py", description=__doc__.splitlines()[0])
+    parser.add_argument("file", type=Path, help="the sweep's YAML")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="section.key=value", help="those that the sweep was started with"
+    )
+    parser.add_argument("--base", help="the base that the sweep was started with")
+    parser.add_argument("--name", help="the name that the sweep was started with")
+    given = parser.parse_intermixed_args(arguments)
+    try:
+        environment.load_dotenv()
+        print(table(write_claims(make_plan(load_sweep(given.file, given.base, given.overrides, given.name)))), end="")
+    except TsaeError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
