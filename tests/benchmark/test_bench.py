@@ -36,7 +36,7 @@ def test_writes_a_figure_beside_the_json(bench: dict[str, Any]) -> None:
 
 def test_compares_sparse_dense_and_floor_with_medians_and_spread(bench: dict[str, Any]) -> None:
     contestants = {entry["name"]: entry for entry in bench["step"]["contestants"]}
-    assert list(contestants) == ["sparse", "sparse-float32", "dense", "floor"]
+    assert list(contestants) == ["sparse", "sparse-float32", "sparse+state", "dense", "floor"]
     for entry in contestants.values():
         seconds, ratio = entry["seconds"], entry["ratio_to_sparse"]
         assert len(seconds["rounds"]) == 3
@@ -48,8 +48,29 @@ def test_compares_sparse_dense_and_floor_with_medians_and_spread(bench: dict[str
     assert contestants["sparse"]["state_bytes"] == 4 * 4 * weights
 
 
+def test_tells_what_a_resumable_state_costs(bench: dict[str, Any]) -> None:
+    seconds = {entry["name"]: entry["seconds"]["rounds"] for entry in bench["step"]["contestants"]}
+    ratios = [with_state / plain for with_state, plain in zip(seconds["sparse+state"], seconds["sparse"], strict=True)]
+    assert bench["resuming"]["every"] == 50
+    assert bench["resuming"]["share_of_step_time"]["highest"] == pytest.approx((max(ratios) - 1) / 50)
+    assert bench["resuming"]["resume_seconds"]["median"] > 0
+
+
+def test_several_processes_are_put_beside_one(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", *TINY, "--processes", "2", "--steps", "4", "--out", str(tmp_path)]) == 0
+    (path,) = tmp_path.glob("processes-*.json")
+    alone, plain, sharded = json.loads(path.read_text())["groups"]
+    for several in (plain, sharded):
+        assert several["processes"] == 2
+        assert several["loss"] == pytest.approx(alone["loss"], rel=1e-5)
+        assert min(several["bytes_handed"]) > several["gradient_bytes"]
+    assert sharded["state_bytes"] < 0.8 * plain["state_bytes"] == 0.8 * alone["state_bytes"]
+    assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+    assert "shard" in capfd.readouterr().out
+
+
 def test_names_every_phase_of_both_paths(bench: dict[str, Any]) -> None:
-    for entry in bench["step"]["contestants"][:3]:
+    for entry in bench["step"]["contestants"][:4]:
         assert set(entry["phases"]) >= STEP_PHASES
         assert all(entry["phases"][name] > 0 for name in STEP_PHASES)
 
@@ -106,7 +127,9 @@ def test_a_library_that_is_not_there_costs_one_line(
         (["-k", "1000"], "sae.k"),
         (["--rounds", "0"], "at least 1"),
         (["--dead", "1.5"], "share"),
-        (["--growth", "2,x"], "positive factors"),
+        (["--growth", "2,x"], "positive numbers"),
+        (["--processes", "2,1.5"], "whole numbers"),
+        (["--processes", "3"], "cannot be shared by 3 processes"),
     ],
 )
 def test_what_cannot_be_measured_is_refused_in_one_line(

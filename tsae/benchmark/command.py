@@ -12,7 +12,7 @@ from tsae.benchmark.shape import DTYPES, PRESETS, Shape
 from tsae.environment import home
 from tsae.errors import TsaeError, suggestion
 
-OWN = ("sparse", "sparse-float32", "dense", "floor")
+OWN = ("sparse", "sparse-float32", "sparse+state", "dense", "floor")
 GROWING = ("sparse", "dense", "floor")
 LIBRARIES = ("sae_lens", "sparsify", "dictionary_learning")
 GROWTH = "0.25,0.5,2,4"
@@ -41,16 +41,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--growth", nargs="?", const=GROWTH, default="", metavar="FACTORS", help=f"also F, then B, times {GROWTH}"
     )
     parser.add_argument("--growth-rounds", type=int, default=3)
+    parser.add_argument(
+        "--processes", default="", metavar="1,2,4", help="instead of all that: the same training by so many processes"
+    )
+    parser.add_argument("--steps", type=int, default=60, help="how long those train")
     parser.add_argument("--store-mb", type=int, default=256, help="size of the store that is read; 0: no rates")
     parser.add_argument("--out", type=Path, help="folder for JSON and figure (default: TSAE_HOME/benchmarks)")
 
 
 def run(options: argparse.Namespace) -> Path:
     """Measure, print tables, write `<shape>.json` and `<shape>.png`; return the JSON's path. Raises TsaeError."""
-    shape, factors = _shape(options), _factors(options.growth)
+    shape, factors = _shape(options), _numbers("--growth", options.growth, GROWTH)
     against, interpreters = _libraries(options.against)
     _check(options, shape)
-    from tsae.benchmark import figure, report
+    folder = options.out or home() / "benchmarks"
+    if options.processes:
+        return _run_groups(options, shape, folder)
+    from tsae.benchmark import figure, report, saving
     from tsae.benchmark.rounds import Plan, measure
 
     clock = options.clock or ("cpu" if options.threads == 1 else "wall")
@@ -63,16 +70,32 @@ def run(options: argparse.Namespace) -> Path:
         print(report.rates_table(results["rates"]), flush=True)
     results["step"] = report.record_of(shape, plan, measure(OWN, shape, plan, against))
     print(report.table(results["step"]), flush=True)
+    results["resuming"] = {**saving.cost(results["step"]), "resume_seconds": _resume_seconds(shape, options)}
+    print(saving.line(results["resuming"]), flush=True)
     if factors:
         short = dataclasses.replace(plan, rounds=options.growth_rounds, warmup=2)
         others = [report.record_of(size, short, measure(GROWING, size, short)) for size in _sizes(shape, factors)]
         results["growth"] = [results["step"], *others]
         print(report.growth_table(results["growth"]), flush=True)
     results["machine"] = report.machine(shape.device)
-    folder = options.out or home() / "benchmarks"
     path: Path = folder / f"{shape.name}.json"
     files.write_json(path, results)
     figure.draw(path.with_suffix(".png"), results)
+    return path
+
+
+def _run_groups(options: argparse.Namespace, shape: Shape, folder: Path) -> Path:
+    from tsae.benchmark import groups, groups_figure, report
+
+    worlds = _numbers("--processes", options.processes, "1,2,4")
+    if not all(world == int(world) for world in worlds):
+        raise TsaeError(f"--processes: {options.processes!r} is not a list of whole numbers such as 1,2,4")
+    records = groups.measure(shape, sorted({1, *map(int, worlds)}), options.steps, options.threads)
+    print(groups.table(records), flush=True)
+    results = {"shape": shape.as_dict(), "groups": records, "machine": report.machine(shape.device)}
+    path = folder / f"processes-{shape.name}.json"
+    files.write_json(path, results)
+    groups_figure.draw(path.with_suffix(".png"), results)
     return path
 
 
@@ -102,7 +125,7 @@ def _libraries(given: str) -> tuple[list[str], dict[str, str]]:
 def _check(options: argparse.Namespace, shape: Shape) -> None:
     """Refuse what cannot be measured, before anything starts."""
     shape.run_config("sparse")
-    for name in ("activation_dim", "rounds", "threads", "growth_rounds"):
+    for name in ("activation_dim", "rounds", "threads", "growth_rounds", "steps"):
         value = getattr(shape, name, None) or getattr(options, name)
         if value < 1:
             raise TsaeError(f"--{name.replace('_', '-')} {value} is impossible; it must be at least 1")
@@ -113,6 +136,13 @@ def _check(options: argparse.Namespace, shape: Shape) -> None:
 
         if not torch.cuda.is_available():
             raise TsaeError(f"--device {shape.device}: torch sees no GPU here; use --device cpu")
+
+
+def _resume_seconds(shape: Shape, options: argparse.Namespace) -> dict[str, float]:
+    from tsae.benchmark import saving
+    from tsae.benchmark.report import spread
+
+    return spread(saving.resume_seconds(shape, options.rounds))
 
 
 def _rates(shape: Shape, options: argparse.Namespace) -> dict[str, Any]:
@@ -132,14 +162,14 @@ def _rates(shape: Shape, options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def _factors(given: str) -> list[float]:
+def _numbers(option: str, given: str, example: str) -> list[float]:
     try:
-        factors = [float(part) for part in given.split(",") if part.strip()]
+        numbers = [float(part) for part in given.split(",") if part.strip()]
     except ValueError:
-        factors = [0.0]
-    if not all(factor > 0 for factor in factors):
-        raise TsaeError(f"--growth: {given!r} is not a list of positive factors such as {GROWTH}")
-    return factors
+        numbers = [0.0]
+    if not all(number > 0 for number in numbers):
+        raise TsaeError(f"{option}: {given!r} is not a list of positive numbers such as {example}")
+    return numbers
 
 
 def _sizes(shape: Shape, factors: list[float]) -> list[Shape]:

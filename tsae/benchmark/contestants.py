@@ -37,10 +37,16 @@ class Contestant(Protocol):
 
 
 def build(name: str, shape: Shape) -> Contestant:
-    """Contestant `name`: `sparse`, `sparse-float32` or `dense` (another kind after a colon), `floor`, or a library.
+    """Contestant `name`: `sparse`, `sparse-float32` or `dense` (another kind after a colon), `sparse+state`, `floor`, or
+    a library.
 
     Raises TsaeError for an unknown name, ImportError if the library is not installed.
     """
+    if name == "sparse+state":
+        # Needs more than torch, which is all that another library's environment has.
+        from tsae.benchmark.saving import Saving
+
+        return Saving(shape)
     engine, _, kind = name.partition(":")
     if engine in OWN:
         return Own(shape, engine, kind or shape.kind)
@@ -58,18 +64,18 @@ class Own:
 
         self.library, self._kind = "tsae", kind
         config = shape.run_config("dense" if engine == "dense" else "sparse", kind, PRECISION[engine])
-        self._trainer = Trainer(config, shape.activation_dim, device=shape.device)
-        self._trainer.dictionary.to(getattr(torch, shape.dtype))
+        self.trainer = Trainer(config, shape.activation_dim, device=shape.device)
+        self.trainer.dictionary.to(getattr(torch, shape.dtype))
         self.algorithm = f"{kind} SAE, {OWN[engine]}"
         self.encoded = shape.batch_size * (2 if kind == "temporal" else 1)
-        self.state_bytes = peers.state_bytes(self._trainer.dictionary)
+        self.state_bytes = peers.state_bytes(self.trainer.dictionary)
         self._dead = torch.zeros(0, dtype=torch.long, device=shape.device)
         if shape.dead:
             self._dead = torch.randperm(shape.dict_size)[: int(shape.dead * shape.dict_size)].to(shape.device)
 
     def step(self, batch: Tensor) -> None:
         """One update; latents that should be dead have been silent for long."""
-        trainer = self._trainer
+        trainer = self.trainer
         if len(self._dead):
             if trainer.steps_done == 1:
                 trainer.dictionary.b_enc.data[self._dead] -= self._strong_activation(batch)
@@ -79,7 +85,7 @@ class Own:
     @torch.no_grad()
     def _strong_activation(self, batch: Tensor) -> Tensor:
         """What few pre-activations exceed: a bias lower by that keeps a latent silent."""
-        return self._trainer.dictionary.pre_activations(batch[:32, 0]).amax(dim=1).median()
+        return self.trainer.dictionary.pre_activations(batch[:32, 0]).amax(dim=1).median()
 
 
 class Floor:

@@ -66,7 +66,8 @@ def _draw_times(axes: Axes, record: dict[str, Any]) -> None:
 
 
 def _draw_phases(axes: Axes, record: dict[str, Any]) -> None:
-    entries = [entry for entry in record["contestants"][::-1] if len(entry["phases"]) > 1]
+    # A state is written outside the phases of a step.
+    entries = [e for e in record["contestants"][::-1] if len(e["phases"]) > 1 and e["name"] != "sparse+state"]
     for place, entry in enumerate(entries):
         total, left = sum(entry["phases"].values()), 0.0
         for name, colour in zip(PHASES, COLOURS, strict=True):

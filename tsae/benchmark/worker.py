@@ -6,7 +6,6 @@ torch, and what the contestant itself needs, is imported.
 
 from __future__ import annotations
 
-import ctypes
 import dataclasses
 import json
 import os
@@ -18,6 +17,7 @@ from typing import Any, TextIO
 import torch
 
 from tsae.benchmark import contestants
+from tsae.benchmark.memory import Memory
 from tsae.benchmark.shape import Shape, batches
 from tsae.errors import TsaeError
 from tsae.phases import record
@@ -46,7 +46,7 @@ def _serve(first: dict[str, Any], answers: TextIO) -> None:
     shape, name = Shape(**first["shape"]), first["name"]
     data = batches(shape, BATCHES)
     _load_libraries(name, shape)
-    memory = _Memory(shape.device)
+    memory = Memory(shape.device)
     contestant = contestants.build(name, shape)
     clock = _clock(shape.device, first["clock"])
     described = {"library": contestant.library, "algorithm": contestant.algorithm, "encoded": contestant.encoded}
@@ -84,42 +84,6 @@ def _clock(device: str, kind: str) -> Callable[[], float]:
 
         return synchronized
     return time.process_time if kind == "cpu" else time.perf_counter
-
-
-class _Memory:
-    """Bytes above what is in use now: resident memory, or what torch allocates on a GPU."""
-
-    def __init__(self, device: str) -> None:
-        self._device = device if device.startswith("cuda") else None
-        if self._device is not None:
-            torch.cuda.reset_peak_memory_stats(self._device)
-            self._before: int | None = torch.cuda.memory_allocated(self._device)
-        else:
-            # Freed memory goes back to the system, where it counts again once it is used.
-            _trim()
-            self._before = _status("VmRSS")
-
-    def peak(self) -> int | None:
-        """Most bytes since; none where the system does not tell."""
-        highest = self._highest()
-        return None if highest is None or self._before is None else highest - self._before
-
-    def _highest(self) -> int | None:
-        return torch.cuda.max_memory_allocated(self._device) if self._device else _status("VmHWM")
-
-
-def _trim() -> None:
-    if sys.platform == "linux":
-        ctypes.CDLL(None).malloc_trim(0)
-
-
-def _status(field: str) -> int | None:
-    """A size that Linux tells of this process, in bytes."""
-    if sys.platform != "linux":
-        return None
-    with open("/proc/self/status") as lines:
-        found = next((line for line in lines if line.startswith(field)), None)
-    return None if found is None else 1024 * int(found.split()[1])
 
 
 if __name__ == "__main__":
