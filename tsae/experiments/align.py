@@ -104,7 +104,7 @@ def measure(subject: Subject, settings: AlignConfig, chunk: int) -> dict[str, An
         },
         "matched_pairs": tests.matched_pairs,
         "table": table,
-        "scatter": _scatter(found, table, split.start),
+        "scatter": _scatter(found, tests, split.start, settings.level),
         "all_tested": _all_tested(tests, split.start, settings.level),
     }
 
@@ -219,17 +219,17 @@ def _length_summary(lengths: np.ndarray) -> dict[str, Any]:
     }
 
 
-def _scatter(found: Differences, table: list[dict[str, Any]], first: int) -> list[dict[str, Any]]:
-    """Each pair's difference against its length difference, for the first latent of either label."""
+def _scatter(found: Differences, tests: Tests, first: int, level: float) -> list[dict[str, Any]]:
+    """Each pair's difference against its length difference, for the largest latent of either label."""
     length = found.lengths[:, 1] - found.lengths[:, 0]
     shown = []
     for label in (CONCEPT, LENGTH):
-        row = next((row for row in table if row["label"] == label), None)
-        if row is not None:
-            values = found.response[:, [row["latent"] - first]].toarray()[:, 0]
+        latent = next((latent for latent in _ranked(tests).tolist() if tests.label(latent, level) == label), None)
+        if latent is not None:
+            values = found.response[:, [latent]].toarray()[:, 0]
             shown.append(
                 {
-                    "latent": row["latent"],
+                    "latent": latent + first,
                     "label": label,
                     "length_difference": " ".join(map(str, length.tolist())),
                     "difference": " ".join(f"{value:.4g}" for value in values),

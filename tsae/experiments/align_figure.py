@@ -27,7 +27,9 @@ COLOURS = {
 def draw_figure(results: dict[str, Any], path: Path) -> None:
     """The largest differences; effect against correlation with length; and two latents pair by pair."""
     rows = results["table"][:BARS]
-    with plotting.figure(path, 1, 3, (12.5, 4.8), gridspec_kw={"width_ratios": [1.25, 1, 1]}) as (_, axes):
+    with plotting.figure(path, 1, 3, (12.5, 4.8), gridspec_kw={"width_ratios": [1.25, 1, 1]}) as (drawn, axes):
+        if results["about_the_pairs"]:
+            drawn.supxlabel(f"These pairs are {results['about_the_pairs']}.", fontsize=8, color="#555555")
         _draw_differences(axes[0], rows, results)
         _draw_effects(axes[1], results)
         _draw_pairs(axes[2], results["scatter"])

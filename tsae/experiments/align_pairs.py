@@ -16,7 +16,7 @@ CHOSEN_TOPIC, REJECTED_TOPIC, PROMPT_TOPIC = "stdlib-network", "sympy", "stdlib-
 CHOSEN_WORDS, REJECTED_WORDS, PROMPT_WORDS = (12, 36), (16, 48), (8, 16)
 EMBEDDED_NOTE = (
     f"no preferences: the chosen response is a passage of documentation on {CHOSEN_TOPIC}, the rejected one a passage "
-    f"on {REJECTED_TOPIC} and a third longer, after a prompt on {PROMPT_TOPIC}"
+    f"on {REJECTED_TOPIC} and a third longer in words, after a prompt on {PROMPT_TOPIC}"
 )
 
 

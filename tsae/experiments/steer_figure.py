@@ -17,11 +17,11 @@ def draw_figure(results: dict[str, Any], path: Path) -> None:
     """Success against coherence, both against the strength, and the usable strengths of each concept."""
     kind = results["curves"][0]["kind"]
     curves = [curve for curve in results["curves"] if curve["kind"] == kind]
-    with plotting.figure(path, 1, 4, (15, 4.1), gridspec_kw={"width_ratios": [1.15, 1, 1, 1.1]}) as (_, axes):
+    with plotting.figure(path, 2, 2, (9.5, 7.2)) as (_, axes):
         _draw_front(axes[0], curves, results)
-        for place, measure in ((1, "success"), (2, "coherence")):
+        _draw_usable(axes[1], curves, results)
+        for place, measure in ((2, "success"), (3, "coherence")):
             _draw_measure(axes[place], curves, measure, results)
-        _draw_usable(axes[3], curves, results)
 
 
 def _draw_front(axes: Axes, curves: list[dict[str, Any]], results: dict[str, Any]) -> None:
@@ -51,7 +51,7 @@ def _draw_front(axes: Axes, curves: list[dict[str, Any]], results: dict[str, Any
     axes.set_ylabel("coherence")
     about = results["subject"]
     axes.set_title(f"{about['run']}, {results['split']}, {results['settings']['mode']}: Pareto fronts (area)")
-    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2, columnspacing=1)
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=2, columnspacing=1)
 
 
 def _draw_measure(axes: Axes, curves: list[dict[str, Any]], measure: str, results: dict[str, Any]) -> None:
@@ -87,7 +87,7 @@ def _draw_usable(axes: Axes, curves: list[dict[str, Any]], results: dict[str, An
     axes.set_yticks([-row for row in range(len(names))], names)
     axes.set_ylim(-len(names) + 0.5, 0.5)
     _set_strengths(axes, curves)
-    axes.set_title("Strengths with success and coherence")
+    axes.set_title("Usable strengths: success and coherence")
 
 
 def _set_strengths(axes: Axes, curves: list[dict[str, Any]]) -> None:
