@@ -89,6 +89,7 @@ def _frame(axes: Axes, name: str, task: dict[str, Any]) -> None:
     axes.text(0, 1.01, task["labels"], transform=axes.transAxes, fontsize=7, color="#555555", va="bottom")
     axes.set_xticks(range(len(task["probes"])), [str(entry["features"]) for entry in task["probes"]])
     axes.set_xlabel("Features of a probe")
+    axes.set_xlim(-0.5, len(task["probes"]) - 0.5)
     axes.set_ylim(0, 1)
 
 

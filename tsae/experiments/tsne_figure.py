@@ -21,12 +21,15 @@ def draw_panels(results: dict[str, Any], path: Path) -> None:
     """A panel for each label, with its purity and silhouette in the original space."""
     drawn = results["map"]
     x, y = np.array(drawn["x"]), np.array(drawn["y"])
-    with plotting.figure(path, 1, 3, (12, 5.8)) as (figure, panels):
+    middle = (x.min() + x.max()) / 2, (y.min() + y.max()) / 2
+    reach = 0.53 * max(np.ptp(x), np.ptp(y), 1e-6)
+    with plotting.figure(path, 1, 3, (12, 6)) as (figure, panels):
         _classes(panels[0], x, y, np.array(drawn["semantics"]), drawn["semantics_names"])
         _texts(panels[1], x, y, np.array(drawn["text"]))
         _classes(panels[2], x, y, np.array(drawn["syntax"]), drawn["syntax_names"])
         for axes, (name, entry) in zip(panels, results["colourings"].items(), strict=True):
             _caption(axes, name, entry)
+            axes.set(xlim=(middle[0] - reach, middle[0] + reach), ylim=(middle[1] - reach, middle[1] + reach))
         subject, settings = results["subject"], results["settings"]
         figure.suptitle(
             f"{subject['run']}, {results['split']}: {len(x)} tokens of {len(drawn['tokens'])} texts "
@@ -87,5 +90,6 @@ def _caption(axes: Axes, name: str, entry: dict[str, Any]) -> None:
     axes.set_xticks([])
     axes.set_yticks([])
     axes.grid(False)
-    axes.set_aspect("equal")
+    axes.set_box_aspect(1)
+    axes.set_anchor("N")
     axes.spines[["left", "bottom"]].set_visible(False)
