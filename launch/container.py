@@ -42,8 +42,9 @@ class Container:
         # place in Slurm, and its GPUs, are told by variables.
         command = ["env", *(f"APPTAINERENV_{name}={value}" for name, value in variables.items())]
         command += ["apptainer", "exec", *(["--nv"] if gpus else []), "--pwd", os.getcwd()]
-        for bind in self.binds:
-            command += ["--bind", bind]
+        for here, there in self._bound():
+            # In quotes, because a path may have commas and --bind takes none.
+            command += ["--mount", f'type=bind,"source={here}","destination={there}"']
         return [*command, self.image, PYTHON]
 
     def _docker(self, variables: Mapping[str, str], gpus: bool) -> list[str]:
@@ -51,13 +52,14 @@ class Container:
         command = ["docker", "run", "--rm", "--init", "--network=host", "--ipc=host", f"--user={user}"]
         command += ["--gpus=all"] if gpus else []
         command += [f"--workdir={os.getcwd()}", "--entrypoint=", "--env=HOME=/tmp"]
-        for bind in self.binds:
-            here, _, there = bind.partition(":")
-            command.append(f"--volume={here}:{there or here}")
+        command += [f"--volume={here}:{there}" for here, there in self._bound()]
         passed = sorted(name for name in os.environ if PASSED_ON.fullmatch(name))
         command += [f"--env={name}" for name in passed if name not in variables]
         command += [f"--env={name}={value}" for name, value in variables.items()]
         return [*command, self.image, PYTHON]
+
+    def _bound(self) -> list[tuple[str, str]]:
+        return [(here, there or here) for here, _, there in (bind.partition(":") for bind in self.binds)]
 
 
 def container(name: str, places: Iterable[str | Path] = (), binds: Sequence[str] = ()) -> Container:
@@ -76,7 +78,7 @@ def container(name: str, places: Iterable[str | Path] = (), binds: Sequence[str]
         raise TsaeError(f"--container {name}: apptainer is not on PATH")
     if name.startswith("docker://"):
         return Container("apptainer", str(_pulled(name)), binds)
-    image = Path(name).expanduser().absolute()
+    image = Path(os.path.abspath(Path(name).expanduser()))
     if not image.exists():
         raise TsaeError(
             f"--container {name}: no such file; `apptainer build {image.name} apptainer.def` makes one, and "

@@ -42,6 +42,7 @@ def test_apptainer_sees_the_folders_and_keeps_the_environment(programs: Path, tm
     assert command[:3] == ["env", "APPTAINERENV_PYTHONNOUSERSITE=1", "APPTAINERENV_PYTHONPATH=/a,b"]
     assert command[-2:] == [str(image), "python3"]
     assert "--nv" in command
+    assert 'type=bind,"source=/usr","destination=/host"' in command
     assert "--nv" not in chosen.command(gpus=False)
     assert not {"--cleanenv", "--containall", "--contain"} & set(command)
 

@@ -19,6 +19,7 @@ HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE), str(HERE.parents[2] / "launch")]
 
 if TYPE_CHECKING:
+    from slurm_commands import CommandLine
     from slurm_sweep import SweepOnSlurm
 
 LAB = HERE / "lab"
@@ -57,6 +58,15 @@ def slurm(require: Callable[[str, bool, str], None]) -> Iterator[Callable[..., N
 def sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[SweepOnSlurm]:
     """A sweep of one test; what is left of it in Slurm ends with the test."""
     yield from _sweep(tmp_path, monkeypatch)
+
+
+@pytest.fixture
+def tiny(sweep: SweepOnSlurm) -> CommandLine:
+    """The commands for a sweep of two points."""
+    from slurm_commands import CommandLine
+
+    sweep.folder = sweep.home / "sweeps" / "tiny-base"
+    return CommandLine(sweep.home)
 
 
 def _sweep(home: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[SweepOnSlurm]:
