@@ -7,14 +7,16 @@ modules=$(echo /opt/venv/lib/python3*/site-packages)
 
 pip_install() {
     /opt/installer/bin/pip --python /opt/venv/bin/python install --no-cache-dir --disable-pip-version-check \
-        --only-binary :all: --constraint $here/constraints.txt "$@"
+        --no-compile --only-binary :all: --constraint $here/constraints.txt "$@"
 }
 
-# The tests of other packages, and what only a compiler or linker reads, are a quarter of an environment.
-trim() {
+# The tests of other packages, and what only a compiler or linker reads, are a quarter of an environment. What is left
+# is compiled to bytecode, which a read-only image could not keep; templates that are no Python of their own are not.
+finish() {
     find $modules -path '*.dist-info' -prune -o \
         \( -type d \( -name test -o -name tests \) -o -path '*/torch/include' -o -path '*/pyarrow/include' \
         -o -path '*/torch/bin/*[Tt]est*' -o -path '*/torch/bin/protoc*' -o -name '*.a' \) -prune -exec rm -rf {} +
+    /opt/venv/bin/python -m compileall -q -j 0 $modules $here/launch >/dev/null || true
 }
 
 case $1 in
@@ -27,7 +29,7 @@ torch)
     cpu) pip_install ${TORCH_CPU_INDEX:+--extra-index-url "$TORCH_CPU_INDEX"} "torch==$version+cpu" ;;
     *) echo "TORCH=$TORCH: cuda or cpu is expected" >&2 && exit 2 ;;
     esac
-    trim
+    finish
     ;;
 dependencies)
     /opt/venv/bin/python - >/tmp/dependencies.txt <<'PY'
@@ -38,7 +40,7 @@ with open("/opt/tsae/pyproject.toml", "rb") as file:
 PY
     pip_install --requirement /tmp/dependencies.txt
     rm /tmp/dependencies.txt
-    trim
+    finish
     ;;
 driver)
     # Triton has one C module compiled when it first meets a GPU. Made here, it lets the image do without a compiler:
@@ -63,7 +65,7 @@ package)
     pip_install --no-deps /opt/wheel/*.whl
     # A script started by its path finds the others of launch/ there, whatever PYTHONSAFEPATH says.
     echo $here/launch >"$modules/tsae-launch.pth"
-    /opt/venv/bin/python -m compileall -q $here/launch
+    finish
     ;;
 *)
     echo "install.sh $1: torch, dependencies, driver or package is expected" >&2
