@@ -13,6 +13,8 @@ import local
 import slurm_query
 from attempt import Attempt
 from cluster import Cluster, load_cluster
+from container import Container
+from container import container as container_of
 from display import Terminal
 from plan import Plan, write_sources
 from runner import Task
@@ -20,8 +22,6 @@ from slurm import Submission
 from stage import Stage
 from survey import LIVE, Standing, Survey
 
-from container import Container
-from container import container as container_of
 from tsae import locks
 from tsae.errors import TsaeError
 
@@ -117,9 +117,9 @@ def launch(plan: Plan, options: Options) -> Launched:
             return Launched(choice, submitted=_submit(plan, stages, attempt, site, image, choice))
         own = [*choice.own, *stages[len(choice.start) :]]
         terminal = Terminal()
-        terminal.say(_headline(plan, choice, attempt))
         if executor == "local":
             queue = local.start(plan, stages, own, attempt, image)
+        terminal.say(_headline(plan, choice, attempt))
     if executor == "debug":
         return Launched(choice, tuple(local.run_here(plan, stages, attempt, terminal)))
     if options.detach:

@@ -59,8 +59,20 @@ def finished(raced, home):
     return home
 
 
-def command(*arguments):
-    return [sys.executable, str(REPOSITORY / "launch" / "sweep.py"), *map(str, arguments)]
+def command(*arguments, script="sweep.py"):
+    return [sys.executable, str(REPOSITORY / "launch" / script), *map(str, arguments)]
+
+
+def status(*arguments):
+    """What `status.py` says, as lines."""
+    done = subprocess.run(command(*arguments, script="status.py"), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+
+def cells(lines, first):
+    """The words of the line that begins with `first`."""
+    return next(line for line in lines if line.startswith(first)).split()
 
 
 def run(*arguments, code=0):
@@ -99,7 +111,9 @@ def test_a_second_run_does_nothing_and_says_so(sweep_file, finished):
     assert {path: path.stat().st_mtime_ns for path in finished.rglob("*") if path.is_file()} == before
 
 
-def test_a_point_that_cannot_train_does_not_take_the_others_with_it(sweep_file, finished):
+def test_a_point_that_cannot_train_does_not_take_the_others_with_it_and_is_tried_again_only_when_asked(
+    sweep_file, finished
+):
     foreign = finished / "checkpoints" / "fractions-tiny" / "split_fraction=0.5" / "trainer_0" / "ae.pt"
     shutil.rmtree(foreign.parent)
     foreign.parent.mkdir()
@@ -112,6 +126,61 @@ def test_a_point_that_cannot_train_does_not_take_the_others_with_it(sweep_file, 
     assert "split_fraction=0.5  (not trained)" in done.stdout.replace("   ", "  ")
     assert "split_fraction=0.25    0." in done.stdout
     assert foreign.read_bytes() == b"somebody's weights"
+
+    foreign.unlink()
+    seen = status(sweep_file)
+    assert cells(seen, "train") == ["train", "1/2", "1"]
+    assert cells(seen, "split_fraction=0.5")[1:3] == ["train", "failed"]
+    assert any("holds weights but no resolved.yaml" in line for line in seen)
+    again = run(sweep_file, code=1)
+    assert "train split_fraction=0.5: failed before: " in again.stderr
+    assert "--retry-failed" in again.stderr
+    assert not foreign.exists()
+    assert "report: " in run(sweep_file, "--retry-failed").stdout
+    assert foreign.exists()
+    assert cells(status(sweep_file), "train") == ["train", "2/2"]
+
+
+def test_a_detached_sweep_is_seen_from_another_shell_and_ended_by_its_name_alone(sweep_file, finished):
+    endless = (sweep_file, "training.steps=1000000")
+    bystander = (sweep_file, "training.steps=1000001")
+    for sweep in (endless, bystander):
+        assert "python launch/status.py" in run(*sweep, "--detach").stderr
+    for sweep in (endless, bystander):
+        wait_for(
+            lambda sweep=sweep: ("running" in "".join(status(*sweep)) and " steps" in "".join(status(*sweep))) or None
+        )
+    point = cells(status(*endless), "split_fraction=0.25")
+    assert point[1:3] == ["train", "running"]
+    assert "tokens/s" in point
+    assert cells(status(*endless), "evaluate") == ["evaluate", "0/2", "2"]
+    assert any("already" in line or "step" in line for line in status(*endless, "--logs", "split_fraction=0.25"))
+
+    assert "ended a local queue with 2 running" in run(*endless, "--cancel").stdout
+    assert cells(status(*endless), "split_fraction=0.25")[1:3] == ["train", "interrupted"]
+    assert cells(status(*bystander), "split_fraction=0.25")[1:3] == ["train", "running"]
+    assert "nothing is running or queued" in run(*endless, "--cancel").stdout
+    run(*bystander, "--cancel")
+    assert not [lock for lock in finished.rglob("*.lock") if locks.owner(lock)]
+
+
+def test_a_sweep_survives_its_terminal(sweep_file, finished):
+    next(finished.rglob("split_fraction=0.5/trainer_0/eval_results.json")).unlink()
+    with subprocess.Popen(command(sweep_file), stderr=subprocess.PIPE, text=True, start_new_session=True) as launcher:
+        assert "points" in launcher.stderr.readline()
+        os.killpg(launcher.pid, signal.SIGHUP)
+    assert launcher.returncode == -signal.SIGHUP
+    assert cells(status(sweep_file), "split_fraction=0.5")[1] == "evaluate"
+    wait_for(lambda: cells(status(sweep_file), "report") == ["report", "1/1"] or None)
+    assert "nothing to do" in run(sweep_file).stderr
+
+
+@pytest.mark.usefixtures("finished")
+def test_a_point_trains_in_as_many_processes_as_the_sweep_asks_for(sweep_file):
+    asked = {"grid": {"sae.split_fraction": [0.25]}, "resources": {"train": {"tasks": 2, "cpus": 1}}}
+    path = sweep_file.with_name("fractions-of-two.yaml")
+    path.write_text(yaml.safe_dump(yaml.safe_load(sweep_file.read_text()) | asked))
+    assert "report: " in run(path, "training.processes=2").stdout
 
 
 def test_a_launcher_and_a_job_that_are_killed_are_continued(sweep_file, finished):
@@ -158,6 +227,8 @@ def test_a_dry_run_shows_everything_and_writes_nothing(sweep_file, home):
         (("{sweep}", "sae.kk=3"), "command line: sae.kk: unknown key; did you mean 'k'"),
         (("{sweep}", "model.layer=3"), "model.layer: 3 is impossible"),
         (("{sweep}", "--base", "pythia"), "did you mean 'pythia-160m'"),
+        (("{sweep}", "--executor", "slurm"), "no controller answers"),
+        (("{sweep}", "--cluster", "nowhere.yaml", "--dry-run"), "nowhere.yaml: cannot be read"),
     ],
 )
 def test_bad_input_is_one_line_and_code_2(sweep_file, home, arguments, message):
@@ -169,7 +240,7 @@ def test_bad_input_is_one_line_and_code_2(sweep_file, home, arguments, message):
 
 
 def test_help_loads_nothing_heavy():
-    script = f"import sys; sys.path.insert(0, {str(REPOSITORY / 'launch')!r}); import sweep, report\n"
+    script = f"import sys; sys.path.insert(0, {str(REPOSITORY / 'launch')!r}); import sweep, report, status\n"
     script += (
         "print([name for name in ('torch', 'numpy', 'submitit', 'matplotlib', 'transformers') if name in sys.modules])"
     )
