@@ -132,7 +132,7 @@ class Submission:
         if self.container is None:
             return shlex.quote(sys.executable)
         # An image keeps the host's PYTHONPATH out, so the copy of the code is named to it.
-        code = {"PYTHONPATH": python_path(self.attempt.code)}
+        code = {"PYTHONPATH": self._variables(None)["PYTHONPATH"]}
         return shlex.join(self.container.command(code, gpus=bool(array.resources.gpus)))
 
     def _parameters(self, array: Array, ids: Mapping[Array, str], folder: Path) -> dict[str, Any]:
