@@ -15,22 +15,21 @@ import traceback
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from attempt import Attempt
+from calls import call_of, last_line, mark_failed
+from container import Container
 from machine import Share
 from resources import StageResources
 from snapshot import python_path
 from stage import Stage
 
-from container import Container
-from tsae import files, job
+from tsae import job
 from tsae.preemption import REQUEUE
 
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS")
 PATIENCE_SECONDS = 10.0
-LAST_WORDS = 4096
-"""Bytes from the end of a log in which a job's last line is looked for."""
 
 
 @dataclass(frozen=True)
@@ -268,42 +267,6 @@ class LocalJob:
 
     def _last_words(self) -> str:
         return last_line(self.log) or "none"
-
-
-def call_of(stage: Stage, attempt: Attempt, executor: str, processes: int = 1) -> job.Call:
-    """`stage` as a job of `attempt` on this machine."""
-    return job.Call(
-        record=str(stage.record),
-        function=stage.function,
-        arguments=stage.arguments_in(attempt.points),
-        label=stage.label,
-        attempt=attempt.stamp,
-        executor=executor,
-        processes=processes,
-        log=str(log_path(stage, attempt)),
-    )
-
-
-def log_path(stage: Stage, attempt: Attempt) -> Path:
-    """Where a local job of `attempt` writes."""
-    return attempt.folder / "logs" / f"{stage.record.name}.log"
-
-
-def mark_failed(record: Path, error: str) -> None:
-    """Let the record say that the stage failed."""
-    state: dict[str, Any] = job.read_state(record) or {}
-    files.write_json(job.state_path(record), {**state, "state": "failed", "ended": time.time(), "error": error})
-
-
-def last_line(log: Path) -> str:
-    """The last line of a log that says something."""
-    try:
-        with open(log, "rb") as stream:
-            stream.seek(max(0, stream.seek(0, os.SEEK_END) - LAST_WORDS))
-            lines = stream.read().decode(errors="replace").splitlines()
-    except FileNotFoundError:
-        return ""
-    return next((line.strip() for line in reversed(lines) if line.strip()), "")
 
 
 def _meeting_point(processes: int) -> dict[str, str]:

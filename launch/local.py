@@ -10,15 +10,16 @@ from contextlib import suppress
 
 from attempt import Attempt, Submitted
 from background import QueueFile, read_queue, run_queue, start_in_background
+from calls import log_path
+from container import Container
 from display import Terminal
-from jobs import DebugExecutor, LocalExecutor, log_path
+from jobs import DebugExecutor, LocalExecutor
 from machine import Machine
 from plan import Plan
 from runner import BROKEN, OPEN, Display, Queue, Status, Task
 from stage import Stage
 from survey import OtherQueues
 
-from container import Container
 from tsae.errors import TsaeError
 
 FOLLOW_SECONDS = 0.2

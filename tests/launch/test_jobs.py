@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 from attempt import Attempt
-from jobs import DebugExecutor, LocalExecutor, last_line
+from calls import last_line
+from jobs import DebugExecutor, LocalExecutor
 from machine import Machine
 from resources import StageResources
 from runner import Claim, Queue
