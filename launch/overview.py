@@ -56,10 +56,10 @@ def point_rows(
     hidden = [] if everything else shown[MOST_ROWS:]
     shown = shown[: len(shown) - len(hidden)]
     rows = [list(COLUMNS), *([name, *_cells(stage, standing)] for name, stage, standing in shown)]
-    table = _aligned(_fitting(rows, width))
-    lines = [table[0]]
-    for line, (_, _, standing) in zip(table[1:], shown, strict=True):
-        lines.append(line)
+    table = _fitting(rows, width)
+    lines = table[0]
+    for below, (_, _, standing) in zip(table[1:], shown, strict=True):
+        lines += below
         if standing.error:
             lines.append(f"    {standing.error}")
         if standing.log and standing.state in WITH_LOG:
@@ -140,20 +140,13 @@ def _short(number: float) -> str:
 
 
 def _fitting(rows: list[list[str]], width: int) -> list[list[str]]:
-    """The rows with long names cut in their middle, so that a line has at most `width` columns."""
-    rows = [[row[i] for i in range(len(COLUMNS)) if any(other[i] for other in rows[1:])] for row in rows]
-    if len(rows) == 1 or not rows[0]:
-        return rows
-    rest = sum(max(len(row[i]) for row in rows) + 2 for i in range(1, len(rows[0])))
-    room = max(12, width - rest)
-    return [[_cut(row[0], room), *row[1:]] for row in rows]
-
-
-def _cut(name: str, room: int) -> str:
-    if len(name) <= room:
-        return name
-    head = (room - 1) // 2
-    return f"{name[:head]}…{name[len(name) - (room - 1 - head) :]}"
+    """Each row as one aligned line without columns that are empty; where that is too wide, names stand above the rest."""
+    rows = [[row[i] for i in range(len(COLUMNS)) if i == 0 or any(other[i] for other in rows[1:])] for row in rows]
+    lines = _aligned(rows)
+    if max(map(len, lines)) <= width:
+        return [[line] for line in lines]
+    rest = _aligned([row[1:] for row in rows])
+    return [[row[0], f"  {line}"] for row, line in zip(rows, rest, strict=True)]
 
 
 def _aligned(rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> list[str]:
