@@ -86,6 +86,7 @@ def load_sweep(
         raise TsaeError(f"{path}: stages: nothing to run; allowed: {', '.join(get_args(StageKind))}")
     if config.max_parallel is not None and config.max_parallel < 1:
         raise TsaeError(f"{path}: max_parallel: {config.max_parallel} is impossible; it must be at least 1")
+    config.resources.check(f"{path}: resources.")
     base_path = find_base(base or config.base, path, "--base" if base else f"{path}: base")
     settings = schema.read_yaml(base_path)
     configuration.from_mapping(settings, str(base_path))

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from cluster import Cluster, load_cluster
 from resources import StageResources, to_minutes
+from sweepfile import load_sweep
 
 from tsae.errors import TsaeError
 
@@ -59,6 +60,13 @@ def test_a_bad_cluster_file_is_refused_in_one_line(tmp_path: Path, text: str, wo
     with pytest.raises(TsaeError, match=words) as caught:
         load_cluster(file)
     assert str(file) in str(caught.value)
+
+
+def test_a_sweep_s_own_resources_are_checked_too(tmp_path: Path) -> None:
+    file = tmp_path / "sweep.yaml"
+    file.write_text("grid: {sae.k: [1, 2]}\nresources: {train: {time: '12:00'}}\n")
+    with pytest.raises(TsaeError, match=r"sweep.yaml: resources.train.time: '12:00' is no time limit"):
+        load_sweep(file)
 
 
 def test_without_a_file_there_are_no_defaults(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

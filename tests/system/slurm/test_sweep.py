@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import re
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 import yaml
 from attempt import attempts
 from slurm_commands import CLUSTER, CommandLine
+from slurm_query import job_name
 from slurm_query import run as slurm_command
 from slurm_sweep import SweepOnSlurm
 
@@ -85,3 +87,24 @@ def test_what_cannot_run_is_one_line_and_leaves_nothing(
     assert said.count("\n") == 1
     assert not sweep.alive()
     assert attempts(sweep.folder) == []
+
+
+@pytest.fixture
+def full_disk(tiny: CommandLine) -> Iterator[Path]:
+    """A TSAE_HOME with room for next to nothing."""
+    home = tiny.home / "full"
+    home.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(home)], check=True)
+    yield home
+    subprocess.run(["umount", str(home)], check=True)
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing(
+    tiny: CommandLine, full_disk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TSAE_HOME", str(full_disk))
+    said = tiny.sweep(code=2)
+    assert "No space left on device" in said
+    assert said.count("\n") == 1
+    assert not list(full_disk.rglob("attempts/*"))
+    assert not slurm_command("squeue", "--noheader", f"--name={job_name(full_disk / 'sweeps' / 'tiny-base')}")
