@@ -137,6 +137,25 @@ def test_a_temporal_sae_learns_slow_features_in_its_high_level_group(run: RunFol
     assert truth["oracle"]["slow"] > 0.9
 
 
+def test_a_group_that_falls_silent_is_told_once(
+    run: RunFolder, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    shares = [json.loads(line) for line in run.metrics.read_text().splitlines()]
+    assert not any(line["collapsed_groups"] for line in shares[len(shares) // 2 :])
+    assert all(line["share_0"] + line["share_1"] == pytest.approx(1) for line in shares)
+
+    loud = make(tmp_path / "store", synthetic={"scale": 30.0}, training={"steps": 120, "log_every": 5})
+    silent = RunFolder.of(tmp_path, "silent")
+    harvest(loud)
+    train(loud, silent)
+    last = json.loads(silent.metrics.read_text().splitlines()[-1])
+    assert last["collapsed_groups"] == 1
+    assert last["share_0"] < 0.03
+    [warning] = [record.getMessage() for record in caplog.records if "took over" in record.getMessage()]
+    assert "silent: step" in warning
+    assert "group 1 took over" in warning
+
+
 def test_the_command_measures_a_run_again(run: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:
     before = run.result("synthetic", "json").read_text()
     run.result("synthetic", "json").unlink()
