@@ -7,8 +7,9 @@ ones merged
 from __future__ import annotations
 
 import dataclasses
+import json
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -112,8 +113,14 @@ def write_sources(plan: Plan, folder: Path) -> None:
 
 
 def _as_yaml(config: configuration.RunConfig) -> str:
+    return "".join(_section_as_yaml(json.dumps({name: part})) for name, part in schema.to_plain(config).items())
+
+
+@cache
+def _section_as_yaml(section: str) -> str:
+    """Points of a sweep have most sections in common, and writing YAML is slow."""
     dumper = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
-    text: str = yaml.dump(schema.to_plain(config), Dumper=dumper, sort_keys=False)
+    text: str = yaml.dump(json.loads(section), Dumper=dumper, sort_keys=False)
     return text
 
 
