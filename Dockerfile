@@ -34,7 +34,7 @@ COPY sweeps /opt/tsae/sweeps
 COPY launch /opt/tsae/launch
 RUN --mount=type=bind,from=installer,source=/opt/installer,target=/opt/installer \
     --mount=type=bind,from=wheel,source=/opt/wheel,target=/opt/wheel \
-    /opt/tsae/install.sh package && mkdir -m 1777 /runs
+    /opt/tsae/install.sh package && install -d -m 1777 -o 1000 -g 1000 /runs
 
 # No module is ever taken from a home or working directory. USER has no entry in /etc/passwd to be looked up in.
 ENV PATH=/opt/venv/bin:$PATH \

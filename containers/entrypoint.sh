@@ -11,7 +11,7 @@ if [ "$(id -u)" = 0 ] && [ "$host_user" = 0 ] && [ -z "${APPTAINER_CONTAINER:-}"
     if [ "$owner" = 0:0 ] && [ -z "$(ls -A "$TSAE_HOME")" ]; then
         # Docker has just made the folder, because it was missing.
         owner=1000:1000
-        chown $owner "$TSAE_HOME"
+        chown $owner "$TSAE_HOME" || echo "mount a folder of your own at $TSAE_HOME, or give --user" >&2
     fi
     if [ "$owner" != 0:0 ]; then
         exec setpriv --reuid="${owner%:*}" --regid="${owner#*:}" --clear-groups -- "$0" "$@"
