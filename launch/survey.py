@@ -221,7 +221,11 @@ def _lives(task: Status, node: str) -> bool:
 
 
 def _why(known: QueuedJob) -> str:
-    return "" if known.reason in ("None", "Priority", "Resources", "Dependency", "BeginTime") else known.reason
+    return (
+        ""
+        if known.reason in ("None", "Priority", "Resources", "Dependency", "BeginTime", "JobArrayTaskLimit")
+        else known.reason
+    )
 
 
 def _ended_without_a_word(own: Standing, ended: QueuedJob | AccountedJob | None, begun: bool) -> Standing:
