@@ -28,6 +28,8 @@ STATES = ("done", "running", "queued", "preempted", "failed", "interrupted", "bl
 """waiting: nobody was asked to do it, or not by now; blocked: it waits for one that failed."""
 ENDED_FROM_OUTSIDE = ("CANCELLED", "NODE_FAIL", "PREEMPTED", "TIMEOUT", "DEADLINE", "BOOT_FAIL")
 """Slurm's words for jobs that did not end by themselves."""
+PATIENT = ("None", "Priority", "Resources", "Dependency", "BeginTime", "JobArrayTaskLimit")
+"""Slurm's reasons for which a job waits that will run by itself."""
 LIVE = ("running", "queued", "preempted")
 
 
@@ -221,11 +223,7 @@ def _lives(task: Status, node: str) -> bool:
 
 
 def _why(known: QueuedJob) -> str:
-    return (
-        ""
-        if known.reason in ("None", "Priority", "Resources", "Dependency", "BeginTime", "JobArrayTaskLimit")
-        else known.reason
-    )
+    return "" if known.reason in PATIENT else known.reason
 
 
 def _ended_without_a_word(own: Standing, ended: QueuedJob | AccountedJob | None, begun: bool) -> Standing:
