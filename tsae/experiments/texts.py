@@ -187,6 +187,11 @@ def _harvest(subject: Subject, contexts: Contexts) -> Store:
 def _write(subject: Subject, layout: StoreLayout, contexts: Contexts, key: str) -> None:
     """Whatever is missing of the store."""
     lm = subject.language_model
+    length = contexts.tokens.shape[1]
+    if lm.max_length is not None and length > lm.max_length:
+        raise TsaeError(
+            f"experiments.texts.context_length: {length} is impossible; {subject.config.model.name} has {lm.max_length} positions"
+        )
     packages = ("tsae", "zarr", "torch", "transformers", "nnsight")
     attributes = {
         "config_hash": key,
