@@ -15,6 +15,7 @@ from typing import Any
 
 import tsae
 from tsae import files
+from tsae.errors import TsaeError
 
 PACKAGE = Path(tsae.__file__).parent
 LAUNCH = Path(__file__).parent
@@ -23,8 +24,13 @@ _LEFT_OUT = shutil.ignore_patterns("__pycache__", "*.pyc", ".*")
 
 def copy_code(folder: Path) -> None:
     """Copy the package and the launcher into `folder`: an edit of the checkout never reaches a job that waits."""
-    shutil.copytree(PACKAGE, folder / PACKAGE.name, ignore=_LEFT_OUT)
-    shutil.copytree(LAUNCH, folder / LAUNCH.name, ignore=_LEFT_OUT)
+    for source in (PACKAGE, LAUNCH):
+        try:
+            shutil.copytree(source, folder / source.name, ignore=_LEFT_OUT)
+        except shutil.Error as error:
+            # It lists every file; one is enough to know that the disk is full.
+            _, target, reason = error.args[0][0]
+            raise TsaeError(f"{target}: the code cannot be copied: {reason.partition(': ')[0]}") from None
 
 
 def python_path(code: Path) -> str:

@@ -67,7 +67,8 @@ class RunFolder:
         except FileNotFoundError:
             return None
         except (OSError, UnicodeDecodeError) as error:
-            raise TsaeError(f"{self.resolved}: cannot be read: {error}") from None
+            reason = getattr(error, "strerror", None) or "not UTF-8 text"
+            raise TsaeError(f"{self.resolved}: cannot be read: {reason}") from None
         return str(yaml.safe_load(line[0])["training_hash"]) if line else ""
 
     def require_same_training(self, config: RunConfig) -> None:
