@@ -27,7 +27,7 @@ from stage import Stage
 
 from tsae import environment
 from tsae.errors import TsaeError
-from tsae.job import MOST_RESTARTS, Call, run_stage
+from tsae.job import MOST_RESTARTS, Call, run_on_slurm
 
 UNKNOWN_CLUSTER = Limits("unknown", 1001)
 
@@ -200,7 +200,7 @@ def _sbatch(folder: Path, parameters: Mapping[str, Any], python: str, calls: Ite
     try:
         # submitit prints what sbatch says besides raising it.
         with _outside_any_job(), contextlib.redirect_stderr(io.StringIO()):
-            jobs = executor.map_array(run_stage, calls)
+            jobs = executor.map_array(run_on_slurm, calls)
     except (FailedJobError, FailedSubmissionError) as error:
         said = complaint(str(error))
         raise TsaeError(f"sbatch: {parameters['comment']}: {said}; nothing was submitted") from None

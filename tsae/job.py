@@ -25,6 +25,9 @@ from tsae.locks import LockHeld
 
 MOST_RESTARTS = "TSAE_MOST_RESTARTS"
 """Names the variable that bounds how often one job may be started again."""
+FAILED = 200
+"""Exit code of a stage that failed on Slurm. `srun` ends with the highest code of all processes, so a failure of one must
+be above the codes of those that leave because of it: `REQUEUE`, and 143 where SIGTERM ends them."""
 WAIT_SECONDS = 5.0
 
 
@@ -65,26 +68,34 @@ def run_stage(call: Call) -> None:
     """
     adopt_slurm_step()
     first = process_rank() == 0
-    record = Record(Path(call.record), _identity(call)) if first else None
+    record = Record(Path(call.record), _identity(call))
     try:
         with preemption.watched():
             _require_restarts_left()
             _require_company(call)
-            if record:
+            if first:
                 record.write("running")
             _leaving_when_asked(lambda: _when_free(_resolved(call.function), call.arguments))
     except preemption.Preempted:
-        if record is None:
+        if not first:
             # The first process may still be writing, and Slurm would kill it if this one ended with another code.
             sys.exit(0)
         record.write("preempted")
         raise
     except Exception as error:
-        if record:
-            record.write("failed", error=_line(error))
+        record.write("failed", error=_line(error))
         raise
-    if record:
+    if first:
         record.write("done")
+
+
+def run_on_slurm(call: Call) -> None:
+    """`run_stage` for submitit, which would end a process that fails with code 1."""
+    try:
+        run_stage(call)
+    except Exception:
+        traceback.print_exc()
+        sys.exit(FAILED)
 
 
 class Record:
@@ -95,7 +106,9 @@ class Record:
         self._state = {**identity, "started": time.time()}
 
     def write(self, state: str, error: str = "") -> None:
-        """Enter `state`: running, done, failed or preempted."""
+        """Enter `state`: running, done, failed or preempted. Of several processes that fail the first one tells why."""
+        if state in ("failed", "preempted") and (read_state(self._path.parent) or {}).get("state") == "failed":
+            return
         ended = None if state == "running" else time.time()
         files.write_json(self._path, {"state": state, **self._state, "ended": ended, "error": error})
 

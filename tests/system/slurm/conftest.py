@@ -44,7 +44,10 @@ def slurm(require: Callable[[str, bool, str], None]) -> Iterator[Callable[..., N
 
     before = os.environ.get("SLURM_CONF")
     os.environ["SLURM_CONF"] = str(SLURM_CONF)
-    ran = shutil.which("scontrol") is not None and subprocess.run(["scontrol", "ping"], check=False).returncode == 0
+    ran = (
+        shutil.which("scontrol") is not None
+        and subprocess.run(["scontrol", "ping"], check=False, capture_output=True).returncode == 0
+    )
     lab("start")
     yield lab
     if not ran:

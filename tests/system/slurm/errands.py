@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tsae import preemption
+from tsae.environment import process_rank
 from tsae.files import write_json
 from tsae.locks import LockHeld
 
@@ -27,6 +28,13 @@ def note(_configs: str, path: str, seconds: float = 0.0) -> None:
 def fail(_configs: str, words: str) -> None:
     """Raise an error with these words."""
     raise ValueError(words)
+
+
+def fail_in_one(_configs: str, path: str) -> None:
+    """Raise an error in the second process, while the first counts, and leaves when it is asked to."""
+    if process_rank() == 1:
+        raise ValueError("no luck in one")
+    count_up(_configs, path, 1000)
 
 
 def die(_configs: str) -> None:

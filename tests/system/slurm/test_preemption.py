@@ -120,3 +120,14 @@ def test_a_job_that_is_asked_to_leave_before_it_listens_is_queued_again(sweep: S
     run("scancel", "--signal=USR2", job.job)
     sweep.wait_until_over()
     assert (sweep.state("s")["state"], sweep.state("s")["restarts"]) == ("done", 1)
+
+
+def test_a_failure_of_one_process_is_no_preemption_of_the_others(sweep: SweepOnSlurm) -> None:
+    """Slurm asks the others to leave; the job is not queued again for that."""
+    counter = sweep.home / "counter"
+    jobs = sweep.submit(sweep.stage("s", "errands:fail_in_one", str(counter), tasks=2))
+    sweep.wait_until_over()
+    assert sweep.queue()[jobs["s"].job].state == "FAILED"
+    assert (sweep.state("s")["state"], sweep.state("s")["error"]) == ("failed", "ValueError: no luck in one")
+    assert sweep.state("s")["restarts"] == 0
+    assert "step ended with code 200" in Path(jobs["s"].log).read_text()
