@@ -18,7 +18,7 @@ import slurm_query
 from attempt import Attempt, Submitted, attempts
 from background import lock_of, read_queue
 from plan import Plan
-from runner import OPEN, Claim, Status
+from runner import Claim, Status
 from slurm_query import AccountedJob, QueuedJob
 from stage import Stage
 
@@ -122,20 +122,18 @@ class Survey:
         queue = self.queue(entry.attempt)
         task = queue.tasks.get(stage.key, Status())
         node = str(state.get("host", ""))
-        began, log = task.began or None, task.log or entry.log
+        began, log = task.began or state.get("started"), task.log or entry.log
         if task.state == "failed" or state.get("state") == "failed":
             error = task.error or str(state.get("error", ""))
             return Standing("failed", node, began, task.ended or state.get("ended"), error, log)
-        if queue.owner is not None and task.state in OPEN:
-            if task.state == "waiting":
-                return Standing("preempted" if task.preemptions else "queued", log=log)
-            return Standing("running", node or queue.owner.host, began, log=log)
-        if task.state == "running" and _lives(task, node):
-            return Standing("running", node, began, log=log)
-        owner = locks.owner(stage.lock)
+        if task.state in ("running", "elsewhere") and (queue.owner is not None or _lives(task, node)):
+            return Standing("running", node or socket.gethostname(), began, log=log)
+        owner = locks.owner(stage.lock)  # a job whose queue was killed, or one that the debugger's queue is busy with
         if owner is not None:
-            return Standing("running", owner.host, owner.since, log=log)
-        if not task.began:
+            return Standing("running", owner.host, began or owner.since, log=log)
+        if queue.owner is not None and task.state == "waiting":
+            return Standing("preempted" if task.preemptions else "queued", log=log)
+        if not began:
             return Standing("waiting")
         error = task.error or "ended without a word"
         return Standing("interrupted", node, began, task.ended or state.get("ended"), error, log)
