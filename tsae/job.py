@@ -108,7 +108,8 @@ class Record:
     def write(self, state: str, error: str = "") -> None:
         """Enter `state`: running, done, failed or preempted. Of several processes that fail the first one tells why."""
         known = read_state(self._path.parent) or {}
-        if known.get("state") == "failed" and all(known[name] == self._state[name] for name in ("attempt", "restarts")):
+        same = all(known.get(name) == self._state[name] for name in ("attempt", "restarts"))
+        if state != "done" and same and known["state"] == "failed":
             return
         ended = None if state == "running" else time.time()
         files.write_json(self._path, {"state": state, **self._state, "ended": ended, "error": error})
