@@ -64,6 +64,7 @@ def test_a_code_that_never_turns_to_the_new_passage_lags_by_all_of_it() -> None:
 def test_leakage_is_the_mass_after_the_best_passage() -> None:
     z = phases()
     z[25:35, 0] = 1.0  # ten of thirty
+    z[:10, 1] = 0.5  # before its passage
     z[:5, 2] = 0.5  # before its passage, and it has none after it
     found = leakage(z, PASSAGE)
     assert found[:2] == pytest.approx([1 / 3, 0.0])

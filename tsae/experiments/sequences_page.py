@@ -23,7 +23,7 @@ button.on { border-color: #D55E00; background: #fbe3d3; }
 </style>
 <h1>TITLE</h1>
 <p class="note">Passages follow each other in one context. A token is the darker the more the chosen latent is active on it;
-point at one for the value. Latents are those that fire here: SUMMARY.</p>
+point at one for the value. SUMMARY fire here.</p>
 <div class="controls">
 <label>Context <select id="context"></select></label>
 <label>Latent <input id="latent" list="latents" placeholder="number or word of an explanation"></label><datalist id="latents"></datalist>
@@ -65,7 +65,7 @@ function paint() {
   for (const button of byId("top").children) button.classList.toggle("on", button.dataset.latent === latent);
 }
 function choose(name) { latent = String(name); paint(); }
-function open(index) {
+function show(index) {
   context = contexts[index];
   byId("latents").replaceChildren(...Object.keys(context.activations).map(name => {
     const option = document.createElement("option");
@@ -90,8 +90,8 @@ byId("latent").oninput = event => {
   }
 };
 contexts.forEach((each, index) => byId("context").add(new Option(index + 1 + ": " + each.passages.join(" · "), index)));
-byId("context").onchange = event => open(+event.target.value);
-open(0);
+byId("context").onchange = event => show(+event.target.value);
+show(0);
 </script>
 </html>
 """
@@ -104,7 +104,11 @@ def write_page(results: dict[str, Any], path: Path) -> None:
     title = _escaped(f"{about['run']}: {results['split']} over spliced passages")
     # No "</" inside the data, where it could end the script element.
     data = json.dumps(results["contexts"]).replace("</", "<\\/")
-    page = PAGE.replace("TITLE", title).replace("SUMMARY", f"{firing} of {results['split']}").replace("DATA", data, 1)
+    page = (
+        PAGE.replace("TITLE", title)
+        .replace("SUMMARY", f"{firing} latents ({results['split']})")
+        .replace("DATA", data, 1)
+    )
     files.write_text(path, page)
 
 

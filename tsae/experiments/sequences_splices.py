@@ -5,6 +5,7 @@ Shapes: L positions, P passages. A context begins with BOS where the tokenizer p
 
 from __future__ import annotations
 
+import os
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -127,7 +128,9 @@ def total_tokens(passages: int, wanted: int | None, room: int) -> int:
 
 def _named(text: str) -> tuple[str, str]:
     """Name and content of one of the user's texts: a file, or the text itself."""
-    if any(character.isspace() for character in text) and not Path(text).is_file():
+    if any(character.isspace() for character in text) and not os.path.isfile(
+        text
+    ):  # Path.is_file raises for a long text
         words = text.split()
         return " ".join(words[:4]) + (" …" if len(words) > 4 else ""), text
     try:
