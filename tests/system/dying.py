@@ -78,6 +78,13 @@ def as_rank(
     sys.exit(cli.main(arguments))
 
 
+def under_torchrun(killed: str, arguments: list[str]) -> None:
+    """Be a process that torchrun started: number `killed` dies in its 20th update, unless torchrun has restarted it."""
+    if os.environ["RANK"] == killed and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+        _die_at("in a step", 20)
+    sys.exit(cli.main(arguments))
+
+
 def _torchrun(rank: int, world: int, port: int) -> dict[str, str]:
     return {
         "RANK": str(rank),
@@ -143,3 +150,7 @@ def _write_half(state: Any, stream: BinaryIO) -> None:
     stream.write(whole.getvalue()[: whole.tell() // 2])
     stream.flush()
     _die()
+
+
+if __name__ == "__main__":
+    under_torchrun(sys.argv[1], sys.argv[2:])

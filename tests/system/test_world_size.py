@@ -73,12 +73,26 @@ def test_a_killed_process_takes_the_others_down_with_one_line(
     assert contents(run) == wanted
 
 
+def test_torchrun_starts_all_processes_again_when_one_is_killed(
+    training: Callable[..., list[str]], tmp_path: Path
+) -> None:
+    launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", "1"]
+    command = [sys.executable, "-m", *launcher, str(Path(__file__).with_name("dying.py")), "1", *training("run")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "failed (exitcode: -9)" in done.stderr
+    assert RunFolder.of(tmp_path, "run").weights.exists()
+
+
 def test_a_signal_to_one_process_lets_all_leave_together_and_the_same_command_continues(
     run_ranks: Ranks, training: Callable[..., list[str]], tmp_path: Path
 ) -> None:
     assert run_ranks(2, training("left"), preempt=(1, 17)) == [preemption.REQUEUE] * 2
     left, whole = (RunFolder.of(tmp_path, name) for name in ("left", "whole"))
     assert (left.resume / "latest").read_text() == "step_18"
+    state = torch.load(left.resume / "step_18" / "state.pt", weights_only=True)
+    assert len(state["random"]) == 2
     assert run_ranks(2, training("left")) == [0, 0]
     assert run_ranks(2, training("whole")) == [0, 0]
     assert contents(left) == contents(whole)

@@ -19,7 +19,7 @@ from tsae.parallel.group import ALONE
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from world_size_worker import everything, work_together
+from world_size_worker import MIDDLE, everything, work_together
 
 WORLDS = (2, 4)
 SHARDED = ("sharded", "sharded jump_relu")
@@ -120,7 +120,7 @@ def test_global_selection_is_exact_with_ties_and_bad_guesses(results: dict[int, 
 
 def test_bytes_are_counted_and_selection_costs_no_more_than_histograms(results: dict[int, dict[str, Any]]) -> None:
     def per_step(case: str, world: int = 2) -> float:
-        return results[world][case]["terms"][30]["bytes_handed"]
+        return results[world][case]["terms"][MIDDLE]["bytes_handed"]
 
     weights = results[1]["contrastive"]["weights"]
     gradients = sum(4 * weights[name].numel() for name in ("W_enc", "b_enc", "W_dec", "b_dec"))

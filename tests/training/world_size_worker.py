@@ -21,7 +21,7 @@ from tsae.training.trainer import Terms, Trainer
 
 WORLDS = (4, 2)
 STEPS, BATCH, DIM, FEATURES = 50, 96, 24, 80
-MIDDLE = 30
+MIDDLE = 14
 FEWER_STEPS = MIDDLE + 2
 CASES: dict[str, dict[str, Any]] = {
     "contrastive": {"objective": "reference"},
@@ -39,7 +39,7 @@ CASES: dict[str, dict[str, Any]] = {
     "sharded jump_relu": {"sae": {"kind": "jump_relu"}, "double": True, "training": {"shard": "optimizer"}},
     "local": {"training": {"selection": "local", "negatives": "local"}},
 }
-LONG = ("contrastive", "cosine", "l1", "matryoshka", "batch_topk")
+LONG = ("contrastive", "l1", "matryoshka", "batch_topk", "sharded")
 
 
 def trainer(case: dict[str, Any], group: Group) -> Trainer:

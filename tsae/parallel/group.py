@@ -6,6 +6,7 @@ process's own. Numbers that are summed here are summed in one order for all, so 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import accumulate
@@ -24,11 +25,16 @@ PIECE_BYTES = 64 * 2**20
 
 def lost(rank: int, world: int, error: Exception) -> TsaeError:
     """What a process says that cannot reach another one any more."""
-    reason = (str(error).splitlines() or [type(error).__name__])[0]
     return TsaeError(
         f"process {rank} of {world}: ends, because another one has ended or cannot be reached "
-        f"({reason}); the same command continues"
+        f"({reason_of(error)}); the same command continues"
     )
+
+
+def reason_of(error: Exception) -> str:
+    """The first sentence of a connection's error, without the line of C++ that it comes from."""
+    first = (str(error).splitlines() or [type(error).__name__])[0]
+    return re.sub(r"\[\S+:\d+\] ", "", first).partition(". ")[0]
 
 
 class Group:

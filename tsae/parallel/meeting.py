@@ -15,7 +15,7 @@ from tsae import preemption
 from tsae.environment import process_count
 from tsae.errors import TsaeError
 from tsae.locks import LockHeld
-from tsae.parallel.group import ALONE, Group, Processes
+from tsae.parallel.group import ALONE, Group, Processes, reason_of
 from tsae.parallel.heart import Heart
 
 PATIENCE = timedelta(minutes=30)
@@ -73,14 +73,17 @@ def _meet(cpu: bool) -> Processes:
     from accelerate import PartialState
 
     try:
-        state = PartialState(cpu=cpu, timeout=PATIENCE)
+        store, rank, world = next(dist.rendezvous("env://", timeout=PATIENCE))
+        # torchrun that restarts its processes keeps the store, in which the addresses of the dead still stand.
+        attempt = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        state = PartialState(cpu=cpu, timeout=PATIENCE, store=attempt, rank=rank, world_size=world)
         control = dist.new_group(backend="gloo", timeout=HOST_PATIENCE)
         _beats = dist.new_group(backend="gloo", timeout=SILENCE)
     except (RuntimeError, ValueError) as error:
         where = ":".join(os.environ.get(name, "?") for name in ("MASTER_ADDR", "MASTER_PORT"))
         raise TsaeError(
             f"process {os.environ.get('RANK')} of {process_count()}: did not meet the others at {where} "
-            f"({str(error).splitlines()[0]}); start all of them, with the same MASTER_ADDR and MASTER_PORT"
+            f"({reason_of(error)}); start all of them, with the same MASTER_ADDR and MASTER_PORT"
         ) from error
     atexit.register(_part)
     _group = Processes(state.device, control)

@@ -136,7 +136,8 @@ class ResumeStates:
                     f"{folder}: saved with another {name} ({then}, now {now}), so it cannot be continued exactly; "
                     f"go back to that, or remove {self.path} to begin again"
                 )
-        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        # Mapped: of moments that processes share out, each reads its part alone.
+        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         return state
 
     def _counted(self) -> list[Path]:

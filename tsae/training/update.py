@@ -114,7 +114,7 @@ class Adam(torch.optim.Adam):
     def load_whole_state(self, state: dict[str, Any]) -> None:
         """Continue from this process's part of what `whole_state()` returned."""
         own = {
-            index: {**kept, **{name: self._shard.own(kept[name]).clone() for name in MOMENTS}}
+            index: {name: self._shard.own(value).clone() for name, value in kept.items()}
             for index, kept in state["state"].items()
         }
         self.load_state_dict({**state, "state": own})
