@@ -15,6 +15,7 @@ from tsae.config import RunConfig
 from tsae.errors import TsaeError
 from tsae.experiments import driver
 from tsae.experiments.steer_intervention import Rows, Steering
+from tsae.experiments.steer_measures import losses
 from tsae.experiments.subject import Subject
 
 SMALL = {
@@ -102,6 +103,17 @@ def test_the_strength_is_reached_at_the_hook_on_every_generated_token(
     else:
         codes = subject.codes(before[1:]).dense()[:, latent]
         assert change == pytest.approx((strength - codes).numpy(), rel=1e-3)
+
+
+def test_losses_are_the_models_own_from_the_first_generated_token_on(config: RunConfig, checkpoints: Path) -> None:
+    lm = Subject(config, RunFolder.of(checkpoints, "temporal")).language_model
+    tokens = torch.randint(2, 30, (5, 9), generator=torch.Generator().manual_seed(0))
+    labels = tokens.masked_fill(torch.arange(9) < 4, -100)
+    expected = [
+        float(lm.module(input_ids=row[None], labels=label[None]).loss)
+        for row, label in zip(tokens, labels, strict=True)
+    ]
+    assert losses(lm, tokens, 4, batch_size=2) == pytest.approx(expected, rel=1e-4)
 
 
 def test_samples_are_the_same_for_the_same_seed(config: RunConfig, checkpoints: Path) -> None:

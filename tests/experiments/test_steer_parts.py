@@ -10,9 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from scipy.sparse import csc_array
 
 from tsae.config import SaeConfig
-from tsae.experiments.settings import AnswersConfig
+from tsae.experiments.settings import AnswersConfig, SteerConfig
+from tsae.experiments.steer_concepts import Direction, choose_latents
+from tsae.experiments.steer_generation import Condition
 from tsae.experiments.steer_intervention import NO_LATENT, Rows, Steering
 from tsae.experiments.steer_judge import SYSTEM, judge
 from tsae.experiments.steer_measures import (
@@ -23,6 +26,7 @@ from tsae.experiments.steer_measures import (
     pareto_front,
     usable_interval,
 )
+from tsae.experiments.steer_scores import Curve, curves, doublings
 from tsae.sae.inference import encode_sparse
 from tsae.sae.init import new_dictionary
 
@@ -128,3 +132,40 @@ def test_the_judges_grades_stand_beside_the_samples(tmp_path: Path) -> None:
     assert "grades" not in samples[3]
     (mean,) = found["means"]
     assert (mean["samples"], mean["concept"], mean["good_in_both"], found["failures"]) == (2, 2.0, 0.5, 1)
+
+
+def test_curves_hold_each_concept_at_each_strength() -> None:
+    conditions = [Condition(None, 0.0, None)]
+    for concept in (0, 1):
+        for method in ("latent", "random latent"):
+            direction = Direction(method, concept, 3, torch.zeros(2), 10.0, None)
+            conditions += [Condition(direction, 10.0 * multiple, multiple) for multiple in (1.0, 2.0)]
+            conditions.append(Condition(direction, 7.0, None))
+    values = np.repeat(np.arange(len(conditions), dtype=float)[:, None], 3, axis=1)
+    found = curves(conditions, dict.fromkeys(("success", "coherence", "loss", "distinct_2"), values))
+    assert [(curve.method, curve.kind, curve.strengths) for curve in found] == [
+        ("latent", "multiple", (1.0, 2.0)),
+        ("latent", "strength", (7.0,)),
+        ("random latent", "multiple", (1.0, 2.0)),
+        ("random latent", "strength", (7.0,)),
+    ]
+    assert found[0].success.tolist() == [[1, 2], [7, 8]]
+    assert found[3].loss.tolist() == [[6], [12]]
+
+
+def test_usable_doublings_are_those_of_each_concept() -> None:
+    strengths = (0.0, 1.0, 2.0, 4.0)
+    success, coherent = np.array([[0, 1, 1, 1], [0, 0, 0, 0.0]]), np.array([[1, 1, 1, 1], [1, 1, 1, 1.0]])
+    curve = Curve("latent", "multiple", strengths, success, coherent, coherent, coherent)
+    assert doublings(curve, SteerConfig()) == pytest.approx([2.0, 0.0])
+
+
+def test_no_latent_serves_two_concepts() -> None:
+    concept = np.repeat([0, 1, 2], 4)
+    means = np.zeros((12, 5))
+    means[concept < 2, 4] = 3.0  # the best of both the first and the second concept
+    means[concept == 1, 1] = 1.0
+    means[concept == 2, 0] = 1.0
+    for rule in ("lift", "auc"):
+        alive = np.array([10, 20, 30, 40, 50])
+        assert choose_latents(csc_array(means), concept, alive, rule) == [50, 20, 10]

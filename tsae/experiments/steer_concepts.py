@@ -101,7 +101,7 @@ def directions(
             f"{subject.run.path}: {len(alive)} latents of the split fire on the chosen texts; at least "
             f"{2 * len(uses.concepts)} are needed for {len(uses.concepts)} concepts"
         )
-    latents = settings.latents or _chosen(means[:, alive], concept, alive, settings.choose)
+    latents = settings.latents or choose_latents(means[:, alive], concept, alive, settings.choose)
     rest = np.setdiff1d(alive, latents)
     random = np.random.default_rng(settings.seed).choice(rest, len(uses.concepts), replace=False)
     differences = _differences(texts, rows, concept)
@@ -134,7 +134,7 @@ def _by_text(codes: Any, text: np.ndarray, count: int) -> Any:
     return (csr_array((weight, (text, np.arange(len(text)))), shape=(count, len(text))) @ codes).tocsc()
 
 
-def _chosen(means: Any, concept: np.ndarray, alive: np.ndarray, rule: str) -> list[int]:
+def choose_latents(means: Any, concept: np.ndarray, alive: np.ndarray, rule: str) -> list[int]:
     """The best latent for each concept by `rule`; none serves two concepts."""
     dense = means.toarray()
     scores = np.stack(
