@@ -52,7 +52,8 @@ def point_rows(
     Harvests, which many points share, and the report have lines of their own until they are done.
     """
     shown = _shown(plan, stages, standings)
-    shown.sort(key=lambda entry: NOTABLE.index(entry[2].state) if len(shown) > MOST_ROWS and not everything else 0)
+    if len(shown) > MOST_ROWS and not everything:
+        shown.sort(key=lambda entry: NOTABLE.index(entry[2].state))
     hidden = [] if everything else shown[MOST_ROWS:]
     shown = shown[: len(shown) - len(hidden)]
     rows = [list(COLUMNS), *([name, *_cells(stage, standing)] for name, stage, standing in shown)]
