@@ -85,20 +85,18 @@ def run_process() -> Callable[..., int]:
 
 @pytest.fixture
 def run_ranks(tmp_path: Path) -> Callable[..., list[int]]:
-    """Run a `tsae` command in several processes at once; returns their exit codes, -9 of those that would not end.
+    """Run a `tsae` command, or `target`, in several processes at once; returns their exit codes.
 
-    `disturbed` are what `as_rank` takes besides. What each writes to stderr is in `rank<n>.err`.
+    `disturbed` is what `target` takes besides. What each writes to stderr is in `rank<n>.err`.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
 
-    def run(world: int, arguments: Sequence[str], **disturbed: Any) -> list[int]:
+    def run(world: int, arguments: Sequence[str], target: Callable[..., None] = as_rank, **disturbed: Any) -> list[int]:
         with socket.create_server(("127.0.0.1", 0)) as free:
             port = free.getsockname()[1]
         processes = [
-            context.Process(
-                target=as_rank, args=(rank, world, port, tmp_path, [*map(str, arguments)]), kwargs=disturbed
-            )
+            context.Process(target=target, args=(rank, world, port, tmp_path, [*map(str, arguments)]), kwargs=disturbed)
             for rank in range(world)
         ]
         for process in processes:

@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -19,6 +20,8 @@ import torch
 from tsae import cli, preemption, stages
 from tsae.checkpoint import RunFolder
 from tsae.config import RunConfig
+from tsae.parallel import heart
+from tsae.parallel.meeting import together
 from tsae.training.resume import ResumeStates
 from tsae.training.run import train
 from tsae.training.trainer import Trainer
@@ -67,15 +70,30 @@ def as_rank(
     `kill` (rank, moment, n) ends one at its n-th such moment, `preempt` (rank, n) signals one in its n-th update.
     What it says goes to `rank<n>.err`. With `slurm`, srun's variables say which process it is, else torchrun's.
     """
-    with open(folder / f"rank{rank}.err", "wb") as stream:
-        os.dup2(stream.fileno(), 2)
-    os.environ["OMP_NUM_THREADS"] = "1"
+    _write_errors_to(folder / f"rank{rank}.err")
     os.environ.update(_srun(rank, world, port) if slurm else _torchrun(rank, world, port))
     if kill is not None and kill[0] == rank:
         _die_at(*kill[1:])
     if preempt is not None and preempt[0] == rank:
         _at(Trainer, "_track_threshold", preempt[1], before=lambda *_: os.kill(os.getpid(), signal.SIGTERM))
     sys.exit(cli.main(arguments))
+
+
+def while_another_dies(rank: int, world: int, port: int, folder: Path, _arguments: list[str]) -> None:
+    """Be one of several processes of which number 1 dies while the others work alone for long."""
+    _write_errors_to(folder / f"rank{rank}.err")
+    os.environ.update(_torchrun(rank, world, port))
+    heart.GRACE_SECONDS = 0.1
+    with together(cpu=True):
+        if rank == 1:
+            _die()
+        time.sleep(600)
+
+
+def _write_errors_to(path: Path) -> None:
+    os.environ["OMP_NUM_THREADS"] = "1"
+    with open(path, "wb") as stream:
+        os.dup2(stream.fileno(), 2)
 
 
 def under_torchrun(killed: str, arguments: list[str]) -> None:

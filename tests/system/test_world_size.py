@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from dying import while_another_dies
 
 from tsae import config as configuration
 from tsae import preemption, schema
@@ -19,6 +20,7 @@ from tsae.checkpoint import RunFolder
 from tsae.config import RunConfig
 from tsae.environment import adopt_slurm_step, first_host
 from tsae.evaluation.driver import evaluate
+from tsae.parallel import heart
 from tsae.store.layout import StoreLayout
 from tsae.training.run import train
 
@@ -73,6 +75,11 @@ def test_a_killed_process_takes_the_others_down_with_one_line(
     assert contents(run) == wanted
 
 
+def test_a_process_that_works_alone_ends_when_another_dies(run_ranks: Ranks, tmp_path: Path) -> None:
+    assert run_ranks(2, [], target=while_another_dies) == [heart.LOST, -9]
+    assert "tsae: process 0 of 2: ends, because another one" in (tmp_path / "rank0.err").read_text()
+
+
 def test_torchrun_starts_all_processes_again_when_one_is_killed(
     training: Callable[..., list[str]], tmp_path: Path
 ) -> None:
@@ -103,8 +110,9 @@ def test_another_number_of_processes_continues_exactly_to_rounding(
     run_ranks: Ranks, training: Callable[..., list[str]], alone: RunFolder, tmp_path: Path, worlds: tuple[int, int]
 ) -> None:
     before, after = worlds
-    assert run_ranks(before, training("run"), preempt=(0, 30)) == [preemption.REQUEUE] * before
-    assert run_ranks(after, training("run")) == [0] * after
+    shard = "training.shard=" + ("optimizer" if after == 4 else "none")
+    assert run_ranks(before, training("run", shard), preempt=(0, 30)) == [preemption.REQUEUE] * before
+    assert run_ranks(after, training("run", shard)) == [0] * after
     assert furthest(RunFolder.of(tmp_path, "run"), alone) < 1e-5
 
 
