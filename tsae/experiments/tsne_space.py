@@ -32,7 +32,7 @@ def unit_rows(features: csr_array | np.ndarray) -> tuple[Any, np.ndarray]:
     from sklearn.preprocessing import normalize
 
     kept = np.flatnonzero(np.asarray(abs(features).sum(1)).ravel() > 0)
-    return normalize(features[kept].astype(np.float32)), kept
+    return normalize(features.astype(np.float32))[kept], kept
 
 
 def purity(x: Any, label: np.ndarray, neighbours: int, text: np.ndarray | None = None) -> tuple[float, float]:
