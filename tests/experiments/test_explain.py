@@ -27,6 +27,7 @@ from tsae.config import RunConfig
 from tsae.errors import TsaeError
 from tsae.experiments import driver, endpoint, explain
 from tsae.experiments.settings import AnswersConfig, ExplainConfig
+from tsae.experiments.subject import Subject
 from tsae.interop.explanations import read_explanations
 from tsae.stages import harvest_stage
 from tsae.store.reader import Store
@@ -148,6 +149,29 @@ def test_fewer_latents_are_drawn_from_every_stratum(run: RunFolder, explained: E
     drawn = [record for record in lines(run, "examples").values() if "rule" in record]
     assert len(drawn) == results["latents"]["drawn"] == 8
     assert {record["group"] for record in drawn} == testable
+
+
+def test_an_intermediate_checkpoint_has_explanations_of_its_own(
+    run: RunFolder, explained: Explain, run_config: RunConfig
+) -> None:
+    final = explained()
+    kept = {file.name: file.read_bytes() for file in run.path.iterdir() if file.is_file()}
+    state = torch.load(run.weights, weights_only=True)
+    run.checkpoint(20).parent.mkdir()
+    torch.save({**state, "threshold": state["threshold"] * 1.5}, run.checkpoint(20))
+    config = configuration.replace(run_config, experiments={"explain": SETTINGS})
+    assert Subject(config, run, checkpoint="20").explanations == {}
+    (path,) = driver.run("explain", config, run, checkpoint="20")
+    assert Path(path).name == "autointerp_step20.json"
+    early = json.loads(Path(path).read_text())
+    assert early["latents"] != final["latents"]
+    assert early["explanations"]["file"] == "explanations_step20.json"
+    assert Subject(config, run, checkpoint="20").explanations == read_explanations(
+        run.result("explanations_step20", "json")
+    )
+    assert {name: (run.path / name).read_bytes() for name in kept if name != "progress.json"} == {
+        name: content for name, content in kept.items() if name != "progress.json"
+    }
 
 
 # --- with a language model behind an endpoint

@@ -178,6 +178,7 @@ def test_means_weigh_strata_by_the_latents_in_them_and_groups_are_compared_at_eq
     assert difference["strata"] == 2
     assert 0 < difference["half_width_95"] < 0.05
     assert results["fuzzing"]["all"]["mean"] is None
+    assert detection["recall"]["latents"] == 0
     shown, half = headline(results)
     assert (
         set(shown)

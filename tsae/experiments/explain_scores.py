@@ -52,6 +52,8 @@ def summarise(about: Sequence[dict[str, Any]], scores: dict[int, dict[str, Any]]
     results: dict[str, Any] = {"chance": CHANCE}
     for scorer in SCORERS:
         results[scorer] = {split: _stratified(records, scores, scorer) for split, records in splits.items()}
+        for part in ("recall", "specificity"):
+            results[scorer][part] = _mean(testable, scores, scorer, part)
         if several:
             results[scorer]["high_minus_low_at_equal_rate"] = _matched_difference(splits, scores, scorer)
         results[scorer]["histogram"] = {
@@ -88,16 +90,20 @@ def _name(level: int) -> str:
     return f"{edges[level]} to {edges[level + 1]}"
 
 
-def _values(records: Sequence[dict[str, Any]], scores: dict[int, dict[str, Any]], scorer: str) -> np.ndarray:
-    found = [scores.get(record["latent"], {}).get(scorer, {}).get("score") for record in records]
+def _values(
+    records: Sequence[dict[str, Any]], scores: dict[int, dict[str, Any]], scorer: str, part: str = "score"
+) -> np.ndarray:
+    found = [scores.get(record["latent"], {}).get(scorer, {}).get(part) for record in records]
     return np.array([value for value in found if value is not None], dtype=np.float64)
 
 
-def _mean(records: Sequence[dict[str, Any]], scores: dict[int, dict[str, Any]], scorer: str) -> dict[str, Any]:
+def _mean(
+    records: Sequence[dict[str, Any]], scores: dict[int, dict[str, Any]], scorer: str, part: str = "score"
+) -> dict[str, Any]:
     """Mean of a few latents with Student's interval."""
     from scipy.stats import t
 
-    values = _values(records, scores, scorer)
+    values = _values(records, scores, scorer, part)
     if len(values) < 2:
         return _plain(values.mean() if len(values) else np.nan, np.nan) | {"latents": len(values)}
     wider = t.ppf(0.975, len(values) - 1) / NORMAL_95

@@ -24,8 +24,10 @@ if TYPE_CHECKING:
 log = logging.getLogger("tsae")
 
 TOKENS_AT_ONCE = 4096
+MOST_DENSE = 1 << 26
+"""Values of a dense code, which classes without a single threshold compute for the tokens of a batch."""
 MOST_ENTRIES = 1 << 25
-"""Activations that are held at most: 0.3 GB, and as much again while they are sorted."""
+"""Activations that are held at most: 0.3 GB, and four times as much while they are sorted."""
 
 
 class Firings(NamedTuple):
@@ -107,7 +109,7 @@ def _batches(
 ) -> Iterator[tuple[int, tuple[np.ndarray, np.ndarray, np.ndarray]]]:
     """Rows done so far, and (latents, places, values) of a batch; fills `distance` on the way."""
     length = store.context_length
-    size = max(1, TOKENS_AT_ONCE // length)
+    size = max(1, min(TOKENS_AT_ONCE, MOST_DENSE // subject.dictionary.dict_size) // length)
     for start in preemption.polled(range(0, len(rows), size)):
         stop = min(start + size, len(rows))
         x = store.read(rows[start:stop]).float()

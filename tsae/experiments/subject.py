@@ -102,10 +102,18 @@ class Subject:
 
     @cached_property
     def explanations(self) -> dict[int, str]:
-        """Latent → explanation, from `--explanation_path` or the explanations.json of the run; empty without one."""
+        """Latent → explanation, from `--explanation_path` or the explanations.json of the run; empty without one.
+
+        The explanations of the final weights are not those of an intermediate checkpoint, which has a file of its own.
+        """
         from tsae.interop.explanations import find_explanations, read_explanations
 
-        found = self._explanation_path or find_explanations(self.run.path)
+        found = self._explanation_path
+        if found is None and self.checkpoint is None:
+            found = find_explanations(self.run.path)
+        elif found is None:
+            own = self.run.result(f"explanations_step{self.checkpoint}", "json")
+            found = own if own.is_file() else None
         return {} if found is None else read_explanations(found)
 
     @property
