@@ -109,6 +109,7 @@ def test_explanations_are_named_in_the_table(config: RunConfig, checkpoints: Pat
     [
         ({"pairs": 5}, "at least 20 pairs"),
         ({"level": 1.5}, "a rate between 0 and 1"),
+        ({"min_pairs": 1000}, "no latent of the split is active in 1000 pairs"),
         ({"dataset": "missing.jsonl"}, "missing.jsonl"),
     ],
 )
@@ -116,7 +117,7 @@ def test_what_cannot_be_is_one_clear_line(
     config: RunConfig, checkpoints: Path, settings: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(TsaeError, match=message):
-        measured(with_settings(config, **settings), checkpoints)
+        measured(with_settings(config, **{"dataset": config.experiments.align.dataset, **settings}), checkpoints)
 
 
 def test_too_few_pairs_and_missing_columns_are_named(config: RunConfig, checkpoints: Path, tmp_path: Path) -> None:

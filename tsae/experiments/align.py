@@ -81,25 +81,23 @@ def measure(subject: Subject, settings: AlignConfig, chunk: int) -> dict[str, An
         )
     tests = run_tests(found, settings)
     chosen = _ranked(tests)[: settings.table]
+    if not len(chosen):
+        raise TsaeError(
+            f"{subject.run.path}: no latent of the split is active in {settings.min_pairs} pairs "
+            "(experiments.align.min_pairs); they are dead or about something else"
+        )
     table = _table(subject, pairs, found, tests, chosen, split.start, settings)
-    significant = int((tests.q < settings.level).sum())
     labels = Counter(tests.label(latent, settings.level) for latent in np.flatnonzero(tests.tested).tolist())
-    largest = table[0] if table else None
     return {
-        "headline": {
-            "significant_share": significant / max(int(tests.tested.sum()), 1),
-            "beyond_length_share": labels[CONCEPT] / significant if significant else None,
-            "largest_difference": abs(largest["mean_difference"]) if largest else None,
-        },
-        "half_width_95": {"largest_difference": (largest["high"] - largest["low"]) / 2 if largest else None},
+        **_headline(labels, table[0]),
         "pairs": len(found.kept),
         "pairs_without_response": pairs.skipped + len(pairs.chosen) - len(found.kept),
         "dialogues_cut": pairs.cut,
         "about_the_pairs": pairs.note,
         "response_tokens": _length_summary(found.lengths),
         "latents": {
-            "tested": int(tests.tested.sum()),
-            "significant": significant,
+            "tested": labels.total(),
+            "significant": labels.total() - labels[NOTHING],
             **{label: labels[label] for label in (CONCEPT, LENGTH, UNDECIDED)},
         },
         "matched_pairs": tests.matched_pairs,
@@ -122,6 +120,18 @@ def draw(results: dict[str, Any], path: Path) -> None:
     """The figure, and beside it the table as CSV."""
     draw_figure(results, path)
     write_table(results, path.with_suffix(".csv"))
+
+
+def _headline(labels: Counter[str], largest: dict[str, Any]) -> dict[str, Any]:
+    """Shares of latents, and the largest difference of all."""
+    significant = labels.total() - labels[NOTHING]
+    headline = {
+        "significant_share": significant / labels.total(),
+        "largest_difference": abs(largest["mean_difference"]),
+    }
+    if significant:
+        headline["beyond_length_share"] = labels[CONCEPT] / significant
+    return {"headline": headline, "half_width_95": {"largest_difference": (largest["high"] - largest["low"]) / 2}}
 
 
 def run_tests(found: Differences, settings: AlignConfig) -> Tests:

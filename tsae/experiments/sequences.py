@@ -86,7 +86,7 @@ class _Table:
         """Means with intervals."""
         own, smoothest = np.array(self._own), np.array(self._smoothest)
         scores = self._intervals(own)
-        half = {name: scores[name].half_width for name in HEADLINE}
+        known = [name for name in HEADLINE if not np.isnan(scores[name].half_width)]
         one_text = None
         if self._one_text:
             one_text = {
@@ -94,8 +94,8 @@ class _Table:
                 "scores": _plain(self._intervals(np.array(self._one_text))),
             }
         return {
-            "headline": {name: plain(scores[name])["mean"] for name in HEADLINE},
-            "half_width_95": {name: None if np.isnan(value) else value for name, value in half.items()},
+            "headline": {name: scores[name].mean for name in known},
+            "half_width_95": {name: scores[name].half_width for name in known},
             "scores": _plain(scores),
             "smoothest_latents": {
                 "latents": len(self._smooth),

@@ -5,6 +5,7 @@ Shapes: L positions, P passages. A context begins with BOS where the tokenizer p
 
 from __future__ import annotations
 
+import logging
 import os
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
@@ -15,6 +16,8 @@ import numpy as np
 
 from tsae.data.labelled import LabelledText
 from tsae.errors import TsaeError
+
+log = logging.getLogger("tsae")
 
 MIN_PASSAGE = 8  # tokens; a mean code of fewer says nothing
 MAX_PASSAGE = 200  # tokens, where the model has room for more; the paper's have 150 to 400
@@ -80,6 +83,9 @@ def from_texts(texts: Sequence[str], tokenizer: Any, bos: list[int], room: int, 
             f"experiments.sequences: {len(ids)} passages of {min(lengths)} tokens do not fit: the model has {room} "
             f"positions, and a passage needs {MIN_PASSAGE}; give fewer texts or fewer passage_tokens"
         )
+    for (name, _), own, length in zip(named, ids, lengths, strict=True):
+        if length < len(own):
+            log.warning("sequences: of '%s' the first %d of %d tokens are read", name, length, len(own))
     pieces = [own[:length] for own, length in zip(ids, lengths, strict=True)]
     return _splice(pieces, bos, tuple(name for name, _ in named))
 
