@@ -73,7 +73,9 @@ def _stages(plan: Plan, choice: Choice) -> list[str]:
             verdicts[stage.key] += f"; {standing.state} on {standing.node}" if standing.state == "running" else ""
     rows = [["stage", "subject", "points", "state"]]
     for stage in plan.stages:
-        verdict = verdicts.get(stage.key) or ("complete" if stage.is_done() else "not needed")
+        verdict = verdicts.get(stage.key) or (
+            "complete" if stage.is_done() else "not needed: what reads it is complete"
+        )
         rows.append([stage.kind, stage.subject, str(len(stage.points)), verdict])
     return table(rows)
 

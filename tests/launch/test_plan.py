@@ -10,6 +10,7 @@ import pytest
 from tsae import config as configuration
 from tsae import schema
 from tsae.errors import TsaeError
+from tsae.stages import harvest_stage
 
 
 def finish(plan, point, **results):
@@ -99,6 +100,18 @@ def test_a_harvest_may_be_shared_by_several_jobs(plan_of):
     assert [stage.arguments for stage in harvests] == [(0, 3), (1, 3), (2, 3)]
     assert train.depends_on == tuple(stage.key for stage in harvests)
     assert len({stage.lock for stage in harvests}) == len({stage.record for stage in harvests}) == 3
+
+
+def test_the_jobs_of_one_harvest_are_done_when_their_own_shards_are(plan_of):
+    small = {"synthetic.sequences": 300, "store.shard_mb": 1}
+    asked = {"resources": {"harvest": {"jobs": 2}}, "stages": ["harvest"], "overrides": small}
+    plan = plan_of(base="synthetic", grid={"sae.k": [5]}, **asked)
+    first, second = plan.stages
+    assert plan.unfinished() == [first, second]
+    harvest_stage(plan.points[0].config, *first.arguments)
+    assert plan.unfinished() == [second]
+    harvest_stage(plan.points[0].config, *second.arguments)
+    assert plan.unfinished() == []
 
 
 def test_experiments_follow_training_and_those_that_show_explanations_follow_these(plan_of):
