@@ -147,6 +147,12 @@ def test_codes_that_are_too_many_are_read_in_part(
     assert part.document.shape == part.tokens.shape == part.distance.shape
 
 
+def test_positions_without_text_are_not_looked_at(run_config: RunConfig, checkpoints: Path, store: Store) -> None:
+    config = configuration.replace(run_config, data={"skip_positions": 32})
+    with pytest.raises(TsaeError, match="the 4 sequences to read hold no text beyond the skipped positions"):
+        collect(Subject(config, RunFolder.of(checkpoints, "temporal")), store, range(4), "test")
+
+
 def test_a_dictionary_of_another_width_is_refused(
     run_config: RunConfig, checkpoints: Path, store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:

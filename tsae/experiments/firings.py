@@ -84,24 +84,22 @@ def collect(subject: Subject, store: Store, rows: Sequence[int], what: str) -> F
         )
     taken = np.asarray(rows, dtype=np.int64)
     valid = store.valid(subject.config.data.skip_positions)[taken]
+    if not valid.any():
+        raise TsaeError(f"{store.path}: the {len(rows)} sequences to read hold no text beyond the skipped positions")
     progress = Progress(f"{what} {subject.name}: activations", len(taken), "sequences", subject.run.progress)
     distance = np.full(valid.shape, np.nan, np.float32)
     pieces, held, done = [], 0, 0
-    for start, batch in _batches(subject, store, taken, valid, distance):
+    for done, batch in _batches(subject, store, taken, valid, distance):
         pieces.append(batch)
-        held, done = held + len(batch[0]), start
+        held += len(batch[0])
         progress.update(done)
         if held > MOST_ENTRIES:
             log.warning("%s: %d activations are enough; only %d of %d sequences are read", what, held, done, len(taken))
             break
     taken, valid = taken[:done], valid[:done]
-    if not valid.any():
-        raise TsaeError(f"{store.path}: the {len(rows)} sequences to read hold no text beyond the skipped positions")
     document = np.where(valid, store.document[taken], -1)
-    distance = distance[:done]
-    distance[:, 1:][document[:, 1:] != document[:, :-1]] = np.nan
     offsets, places, values = _by_latent(pieces, subject.dictionary.dict_size)
-    return Firings(offsets, places, values, np.asarray(store.tokens[taken]), document, distance)
+    return Firings(offsets, places, values, np.asarray(store.tokens[taken]), document, distance[:done])
 
 
 def _batches(
