@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -42,25 +43,35 @@ def slurm(require: Callable[[str, bool, str], None]) -> Iterator[Callable[..., N
         answer = subprocess.run([str(LAB), *arguments], capture_output=True, text=True, check=False)
         assert answer.returncode == 0, answer.stderr
 
-    before = os.environ.get("SLURM_CONF")
-    os.environ["SLURM_CONF"] = str(SLURM_CONF)
-    ran = (
-        shutil.which("scontrol") is not None
-        and subprocess.run(["scontrol", "ping"], check=False, capture_output=True).returncode == 0
-    )
+    with _variables():
+        from slurm_query import answers
+
+        ran = answers()
     lab("start")
     yield lab
     if not ran:
         lab("stop")
-    del os.environ["SLURM_CONF"]
-    if before is not None:
-        os.environ["SLURM_CONF"] = before
+
+
+@contextmanager
+def _variables(**more: str) -> Iterator[None]:
+    """Variables by which Slurm's commands find the lab; unset again for the tests of others."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        for name, value in {"SLURM_CONF": str(SLURM_CONF), **more}.items():
+            monkeypatch.setenv(name, value)
+        yield
 
 
 @pytest.fixture
-def sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[SweepOnSlurm]:
+def sweep(tmp_path: Path) -> Iterator[SweepOnSlurm]:
     """A sweep of one test; what is left of it in Slurm ends with the test."""
-    yield from _sweep(tmp_path, monkeypatch)
+    from slurm_query import cancel
+    from slurm_sweep import SweepOnSlurm
+
+    with _variables(TSAE_HOME=str(tmp_path)):
+        made = SweepOnSlurm(tmp_path)
+        yield made
+        cancel(made.alive())
 
 
 @pytest.fixture
@@ -72,32 +83,27 @@ def tiny(sweep: SweepOnSlurm) -> CommandLine:
     return CommandLine(sweep.home)
 
 
-def _sweep(home: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[SweepOnSlurm]:
-    from slurm_query import cancel
+@pytest.fixture(scope="session")
+def long_before(slurm: Callable[..., None], tmp_path_factory: pytest.TempPathFactory) -> SweepOnSlurm:
+    """Jobs whose time is over after a minute: submitted before the first test, looked at by the last ones."""
     from slurm_sweep import SweepOnSlurm
 
-    monkeypatch.setenv("TSAE_HOME", str(home))
-    made = SweepOnSlurm(home)
-    yield made
-    cancel(made.alive())
-
-
-@pytest.fixture(scope="session")
-def long_before(slurm: Callable[..., None], tmp_path_factory: pytest.TempPathFactory) -> Iterator[SweepOnSlurm]:
-    """Jobs whose time is over after a minute: submitted before the first test, looked at by the last ones."""
     del slurm
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        for made in _sweep(tmp_path_factory.mktemp("long"), monkeypatch):
-            counter, other = str(made.home / "counter"), str(made.home / "other")
-            made.submit(
-                made.stage("in time", "errands:count_up", counter, 450, 0.1, time="1m"),
-                made.stage("after", "errands:note", str(made.home / "after"), kind="evaluate", after=("in time",)),
-            )
-            made.submit(made.stage("never", "errands:count_up", other, 7000, 0.1, time="1m"), max_restarts=0)
-            yield made
+    home = tmp_path_factory.mktemp("long")
+    counter, other = str(home / "counter"), str(home / "other")
+    with _variables(TSAE_HOME=str(home)):
+        made = SweepOnSlurm(home)
+        made.submit(
+            made.stage("in time", "errands:count_up", counter, 450, 0.1, time="1m"),
+            made.stage("after", "errands:note", str(home / "after"), kind="evaluate", after=("in time",)),
+        )
+        made.submit(made.stage("never", "errands:count_up", other, 7000, 0.1, time="1m"), max_restarts=0)
+    return made
 
 
 @pytest.fixture(autouse=True)
-def _submitted_first(long_before: SweepOnSlurm) -> None:
+def _in_the_lab(long_before: SweepOnSlurm) -> Iterator[None]:
     """Start the lab, and the clock of the slow jobs, with the first test."""
     del long_before
+    with _variables():
+        yield
