@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from tsae import plotting
+from tsae.experiments.bootstrap import Interval
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -22,7 +23,6 @@ SHARES = {
     "change_point_f1": "change-point F1",
     "leakage": "leakage",
 }
-TOKENS = {"boundary_lag": "boundary lag"}
 SERIES = {"scores": "this split", "smoothest_latents": "smoothest of all latents", "one_text": "split, one text"}
 SHADES = ("#F3F3F3", "#E3E3E3")
 
@@ -81,40 +81,34 @@ def _label(context: dict[str, Any], latent: int) -> str:
 
 
 def _draw_scores(axes: Axes, results: dict[str, Any]) -> None:
-    """Shares on the lower axis; the lag, in tokens, is written beside its row."""
+    """Shares with their intervals, a row for each; the lag, which is in tokens, is written below."""
+    lags = []
     for series, (key, label) in enumerate(SERIES.items()):
         if results[key] is None:
             continue
         scores = results[key] if key == "scores" else results[key]["scores"]
-        for row, name in enumerate(SHARES):
-            found = scores[name]
-            if found["mean"] is None:
-                continue
-            axes.errorbar(
-                found["mean"],
-                -row - 0.2 * (series - 1),
-                xerr=[
-                    [found["mean"] - (found["low"] or found["mean"])],
-                    [(found["high"] or found["mean"]) - found["mean"]],
-                ],
-                color=plotting.PALETTE[series],
-                marker=plotting.MARKERS[series],
-                linestyle="none",
-                markeredgecolor="white",
-                markeredgewidth=0.5,
-                capsize=2,
-                elinewidth=1.1,
-                label=label if row == 0 else None,
-            )
+        mean, low, high = (np.array([_float(scores[name][part]) for name in SHARES]) for part in Interval._fields)
+        axes.errorbar(
+            mean,
+            -np.arange(len(SHARES)) - 0.2 * (series - 1),
+            xerr=np.nan_to_num([mean - low, high - mean]),
+            color=plotting.PALETTE[series],
+            marker=plotting.MARKERS[series],
+            linestyle="none",
+            markeredgecolor="white",
+            markeredgewidth=0.5,
+            capsize=2,
+            elinewidth=1.1,
+            label=label,
+        )
+        lags.append(f"{_float(scores['boundary_lag']['mean']):.1f}")
     axes.set_yticks([-row for row in range(len(SHARES))], list(SHARES.values()))
     axes.set_xlim(0, 1)
     axes.set_ylim(-len(SHARES) + 0.5, 0.5)
-    lags = [
-        f"{scores['boundary_lag']['mean']:.1f}"
-        for key in SERIES
-        if results[key] is not None
-        and (scores := results[key] if key == "scores" else results[key]["scores"])["boundary_lag"]["mean"] is not None
-    ]
     axes.set_title(f"{results['splices']} splices, 95 % intervals")
     axes.set_xlabel(f"boundary lag (tokens): {' / '.join(lags)}")
     axes.legend(loc="upper center", bbox_to_anchor=(0.3, -0.12), handletextpad=0.3, borderpad=0)
+
+
+def _float(value: float | None) -> float:
+    return float("nan") if value is None else value
