@@ -139,6 +139,8 @@ class ObjectiveConfig:
     """Similarity of two high-level codes in the contrastive term."""
     temperature: float = 1.0
     """Divides the similarities before the softmax."""
+    same_document: bool = True
+    """Whether partners of the token's own document are negatives too, although they share what persists; false: those of other documents alone, in the contrastive form."""
     directions: Literal["mean", "sum"] = "mean"
     """How the two directions of the contrastive term (current to partner and back) are combined."""
     reconstruction: Literal["squared_error", "variance"] = "squared_error"

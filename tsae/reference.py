@@ -102,6 +102,7 @@ def _temporal_keys(config: RunConfig) -> dict[str, Any]:
         "contrastive": objective.temporal == "contrastive",
         "similarity": objective.similarity,
         "temperature": objective.temperature,
+        "same_document": objective.same_document,
         "directions": objective.directions,
         "negatives": config.training.negatives,
     }

@@ -81,6 +81,11 @@ def _check_objective(config: RunConfig, check: _Check) -> None:
         "weights of at least 0, not all of them 0, are expected",
     )
     check.at(
+        "objective.same_document",
+        lambda kept: kept or config.objective.temporal == "contrastive",
+        "only objective.temporal: contrastive can leave them out",
+    )
+    check.at(
         "objective.target_l0",
         lambda target: target is None or 0 < target <= size,
         f"a number above 0 and at most sae.dict_size ({size}) is allowed",

@@ -144,6 +144,14 @@ def test_iterating_gives_the_same_batches_across_epochs_and_from_any_step(store:
         assert all(map(torch.equal, batches, expected[start:]))
 
 
+@pytest.mark.parametrize("rule", ["random", "none"])
+def test_each_pair_comes_with_its_document(store: Store, rule: str) -> None:
+    for world, rank in ((1, 0), (4, 2)):
+        stream = stream_of(store, rule, rank=rank, world=world)
+        for batch, document in stream.with_documents(3, 12):
+            np.testing.assert_array_equal(document.numpy(), places(batch)[:, 0, 2])
+
+
 def test_a_store_that_fits_in_one_pool_gives_a_new_order_every_epoch(store: Store) -> None:
     stream = stream_of(store, pool_sequences=10_000)
     steps = stream.steps_per_epoch

@@ -20,6 +20,7 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
     "cosine with temperature": {"similarity": "cosine", "temperature": 0.1},
     "linear": {"temporal": "linear"},
     "linear cosine": {"temporal": "linear", "similarity": "cosine", "directions": "sum"},
+    "other documents": {"similarity": "cosine", "temperature": 0.1, "same_document": False},
     "relative to variance": {"reconstruction": "variance"},
 }
 
@@ -57,14 +58,15 @@ def test_losses_and_gradients_equal_the_dense_definition(
     for _ in range(5):
         shared = torch.randn(24, 1, 12, dtype=torch.float64, generator=generator)
         batch = shared + torch.randn(24, 2, 12, dtype=torch.float64, generator=generator)
+        document = torch.randint(6, (24,), generator=generator)
         try:
-            dense = pair[0].step(batch)
+            dense = pair[0].step(batch, document)
         except TsaeError:
             # The high-level split is silent in the first batch; both paths must say so.
             with pytest.raises(TsaeError):
-                pair[1].step(batch)
+                pair[1].step(batch, document)
             return
-        sparse = pair[1].step(batch)
+        sparse = pair[1].step(batch, document)
         for name, value in dense._asdict().items():
             numbers = torch.as_tensor(sparse._asdict()[name]).tolist()
             assert numbers == pytest.approx(torch.as_tensor(value).tolist(), rel=1e-10, abs=1e-12, nan_ok=True), name
@@ -94,6 +96,26 @@ def test_a_group_may_have_no_weight(engine: str) -> None:
     built = trainer(engine, "matryoshka", {"group_weights": [0, 1], "group_reduction": "sum"}, 64, 4, [0.2, 0.8])
     flat = trainer(engine, "batch_topk", {}, 64, 4, [0.2, 0.8])
     assert float(built.step(batch).loss) == pytest.approx(float(flat.step(batch).loss), rel=1e-12)
+
+
+def test_pairs_of_the_same_document_are_no_negatives_if_so_asked() -> None:
+    def loss(document: torch.Tensor | None, **objective: Any) -> float:
+        generator = torch.Generator().manual_seed(0)
+        shared = torch.randn(24, 1, 12, dtype=torch.float64, generator=generator)
+        batch = shared + torch.randn(24, 2, 12, dtype=torch.float64, generator=generator)
+        built = trainer("sparse", "temporal", objective, 64, 4, [0.5, 0.5])
+        return float(built.step(batch, document).temp_loss)
+
+    one, all_differ = torch.zeros(24), torch.arange(24)
+    everything = loss(None)
+    assert loss(all_differ, same_document=False) == pytest.approx(everything, rel=1e-12)
+    assert loss(one) == everything > loss(torch.arange(24) % 8, same_document=False)
+    with pytest.raises(TsaeError, match="temporal term"):
+        loss(one, same_document=False)
+    with pytest.raises(TsaeError, match="needs the document"):
+        loss(None, same_document=False)
+    with pytest.raises(TsaeError, match=r"objective\.same_document: False is impossible"):
+        loss(one, same_document=False, temporal="linear")
 
 
 def test_a_temporal_sae_refuses_single_tokens() -> None:

@@ -27,6 +27,7 @@ INVARIANT = (
     "contrastive",
     "cosine",
     "linear",
+    "other_documents",
     "l1",
     "matryoshka",
     "batch_topk",

@@ -22,11 +22,13 @@ from tsae.training.trainer import Terms, Trainer
 WORLDS = (4, 2)
 STEPS, BATCH, DIM, FEATURES = 50, 96, 24, 80
 MIDDLE = 14
+DOCUMENT = torch.arange(BATCH) % 20
 FEWER_STEPS = MIDDLE + 2
 CASES: dict[str, dict[str, Any]] = {
     "contrastive": {"objective": "reference"},
     "cosine": {"objective": {"similarity": "cosine", "temperature": 0.1, "directions": "mean"}},
     "linear": {"objective": {"temporal": "linear", "similarity": "cosine", "reconstruction": "variance"}},
+    "other_documents": {"objective": {"similarity": "cosine", "temperature": 0.1, "same_document": False}},
     "l1": {"objective": {"temporal": "l1"}},
     "matryoshka": {"sae": {"kind": "matryoshka"}},
     "batch_topk": {"sae": {"kind": "batch_topk"}},
@@ -94,11 +96,11 @@ def train_case(name: str, group: Group, folder: Path) -> dict[str, Any]:
     for step, batch in enumerate(batches(case)[: STEPS if name in LONG else FEWER_STEPS]):
         if group.world == 1 and step == MIDDLE:
             torch.save(built.state(), folder / f"{name}.pt")
-        terms.append(plain(built.step(own_share(batch, group))))
+        terms.append(plain(built.step(own_share(batch, group), own_share(DOCUMENT, group))))
         first = first or gradients(built)
     single = trainer(case, group)
     single.load_state(torch.load(folder / f"{name}.pt", weights_only=True))
-    single_terms = plain(single.step(own_share(batches(case)[MIDDLE], group)))
+    single_terms = plain(single.step(own_share(batches(case)[MIDDLE], group), own_share(DOCUMENT, group)))
     return {
         "terms": terms,
         "weights": {key: tensor.clone() for key, tensor in built.dictionary.state_dict().items()},

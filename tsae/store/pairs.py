@@ -104,10 +104,14 @@ class PairStream:
 
     def iterate(self, start: int, stop: int) -> Iterator[Tensor]:
         """The batches of steps `start` to `stop`, made ahead of need by one thread while another reads the next pool."""
+        return (batch for batch, _ in self.with_documents(start, stop))
+
+    def with_documents(self, start: int, stop: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """As `iterate`, each batch with the number of each of its pairs' document [B / world], int32."""
         # Abandoned early, the threads end by themselves after the few batches that are under way.
         loader, gatherer = ThreadPoolExecutor(1, "pool"), ThreadPoolExecutor(1, "batch")
         ahead = _Ahead(self, stop, loader)
-        waiting: deque[Future[Tensor]] = deque()
+        waiting: deque[Future[tuple[Tensor, Tensor]]] = deque()
         for step in range(start, stop):
             waiting.append(gatherer.submit(ahead.batch, step))
             if len(waiting) > BATCHES_AHEAD:
@@ -130,8 +134,7 @@ class PairStream:
         return key[0] * self.steps_per_epoch + int(self._pool_starts[key[1]])
 
     def _batch(self, pool: Pool, offset: int) -> Tensor:
-        n = self._lane_rows
-        mine = pool.pairs[:, offset * n : (offset + 1) * n].flatten(0, 1)[self._my_rows]
+        mine = self._rows(pool, offset)
         source, rows, scratch = pool.buffer.flatten(0, 1), mine.flatten(), pool.scratch
         batch = self._batches.take((len(rows), self._store.activation_dim))
         # A piece at a time, so that what is gathered is still in the processor's cache when it is widened.
@@ -140,6 +143,17 @@ class PairStream:
             gathered = torch.index_select(source, 0, piece, out=scratch[: len(piece)])
             batch[begin : begin + len(piece)] = gathered
         return batch.view(*mine.shape, -1).squeeze(1)
+
+    def _rows(self, pool: Pool, offset: int) -> Tensor:
+        """[B / world, 2 or 1] rows of a pool's buffer."""
+        n = self._lane_rows
+        return pool.pairs[:, offset * n : (offset + 1) * n].flatten(0, 1)[self._my_rows]
+
+    def _documents(self, pool: Pool, offset: int) -> Tensor:
+        """[B / world]: document of each pair."""
+        place, position = np.divmod(self._rows(pool, offset)[:, 0].numpy(), pool.buffer.shape[1])
+        block, within = np.divmod(place, self._block)
+        return torch.from_numpy(self._store.document[pool.blocks[block] * self._block + within, position])
 
     def _load(self, key: tuple[int, int], resident: Pool | None, spare: Tensor | None) -> Pool:
         """Pool `key`; the rows of `resident` serve again if they are the same blocks, else `spare` is filled."""
@@ -264,12 +278,12 @@ class _Ahead:
         self._pool: Pool | None = None
         self._next: Future[Pool] | None = None
 
-    def batch(self, step: int) -> Tensor:
+    def batch(self, step: int) -> tuple[Tensor, Tensor]:
         key, offset = self._stream._place(step)
         if self._pool is None or self._pool.key != key:
             self._advance(key)
         assert self._pool is not None
-        return self._stream._batch(self._pool, offset)
+        return self._stream._batch(self._pool, offset), self._stream._documents(self._pool, offset)
 
     def _advance(self, key: tuple[int, int]) -> None:
         before = self._pool

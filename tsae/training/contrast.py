@@ -5,6 +5,7 @@ Shapes: B pairs of this process, F0 latents of the high-level split, n entries o
 
 from __future__ import annotations
 
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from tsae.parallel.group import ALONE, Group, starts
 from tsae.sae.sparse import SparseCode, sampled_products, weighted_rows
+from tsae.training.objective import EXCLUDED
 
 BLOCK_ELEMENTS, CUDA_BLOCK_ELEMENTS = 2**19, 64 * 2**20
 
@@ -34,13 +36,15 @@ def contrast(
     temperature: float,
     scale: float,
     group: Group = ALONE,
+    document: Tensor | None = None,
 ) -> TemporalTerm:
     """The `contrastive` or `linear` term of codes [B, F0]; `scale` multiplies the sum of its two directions.
 
-    Every token is told from the partners of all processes of `group`, and every partner from all their tokens. The
-    value is this process's share of the whole: the sum over processes is the term.
+    Every token is told from the partners of all processes of `group`, and every partner from all their tokens; with
+    `document` [B], from those of other documents (contrastive form). The value is this process's share of the whole: the
+    sum over processes is the term.
     """
-    by_dot = {"contrastive": _contrastive, "linear": _linear}[form]
+    by_dot = partial(_contrastive, document=document) if form == "contrastive" else _linear
     if similarity == "cosine":
         high_unit, high_norm = _unit_rows(high)
         other_unit, other_norm = _unit_rows(other)
@@ -71,7 +75,12 @@ def _linear(high: SparseCode, other: SparseCode, temperature: float, scale: floa
 
 
 def _contrastive(
-    high: SparseCode, own_other: SparseCode, temperature: float, scale: float, group: Group
+    high: SparseCode,
+    own_other: SparseCode,
+    temperature: float,
+    scale: float,
+    group: Group,
+    document: Tensor | None,
 ) -> TemporalTerm:
     """Symmetric InfoNCE of dot products. Logits are made block of rows by block of rows, twice: first for the
     log-sum-exp of rows (exact) and of columns (running, then over processes), then for the gradients.
@@ -80,6 +89,16 @@ def _contrastive(
     other, mine = _of_all_processes(own_other, group)
     batch, shift = own * group.world, own * group.rank
     columns = other.dense_by_latent()
+    documents = None if document is None else group.gather(document)
+
+    def logits_of(block: SparseCode, start: int, stop: int) -> Tensor:
+        logits = weighted_rows(block, columns).div_(temperature)
+        if document is not None and documents is not None:
+            excluded = document[start:stop, None] == documents
+            excluded[:, shift + start : shift + stop].fill_diagonal_(False)
+            logits.masked_fill_(excluded, EXCLUDED)
+        return logits
+
     # A CPU wants a block in its cache; a GPU wants few launches, and few waits for the bounds of a block.
     rows = max(1, (CUDA_BLOCK_ELEMENTS if columns.is_cuda else BLOCK_ELEMENTS) // batch)
     blocks = [(start, min(start + rows, own)) for start in range(0, own, rows)]
@@ -89,7 +108,7 @@ def _contrastive(
     top = high.values.new_full((batch,), -torch.inf)
     total = high.values.new_zeros(batch)
     for start, stop in blocks:
-        logits = weighted_rows(_row_block(high, start, stop), columns).div_(temperature)
+        logits = logits_of(_row_block(high, start, stop), start, stop)
         highest = logits.amax(dim=1, keepdim=True)
         row_lse[start:stop] = highest[:, 0] + _exp_(logits - highest).sum(dim=1).log()
         diagonal[start:stop] = logits[:, shift + start : shift + stop].diagonal()
@@ -105,7 +124,7 @@ def _contrastive(
     factor = scale / (batch * temperature)
     for start, stop in blocks:
         block = _row_block(high, start, stop)
-        logits = weighted_rows(block, columns).div_(temperature)
+        logits = logits_of(block, start, stop)
         gradient = _exp_(logits - row_lse[start:stop, None]).add_(_exp_(logits.sub_(column_lse)))
         gradient[:, shift + start : shift + stop].diagonal().sub_(2)
         gradient *= factor

@@ -42,8 +42,12 @@ class Engine(Protocol[D_contra]):
         current: Tensor,
         partner: Tensor | None,
         dead: Tensor,
+        document: Tensor | None = None,
     ) -> Losses:
-        """Set `.grad` of all four parameters; returns the terms, detached. `dead` [F] marks what aux-k revives."""
+        """Set `.grad` of all four parameters; returns the terms, detached. `dead` [F] marks what aux-k revives.
+
+        `document` [B] of each pair is needed where those of one document are no negatives.
+        """
 
     def state(self) -> dict[str, Any]:
         """What a bit-exact continuation needs of the engine."""
@@ -73,8 +77,9 @@ class DenseEngine(Engine[ThresholdDictionary]):
         current: Tensor,
         partner: Tensor | None,
         dead: Tensor,
+        document: Tensor | None = None,
     ) -> Losses:
-        losses = objective(dictionary, weights, encoded.codes, current, partner, dead)
+        losses = objective(dictionary, weights, encoded.codes, current, partner, dead, document)
         dictionary.zero_grad(set_to_none=True)
         if losses.temp_loss.requires_grad:
             # Asked for by the trainer's check that the temporal term really acts.

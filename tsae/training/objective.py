@@ -18,6 +18,9 @@ from tsae.parallel.group import ALONE, Group
 from tsae.phases import phase
 from tsae.sae.dictionary import ThresholdDictionary
 
+EXCLUDED = -1e30
+"""The logit of a pair that is not to count."""
+
 
 @dataclass(frozen=True)
 class Weights:
@@ -35,6 +38,8 @@ class Weights:
     temporal_alpha: float
     similarity: str
     temperature: float
+    same_document: bool
+    """Whether partners of the same document are negatives."""
     direction_scale: float
     auxk_alpha: float
     aux_k: int
@@ -53,6 +58,7 @@ class Weights:
             temporal_alpha=objective.temporal_alpha,
             similarity=objective.similarity,
             temperature=objective.temperature,
+            same_document=objective.same_document,
             direction_scale=0.5 if objective.directions == "mean" else 1.0,
             auxk_alpha=objective.auxk_alpha,
             aux_k=activation_dim // 2,
@@ -108,8 +114,12 @@ def objective(
     current: Tensor,
     partner: Tensor | None,
     dead: Tensor,
+    document: Tensor | None = None,
 ) -> Losses:
-    """All terms for codes of `current` [B, D]; `dead` [F] marks the latents that aux-k revives."""
+    """All terms for codes of `current` [B, D]; `dead` [F] marks the latents that aux-k revives.
+
+    `document` [B] tells which pairs are of one document; it is needed where those are no negatives.
+    """
     group_losses, error = nested_reconstruction(dictionary, codes.current, current, weights.group_weights)
     if weights.relative:
         group_losses = group_losses / variance(current)
@@ -119,8 +129,10 @@ def objective(
     if weights.temporal and codes.partner is not None and partner is not None:
         high = dictionary.group_slices[0]
         pair = (codes.current[:, high], codes.partner[:, high])
-        if weights.temporal in CONTRASTS:
-            temporal = CONTRASTS[weights.temporal](*pair, weights)
+        if weights.temporal == "contrastive":
+            temporal = contrastive(*pair, weights, None if weights.same_document else document)
+        elif weights.temporal == "linear":
+            temporal = linear(*pair, weights)
         else:
             temporal = weighted_l1(*pair, cosine_similarity(current, partner, dim=-1)) * weights.group_weights[0]
     loss = l2_loss + weights.auxk_alpha * auxk + weights.temporal_alpha * temporal
@@ -146,9 +158,15 @@ def variance(x: Tensor, group: Group = ALONE) -> Tensor:
 
 
 @phase("contrast")
-def contrastive(high: Tensor, other: Tensor, weights: Weights) -> Tensor:
-    """Symmetric InfoNCE of high-level codes [B, F0]: each token's own partner against all partners of the batch."""
+def contrastive(high: Tensor, other: Tensor, weights: Weights, document: Tensor | None = None) -> Tensor:
+    """Symmetric InfoNCE of high-level codes [B, F0]: each token's own partner against all partners of the batch.
+
+    With `document` [B], against those of other documents.
+    """
     logits = _similarities(high, other, weights)
+    if document is not None:
+        own = torch.eye(len(logits), dtype=torch.bool, device=logits.device)
+        logits = logits.masked_fill((document[:, None] == document) & ~own, EXCLUDED)
     labels = torch.arange(len(logits), device=logits.device)
     return weights.direction_scale * (cross_entropy(logits, labels) + cross_entropy(logits.T, labels))
 
@@ -161,10 +179,6 @@ def linear(high: Tensor, other: Tensor, weights: Weights) -> Tensor:
     """
     similarities = _similarities(high, other, weights)
     return 2 * weights.direction_scale * (similarities.mean() - similarities.diagonal().mean())
-
-
-CONTRASTS = {"contrastive": contrastive, "linear": linear}
-"""Temporal terms that tell a token's own partner from the others of the batch."""
 
 
 def _similarities(high: Tensor, other: Tensor, weights: Weights) -> Tensor:

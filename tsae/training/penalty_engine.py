@@ -66,8 +66,9 @@ class PenaltyEngine(Engine[Dictionary]):
         current: Tensor,
         partner: Tensor | None,
         dead: Tensor,
+        document: Tensor | None = None,
     ) -> Losses:
-        del weights, partner, dead
+        del weights, partner, dead, document
         penalised: Penalised = encoded.codes
         error = current - dictionary.decode(penalised.f)
         l2_loss = error.pow(2).sum(dim=-1).mean()

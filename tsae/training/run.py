@@ -74,13 +74,13 @@ def _train(runs: Sequence[tuple[RunConfig, RunFolder]], group: Group) -> None:
     start, stop = min(training.step for training in running), max(training.steps for training in running)
     if group.start_any([preemption.requested()])()[0]:
         raise preemption.Preempted
-    for step, batch in enumerate(_stream(store, config, group).iterate(start, stop), start):
+    for step, (batch, document) in enumerate(_stream(store, config, group).with_documents(start, stop), start):
         together_now = [training for training in running if training.step == step]
         # Asked before the step and answered after it, so that nobody waits for the answer.
         asked = group.start_any([preemption.requested(), *(training.will_be_due() for training in together_now)])
         for training in together_now:
             try:
-                training.advance(batch)
+                training.advance(batch, document)
             except (TsaeError, RuntimeError, OSError) as error:
                 if group.world > 1:
                     raise  # the others may not have failed, and would wait
@@ -166,7 +166,7 @@ class _Training:
         """The update that comes next: the position in the data."""
         return self._trainer.steps_done
 
-    def advance(self, batch: Tensor) -> None:
+    def advance(self, batch: Tensor, document: Tensor) -> None:
         """One update, and what is due after it: a line of metrics, the final weights."""
         settings, step = self.config.training, self.step
         self._states.raise_failure()
@@ -174,7 +174,8 @@ class _Training:
         if first and step in settings.save_steps:
             save_dictionary(self.run.checkpoint(step), self._trainer.dictionary, self._trainer.scale)
         with self._accelerator.autocast():
-            terms = self._trainer.step(batch.to(self._accelerator.device, non_blocking=True))
+            device = self._accelerator.device
+            terms = self._trainer.step(batch.to(device, non_blocking=True), document.to(device, non_blocking=True))
         last = self.step == self.steps
         if last or step % settings.log_every == 0:
             self._require_finite(terms.loss)

@@ -24,13 +24,14 @@ from tsae.sae.architectures import AutoEncoderTopK
 from tsae.sae.dictionary import ThresholdDictionary
 from tsae.sae.row_select import top_k_codes
 from tsae.sae.select import GUESS_MARGIN, Encoder, Selection, batch_top_k_codes
-from tsae.sae.sparse import ByLatent, SparseCode, add_rows, sampled_products, weighted_rows
+from tsae.sae.sparse import SparseCode, sampled_products, weighted_rows
 from tsae.training.contrast import TemporalTerm, contrast, weighted_l1
 from tsae.training.engine import Encoded, Engine
 from tsae.training.global_select import global_top_k_codes
-from tsae.training.objective import CONTRASTS, Losses, Weights, variance
+from tsae.training.gradients import Entries, Gradients, Revived
+from tsae.training.objective import Losses, Weights, variance
 from tsae.training.sharding import Shard
-from tsae.training.update import DECODER, OTHERS, chunk_rows
+from tsae.training.update import DECODER, OTHERS
 
 
 class _Codes(NamedTuple):
@@ -38,23 +39,6 @@ class _Codes(NamedTuple):
     """Inputs minus b_dec, [halves · B, D]: current tokens, then partners."""
     current: SparseCode
     partner: SparseCode | None
-
-
-class _Entries(NamedTuple):
-    """Entries that carry a gradient into the encoder; rows index the centred inputs."""
-
-    rows: Tensor
-    latents: Tensor
-    gradient: Tensor
-
-
-class _Revived(NamedTuple):
-    """What aux-k asks of the encoder."""
-
-    latents: Tensor
-    """The dead ones [n]."""
-    gradient: Tensor
-    """Of their pre-activations [B, n]."""
 
 
 class SparseEngine(Engine[ThresholdDictionary]):
@@ -119,11 +103,12 @@ class SparseEngine(Engine[ThresholdDictionary]):
         current: Tensor,
         partner: Tensor | None,
         dead: Tensor,
+        document: Tensor | None = None,
     ) -> Losses:
         codes: _Codes = encoded.codes
         own, batch = len(current), len(current) * self._group.world
         total = batch * float(variance(current, self._group)) if weights.relative else batch
-        gradients = _Gradients(dictionary, self._deterministic)
+        gradients = Gradients(dictionary, self._deterministic)
         parts = [codes.current.within(group) for group in dictionary.group_slices]
         residuals = _residuals(dictionary, [part for part, _ in parts], codes.centred[:own])
         group_losses = torch.stack(
@@ -135,14 +120,15 @@ class SparseEngine(Engine[ThresholdDictionary]):
         value_gradient = _through_decoder(dictionary, weights, codes.current, parts, residuals, gradients, total)
         auxk, revived = self._auxiliary(dictionary, weights, codes.centred[:own], residuals[-1], dead, gradients)
         self._shard.start_sum(DECODER, gradients.W_dec)
-        term = self._temporal(weights, codes, parts[0][0], dictionary.group_slices[0], current, partner)
+        document = None if weights.same_document else document
+        term = self._temporal(weights, codes, parts[0][0], dictionary.group_slices[0], current, partner, document)
         rows, latents = codes.current.rows, codes.current.latents
-        entries = [_Entries(rows, latents, value_gradient)]
+        entries = [Entries(rows, latents, value_gradient)]
         if term is not None:
             value_gradient[parts[0][1]] += weights.temporal_alpha * term[0].current
             partner_high = term[1]
             entries.append(
-                _Entries(partner_high.rows + own, partner_high.latents, weights.temporal_alpha * term[0].partner)
+                Entries(partner_high.rows + own, partner_high.latents, weights.temporal_alpha * term[0].partner)
             )
         gradients.encoder(entries, codes.centred)
         if revived is not None:
@@ -167,17 +153,24 @@ class SparseEngine(Engine[ThresholdDictionary]):
 
     @phase("contrast")
     def _temporal(
-        self, weights: Weights, codes: _Codes, high: SparseCode, group: slice, current: Tensor, partner: Tensor | None
+        self,
+        weights: Weights,
+        codes: _Codes,
+        high: SparseCode,
+        group: slice,
+        current: Tensor,
+        partner: Tensor | None,
+        document: Tensor | None,
     ) -> tuple[TemporalTerm, SparseCode] | None:
         """The temporal term and the partner's high-level code; none if the objective has no such term."""
         if weights.temporal is None or codes.partner is None or partner is None:
             return None
         other, _ = codes.partner.within(group)
-        if weights.temporal in CONTRASTS:
+        if weights.temporal != "l1":
             # Each process's term is a mean over the processes that it shares negatives with.
             scale = weights.direction_scale * self._negatives.world / self._group.world
             form = (weights.temporal, high, other, weights.similarity, weights.temperature)
-            return contrast(*form, scale, self._negatives), other
+            return contrast(*form, scale, self._negatives, document), other
         term = weighted_l1(high, other, cosine_similarity(current, partner, dim=-1))
         weight = weights.group_weights[0] / self._group.world
         return TemporalTerm(*(weight * part for part in term)), other
@@ -190,8 +183,8 @@ class SparseEngine(Engine[ThresholdDictionary]):
         centred: Tensor,
         error: Tensor,
         dead: Tensor,
-        gradients: _Gradients,
-    ) -> tuple[Tensor, _Revived | None]:
+        gradients: Gradients,
+    ) -> tuple[Tensor, Revived | None]:
         """Aux-k on the columns of the dead latents alone; adds its decoder gradients, returns what makes the encoder's."""
         latents = dead.nonzero()[:, 0]
         if len(latents) == 0:
@@ -210,7 +203,7 @@ class SparseEngine(Engine[ThresholdDictionary]):
             return loss.nan_to_num(0.0), None
         back = difference.mul_(-2 * weights.auxk_alpha / (len(error) * self._group.world * variance))
         gradients.W_dec.index_add_(0, latents, revived.T @ back)
-        return loss, _Revived(latents, (back @ W_dec.T).mul_(revived > 0))
+        return loss, Revived(latents, (back @ W_dec.T).mul_(revived > 0))
 
 
 @phase("decode")
@@ -230,7 +223,7 @@ def _through_decoder(
     code: SparseCode,
     parts: list[tuple[SparseCode, Tensor]],
     residuals: list[Tensor],
-    gradients: _Gradients,
+    gradients: Gradients,
     total: float,
 ) -> Tensor:
     """The reconstruction's gradient with respect to the code's entries [n]; W_dec's and b_dec's go to `gradients`.
@@ -247,58 +240,3 @@ def _through_decoder(
         gradients.decoder(part, back, group)
     gradients.b_dec.copy_(back.sum(dim=0))
     return value_gradient
-
-
-class _Gradients:
-    """The four gradient buffers, both matrices latent by latent [F, D]; made once, then overwritten."""
-
-    def __init__(self, dictionary: ThresholdDictionary, deterministic: bool) -> None:
-        # Atomic additions pay only on CUDA.
-        self._in_order = deterministic or not dictionary.W_dec.is_cuda
-        self.W_enc, self.b_enc = _buffer(dictionary.W_enc).T, _buffer(dictionary.b_enc)
-        self.W_dec, self.b_dec = _buffer(dictionary.W_dec), _buffer(dictionary.b_dec)
-        self._dictionary = dictionary
-        self._chunk = chunk_rows(self.W_dec)
-
-    @phase("weight gradients")
-    def decoder(self, part: SparseCode, back: Tensor, group: slice) -> None:
-        """Rows of W_dec's gradient for one group: Σ value · back[row], with `back` [B, D] the output's gradient."""
-        self._sum(part.rows, part.latents, part.values, back, self.W_dec[group])
-
-    @phase("weight gradients")
-    def encoder(self, entries: list[_Entries], centred: Tensor) -> None:
-        """W_enc's and b_enc's gradients from all entries."""
-        rows, latents, gradient = (torch.cat(parts) for parts in zip(*entries, strict=True))
-        self._sum(rows, latents, gradient, centred, self.W_enc, self.b_enc)
-
-    @phase("aux-k")
-    def add_encoder(self, revived: _Revived, centred: Tensor) -> None:
-        """Adds to W_enc's and b_enc's gradients what aux-k asks of dead latents."""
-        self.W_enc.index_add_(0, revived.latents, revived.gradient.T @ centred)
-        self.b_enc.index_add_(0, revived.latents, revived.gradient.sum(dim=0))
-
-    def _sum(
-        self, rows: Tensor, latents: Tensor, values: Tensor, x: Tensor, out: Tensor, totals: Tensor | None = None
-    ) -> None:
-        """Sums over each latent's entries: value · x[row] into `out` [F, D], the values into `totals` [F]."""
-        if self._in_order:
-            by_latent = ByLatent.of(rows, latents, len(out))
-            by_latent.sum_rows(values, x, out, self._chunk)
-            if totals is not None:
-                by_latent.sum_values(values, totals)
-            return
-        add_rows(rows, latents, values, x, out)
-        if totals is not None:
-            totals.zero_().index_add_(0, latents, values)
-
-    @phase("weight gradients")
-    def finish(self) -> None:
-        """b_dec's part through the encoder, −W_enc · ∂b_enc: both halves are centred by it before they are encoded."""
-        self.b_dec.addmv_(self._dictionary.W_enc, self.b_enc, alpha=-1)
-
-
-def _buffer(parameter: Tensor) -> Tensor:
-    """The gradient of `parameter`, made (not filled) where there is none; it keeps the [F, D] memory order of W_enc."""
-    if parameter.grad is None:
-        parameter.grad = torch.empty_like(parameter)
-    return parameter.grad

@@ -97,10 +97,11 @@ class Trainer:
         self.optimizer = Adam(self._parameter_groups(), lr=self.peak_lr, betas=betas, fused=True, shard=shard)
         self.tokens_since_fired = torch.zeros(config.sae.dict_size, dtype=torch.int64, device=device)
 
-    def step(self, batch: Tensor) -> Terms:
+    def step(self, batch: Tensor, document: Tensor | None = None) -> Terms:
         """Update the weights once on this process's share of the batch.
 
-        Raises TsaeError if it does not fit the objective.
+        `document` [B] of each pair is needed where those of one document are no negatives.
+        Raises TsaeError if the batch does not fit the objective.
         """
         total = len(batch) * self.group.world
         self.group.take_bytes()  # only this step's are counted
@@ -111,7 +112,9 @@ class Trainer:
         self._count_tokens(encoded.fired, total)
         self._track_threshold(encoded.cut)
         dead = self.tokens_since_fired >= self.settings.dead_after
-        losses = self.engine.backward(self.dictionary, self.weights, encoded, current, partner, dead)
+        if not self.weights.same_document and partner is not None and document is None:
+            raise TsaeError("objective.same_document: false needs the document of each pair: step(batch, document)")
+        losses = self.engine.backward(self.dictionary, self.weights, encoded, current, partner, dead, document)
         self._require_temporal_gradient(losses, total)
 
         grad_norm = project_and_measure(self.dictionary, self._unit_rows, self._shard)
