@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 ROUNDING = 1e-5
-LINES = ("-", "--", ":", "-.")
 SHOWN = (3e-13, 1e-4)
 """Relative differences; leaves room for a legend below one bit of a float32."""
 
@@ -35,8 +34,7 @@ def _draw_losses(axes: Axes, records: Sequence[dict[str, Any]], shape: dict[str,
         axes.plot(
             record["loss"],
             color=plotting.PALETTE[series],
-            linestyle=LINES[series % len(LINES)],
-            linewidth=4 - 1.2 * min(series, 2),
+            linewidth=6 / 2**series,
             label=_name(record),
         )
     axes.set_xlabel("step")

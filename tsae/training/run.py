@@ -103,7 +103,8 @@ def _leave(running: Sequence[_Training], group: Group) -> None:
         training.save()
     for training in running:
         group.on_first(training.wait)
-        log.warning("%s: state saved before step %d", training.run.path, training.step)
+        if group.rank == 0:
+            log.warning("%s: state saved before step %d", training.run.path, training.step)
     raise preemption.Preempted
 
 
