@@ -92,6 +92,7 @@ byId("latent").oninput = event => {
 contexts.forEach((each, index) => byId("context").add(new Option(index + 1 + ": " + each.passages.join(" · "), index)));
 byId("context").onchange = event => show(+event.target.value);
 show(0);
+document.documentElement.dataset.ready = "yes";
 </script>
 </html>
 """
