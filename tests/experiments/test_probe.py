@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from scipy.sparse import csr_array
 
 from tsae import config as configuration
@@ -17,6 +18,7 @@ from tsae.config import RunConfig
 from tsae.errors import TsaeError
 from tsae.experiments import driver, probe_fit
 from tsae.experiments.probe import _refuse
+from tsae.experiments.probe_figure import runs_beside, splits_beside
 from tsae.experiments.probe_samples import Samples, split
 from tsae.experiments.settings import ProbeConfig, TextsConfig
 from tsae.stages import experiment_stage
@@ -226,3 +228,44 @@ def test_too_few_texts_and_a_split_that_is_not_there_are_one_line(config, checkp
         experiment_stage(short, checkpoints, "temporal", "probe")
     with pytest.raises(TsaeError, match="--chunk 0"):
         experiment_stage(config, checkpoints, "batch_topk", "probe", chunks=[0])
+
+
+def entry(run: str, split: str, **changes: object) -> dict:
+    """The part of a result that decides which others stand in its figure."""
+    return {
+        "experiment": "probe",
+        "split": split,
+        "settings": {"seeds": 3},
+        "subject": {"run": run, "model": "m", "layer": 1},
+        "texts": {"dataset": "d", "classes": {"a": 1}},
+        **changes,
+    }
+
+
+def test_a_figure_shows_only_what_was_probed_alike(tmp_path):
+    results = {
+        ("one", 0): entry("one", "high-level"),
+        ("one", 1): entry("one", "low-level", settings={"seeds": 5}),
+        ("baseline_model", 2): entry("baseline_model", "residual stream"),
+        ("two", 2): entry("two", "all latents"),
+        ("three", 2): entry("three", "all latents", texts={"dataset": "other", "classes": {"a": 1}}),
+        ("four", 2): entry("four", "all latents", subject={"run": "four", "model": "m", "layer": 2}),
+    }
+    for (run, chunk), content in results.items():
+        folder = tmp_path / run / "trainer_0"
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"probing_chunk{chunk}.json").write_text(json.dumps(content))
+    mine, path = entry("one", "all latents"), tmp_path / "one" / "trainer_0" / "probing_chunk2.png"
+    assert [found["split"] for found in splits_beside(mine, path)] == ["high-level", "residual stream"]
+    assert [found["subject"]["run"] for found in runs_beside(mine, path)] == ["two"]
+
+
+def test_a_split_of_dead_latents_is_one_line(config, checkpoints, tmp_path):
+    run, dead = RunFolder.of(checkpoints, "batch_topk"), RunFolder.of(tmp_path, "dead")
+    dead.path.mkdir(parents=True)
+    for file in (run.config_json, run.resolved):
+        (dead.path / file.name).write_bytes(file.read_bytes())
+    state = torch.load(run.weights, weights_only=True)
+    torch.save({**state, "threshold": torch.full_like(state["threshold"], 1e9)}, dead.weights)
+    with pytest.raises(TsaeError, match="probe semantics: no latent of this split is active on any of"):
+        experiment_stage(config, tmp_path, "dead", "probe")

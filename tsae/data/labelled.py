@@ -59,10 +59,15 @@ DOMAINS = (
     *("christianity", "law", "literature", "economics", "food"),
     *("drama_and_film", "health", "mathematics", "medical", "history"),
 )
+SUBJECTS = (
+    *("high_school_mathematics", "formal_logic", "professional_medicine", "high_school_european_history"),
+    *("high_school_chemistry", "high_school_statistics", "college_computer_science", "world_religions"),
+    *("high_school_psychology", "college_physics"),
+)
 
 SCHEMAS = {
     "hh-rlhf": Schema(("chosen",), "rejected", "Anthropic/hh-rlhf", data_dir="harmless-base"),
-    "mmlu": Schema(("question",), "subject", "cais/mmlu", subset="all", split="test"),
+    "mmlu": Schema(("question",), "subject", "cais/mmlu", subset="all", split="test", classes=SUBJECTS),
     "finefineweb": Schema(("text", "content"), "domain", "m-a-p/FineFineWeb-test", classes=DOMAINS),
     "pile": Schema(("text",), "meta.pile_set_name", "monology/pile-uncopyrighted"),
     "pile-10k": Schema(("text",), "meta.pile_set_name", "NeelNanda/pile-10k"),

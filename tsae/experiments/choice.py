@@ -25,6 +25,9 @@ def draw_texts(dataset: str, wanted: TextsConfig) -> list[LabelledText]:
     Reading ends when the classes that were named have their shares. Raises TsaeError for a class without texts and if
     no class is left.
     """
+    for name, least in (("count", 1), ("context_length", 2), ("min_characters", 1)):
+        if getattr(wanted, name) < least:
+            raise TsaeError(f"experiments.texts.{name}: {getattr(wanted, name)} is impossible; at least {least}")
     classes = wanted.classes or default_classes(dataset)
     share = wanted.count if classes is None else -(-wanted.count // len(classes))
     found: dict[str, list[tuple[int, LabelledText]]] = {name: [] for name in classes} if classes else defaultdict(list)

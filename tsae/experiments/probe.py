@@ -40,6 +40,11 @@ def measure(subject: Subject, settings: ProbeConfig, chunk: int) -> dict[str, An
     tasks = {}
     for number, (task, samples) in enumerate(material.samples.items()):
         features = material.features[task][:, latents]
+        if not abs(features).sum():
+            raise TsaeError(
+                f"probe {task}: no latent of this split is active on any of {len(samples.label)} tokens; its latents "
+                "are dead, or the dictionary was trained on another model"
+            )
         found = []
         for seed in range(settings.seeds):
             found.append(_one_split(features, samples, settings, task, seed))
