@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -10,6 +11,8 @@ from resources import Resources, StageResources, laid_over
 from tsae import schema
 from tsae.errors import TsaeError
 
+TOGETHER = ("harvest", "train", "evaluate")
+"""Stages that several processes share, one for each GPU if nothing else is said; the others take one."""
 DEFAULT = Path("~/.config/tsae/cluster.yaml")
 
 
@@ -36,7 +39,10 @@ class Cluster(Resources):
 
     def resources_of(self, kind: str, asked: StageResources) -> StageResources:
         """What a stage of `kind` gets: what the sweep asks for, else the site's for that kind, else its defaults."""
-        return laid_over(laid_over(asked, self.of(kind)), self.defaults)
+        resources = laid_over(laid_over(asked, self.of(kind)), self.defaults)
+        if kind in TOGETHER or resources.tasks is not None:
+            return resources
+        return dataclasses.replace(resources, tasks=1)
 
 
 def load_cluster(path: Path | None = None) -> Cluster:

@@ -26,6 +26,8 @@ def test_a_sweep_comes_before_the_stage_and_the_stage_before_the_defaults(tmp_pa
     assert asked.processes == 8
     assert cluster.resources_of("probe", StageResources()).minutes == 60
     assert cluster.resources_of("report", StageResources()).partition == "gpu"
+    processes = {kind: cluster.resources_of(kind, StageResources(gpus=2)).processes for kind in ("evaluate", "probe")}
+    assert processes == {"evaluate": 2, "probe": 1}
 
 
 @pytest.mark.parametrize(
