@@ -80,7 +80,7 @@ def write_sweep(folder: Path) -> Path:
 
 def wait_for(home: Path, condition: Callable[[], object]) -> None:
     """Return when `condition` holds; it must while jobs are there."""
-    until = time.monotonic() + PATIENCE_SECONDS / 3
+    until = time.monotonic() + PATIENCE_SECONDS / 6
     while not condition():
         in_vain = time.monotonic() > until or (not jobs() and not condition())
         assert not in_vain, "".join(f"\n== {path}\n{path.read_text()[-3000:]}" for path in home.rglob("*.out"))
