@@ -117,6 +117,7 @@ class Queue:
         self._by_key = {task.stage.key: task for task in self.tasks}
         self._executor, self._display, self._machine, self._claims = executor, display, machine, claims
         self._most = most or len(stages)
+        self._running = 0
 
     def run(self, sleep: Callable[[float], None] = time.sleep) -> list[Task]:
         """Run everything that can run; the tasks that did not come to their end."""
@@ -148,8 +149,11 @@ class Queue:
                 self._watch(task)
         waiting = [task for task in self.tasks if task.state in ("waiting", "elsewhere")]
         peers = Counter(task.stage.kind for task in self.tasks if task.state in ("waiting", "running"))
+        self._running = sum(task.share is not None for task in self.tasks)
+        full: set[str] = set()
         for task in waiting:
-            self._advance(task, peers[task.stage.kind])
+            if self._is_ready(task) and not (task.state == "waiting" and task.stage.kind in full):
+                self._advance(task, peers[task.stage.kind], full)
 
     def _watch(self, task: Task) -> None:
         assert task.job is not None
@@ -170,14 +174,14 @@ class Queue:
         task.status.error = outcome.error or ""
         self._enter(task, "done" if outcome.error is None else "interrupted" if outcome.killed else "failed")
 
-    def _advance(self, task: Task, peers: int) -> None:
-        if not self._is_ready(task):
-            return
+    def _advance(self, task: Task, peers: int, full: set[str]) -> None:
+        """Start `task` if nobody has it and a share is free; else its kind of stage is `full` for this step."""
         now = time.monotonic()
         if now - task.looked < LOOK_SECONDS:
             return
         share = self._share(task, peers)
         if share is None and task.state == "waiting":
+            full.add(task.stage.kind)
             return
         task.looked = now
         if task.stage.is_done():
@@ -202,6 +206,7 @@ class Queue:
 
     def _start(self, task: Task, share: Share) -> None:
         task.share = share
+        self._running += 1
         task.job = self._executor.start(task.stage, share)
         before = task.status.preemptions
         task.status = Status(
@@ -232,7 +237,7 @@ class Queue:
 
     def _share(self, task: Task, peers: int) -> Share | None:
         """Cores and GPUs for `task`, or None while too little is free."""
-        if sum(entry.share is not None for entry in self.tasks) >= self._most:
+        if self._running >= self._most:
             return None
         wanted, machine = task.stage.resources, self._machine
         default = min(1, len(machine.gpus)) if task.stage.on_gpu else 0
