@@ -8,7 +8,6 @@ themselves, so that a process reads only the lanes that its part of the batch to
 
 from __future__ import annotations
 
-import weakref
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor
 
 from tsae.errors import TsaeError
+from tsae.store.memory import Recycled
 from tsae.store.reader import Store, uninitialised
 from tsae.validation import parse_pair_rule
 
@@ -26,7 +26,6 @@ BLOCK_BYTES = 2_000_000
 FEWEST_BLOCKS = 64
 MOST_LANES = 8
 BATCHES_AHEAD = 3
-MOST_FREE = 8
 SCRATCH_BYTES = 512 * 1024
 SEQUENCES_AT_A_TIME = 4096
 BLOCK_ORDER, PAIR_ORDER = 1, 2  # keep the two kinds of random streams apart
@@ -248,26 +247,6 @@ class PairStream:
             count = min(self._block // per_chunk, last_chunk - first)
             store.read_chunks(first, count, buffer[slot * self._block :])
         return buffer
-
-
-class Recycled:
-    """Memory for batches that serves again once no tensor refers to it: new pages cost as much as filling them."""
-
-    def __init__(self) -> None:
-        self._free: list[np.ndarray] = []
-
-    def take(self, shape: tuple[int, ...]) -> Tensor:
-        """An uninitialised float32 tensor."""
-        fitting = self._free and self._free[-1].shape == shape
-        memory = self._free.pop() if fitting else np.empty(shape, np.float32)
-        # torch holds this very object until the last view of the tensor is gone.
-        held = memory[:]
-        weakref.finalize(held, self._give_back, memory).atexit = False
-        return torch.from_numpy(held)
-
-    def _give_back(self, memory: np.ndarray) -> None:
-        if len(self._free) < MOST_FREE:
-            self._free.append(memory)
 
 
 class _Ahead:
