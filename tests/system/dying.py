@@ -63,11 +63,12 @@ def as_rank(
     arguments: list[str],
     slurm: bool = False,
     kill: tuple[int, str, int] | None = None,
-    preempt: tuple[int, int] | None = None,
+    preempt: tuple[int, str, int] | None = None,
 ) -> None:
     """Be process `rank` of `world` that run a `tsae` command.
 
-    `kill` (rank, moment, n) ends one at its n-th such moment, `preempt` (rank, n) signals one in its n-th update.
+    `kill` (rank, moment, n) ends one at its n-th such moment, `preempt` (rank, at, n) signals one in its n-th call of
+    `at` (module:name).
     What it says goes to `rank<n>.err`. With `slurm`, srun's variables say which process it is, else torchrun's.
     """
     _write_errors_to(folder / f"rank{rank}.err")
@@ -75,7 +76,7 @@ def as_rank(
     if kill is not None and kill[0] == rank:
         _die_at(*kill[1:])
     if preempt is not None and preempt[0] == rank:
-        _at(Trainer, "_track_threshold", preempt[1], before=lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+        _at(*_found(preempt[1]), preempt[2], before=lambda *_: os.kill(os.getpid(), signal.SIGTERM))
     sys.exit(cli.main(arguments))
 
 
@@ -132,13 +133,18 @@ def signalled(stage: str, arguments: tuple[Any, ...], at: str, count: int, numbe
         if count:
             os.kill(os.getpid(), number)
 
-    module, _, path = at.partition(":")
-    *owners, name = path.split(".")
-    _at(functools.reduce(getattr, owners, importlib.import_module(module)), name, count, before=send)
+    _at(*_found(at), count, before=send)
     # Called by the thread that writes; the main thread, which waits for it, handles the signals.
     for n in range(1, 4):
         _at(torch, "save", n, before=lambda *_: preemption.requested() and send())
     getattr(stages, stage)(*arguments)
+
+
+def _found(at: str) -> tuple[Any, str]:
+    """Where the function `module:name` is, and its name there."""
+    module, _, path = at.partition(":")
+    *owners, name = path.split(".")
+    return functools.reduce(getattr, owners, importlib.import_module(module)), name
 
 
 def _at(owner: Any, name: str, count: int, before: Callable[..., Any] | None = None, after: Any = None) -> None:

@@ -24,6 +24,7 @@ from tsae.parallel import heart
 from tsae.store.layout import StoreLayout
 from tsae.training.run import train
 
+UPDATE = "tsae.training.trainer:Trainer._track_threshold"
 WEIGHTS = ("W_enc", "b_enc", "W_dec", "b_dec", "threshold")
 Ranks = Callable[..., list[int]]
 
@@ -95,7 +96,7 @@ def test_torchrun_starts_all_processes_again_when_one_is_killed(
 def test_a_signal_to_one_process_lets_all_leave_together_and_the_same_command_continues(
     run_ranks: Ranks, training: Callable[..., list[str]], tmp_path: Path
 ) -> None:
-    assert run_ranks(2, training("left"), preempt=(1, 17)) == [preemption.REQUEUE] * 2
+    assert run_ranks(2, training("left"), preempt=(1, UPDATE, 17)) == [preemption.REQUEUE] * 2
     left, whole = (RunFolder.of(tmp_path, name) for name in ("left", "whole"))
     assert (left.resume / "latest").read_text() == "step_18"
     state = torch.load(left.resume / "step_18" / "state.pt", weights_only=True)
@@ -111,7 +112,7 @@ def test_another_number_of_processes_continues_exactly_to_rounding(
 ) -> None:
     before, after = worlds
     shard = "training.shard=" + ("optimizer" if after == 4 else "none")
-    assert run_ranks(before, training("run", shard), preempt=(0, 30)) == [preemption.REQUEUE] * before
+    assert run_ranks(before, training("run", shard), preempt=(0, UPDATE, 30)) == [preemption.REQUEUE] * before
     assert run_ranks(after, training("run", shard)) == [0] * after
     assert furthest(RunFolder.of(tmp_path, "run"), alone) < 1e-5
 
@@ -122,11 +123,15 @@ def test_evaluation_by_several_processes_gives_the_numbers_of_one(
     settings = ("evaluation.loss_recovered=true", "evaluation.batch_size=2", "evaluation.loss_sequences=7")
     evaluate(configuration.load(config_file, list(settings)), alone)
     wanted = alone.eval_results.read_bytes()
+    where = ["--checkpoints-path", str(alone.path.parents[1]), "--run-name", "alone"]
+    arguments = ["evaluate", str(config_file), *settings, *where]
+    alone.eval_results.unlink()
+    assert run_ranks(2, arguments, preempt=(1, "tsae.evaluation.scores:Scores.add", 1)) == [preemption.REQUEUE] * 2
+    assert not alone.eval_results.exists()
     for world in (2, 4):
-        alone.eval_results.unlink()
-        where = ["--checkpoints-path", str(alone.path.parents[1]), "--run-name", "alone"]
-        assert run_ranks(world, ["evaluate", str(config_file), *settings, *where]) == [0] * world
+        assert run_ranks(world, arguments) == [0] * world
         assert alone.eval_results.read_bytes() == wanted
+        alone.eval_results.unlink()
 
 
 def test_harvest_by_processes_and_array_tasks_writes_the_store_of_one(

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from tsae import config as configuration
-from tsae import files, preemption, schema
+from tsae import files, schema
 from tsae.checkpoint import RunFolder, load_dictionary
 from tsae.config import RunConfig
 from tsae.devices import own_device
@@ -85,7 +85,7 @@ def _score(config: RunConfig, run: RunFolder, dictionary: Dictionary, store: Sto
     sequences = min(settings.sequences, len(store.heldout_range))
     progress = Progress(f"evaluate {run.path.parent.name}", sequences, "sequences", run.progress)
     batches = held_out_batches(store, settings.sequences, settings.batch_size, config.data.skip_positions, group)
-    for batch in preemption.polled(batches):
+    for batch in group.polled(batches):
         scores.add(batch.x.to(device), batch.lengths, batch.documents)
         progress.update(batch.sequences_done)
     scores.collect(group)
@@ -112,7 +112,7 @@ def _loss_recovered(
     )
     progress = Progress(f"evaluate {run.path.parent.name}: loss recovered", len(rows), "sequences", run.progress)
     batches = []
-    for start in preemption.polled(group.turns(len(rows), settings.batch_size)):
+    for start in group.polled(group.turns(len(rows), settings.batch_size)):
         part = slice(start, start + settings.batch_size)
         batches.append(
             sequence_losses(

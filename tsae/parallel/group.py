@@ -7,7 +7,7 @@ process's own. Numbers that are summed here are summed in one order for all, so 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import accumulate
 from typing import Any, TypeVar
@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from tsae import preemption
 from tsae.errors import TsaeError
 
 Wait = Callable[[], None]
@@ -106,8 +107,23 @@ class Group:
         return [value]
 
     def on_first(self, action: Callable[[], None]) -> None:
-        """Call `action` in the first process alone; the others wait for it. Raises TsaeError there if it fails."""
+        """Call `action` in the first process alone; the others wait for it.
+
+        Raises there TsaeError if it fails, and Preempted if it raises that.
+        """
         action()
+
+    def polled(self, items: Iterable[Result]) -> Iterator[Result]:
+        """`items` until a process is asked to leave. Raises Preempted at the end in all of them if one was.
+
+        At the end: whoever leaves earlier would keep the others waiting in what they do together next.
+        """
+        for item in items:
+            if preemption.requested():
+                break
+            yield item
+        if self.start_any([preemption.requested()])()[0]:
+            raise preemption.Preempted
 
     def share(self, n: int) -> slice:
         """Where this process's rows lie among `n` rows a process, put together in order of rank."""
@@ -219,14 +235,19 @@ class Processes(Group):
         return found
 
     def on_first(self, action: Callable[[], None]) -> None:
-        done = False
+        done = preempted = False
         try:
             if self.rank == 0:
                 action()
             done = True
+        except preemption.Preempted:
+            preempted = True
+            raise
         finally:
             # Told even on the way out, lest the others wait for ever.
-            (failed,) = self.start_any([not done])()
+            failed, leaves = self.start_any([not done, preempted])()
+        if leaves:
+            raise preemption.Preempted
         if failed:
             raise TsaeError(f"process {self.rank} of {self.world}: ends, because the first one could not go on")
 
