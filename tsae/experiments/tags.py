@@ -90,7 +90,7 @@ def tags_of(texts: tuple[LabelledText, ...], offsets: np.ndarray, tagger: Tagger
                     of_token[row, position] = np.bincount(covering).argmax()
         progress.update(row + 1)
     if not numbers:
-        raise TsaeError(f"experiments.probe.tagger: {tagger.name} gives no tag to any of {len(texts)} texts")
+        raise TsaeError(f"tagger: {tagger.name} gives no tag to any of {len(texts)} texts")
     return _sorted(of_token, numbers, tagger.name)
 
 
@@ -100,7 +100,7 @@ def _owners(text: str, spans: Spans, numbers: dict[str, int], name: str) -> np.n
     for first, end, tag in spans:
         if not 0 <= first < end <= len(text):
             raise TsaeError(
-                f"experiments.probe.tagger: {name} gives characters {first} to {end} of a text of {len(text)}"
+                f"tagger: {name} gives characters {first} to {end} of a text of {len(text)}"
             )
         owner[first:end] = numbers.setdefault(str(tag), len(numbers))
     owner[[character.isspace() for character in text]] = -1
@@ -142,21 +142,21 @@ def _pipelines() -> list[str]:
 
 
 def _spacy(name: str) -> Tagger:
-    remedy = f"install one: {INSTALL}; or set experiments.probe.tagger to surface or module:function"
+    remedy = f"install one: {INSTALL}; or set tagger to surface or module:function"
     try:
         import spacy
     except ImportError:
-        raise TsaeError(f"experiments.probe.tagger: spaCy is not installed; {remedy}") from None
+        raise TsaeError(f"tagger: spaCy is not installed; {remedy}") from None
     found = _pipelines()
     if not name and not found:
-        raise TsaeError(f"experiments.probe.tagger: no spaCy pipeline is installed; {remedy}")
+        raise TsaeError(f"tagger: no spaCy pipeline is installed; {remedy}")
     name = name or found[0]
     try:
         # Parts of speech need none of these, which take most of the time.
         pipeline = spacy.load(name, exclude=["ner", "lemmatizer", "parser", "senter"])
     except OSError:
         raise TsaeError(
-            f"experiments.probe.tagger: there is no spaCy pipeline '{name}' (installed: {', '.join(found) or 'none'}); {remedy}"
+            f"tagger: there is no spaCy pipeline '{name}' (installed: {', '.join(found) or 'none'}); {remedy}"
         ) from None
     version = pipeline.meta.get("version", "")
     return Tagger(f"parts of speech by spaCy {name} {version}".rstrip(), lambda texts: _spacy_spans(pipeline, texts))
@@ -166,7 +166,7 @@ def _spacy_spans(pipeline: Language, texts: list[str]) -> Iterator[Spans]:
     for document in pipeline.pipe(texts, batch_size=32):
         if not document.has_annotation("POS"):
             raise TsaeError(
-                f"experiments.probe.tagger: the spaCy pipeline {pipeline.meta['name']} gives no parts of speech"
+                f"tagger: the spaCy pipeline {pipeline.meta['name']} gives no parts of speech"
             )
         yield [(word.idx, word.idx + len(word), word.pos_) for word in document if not word.is_space and word.pos_]
 
@@ -178,7 +178,7 @@ def _function(wanted: str) -> Tagger:
         function = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError, ValueError) as error:
         raise TsaeError(
-            f"experiments.probe.tagger: '{wanted}' is neither auto, spacy, spacy:PIPELINE, surface nor a "
+            f"tagger: '{wanted}' is neither auto, spacy, spacy:PIPELINE, surface nor a "
             f"module:function that can be imported ({error})"
         ) from None
     return Tagger(wanted, lambda texts: map(function, texts))

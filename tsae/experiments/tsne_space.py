@@ -63,7 +63,7 @@ def purity(x: Any, label: np.ndarray, neighbours: int, text: np.ndarray | None =
         enough = others >= neighbours
         if len(label) <= neighbours or not enough.any():
             continue
-        nearest = np.argpartition(-likeness, neighbours - 1, axis=1)[:, :neighbours]
+        nearest = np.argpartition(likeness, -neighbours, axis=1)[:, -neighbours:]
         found.append((label[nearest] == label[mine][:, None]).mean(1)[enough])
         chance.append((alike / np.maximum(others, 1))[enough])
     if not found:
