@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import resource
@@ -24,6 +25,7 @@ PATIENCE_SECONDS = 1800
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 USER = "tsae-test"
 OWNER = 4242
+HASHED = ("ae.pt", "metrics.jsonl")
 # The README's first sweep, made small: every stage of it runs, on the same model and text.
 QUICKSTART = (
     "sweeps/split_fraction.yaml",
@@ -227,13 +229,11 @@ def run(
 
 def results(home: Path) -> dict[str, object]:
     """Every number that a sweep under `home` made: measures, losses, and a hash of weights, activations and corpus."""
-    import hashlib
-
     found: dict[str, object] = {}
     for path in sorted(home.rglob("*")):
         name = str(path.relative_to(home))
         if path.name == "eval_results.json":
             found[name] = json.loads(path.read_text())
-        elif path.name in ("ae.pt", "metrics.jsonl") or path.suffix == ".zst" or "/c/" in name:
+        elif path.is_file() and (path.name in HASHED or path.suffix == ".zst" or "/activations/c/" in name):
             found[name] = hashlib.sha256(path.read_bytes()).hexdigest()
     return found

@@ -55,7 +55,14 @@ def test_a_sweep_in_the_image_is_preempted_on_two_nodes_and_ends_all_the_same(
     cluster = ["--cluster", str(tmp_path / "cluster.yaml"), "--container", str(lab.sif)]
     run([*launch, *cluster], tmp_path, {"TSAE_HOME": str(home)})
     wait_for(home, lambda: any(lines(path) > 20 for path in home.rglob("metrics.jsonl")))
-    urgent = ["sbatch", "--partition=urgent", "--nodelist=n1", "--gpus-per-node=4", "--output=/dev/null", "--wrap=sleep 1"]
+    urgent = [
+        "sbatch",
+        "--partition=urgent",
+        "--nodelist=n1",
+        "--gpus-per-node=4",
+        "--output=/dev/null",
+        "--wrap=sleep 1",
+    ]
     run(urgent)
     wait_for(home, lambda: list(home.rglob("eval_results.json")))
     wait_for(home, lambda: not jobs())
