@@ -199,7 +199,7 @@ def server() -> Iterator[Server]:
 
 
 def served(server: Server, **changes: Any) -> AnswersConfig:
-    return AnswersConfig(backend="endpoint", model="reader", base_url=server.base_url, timeout=0.5, **changes)
+    return AnswersConfig(backend="endpoint", model="reader", base_url=server.base_url, **changes)
 
 
 def questions(server: Server) -> list[str]:
@@ -210,7 +210,7 @@ def test_a_served_model_explains_and_judges_through_faults(run: RunFolder, expla
     # Twelve explanations are asked for first; no question meets as many faults as it has attempts.
     faults = ["429", "broken", "500", "cut", "hang"]
     server.faults = [*faults, *[""] * 12, *faults]
-    results = explained(answers=served(server), latents=12)
+    results = explained(answers=served(server, timeout=1.0), latents=12)
     assert results["explained_by"] == f"reader at {server.base_url}"
     assert results["latents"]["scored"] == results["latents"]["drawn"] == 12
     assert "some verdicts are missing" not in results["latents"]["failures"]
@@ -240,7 +240,7 @@ def test_an_interrupted_run_asks_nothing_twice_and_ends_the_same(
 
     server.faults = [""] * 70 + ["401"] * 200
     with pytest.raises(TsaeError, match="the key is refused"):
-        explained(answers=served(server, concurrency=2), latents=20)
+        explained(answers=served(server, concurrency=1), latents=20)
     done = {latent for latent, record in lines(run, "explanations").items() if "explanation" in record}
     assert len(done) == 20
     answered = set(questions(server)[:70])

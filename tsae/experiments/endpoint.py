@@ -69,7 +69,7 @@ class Endpoint:
                 index, answer = answered.get(timeout=0.2)
             except queue.Empty:
                 continue
-            if self._hopeless is not None:
+            if self._hopeless is not None and answer.text is None:
                 raise TsaeError(f"{self._url}: {self._hopeless}")
             self._failed_in_a_row = 0 if answer.failure is None else self._failed_in_a_row + 1
             if self._failed_in_a_row > 2 * self._settings.concurrency:
