@@ -71,8 +71,8 @@ def train(config: str, checkpoints: str, name: str, reached: str) -> None:
 
     step = Trainer.step
 
-    def halting(trainer: Any, batch: Any) -> Any:
-        terms = step(trainer, batch)
+    def halting(trainer: Any, *batch: Any) -> Any:
+        terms = step(trainer, *batch)
         if trainer.steps_done == 100 and "SLURM_RESTART_COUNT" not in os.environ:
             Path(reached).touch()
             while not preemption.requested():
