@@ -131,3 +131,9 @@ def test_two_tags_on_one_token_are_settled_by_the_number_of_characters(tmp_path,
     (tmp_path / "odd_tagger.py").write_text("def tag(text):\n    yield 0, 1, 'a'\n    yield 1, 3, 'b'\n")
     monkeypatch.syspath_prepend(str(tmp_path))
     assert tags(TEXT, PIECES, "odd_tagger:tag")[0] == "b"
+
+
+def test_a_tag_on_a_blank_reaches_no_token(tmp_path, monkeypatch):
+    (tmp_path / "blank_tagger.py").write_text("def tag(text):\n    yield 0, 3, 'word'\n    yield 3, 4, 'blank'\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert tags(TEXT, PIECES, "blank_tagger:tag")[:3] == ["word", None, None]
