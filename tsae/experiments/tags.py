@@ -99,9 +99,7 @@ def _owners(text: str, spans: Spans, numbers: dict[str, int], name: str) -> np.n
     owner = np.full(len(text), -1, np.int32)
     for first, end, tag in spans:
         if not 0 <= first < end <= len(text):
-            raise TsaeError(
-                f"tagger: {name} gives characters {first} to {end} of a text of {len(text)}"
-            )
+            raise TsaeError(f"tagger: {name} gives characters {first} to {end} of a text of {len(text)}")
         owner[first:end] = numbers.setdefault(str(tag), len(numbers))
     owner[[character.isspace() for character in text]] = -1
     return owner
@@ -165,9 +163,7 @@ def _spacy(name: str) -> Tagger:
 def _spacy_spans(pipeline: Language, texts: list[str]) -> Iterator[Spans]:
     for document in pipeline.pipe(texts, batch_size=32):
         if not document.has_annotation("POS"):
-            raise TsaeError(
-                f"tagger: the spaCy pipeline {pipeline.meta['name']} gives no parts of speech"
-            )
+            raise TsaeError(f"tagger: the spaCy pipeline {pipeline.meta['name']} gives no parts of speech")
         yield [(word.idx, word.idx + len(word), word.pos_) for word in document if not word.is_space and word.pos_]
 
 
