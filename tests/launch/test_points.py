@@ -157,9 +157,12 @@ def test_overrides_of_a_synthetic_world_get_folders_of_their_own():
 @pytest.mark.parametrize("sweep", [path for path in SHIPPED if path not in SYNTHETIC], ids=lambda path: path.stem)
 @pytest.mark.parametrize("base", ["embedded", "pythia-160m", "gemma-2-2b"])
 def test_every_shipped_sweep_works_on_every_shipped_base(sweep, base):
+    if sweep.stem == "objective_embedded" and base != "embedded":
+        pytest.skip("its points are differences from the embedded base's own objective")
     plan = make_plan(load_sweep(sweep, base))
     assert len(plan.points) >= 3
-    assert sum(stage.kind == "harvest" for stage in plan.stages) == 1
+    layers = {point.config.model.layer for point in plan.points}
+    assert sum(stage.kind == "harvest" for stage in plan.stages) == len(layers)
 
 
 def test_the_large_bases_carry_the_papers_settings():
