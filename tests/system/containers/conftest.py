@@ -5,7 +5,9 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -14,10 +16,6 @@ sys.path.insert(0, str(Path(__file__).parent))
 from container_lab import COMMIT, HERE, QUICKSTART, REPOSITORY, USER, Lab, make_lab, results, run
 
 FINDINGS = pytest.StashKey[list[str]]()
-
-
-def pytest_configure(config: pytest.Config) -> None:
-    config.stash[FINDINGS] = []
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
@@ -48,18 +46,38 @@ def lab(require: Callable[[str, bool, str], None], say: Callable[[str], None]) -
 
 
 @pytest.fixture(scope="session")
-def docker_build(lab: Lab) -> str:
-    """What `docker build` said."""
-    lab.import_base()
-    with lab.timed("docker build"):
-        return lab.build_with_docker(COMMIT)
+def begun(lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Future[Any]]]:
+    """Both builds and the run outside, two at a time."""
+    home = tmp_path_factory.mktemp("outside")
+    with ThreadPoolExecutor(2) as pool:
+        yield {
+            "docker": pool.submit(lab.build_with_docker, COMMIT),
+            "apptainer": pool.submit(lab.build_with_apptainer, COMMIT),
+            "outside": pool.submit(run_quickstart, home),
+        }
+
+
+def run_quickstart(home: Path) -> dict[str, object]:
+    run([sys.executable, "launch/sweep.py", *QUICKSTART], REPOSITORY, {"TSAE_HOME": str(home)})
+    return results(home)
 
 
 @pytest.fixture(scope="session")
-def sif_build(lab: Lab) -> str:
+def docker_build(begun: dict[str, Future[Any]]) -> str:
+    """What `docker build` said."""
+    return str(begun["docker"].result())
+
+
+@pytest.fixture(scope="session")
+def sif_build(begun: dict[str, Future[Any]]) -> str:
     """What `apptainer build` said."""
-    with lab.timed("apptainer build"):
-        return lab.build_with_apptainer(COMMIT)
+    return str(begun["apptainer"].result())
+
+
+@pytest.fixture(scope="session")
+def outside(begun: dict[str, Future[Any]]) -> dict[str, object]:
+    """The numbers of the small quickstart without a container."""
+    return dict(begun["outside"].result())
 
 
 @pytest.fixture(scope="session")
@@ -69,11 +87,3 @@ def user(lab: Lab) -> Iterator[str]:
     run(["useradd", "--create-home", "--home-dir", str(home), USER])
     yield USER
     run(["userdel", "--remove", USER], check=False)
-
-
-@pytest.fixture(scope="session")
-def outside(tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
-    """The numbers of the small quickstart without a container."""
-    home = tmp_path_factory.mktemp("outside")
-    run([sys.executable, "launch/sweep.py", *QUICKSTART], REPOSITORY, {"TSAE_HOME": str(home)})
-    return results(home)
