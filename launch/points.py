@@ -18,6 +18,7 @@ from tsae import config as configuration
 from tsae import schema
 from tsae.config import RunConfig
 from tsae.errors import TsaeError, suggestion
+from tsae.sections import ObjectiveConfig
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class Point:
         found: Any = self.config
         for name in key.split("."):
             found = getattr(found, name)
-        return found.preset if isinstance(found, configuration.ObjectiveConfig) else found
+        return found.preset if isinstance(found, ObjectiveConfig) else found
 
 
 def expand(sweep: Sweep) -> tuple[Point, ...]:

@@ -13,6 +13,7 @@ from resources import Resources
 from tsae import config as configuration
 from tsae import schema
 from tsae.errors import TsaeError, suggestion
+from tsae.sections import DataConfig
 
 StageKind = Literal[
     "harvest", "train", "evaluate", "probe", "tsne", "sequences", "align", "steer", "explain", "features", "report"
@@ -167,9 +168,7 @@ def _refuse_swept(config: SweepConfig, extra: Mapping[str, Any], path: Path) -> 
 
 def _override_suffix(extra: Mapping[str, Any]) -> str:
     """Names the overrides that change results, so that they get folders of their own."""
-    runs = (
-        configuration.RunConfig(data=configuration.DataConfig(source=source)) for source in ("embedded", "synthetic")
-    )
+    runs = (configuration.RunConfig(data=DataConfig(source=source)) for source in ("embedded", "synthetic"))
     counted = {key for run in runs for key, _ in flatten(configuration.evaluation_settings(run))}
     parts = [f"{key}={shown(value)}" for key, value in flatten(extra) if key in counted or key == "objective"]
     return "".join(f",{part}" for part in parts)

@@ -1,7 +1,6 @@
 """The configuration of one run: what to read, what to train, what to measure.
 
-A run is one YAML file with the sections below; the resolved file and its hash lie beside every output.
-Each field is followed by the sentence that `--help` prints.
+A run is one YAML file; the resolved file and its hash lie beside every output.
 """
 
 from __future__ import annotations
@@ -11,267 +10,22 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from tsae import schema, validation
 from tsae.data.synthetic_settings import SYNTHETIC_PRESETS, SyntheticConfig
 from tsae.errors import TsaeError, suggestion
 from tsae.experiments.settings import ExperimentsConfig
-
-
-@dataclass(frozen=True, kw_only=True)
-class ModelConfig:
-    """The language model and the place where its activations are read."""
-
-    name: str = "embedded"
-    """Hugging Face model id, a local folder in the hub's format, or `embedded` (the small GPT-NeoX shipped inside)."""
-    revision: str | None = None
-    """Branch, tag or commit of a hub model."""
-    layer: int = 2
-    """Index of the block whose output is read: `hidden_states[layer + 1]` of the Hugging Face model."""
-    hook_point: str | None = None
-    """Path of any module to read instead of a block, such as `gpt_neox.layers.3.mlp`; `layer` is then only a label."""
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Precision in which the language model runs."""
-    attn_implementation: Literal["eager", "sdpa", "flash_attention_2"] | None = None
-    """Attention kernel, where the model's own choice should be overruled."""
-    device: str = "auto"
-    """`auto` (CUDA where there is one), `cpu`, `cuda` or `cuda:N`."""
-    batch_size: int = 64
-    """Sequences per forward pass."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class DataConfig:
-    """The text, and how it is cut into contexts."""
-
-    source: str = "embedded"
-    """Hub dataset id, a local file or folder (jsonl, json, parquet, txt, md; the text formats also as .gz, .zst), `embedded` (English documentation found on this machine), or `synthetic` (no text and no language model: the world of the section `synthetic`)."""
-    subset: str | None = None
-    """Configuration name of a hub dataset."""
-    revision: str | None = None
-    """Branch, tag or commit of a hub dataset."""
-    split: str = "train"
-    """Split of a hub dataset."""
-    text_field: str = "text"
-    """Column that holds the text."""
-    label_field: str | None = None
-    """Column that holds a label of the document, kept beside the activations."""
-    max_documents: int | None = None
-    """Stop after this many documents."""
-    max_tokens: int | None = None
-    """Stop after this many tokens (whole contexts, after shuffling); local files are read wholly before, a hub dataset and the embedded corpus only as far as needed."""
-    context_length: int = 128
-    """Tokens per context (L)."""
-    min_length: int = 16
-    """Contexts with fewer tokens are dropped."""
-    packing: Literal["split", "truncate", "concat"] = "split"
-    """`split`: a document becomes as many contexts as it fills; `truncate`: its first context only; `concat`: documents follow each other without padding, so contexts cross documents (pairs never do)."""
-    bos: Literal["auto", "always", "never"] = "auto"
-    """Begin each context with the tokenizer's BOS token; `auto` does what the tokenizer itself does."""
-    skip_positions: int = 1
-    """Leading positions of each context kept out of training and evaluation: BOS or, without one, the attention sink."""
-    holdout: float = 0.1
-    """Share of the documents that is kept for evaluation and never trained on."""
-    seed: int = 0
-    """Seed of the order of contexts and of the held-out choice; of everything in a synthetic world."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class StoreConfig:
-    """The zarr store that holds the activations."""
-
-    path: str | None = None
-    """Folder of the store; by default under TSAE_HOME/stores, named after model, layer and content hash."""
-    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
-    """Precision on disk."""
-    shard_mb: int = 256
-    """Largest size of one shard file in MB (10^6 bytes): the unit of writing, of resuming and of sharing a harvest. A small store is cut finer, into about 16 shards."""
-
-
-GROUPED_KINDS = frozenset({"temporal", "matryoshka"})
-PENALTY_KINDS = frozenset({"jump_relu", "gated", "standard", "standard_april"})
-"""Kinds whose codes are sparse because of a term of the loss."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class SaeConfig:
-    """The dictionary."""
-
-    kind: Literal[
-        "temporal", "matryoshka", "batch_topk", "topk", "jump_relu", "gated", "standard", "standard_april"
-    ] = "temporal"
-    """`temporal`: T-SAE; `matryoshka`: the same nested groups without the temporal term; `batch_topk`: one group; `topk`: k for every token; `jump_relu`, `gated`; `standard`: ReLU and L1; `standard_april`: the same as of Anthropic's April 2024 update."""
-    dict_size: int = 16384
-    """Number of latents (F)."""
-    k: int = 20
-    """Active latents per token, on average over a batch; where a penalty makes codes sparse, what it aims at."""
-    split_fraction: float = 0.2
-    """Share of the latents in the high-level split (group 0); the rest is the low-level split."""
-    group_fractions: tuple[float, ...] | None = None
-    """Shares of more than two nested groups; replaces split_fraction."""
-
-    @property
-    def fractions(self) -> tuple[float, ...]:
-        """Share of the latents of each group; they sum to 1."""
-        if self.kind not in GROUPED_KINDS:
-            return (1.0,)
-        return self.group_fractions or (self.split_fraction, 1.0 - self.split_fraction)
-
-    @property
-    def group_sizes(self) -> tuple[int, ...]:
-        """Latents of each group; rounding goes to the last group."""
-        sizes = [int(fraction * self.dict_size) for fraction in self.fractions[:-1]]
-        return (*sizes, self.dict_size - sum(sizes))
-
-
-@dataclass(frozen=True, kw_only=True)
-class ObjectiveConfig:
-    """The training objective; `objective: NAME` alone takes a preset."""
-
-    preset: Literal["reference", "paper", "scale_free"] = "reference"
-    """`reference`: what the authors' released code computes; `paper`: what the paper's equations say; `scale_free`: ours, which means the same for activations of any scale. Other keys override it."""
-    temporal: Literal["contrastive", "linear", "l1"] = "contrastive"
-    """Temporal term of a T-SAE: InfoNCE over the batch; `linear`: the mean similarity of all pairs of the batch minus that of the true pairs, without a logarithm; or the L1 distance of the two codes weighted by the inputs' cosine."""
-    temporal_alpha: float = 0.1
-    """Weight of the temporal term."""
-    similarity: Literal["dot", "cosine"] = "dot"
-    """Similarity of two high-level codes in the contrastive term."""
-    temperature: float = 1.0
-    """Divides the similarities before the softmax."""
-    same_document: bool = True
-    """Whether partners of the token's own document are negatives too, although they share what persists; false: those of other documents alone, in the contrastive form."""
-    directions: Literal["mean", "sum"] = "mean"
-    """How the two directions of the contrastive term (current to partner and back) are combined."""
-    reconstruction: Literal["squared_error", "variance"] = "squared_error"
-    """`variance`: divide reconstruction errors by the batch's variance, so that the weights of other terms mean the same for activations of any scale; without effect where a penalty makes codes sparse."""
-    group_weights: Literal["fractions", "uniform", "ones"] | tuple[float, ...] = "fractions"
-    """Weight of each nested reconstruction: the group's share, 1/G, 1, or a list."""
-    group_reduction: Literal["mean", "sum"] = "mean"
-    """How the weighted nested reconstruction losses are combined."""
-    auxk_alpha: float = 1 / 32
-    """Weight of the auxiliary loss that revives dead latents."""
-    sparsity_penalty: float | None = None
-    """Weight of the penalty of `standard`, `standard_april`, `gated` (L1) and `jump_relu` (squared relative distance of L0 from its target); none: 1 for `jump_relu`, and an L1 weight that is adjusted in training until target_l0 is reached."""
-    target_l0: float | None = None
-    """Active latents per token that the penalty aims at; by default sae.k."""
-    sparsity_warmup_steps: int | None = None
-    """Steps over which the penalty grows from 0; by default training.warmup_steps."""
-    bandwidth: float = 0.001
-    """Width of the kernel through which the thresholds of `jump_relu` get their gradient, in units of the (normalised) activations."""
-
-
-OBJECTIVE_PRESETS: dict[str, dict[str, Any]] = {
-    "reference": {},
-    "paper": {
-        "temporal_alpha": 1.0,
-        "similarity": "cosine",
-        "directions": "sum",
-        "group_weights": "ones",
-        "group_reduction": "sum",
-    },
-    "scale_free": {
-        "temporal_alpha": 0.2,
-        "similarity": "cosine",
-        "temperature": 0.15,
-        "reconstruction": "variance",
-        "group_weights": "uniform",
-    },
-}
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainingConfig:
-    """Optimisation and bookkeeping."""
-
-    steps: int = 1000
-    """Optimizer steps."""
-    batch_size: int = 2048
-    """Pairs (or single tokens) per step, over all processes."""
-    lr: float | None = None
-    """Learning rate; by default 2e-4 / sqrt(dict_size / 16384)."""
-    bias_lr: float | None = None
-    """Learning rate of b_enc and b_dec relative to that of the weight matrices; by default 1, or 0.1 where `objective.reconstruction` is `variance`: biases that adapt fast make frequent features crowd out others."""
-    warmup_steps: int | None = None
-    """Steps of linear warm-up; by default 1000, or a tenth of the steps where they are fewer than 10,000."""
-    decay_start: int | None = None
-    """First step of the linear decay to zero; none: no decay."""
-    pair_rule: str = "previous"
-    """Partner of a token: `previous`, `random` (any earlier token of the document), `within:N` (at most N back) or `none` (single tokens)."""
-    normalize: Literal["auto", "none", "mean_squared_norm", "unit_rms"] = "auto"
-    """`auto`: `unit_rms` where `objective.reconstruction` is `variance`, else `none`; `mean_squared_norm`: train on activations divided by the root of their mean squared norm; `unit_rms`: scaled to a root mean square of 1 in each dimension, so that a mean squared norm of D remains. Saved weights apply to raw activations either way."""
-    threshold_beta: float = 0.999
-    """Decay of the moving average of the inference threshold."""
-    threshold_start_step: int | None = None
-    """Step after which the threshold is tracked; by default 1000, or half of the steps where they are fewer than 2000."""
-    dead_after: int = 10_000_000
-    """A latent is dead when it has not fired for this many tokens."""
-    clip_norm: float = 1.0
-    """Bound on the gradient's norm."""
-    seed: int = 0
-    """Seed of the initial weights and of the order of pairs."""
-    device: Literal["auto", "cpu"] = "auto"
-    """`auto` (this process's GPU, else the CPU) or `cpu`."""
-    precision: Literal["no", "bf16"] = "no"
-    """`no`: float32; `bf16`: matrix products under bfloat16 autocast, parameters stay float32."""
-    engine: Literal["sparse", "dense"] = "sparse"
-    """`sparse`: gradients at the selected entries only; `dense`: the readable definition, same numbers, several times slower."""
-    encoder_precision: Literal["exact", "float32", "bf16"] = "exact"
-    """Encoder product of the sparse engine. `exact`: float32 numbers, on CUDA and on processors with matrix units (AMX) from a bfloat16 product whose few candidates are computed again; `float32`: one float32 product; `bf16`: a bfloat16 product as it is, which selects a few per cent of other entries."""
-    deterministic: bool = True
-    """Sum the sparse engine's gradients in a fixed order on CUDA, so that the same run gives the same bits; false: atomic additions."""
-    processes: int | None = None
-    """Processes that must train together, one GPU each (torchrun, accelerate, Slurm tasks); none: as many as were started. Results do not depend on it."""
-    shard: Literal["none", "optimizer"] = "none"
-    """What several processes divide among themselves, latent by latent. `optimizer`: Adam's moments and the update, so that a process of N keeps 1/N of half the training state; results do not change."""
-    selection: Literal["global", "local"] = "global"
-    """`global`: batch-top-k over the whole batch; `local`: over each process's share by itself, which saves a few small exchanges and lets results depend on the number of processes."""
-    negatives: Literal["global", "local"] = "global"
-    """`global`: a token's contrastive negatives are the partners of the whole batch; `local`: those of its process's share, which saves an exchange and lets results depend on the number of processes."""
-    pool_sequences: int = 16384
-    """Sequences mixed at a time, over all processes; at least half the batch size mixes well. Twice as many are held in memory."""
-    log_every: int = 10
-    """Steps between lines of metrics.jsonl."""
-    save_steps: tuple[int, ...] = ()
-    """Steps before which an intermediate checkpoint is written."""
-    resume_every: int = 200
-    """Steps between resumable states, of which one is left out while the one before it is still being written; 0: none but the one that a preempted run leaves."""
-    resume_minutes: float | None = None
-    """Minutes after which a resumable state is written, however few steps were done."""
-    resume_keep: int = 2
-    """Resumable states that are kept: should the newest be damaged, the one before it serves."""
-    pack: int = 1
-    """Up to so many points of a sweep that read the same batches are trained in one process; results do not change."""
-    trackers: tuple[Literal["tensorboard", "wandb"], ...] = ()
-    """Experiment trackers fed through accelerate."""
-
-    @property
-    def warmup(self) -> int:
-        """Steps of linear warm-up."""
-        return min(1000, self.steps // 10) if self.warmup_steps is None else self.warmup_steps
-
-    @property
-    def threshold_start(self) -> int:
-        """Step after which the threshold is tracked."""
-        chosen = self.threshold_start_step
-        return min(1000, self.steps // 2) if chosen is None else chosen
-
-
-@dataclass(frozen=True, kw_only=True)
-class EvaluationConfig:
-    """Measures on the held-out part of the store."""
-
-    sequences: int = 512
-    """Held-out contexts that are scored, at most."""
-    batch_size: int = 16
-    """Contexts encoded at a time."""
-    loss_recovered: bool = True
-    """Splice reconstructions into the language model and measure its cross-entropy; without effect on a synthetic world, which has none."""
-    loss_sequences: int = 64
-    """Contexts used for that."""
-    ablation: Literal["zero", "mean"] = "zero"
-    """What stands for 'no information' in the loss-recovered ratio."""
-
+from tsae.sections import (
+    OBJECTIVE_PRESETS,
+    DataConfig,
+    EvaluationConfig,
+    ModelConfig,
+    ObjectiveConfig,
+    SaeConfig,
+    StoreConfig,
+    TrainingConfig,
+)
 
 PRESETS = {"objective": OBJECTIVE_PRESETS, "synthetic": SYNTHETIC_PRESETS}
 """Sections with presets, the default one first."""

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from tsae.config import GROUPED_KINDS, PENALTY_KINDS, RunConfig, group_weights
+from tsae.config import RunConfig, group_weights
+from tsae.sections import GROUPED_KINDS, PENALTY_KINDS
 
 REFERENCE_NAMES = {
     "temporal": ("TemporalMatryoshkaBatchTopKTrainer", "TemporalMatryoshkaBatchTopKSAE"),

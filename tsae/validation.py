@@ -124,7 +124,7 @@ def require_processes(config: RunConfig, world: int) -> None:
 
     Raises TsaeError. A launcher that starts fewer than it was told to, and says nothing, is caught here.
     """
-    from tsae.config import PENALTY_KINDS
+    from tsae.sections import PENALTY_KINDS
 
     settings = config.training
     if settings.processes not in (None, world):

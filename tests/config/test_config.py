@@ -12,6 +12,7 @@ import yaml
 from tsae import config as configuration
 from tsae import schema
 from tsae.errors import TsaeError
+from tsae.sections import OBJECTIVE_PRESETS
 
 
 def refused(tree: dict) -> str:
@@ -72,7 +73,7 @@ def test_what_cannot_work_is_refused_in_one_line(tree: dict, said: str) -> None:
 
 
 def test_every_preset_is_a_set_of_known_objective_settings() -> None:
-    for name, settings in configuration.OBJECTIVE_PRESETS.items():
+    for name, settings in OBJECTIVE_PRESETS.items():
         resolved = configuration.from_mapping({"objective": name}, "run.yaml").objective
         assert resolved.preset == name
         assert all(getattr(resolved, key) == value for key, value in settings.items())
@@ -132,9 +133,18 @@ def test_hashes_change_with_what_decides_the_output_and_with_nothing_else() -> N
 
 def test_help_names_every_setting_with_its_sentence() -> None:
     text = configuration.help_text()
-    for section in schema.to_plain(configuration.RunConfig()).items():
-        for name in section[1]:
-            assert f"  {section[0]}.{name} (" in text
+
+    def names(tree: dict[str, object], path: str = "") -> list[str]:
+        return [
+            name
+            for key, value in tree.items()
+            for name in (names(value, f"{path}{key}.") if isinstance(value, dict) else [f"{path}{key}"])
+        ]
+
+    found = names(schema.to_plain(configuration.RunConfig()))
+    assert "experiments.steer.judge.timeout" in found
+    for name in found:
+        assert f"  {name} (" in text
 
 
 def test_dotenv_sets_what_is_not_set(tmp_path: Path) -> None:

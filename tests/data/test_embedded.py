@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from tsae.config import DataConfig
 from tsae.data import embedded
 from tsae.data.documents import fingerprint, read_documents
 from tsae.errors import TsaeError
+from tsae.sections import DataConfig
 
 
 @pytest.fixture
@@ -80,7 +80,7 @@ def test_the_fingerprint_follows_the_versions_of_packages(monkeypatch):
 def test_the_fingerprint_needs_no_heavy_import():
     code = """
 import sys
-from tsae.config import DataConfig
+from tsae.sections import DataConfig
 from tsae.data.documents import fingerprint
 assert fingerprint(DataConfig())
 print(sorted({"torch", "transformers", "datasets", "pyarrow", "numpy", "zarr"} & set(sys.modules)))

@@ -9,9 +9,9 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from tsae.config import DataConfig
 from tsae.data.documents import Document, fingerprint, may_stop_early, read_documents
 from tsae.errors import TsaeError
+from tsae.sections import DataConfig
 
 CARD = """---
 configs:
@@ -108,7 +108,7 @@ def test_offline_the_hub_cache_is_read_and_what_is_not_in_it_is_refused_with_the
     (repository / "refs").mkdir()
     (repository / "refs" / "main").write_text(commit)
     code = """
-from tsae.config import DataConfig
+from tsae.sections import DataConfig
 from tsae.data.documents import read_documents
 from tsae.errors import TsaeError
 print([d.text for d in read_documents(DataConfig(source="org/small", subset="plain"))])

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 
-from tsae.config import SaeConfig
 from tsae.errors import TsaeError
 from tsae.evaluation.held_out import runs
 from tsae.evaluation.intervals import mean_interval, ratio_interval
@@ -16,6 +15,7 @@ from tsae.evaluation.results import summarise
 from tsae.evaluation.scores import Scores
 from tsae.sae.dictionary import Dictionary
 from tsae.sae.init import new_dictionary
+from tsae.sections import SaeConfig
 
 LENGTHS = [9, 30, 17, 24]
 

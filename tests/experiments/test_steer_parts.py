@@ -12,7 +12,6 @@ import pytest
 import torch
 from scipy.sparse import csc_array
 
-from tsae.config import SaeConfig
 from tsae.experiments.settings import AnswersConfig, SteerConfig
 from tsae.experiments.steer_concepts import Direction, choose_latents
 from tsae.experiments.steer_generation import Condition
@@ -29,6 +28,7 @@ from tsae.experiments.steer_measures import (
 from tsae.experiments.steer_scores import Curve, curves, doublings
 from tsae.sae.inference import encode_sparse
 from tsae.sae.init import new_dictionary
+from tsae.sections import SaeConfig
 
 
 @pytest.fixture

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from tsae.config import ModelConfig
 from tsae.errors import TsaeError
 from tsae.lm.model import LanguageModel, load_language_model, load_tokenizer
+from tsae.sections import ModelConfig
 
 Load = Callable[..., LanguageModel]
 Rows = tuple[Tensor, Tensor]

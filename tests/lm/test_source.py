@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from tsae.config import ModelConfig
 from tsae.errors import TsaeError
 from tsae.lm.source import check_layer, weights_fingerprint
+from tsae.sections import ModelConfig
 
 
 def test_an_impossible_layer_is_refused_from_the_config_alone(tmp_path: Path) -> None:

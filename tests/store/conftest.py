@@ -15,8 +15,9 @@ import pytest
 import torch
 
 from tsae import config as configuration
-from tsae.config import RunConfig, StoreConfig
+from tsae.config import RunConfig
 from tsae.data.contexts import Contexts
+from tsae.sections import StoreConfig
 from tsae.store.harvest import harvest
 from tsae.store.reader import Store
 from tsae.store.writer import finalise, prepare, write_shard

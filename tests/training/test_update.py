@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tsae.config import SaeConfig
 from tsae.sae.init import new_dictionary, normalise_rows
+from tsae.sections import SaeConfig
 from tsae.training import update
 from tsae.training.update import Adam, lay_out_by_latent, project_and_measure
 

@@ -12,8 +12,8 @@ import numpy as np
 import torch
 
 from tsae.benchmark.shape import Shape
-from tsae.config import ModelConfig, StoreConfig
 from tsae.data.contexts import Contexts
+from tsae.sections import ModelConfig, StoreConfig
 from tsae.store.pairs import PairStream
 from tsae.store.reader import Store
 from tsae.store.writer import finalise, prepare, write_shard

@@ -9,11 +9,11 @@ from itertools import islice
 from pathlib import Path
 
 from tsae import schema
-from tsae.config import DataConfig
 from tsae.data import embedded, hub, local
 from tsae.data.records import Document
 from tsae.errors import TsaeError
 from tsae.preemption import polled
+from tsae.sections import DataConfig
 
 __all__ = ["Document", "fingerprint", "may_stop_early", "read_documents"]
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from tsae.config import DataConfig
 from tsae.data.records import Document, documents_of
 from tsae.errors import TsaeError
+from tsae.sections import DataConfig
 
 
 def read_hub(data: DataConfig) -> Iterator[Document]:

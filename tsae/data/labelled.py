@@ -277,8 +277,8 @@ def _categories(path: str | None, dataset: str) -> dict[str, str]:
 
 def _embedded() -> Iterator[LabelledText]:
     """The embedded corpus from its end: what a run that stops at `data.max_tokens` has not read comes first."""
-    from tsae.config import DataConfig
     from tsae.data.documents import read_documents
+    from tsae.sections import DataConfig
 
     documents = list(read_documents(DataConfig(source=EMBEDDED)))
     for group in polled(range(len(documents) - 1, -1, -1)):

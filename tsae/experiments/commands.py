@@ -10,9 +10,10 @@ from pathlib import Path
 from tsae import config as configuration
 from tsae import environment, schema
 from tsae.checkpoint import BASELINE, RunFolder, find_dictionary
-from tsae.config import ModelConfig, RunConfig
+from tsae.config import RunConfig
 from tsae.errors import TsaeError
 from tsae.experiments.driver import EXPERIMENTS, with_dataset
+from tsae.sections import ModelConfig
 
 FREE = ("model.device", "model.batch_size", "training.device")
 """Settings of a trained run that an experiment may change: where things run."""

@@ -6,8 +6,8 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from tsae import preemption
-from tsae.config import ModelConfig
 from tsae.experiments.answers import Answer, Prompt
+from tsae.sections import ModelConfig
 
 if TYPE_CHECKING:
     from tsae.experiments.settings import AnswersConfig

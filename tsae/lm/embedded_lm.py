@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tsae import schema
-from tsae.config import DataConfig
 from tsae.errors import TsaeError
 from tsae.files import write_atomically, write_json
 from tsae.progress import Progress
+from tsae.sections import DataConfig
 
 if TYPE_CHECKING:
     from transformers import GPTNeoXForCausalLM, PreTrainedTokenizerFast

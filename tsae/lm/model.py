@@ -11,10 +11,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tsae.config import ModelConfig
 from tsae.devices import own_device
 from tsae.errors import TsaeError
 from tsae.lm.source import check_layer, local_folder, weights_fingerprint
+from tsae.sections import ModelConfig
 
 if TYPE_CHECKING:
     import torch

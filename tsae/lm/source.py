@@ -7,8 +7,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from tsae.config import ModelConfig
 from tsae.errors import TsaeError
+from tsae.sections import ModelConfig
 
 EMBEDDED = "embedded"
 FOLDER = Path(__file__).parent / "embedded"

@@ -24,9 +24,9 @@ import torch
 from torch import Tensor
 
 from tsae import files, schema
-from tsae.config import StoreConfig
 from tsae.errors import TsaeError
 from tsae.locks import started_at
+from tsae.sections import StoreConfig
 from tsae.store import geometry as cutting
 from tsae.store import layout as layouts
 from tsae.store.geometry import Geometry, crc32c

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from tsae.config import PENALTY_KINDS, RunConfig
+from tsae.config import RunConfig
 from tsae.errors import TsaeError
 from tsae.parallel.group import ALONE, Group
 from tsae.reference import REFERENCE_NAMES
@@ -15,6 +15,7 @@ from tsae.sae.architectures import JumpReluAutoEncoder
 from tsae.sae.classes import from_state
 from tsae.sae.dictionary import Dictionary, ThresholdDictionary
 from tsae.sae.init import centre, geometric_median, new_dictionary
+from tsae.sections import PENALTY_KINDS
 from tsae.training.engine import DenseEngine, Engine
 from tsae.training.objective import Losses, Weights
 from tsae.training.penalty_engine import PenaltyEngine
