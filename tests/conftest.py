@@ -25,6 +25,17 @@ torch.set_num_threads(1)
 Require = Callable[[str, bool, str], None]
 
 
+def promised(tool: str) -> bool:
+    """Whether TSAE_REQUIRE promises `tool`; a test may then install what is missing of it."""
+    return tool in os.environ.get("TSAE_REQUIRE", "").split(",")
+
+
+@pytest.fixture(scope="session")
+def installs() -> Callable[[str], bool]:
+    """Whether tests may install a tool on this machine: only where TSAE_REQUIRE promises it."""
+    return promised
+
+
 @pytest.fixture(scope="session")
 def require() -> Require:
     """`require(tool, present, how)` skips a test whose tool is not here, saying how it comes.
@@ -33,7 +44,7 @@ def require() -> Require:
     """
 
     def check(tool: str, present: bool, how: str) -> None:
-        if not present and tool in os.environ.get("TSAE_REQUIRE", "").split(","):
+        if not present and promised(tool):
             pytest.fail(f"TSAE_REQUIRE names {tool}, and it is not here: {how}")
         if not present:
             pytest.skip(f"needs {tool}: {how}")

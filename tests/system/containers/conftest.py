@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -15,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from container_lab import COMMIT, HERE, QUICKSTART, REPOSITORY, USER, Lab, make_lab, results, run
 
+TOOLS = ("mmdebstrap", "buildah", "podman", "runc", "apptainer")
 FINDINGS = pytest.StashKey[list[str]]()
 
 
@@ -30,8 +32,15 @@ def say(request: pytest.FixtureRequest) -> Callable[[str], None]:
 
 
 @pytest.fixture(scope="session")
-def lab(require: Callable[[str, bool, str], None], say: Callable[[str], None]) -> Iterator[Lab]:
+def lab(
+    require: Callable[[str, bool, str], None], installs: Callable[[str], bool], say: Callable[[str], None]
+) -> Iterator[Lab]:
     """The tools, the base and the wheels."""
+    if not installs("containers") and not all(map(shutil.which, TOOLS)):
+        say(
+            "NOT TESTED, no image was built: as root on Debian, tests/system/containers/install_tools.sh brings the tools"
+        )
+        require("containers", False, "as root on Debian, tests/system/containers/install_tools.sh brings them")
     answer = subprocess.run([str(HERE / "install_tools.sh")], capture_output=True, text=True, check=False)
     if answer.returncode:
         why = answer.stderr.strip().splitlines()[-1]

@@ -34,10 +34,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="session")
-def slurm(require: Callable[[str, bool, str], None]) -> Iterator[Callable[..., None]]:
+def slurm(require: Callable[[str, bool, str], None], installs: Callable[[str], bool]) -> Iterator[Callable[..., None]]:
     """The lab, started; a function that calls its script. Ended with the session unless it ran before."""
-    can = shutil.which("apt-get") is not None and os.getuid() == 0
-    require("slurm", can, "tests/system/slurm/lab starts it on Debian, as root")
+    program = "apt-get" if installs("slurm") else "slurmctld"
+    can = shutil.which(program) is not None and os.getuid() == 0
+    require("slurm", can, "as root on Debian, `tests/system/slurm/lab start` installs and starts it")
 
     def lab(*arguments: str) -> None:
         answer = subprocess.run([str(LAB), *arguments], capture_output=True, text=True, check=False)
