@@ -114,6 +114,10 @@ def test_a_file_of_another_kind_or_damaged_is_one_line(tmp_path):
     (tmp_path / "a.xml").write_text("<a/>")
     with pytest.raises(TsaeError, match="cannot be read"):
         list(labelled_texts(str(tmp_path / "a.xml")))
+    for empty in ("a.json", "a.jsonl"):
+        (tmp_path / empty).touch()
+        with pytest.raises(TsaeError, match=rf"{empty}: holds no rows"):
+            list(labelled_texts(str(tmp_path / empty)))
     (tmp_path / "a.parquet").write_bytes(b"not parquet")
     with pytest.raises(TsaeError, match=r"a\.parquet"):
         list(labelled_texts(str(tmp_path / "a.parquet")))

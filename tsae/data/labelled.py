@@ -238,7 +238,10 @@ def _open_file(path: Path) -> Any:
     try:
         return datasets.load_dataset(builder, data_files=str(path), split="train", streaming=True)
     except Exception as error:  # each format reports damage in its own way
-        raise TsaeError(f"--dataset {path}: cannot be read: {str(error).splitlines()[0]}") from error
+        if path.stat().st_size == 0:
+            raise TsaeError(f"--dataset {path}: holds no rows") from None
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise TsaeError(f"--dataset {path}: cannot be read: {reason}") from error
 
 
 def _first_split(folder: Path, subset: str | None) -> str:
