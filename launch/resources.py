@@ -74,6 +74,8 @@ class StageResources:
             value = getattr(self, name)
             if value is not None and value < least:
                 raise TsaeError(f"{where}.{name}: {value} is impossible; at least {least} is expected")
+        if self.mem is not None and not re.fullmatch(r"\d+([KMGT]B?)?", self.mem, re.IGNORECASE):
+            raise TsaeError(f"{where}.mem: '{self.mem}' is no amount of memory; allowed: '32G', '500M', '64000'")
         try:
             _ = self.minutes
         except TsaeError as error:

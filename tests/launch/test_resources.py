@@ -53,6 +53,7 @@ def test_a_time_limit_that_can_be_misread_is_refused(text: str) -> None:
         ("train: {time: 4:00:00}", "train.time"),
         ("train: {time: tomorrow}", "'tomorrow' is no time limit"),
         ("train: {gpus: -1}", "train.gpus: -1"),
+        ("train: {mem: 1.5G}", "train.mem: '1.5G' is no amount of memory"),
         ("train: {gres: 'gpu:{count}', gpus: 1}", "gres"),
     ],
 )
