@@ -27,6 +27,19 @@ from tsae.errors import TsaeError, suggestion
 T = TypeVar("T")
 
 
+class _UniqueKeys(yaml.SafeLoader):
+    """YAML's safe loader, which refuses a key that stands twice in one mapping: the first would be lost."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
+                if key.value in seen:
+                    raise yaml.constructor.ConstructorError(None, None, f"'{key.value}' stands twice", key.start_mark)
+                seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
 def read_yaml(path: str | Path) -> dict[str, Any]:
     """The mapping in a YAML file. Raises TsaeError if it is missing, malformed or not a mapping."""
     try:
@@ -35,7 +48,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         reason = getattr(error, "strerror", None) or "not UTF-8 text"
         raise TsaeError(f"{path}: cannot be read: {reason}") from None
     try:
-        loaded = yaml.safe_load(text)
+        loaded = yaml.load(text, _UniqueKeys)  # a SafeLoader
     except (ValueError, RecursionError) as error:
         raise TsaeError(f"{path}: not valid YAML: {str(error).splitlines()[0]}") from None
     except yaml.YAMLError as error:

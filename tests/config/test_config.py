@@ -95,7 +95,12 @@ def test_overrides_change_the_file_and_are_blamed_themselves(tmp_path: Path) -> 
 
 @pytest.mark.parametrize(
     ("text", "said"),
-    [("a: [1", "line 1: not valid YAML"), ("- 1", "a mapping of settings is expected"), (None, "No such file")],
+    [
+        ("a: [1", "line 1: not valid YAML"),
+        ("a: {k: 1}\na: {}", "line 2: not valid YAML: 'a' stands twice"),
+        ("- 1", "a mapping of settings is expected"),
+        (None, "No such file"),
+    ],
 )
 def test_files_that_hold_no_settings(tmp_path: Path, text: str | None, said: str) -> None:
     path = tmp_path / "run.yaml"
