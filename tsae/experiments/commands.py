@@ -11,7 +11,7 @@ from tsae import config as configuration
 from tsae import environment, schema
 from tsae.checkpoint import BASELINE, RunFolder, find_dictionary
 from tsae.config import RunConfig
-from tsae.errors import TsaeError
+from tsae.errors import TsaeError, suggestion
 from tsae.experiments.driver import EXPERIMENTS, with_dataset
 from tsae.sections import ModelConfig
 
@@ -75,6 +75,18 @@ def _run(name: str, options: argparse.Namespace) -> None:
         print(path)
 
 
+def _existing(checkpoints: Path, name: str) -> Path:
+    """Where the run `name` is. Raises TsaeError with the runs there are if it is not one of them."""
+    path = RunFolder.of(checkpoints, name).path.parent
+    if checkpoints.is_dir() and not path.exists():
+        runs = sorted(folder.parent.name for folder in checkpoints.glob("*/trainer_0"))
+        raise TsaeError(
+            f"--run_name {name}: {checkpoints} holds no such run; {suggestion(name, runs)}"
+            f"runs found: {', '.join(runs) or 'none'}"
+        )
+    return path
+
+
 def _config(checkpoints: Path, options: argparse.Namespace) -> RunConfig:
     """The run's own configuration with the command line's overrides; of files from elsewhere, what they tell.
 
@@ -86,7 +98,7 @@ def _config(checkpoints: Path, options: argparse.Namespace) -> RunConfig:
         named = {key: value for key in ("model", "layer") if (value := getattr(options, key)) is not None}
         tree = {"model": {"name" if key == "model" else key: value for key, value in named.items()}}
         return configuration.from_mapping(schema.merge_into(tree, extra), "command line")
-    run = RunFolder(find_dictionary(RunFolder.of(checkpoints, options.run_name).path.parent))
+    run = RunFolder(find_dictionary(_existing(checkpoints, options.run_name)))
     config = run.load_config() if run.resolved.exists() else _foreign(run, options)
     for key, found in (("model", config.model.name), ("layer", config.model.layer)):
         wanted = getattr(options, key)

@@ -60,8 +60,9 @@ def run(
 ) -> list[str]:
     """Make experiment `name` for the splits `chunks` (all there are by default); the paths of its results.
 
-    A split whose results are complete is not measured again, unless they show explanations and there are others now. Raises TsaeError for a split that is not there and for
-    the dense baseline where only latents make sense.
+    A split whose results are complete is not measured again, unless they show explanations and there are others now.
+    Raises TsaeError, before anything is measured, for a split that is not there, for explanations that cannot be read
+    and for the dense baseline where only latents make sense.
     """
     from tsae.experiments.subject import Subject
 
@@ -70,7 +71,9 @@ def run(
     if subject.is_dense and not experiment.dense:
         raise TsaeError(f"--run_name {BASELINE}: tsae {name} is about latents; name a trained run")
     for split in chunks or ():
-        subject.latents(split)  # refuses a split that is not there before anything is measured
+        subject.latents(split)
+    if explanations is not None:
+        _ = subject.explanations
     splits: Sequence[int | None] = (subject.chunks if chunks is None else chunks) if experiment.splits else (None,)
     made = []
     for chunk in splits:

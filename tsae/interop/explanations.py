@@ -28,6 +28,8 @@ def read_explanations(source: str | Path) -> dict[int, str]:
     not latent indices.
     """
     path = Path(source)
+    if path.suffix == ".json" and not path.is_file():
+        raise TsaeError(f"{path}: no such file; an explanations.json or a result of SAEBench is expected")
     if not path.is_file():
         found = find_explanations(find_dictionary(source))
         if found is None:

@@ -1,0 +1,31 @@
+"""The flags that the experiments share: what is not there is refused in one line before anything is measured."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tsae import cli
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--run_name", "temporl"], "did you mean 'temporal'? runs found: batch_topk, temporal"),
+        (["--run_name", "temporal", "--explanation_path", "nowhere.json"], "nowhere.json: no such file"),
+        (["--run_name", "temporal", "--checkpoint", "7"], "ae_7.pt: no such weights"),
+        (["--run_name", "batch_topk", "--chunk", "0"], "--chunk 0: BatchTopKSAE has one group of latents"),
+        (["--run_name", "temporal", "--layer", "0"], "--layer 0"),
+        (["--run_name", "temporal", "sae.k=2"], "sae.k: was decided when the run was trained"),
+    ],
+)
+def test_what_is_not_there_is_refused_before_anything_is_measured(
+    checkpoints: Path, capsys: pytest.CaptureFixture[str], flags: list[str], words: str
+) -> None:
+    before = set(checkpoints.rglob("*"))
+    assert cli.main(["probe", "--checkpoints_path", str(checkpoints), *flags]) == 2
+    said = capsys.readouterr().err
+    assert words in said
+    assert said.count("\n") == 1
+    assert set(checkpoints.rglob("*")) == before
