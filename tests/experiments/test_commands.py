@@ -23,9 +23,9 @@ from tsae import cli
 def test_what_is_not_there_is_refused_before_anything_is_measured(
     checkpoints: Path, capsys: pytest.CaptureFixture[str], flags: list[str], words: str
 ) -> None:
-    before = set(checkpoints.rglob("*"))
+    before = set(checkpoints.rglob("[!.]*"))
     assert cli.main(["probe", "--checkpoints_path", str(checkpoints), *flags]) == 2
     said = capsys.readouterr().err
     assert words in said
     assert said.count("\n") == 1
-    assert set(checkpoints.rglob("*")) == before
+    assert set(checkpoints.rglob("[!.]*")) == before
