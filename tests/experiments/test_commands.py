@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -29,3 +30,15 @@ def test_what_is_not_there_is_refused_before_anything_is_measured(
     assert words in said
     assert said.count("\n") == 1
     assert set(checkpoints.rglob("[!.]*")) == before
+
+
+def test_a_layer_that_a_run_from_elsewhere_contradicts_is_refused(
+    checkpoints: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "theirs" / "trainer_0"
+    folder.mkdir(parents=True)
+    for name in ("config.json", "ae.pt"):
+        shutil.copy(checkpoints / "temporal" / "trainer_0" / name, folder)
+    flags = ["--run_name", "theirs", "--checkpoints_path", str(tmp_path), "--layer", "0"]
+    assert cli.main(["features", *flags]) == 2
+    assert "was trained on layer 1; leave --layer out" in capsys.readouterr().err

@@ -120,7 +120,7 @@ def _foreign(run: RunFolder, options: argparse.Namespace) -> RunConfig:
 
     origin = origin_of(read_json(run.config_json), run.path)
     model = options.model or (None if origin.model == "unknown" else origin.model)
-    layer = options.layer if options.layer is not None else origin.layer
+    layer = origin.layer if origin.layer is not None else options.layer
     if model is None or layer is None:
         missing = "--model" if model is None else "--layer"
         raise TsaeError(f"{run.config_json}: does not tell the {missing[2:]}; give {missing}")
