@@ -38,17 +38,30 @@ def available_cores() -> int:
 
 def process_rank() -> int:
     """Which of the processes started together this one is (torchrun's RANK); 0 if it is alone."""
-    return int(os.environ.get("RANK") or 0) if process_count() > 1 else 0
+    return _whole("RANK", 0, process_count() - 1)
 
 
 def process_count() -> int:
     """How many processes were started together (torchrun's WORLD_SIZE)."""
-    return int(os.environ.get("WORLD_SIZE") or 1)
+    return _whole("WORLD_SIZE", 1, None)
 
 
 def local_rank() -> int:
     """Which of the processes on this machine this one is (torchrun's LOCAL_RANK); 0 if it is alone."""
-    return int(os.environ.get("LOCAL_RANK") or 0) if process_count() > 1 else 0
+    return _whole("LOCAL_RANK", 0, process_count() - 1)
+
+
+def _whole(name: str, least: int, most: int | None) -> int:
+    """A whole number that torchrun sets, by default the `least` one. Raises TsaeError for anything else."""
+    if most == 0:
+        return 0  # alone, whatever an outer launcher left behind
+    text = os.environ.get(name) or str(least)
+    if not text.isdecimal() or int(text) < least or (most is not None and int(text) > most):
+        allowed = f"at least {least}" if most is None else f"{least} to {most}"
+        raise TsaeError(
+            f"{name}: {text!r}: a whole number, {allowed}, is expected; torchrun and srun set it themselves"
+        )
+    return int(text)
 
 
 def adopt_slurm_step() -> None:

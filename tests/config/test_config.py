@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from tsae import config as configuration
-from tsae import schema
+from tsae import environment, schema
 from tsae.errors import TsaeError
 from tsae.sections import OBJECTIVE_PRESETS
 
@@ -225,3 +225,24 @@ def test_overrides_may_follow_options_and_run_names_stay_below_the_checkpoints(t
         done = command(*arguments, home=str(tmp_path / "home"), folder=tmp_path)
         assert done.returncode == 2, done
         assert said in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("variables", "said"),
+    [
+        ({"WORLD_SIZE": "two"}, "WORLD_SIZE: 'two': a whole number, at least 1"),
+        ({"WORLD_SIZE": "0"}, "WORLD_SIZE: '0'"),
+        ({"WORLD_SIZE": "2", "RANK": "2"}, "RANK: '2': a whole number, 0 to 1"),
+        ({"WORLD_SIZE": "2", "LOCAL_RANK": "-1"}, "LOCAL_RANK: '-1'"),
+    ],
+)
+def test_variables_of_a_launcher_that_make_no_sense_are_named(
+    variables: dict[str, str], said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    assert (environment.process_count(), environment.process_rank(), environment.local_rank()) == (1, 0, 0)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(TsaeError, match=said):
+        _ = environment.process_count(), environment.process_rank(), environment.local_rank()
