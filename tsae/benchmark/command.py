@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import re
 from pathlib import Path
 from typing import Any
 
@@ -131,11 +132,16 @@ def _check(options: argparse.Namespace, shape: Shape) -> None:
             raise TsaeError(f"--{name.replace('_', '-')} {value} is impossible; it must be at least 1")
     if not 0 <= shape.dead < 1:
         raise TsaeError(f"--dead {shape.dead} is impossible; a share in [0, 1) is allowed")
-    if shape.device.startswith("cuda"):
+    for name in ("warmup", "store_mb"):
+        if getattr(options, name) < 0:
+            raise TsaeError(f"--{name.replace('_', '-')} {getattr(options, name)} is impossible; it must be at least 0")
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", shape.device):
+        raise TsaeError(f"--device {shape.device} is not known; allowed: cpu, cuda, cuda:N")
+    if shape.device != "cpu":
         import torch
 
-        if not torch.cuda.is_available():
-            raise TsaeError(f"--device {shape.device}: torch sees no GPU here; use --device cpu")
+        if int(shape.device.partition(":")[2] or 0) >= torch.cuda.device_count():
+            raise TsaeError(f"--device {shape.device}: torch sees no such GPU here; use --device cpu")
 
 
 def _resume_seconds(shape: Shape, options: argparse.Namespace) -> dict[str, float]:
