@@ -130,7 +130,9 @@ def test_the_released_codes_split_is_of_tokens():
     "changes", [{"features": ()}, {"features": (0,)}, {"seeds": 0}, {"test_share": 1.0}, {"tasks": ()}, {"gap": 0}]
 )
 def test_impossible_settings_are_named(changes):
-    with pytest.raises(TsaeError, match=rf"experiments\.probe\.{next(iter(changes))}"):
+    with pytest.raises(
+        TsaeError, match=rf"experiments\.probe\.{next(iter(changes))}: .+ is impossible; .+ is expected"
+    ):
         _refuse(ProbeConfig(**changes))
 
 

@@ -90,16 +90,18 @@ def _material(subject: Subject, settings: ProbeConfig) -> _Material:
 def _refuse(settings: ProbeConfig) -> None:
     """Raise TsaeError for settings that no experiment can be made with."""
     problems = {
-        "features": not settings.features or min(settings.features) < 1,
-        "tasks": not settings.tasks,
-        "seeds": settings.seeds < 1,
-        "gap": settings.gap < 1,
-        "context_texts": settings.context_texts < 2,
-        "test_share": not 0 < settings.test_share < 1,
+        "features": (not settings.features or min(settings.features) < 1, "a list of numbers from 1 on"),
+        "tasks": (not settings.tasks, "at least one task"),
+        "seeds": (settings.seeds < 1, "at least 1"),
+        "gap": (settings.gap < 1, "at least 1"),
+        "context_texts": (settings.context_texts < 2, "at least 2"),
+        "test_share": (not 0 < settings.test_share < 1, "a share between 0 and 1"),
     }
-    for name, wrong in problems.items():
+    for name, (wrong, allowed) in problems.items():
         if wrong:
-            raise TsaeError(f"experiments.probe.{name}: {getattr(settings, name)} is impossible")
+            found = getattr(settings, name)
+            found = list(found) if isinstance(found, tuple) else found
+            raise TsaeError(f"experiments.probe.{name}: {found} is impossible; {allowed} is expected")
 
 
 def _one_split(
