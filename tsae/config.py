@@ -88,8 +88,9 @@ class RunConfig:
 
 
 def load(path: str | Path, overrides: list[str] | None = None) -> RunConfig:
-    """The run described by a YAML file and `section.key=value` overrides."""
+    """The run described by a YAML file, such as a run folder's resolved.yaml, and `section.key=value` overrides."""
     tree = schema.read_yaml(path)
+    tree.pop("training_hash", None)  # the first line of a resolved.yaml
     extra = schema.parse_overrides(overrides or [])
     # Overrides are checked on their own first, so that an error names the command line, not the file.
     from_mapping(extra, "command line", partial=True)

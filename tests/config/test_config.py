@@ -114,7 +114,7 @@ def test_resolved_configuration_reads_back_and_hashes_the_same(tmp_path: Path) -
     tree = {"objective": "paper", "sae": {"group_fractions": [0.1, 0.3, 0.6]}, "training": {"save_steps": [1, 2]}}
     config = configuration.from_mapping(tree, "x")
     path = tmp_path / "resolved.yaml"
-    path.write_text(yaml.safe_dump(schema.to_plain(config)))
+    path.write_text(yaml.safe_dump({"training_hash": config.training_hash, **schema.to_plain(config)}))
     assert configuration.load(path) == config
     before = schema.stable_hash(configuration.training_settings(config))
     assert before == schema.stable_hash(configuration.training_settings(configuration.load(path)))
@@ -246,3 +246,11 @@ def test_variables_of_a_launcher_that_make_no_sense_are_named(
         monkeypatch.setenv(name, value)
     with pytest.raises(TsaeError, match=said):
         _ = environment.process_count(), environment.process_rank(), environment.local_rank()
+
+
+def test_a_reader_that_has_enough_is_no_error(tmp_path: Path) -> None:
+    words = [sys.executable, "-u", "-m", "tsae.cli", "settings"]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=tmp_path) as process:
+        assert process.stdout is not None and process.stderr is not None
+        process.stdout.close()
+        assert process.stderr.read() == b""
