@@ -251,6 +251,7 @@ def test_variables_of_a_launcher_that_make_no_sense_are_named(
 def test_a_reader_that_has_enough_is_no_error(tmp_path: Path) -> None:
     words = [sys.executable, "-u", "-m", "tsae.cli", "settings"]
     with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=tmp_path) as process:
-        assert process.stdout is not None and process.stderr is not None
+        assert process.stdout is not None
+        assert process.stderr is not None
         process.stdout.close()
         assert process.stderr.read() == b""
