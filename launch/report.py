@@ -37,7 +37,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="launch/report.py", description=__doc__.splitlines()[0])
     parser.add_argument("file", type=Path, help="the sweep's YAML")
     parser.add_argument(
-        "overrides", nargs="*", metavar="section.key=value", help="those that the sweep was started with"
+        "overrides", nargs="*", default=[], metavar="section.key=value", help="those that the sweep was started with"
     )
     parser.add_argument("--base", help="the base that the sweep was started with")
     parser.add_argument("--name", help="the name that the sweep was started with")

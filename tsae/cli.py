@@ -129,7 +129,9 @@ class _SettingsHelp(argparse.Action):
 def _add_run_arguments(parser: argparse.ArgumentParser, named: bool = True) -> None:
     parser.add_argument("--help-settings", action=_SettingsHelp, nargs=0, help="show every setting and exit")
     parser.add_argument("config", type=Path, metavar="CONFIG", help="YAML file of a run")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that replace the file's")
+    parser.add_argument(
+        "overrides", nargs="*", default=[], metavar="section.key=value", help="settings that replace the file's"
+    )
     if named:
         parser.add_argument(
             "--checkpoints-path",
