@@ -15,7 +15,7 @@ RUN /opt/installer/bin/pip wheel --no-cache-dir --no-deps --wheel-dir /opt/wheel
 FROM ${BASE_IMAGE} AS environment
 ARG TORCH=cuda
 ARG TORCH_CPU_INDEX=https://download.pytorch.org/whl/cpu
-COPY containers/install.sh constraints.txt /opt/tsae/
+COPY launch/image/install.sh constraints.txt /opt/tsae/
 RUN --mount=type=bind,from=installer,source=/opt/installer,target=/opt/installer \
     /opt/tsae/install.sh torch
 COPY pyproject.toml /opt/tsae/
@@ -29,7 +29,7 @@ RUN /opt/tsae/install.sh driver
 
 FROM environment
 COPY --from=driver /opt/tsae/driver /opt/tsae/driver
-COPY containers/entrypoint.sh containers/cc.sh /opt/tsae/
+COPY launch/image/entrypoint.sh launch/image/cc.sh /opt/tsae/
 COPY sweeps /opt/tsae/sweeps
 COPY launch /opt/tsae/launch
 RUN --mount=type=bind,from=installer,source=/opt/installer,target=/opt/installer \

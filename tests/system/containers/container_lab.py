@@ -19,7 +19,7 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 REPOSITORY = HERE.parents[2]
-BUILD_INPUTS = (".dockerignore", "Dockerfile", "apptainer.def", "containers", "launch", "sweeps", "tsae")
+BUILD_INPUTS = (".dockerignore", "Dockerfile", "apptainer.def", "launch", "sweeps", "tsae")
 BUILD_FILES = ("LICENSE", "README.md", "constraints.txt", "pyproject.toml")
 PATIENCE_SECONDS = 1800
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
