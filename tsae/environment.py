@@ -71,7 +71,8 @@ def adopt_slurm_step() -> None:
     """
     step = os.environ.get("SLURM_STEP_ID", "")
     tasks = int(os.environ.get("SLURM_STEP_NUM_TASKS") or 1)
-    if "WORLD_SIZE" in os.environ or tasks == 1 or not step.isdigit():
+    place = ("SLURM_JOB_ID", "SLURM_PROCID", "SLURM_LOCALID", "SLURM_STEP_NODELIST")
+    if "WORLD_SIZE" in os.environ or tasks == 1 or not step.isdigit() or not all(name in os.environ for name in place):
         return
     job = os.environ["SLURM_JOB_ID"]
     meeting = {

@@ -18,6 +18,7 @@ from tsae import cli
         (["--run_name", "temporal", "--checkpoint", "7"], "ae_7.pt: no such weights"),
         (["--run_name", "batch_topk", "--chunk", "0"], "--chunk 0: BatchTopKSAE has one group of latents"),
         (["--run_name", "temporal", "--layer", "0"], "--layer 0"),
+        (["--run_name", "baseline_model", "--chunk", "0"], "baseline_model has no splits"),
         (["--run_name", "temporal", "sae.k=2"], "sae.k: was decided when the run was trained"),
     ],
 )
