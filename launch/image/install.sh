@@ -47,13 +47,13 @@ driver)
     # cc.sh hands it over.
     mkdir -p $here/driver
     [ "$TORCH" = cuda ] || exit 0
-    if ! command -v gcc >/dev/null; then
-        apt-get update -q
-        apt-get install -q -y --no-install-recommends gcc libc6-dev
-        trap 'apt-get purge -q -y --auto-remove gcc libc6-dev; rm -rf /var/lib/apt/lists/* /var/cache/apt/*.bin' EXIT
-    fi
-    nvidia=$modules/triton/backends/nvidia
     headers=$(/opt/venv/bin/python -c 'import sysconfig; print(sysconfig.get_path("include"))')
+    needed="gcc libc6-dev"
+    [ -e "$headers/Python.h" ] || needed="$needed libpython3-dev"
+    apt-get update -q
+    apt-get install -q -y --no-install-recommends $needed
+    trap 'apt-get purge -q -y --auto-remove $needed; rm -rf /var/lib/apt/lists/* /var/cache/apt/*.bin' EXIT
+    nvidia=$modules/triton/backends/nvidia
     stub=$(mktemp -d)
     gcc -x c -shared -Wl,-soname,libcuda.so.1 -o "$stub/libcuda.so.1" /dev/null
     gcc "$nvidia/driver.c" -O3 -shared -fPIC -Wno-psabi -I"$nvidia/include" -I"$headers" -L"$stub" -l:libcuda.so.1 \
