@@ -95,6 +95,8 @@ def _config(checkpoints: Path, options: argparse.Namespace) -> RunConfig:
     extra = schema.parse_overrides(options.overrides)
     configuration.from_mapping(extra, "command line", partial=True)
     if options.run_name == BASELINE:
+        if getattr(options, "chunk", None) in (0, 1):
+            raise TsaeError(f"--chunk {options.chunk}: {BASELINE} has no splits; leave --chunk out")
         named = {key: value for key in ("model", "layer") if (value := getattr(options, key)) is not None}
         tree = {"model": {"name" if key == "model" else key: value for key, value in named.items()}}
         return configuration.from_mapping(schema.merge_into(tree, extra), "command line")

@@ -84,8 +84,6 @@ class Subject:
     def latents(self, chunk: int) -> slice:
         """The latents of a split among the F (of the dense baseline: the dimensions). Raises TsaeError without it."""
         if self.is_dense:
-            if chunk != BOTH:
-                raise TsaeError(f"--chunk {chunk}: {BASELINE} has no splits; leave --chunk out")
             return slice(0, self.language_model.activation_dim)
         groups = self.dictionary.group_slices
         if chunk == BOTH:
