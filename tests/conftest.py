@@ -22,9 +22,12 @@ import torch
 
 torch.set_num_threads(1)
 
-# A shell's background job ignores Ctrl-C, and so would every launcher that a test starts and interrupts.
+# A shell's background job ignores Ctrl-C, and one of nohup the end of its terminal; so would every launcher that a test
+# starts and interrupts.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 Require = Callable[[str, bool, str], None]
