@@ -16,6 +16,9 @@ from slurm_sweep import SweepOnSlurm
 
 from tsae.errors import TsaeError
 
+HERE = Path(__file__).parent
+MODULES = [str(HERE), str(HERE.parents[2] / "launch")]
+
 
 def read(path: Path) -> Any:
     return json.loads(path.read_text())
@@ -178,7 +181,7 @@ def test_a_sweep_can_be_submitted_from_inside_a_job(sweep: SweepOnSlurm) -> None
     script.write_text(
         f"""\
 import sys
-sys.path[:0] = {sys.path[:2]!r}
+sys.path[:0] = {MODULES!r}
 from pathlib import Path
 from slurm_sweep import SweepOnSlurm
 sweep = SweepOnSlurm(Path({str(sweep.home / "outer")!r}))
