@@ -11,14 +11,13 @@ import math
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from plan import Plan, make_plan
+from commandline import add_sweep_arguments, plan_of
+from plan import Plan
 from report import page_path
-from sweepfile import load_sweep
 
-from tsae import environment, files
+from tsae import files
 from tsae.errors import TsaeError
 
 if TYPE_CHECKING:
@@ -160,16 +159,10 @@ def write_claims(plan: Plan) -> list[Verdict]:
 def main(arguments: list[str] | None = None) -> int:
     """The command line; 0, or 2 with one line on stderr."""
     parser = argparse.ArgumentParser(prog="launch/claims.py", description=__doc__.splitlines()[0])
-    parser.add_argument("file", type=Path, help="the sweep's YAML")
-    parser.add_argument(
-        "overrides", nargs="*", default=[], metavar="section.key=value", help="those that the sweep was started with"
-    )
-    parser.add_argument("--base", help="the base that the sweep was started with")
-    parser.add_argument("--name", help="the name that the sweep was started with")
+    add_sweep_arguments(parser)
     given = parser.parse_intermixed_args(arguments)
     try:
-        environment.load_dotenv()
-        print(table(write_claims(make_plan(load_sweep(given.file, given.base, given.overrides, given.name)))), end="")
+        print(table(write_claims(plan_of(given))), end="")
     except TsaeError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

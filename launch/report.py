@@ -13,10 +13,11 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from plan import Plan, make_plan
-from sweepfile import load_sweep, shown
+from commandline import add_sweep_arguments, plan_of
+from plan import Plan
+from sweepfile import shown
 
-from tsae import environment, files, schema
+from tsae import files, schema
 from tsae.errors import TsaeError
 
 if TYPE_CHECKING:
@@ -35,16 +36,10 @@ SHORT_COLUMNS = (
 def main(arguments: list[str] | None = None) -> int:
     """The command line; 0, or 2 with one line on stderr."""
     parser = argparse.ArgumentParser(prog="launch/report.py", description=__doc__.splitlines()[0])
-    parser.add_argument("file", type=Path, help="the sweep's YAML")
-    parser.add_argument(
-        "overrides", nargs="*", default=[], metavar="section.key=value", help="those that the sweep was started with"
-    )
-    parser.add_argument("--base", help="the base that the sweep was started with")
-    parser.add_argument("--name", help="the name that the sweep was started with")
+    add_sweep_arguments(parser)
     given = parser.parse_intermixed_args(arguments)
     try:
-        environment.load_dotenv()
-        plan = make_plan(load_sweep(given.file, given.base, given.overrides, given.name))
+        plan = plan_of(given)
         page = write_report(plan)
         print("\n".join(short_table(plan)))
         print(f"report: {page}")

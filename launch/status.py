@@ -11,11 +11,10 @@ import shutil
 import sys
 import time
 
+from commandline import add_sweep_arguments, plan_of
 from overview import counts, headline, log_texts, point_rows
-from plan import Plan, make_plan
+from plan import Plan
 from survey import LIVE, Survey
-from sweep import add_sweep_arguments
-from sweepfile import load_sweep
 
 from tsae import environment
 from tsae.errors import TsaeError, os_error_line, suggestion
@@ -29,10 +28,7 @@ def main(arguments: list[str] | None = None) -> int:
     """The command line; 0, or 2 with one line on stderr."""
     given = _parser().parse_intermixed_args(arguments)
     try:
-        environment.load_dotenv()
-        if given.file is None:
-            raise TsaeError("command line: FILE: the sweep's YAML is missing; for example sweeps/split_fraction.yaml")
-        plan = make_plan(load_sweep(given.file, given.base, given.overrides, given.name))
+        plan = plan_of(given)
         if given.logs is not None:
             print("\n".join(_logs(plan, given.logs)))
         elif given.watch:

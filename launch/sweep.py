@@ -14,8 +14,9 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
+from commandline import add_sweep_arguments, sweep_of
 from plan import Plan, make_plan
-from sweepfile import BASES, load_sweep
+from sweepfile import BASES
 
 from tsae import config as configuration
 from tsae import environment
@@ -32,9 +33,6 @@ def main(arguments: list[str] | None = None) -> int:
         print(configuration.help_text())
         return 0
     try:
-        environment.load_dotenv()
-        if given.file is None:
-            raise TsaeError("command line: FILE: the sweep's YAML is missing; for example sweeps/split_fraction.yaml")
         return _run(given)
     except TsaeError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -69,7 +67,7 @@ def run(plan: Plan, options: Options, words: list[str]) -> int:
 
 
 def _run(given: argparse.Namespace) -> int:
-    sweep = load_sweep(given.file, given.base, given.overrides, given.name)
+    sweep = sweep_of(given)
     if given.cancel:
         from cancel import cancel
         from chain import Chain
@@ -168,20 +166,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--dry-run", action="store_true", help="show points, stages and sbatch scripts, start nothing")
     parser.add_argument("--settings", action="store_true", help="print every setting with its meaning")
     return parser
-
-
-def add_sweep_arguments(parser: argparse.ArgumentParser) -> None:
-    """What names a sweep on a command line."""
-    parser.add_argument(
-        "file", nargs="?", type=Path, metavar="FILE", help="the sweep's YAML, such as sweeps/split_fraction.yaml"
-    )
-    parser.add_argument(
-        "overrides", nargs="*", metavar="section.key=value", help="settings that differ from the base, such as sae.k=40"
-    )
-    parser.add_argument("--base", metavar="NAME|FILE", help="another base configuration than the sweep's own")
-    parser.add_argument(
-        "--name", help="name of the sweep's folders, instead of one made from sweep, base and overrides"
-    )
 
 
 if __name__ == "__main__":
