@@ -253,7 +253,7 @@ def _read_weights(path: Path) -> dict[str, torch.Tensor]:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except pickle.UnpicklingError:
         raise TsaeError(f"{path}: holds more than tensors and might run code when loaded; refused") from None
-    except (RuntimeError, OSError, EOFError, NotImplementedError) as error:
+    except (RuntimeError, OSError, EOFError) as error:
         reason = (str(error) or "it ends too early").splitlines()[0]
         raise TsaeError(f"{path}: not a readable weights file: {reason}") from None
     if not (isinstance(state, dict) and all(_is_plain(value) for value in state.values())):

@@ -93,8 +93,9 @@ def run_on_slurm(call: Call) -> None:
     """`run_stage` for submitit, which would end a process that fails with code 1."""
     try:
         run_stage(call)
-    except Exception:
-        traceback.print_exc()
+    except Exception as error:
+        # Its line is in the record already; the whole of it goes to the log, and the code tells the batch script.
+        traceback.print_exception(error)
         sys.exit(FAILED)
 
 

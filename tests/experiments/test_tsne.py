@@ -163,11 +163,10 @@ def page(folder: Path) -> Path:
     return folder / "map.html"
 
 
-@pytest.mark.skipif(find_chromium() is None, reason="Chromium is not installed")
-def test_pointing_at_a_token_shows_it_in_its_text(tmp_path):
+def test_pointing_at_a_token_shows_it_in_its_text(require, tmp_path):
     program = find_chromium()
-    assert program is not None
-    with Browser(program, tmp_path / "profile") as browser:
+    require("chromium", program is not None, "apt-get install chromium")
+    with Browser(str(program), tmp_path / "profile") as browser:
         browser.open(page(tmp_path))
         point = (
             "(i => {{ const panel = document.getElementById('{panel}'), box = panel.getBoundingClientRect();"
