@@ -112,7 +112,8 @@ def launch(plan: Plan, options: Options) -> Launched:
             return Launched(choice)
         image = container_for(plan, options, site if executor == "slurm" else Cluster())
         stages = [*choice.start, *(stage for stage in [plan.report()] if stage)]
-        attempt = _begin(plan, choice.own, image)
+        # A local queue may have to take over what another one has now.
+        attempt = _begin(plan, choice.start, image)
         if executor == "slurm":
             return Launched(choice, submitted=_submit(plan, stages, attempt, site, image, choice))
         own = [*choice.own, *stages[len(choice.start) :]]
