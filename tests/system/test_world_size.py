@@ -194,3 +194,23 @@ def test_a_batch_that_cannot_be_shared_is_refused_in_one_line_before_the_harvest
         "tsae: training.batch_size: 63 cannot be shared by 2 processes; use a multiple, such as 64\n"
     )
     assert not (tmp_path / "s").exists()
+
+
+def test_processes_that_are_done_end_without_threads_that_could_abort_them(tmp_path: Path) -> None:
+    """Such as those that did a collective's work, and want the interpreter's lock when there is no interpreter."""
+    script = tmp_path / "leave.py"
+    script.write_text(
+        "import atexit, os, pathlib, torch\n"
+        "def threads():\n"
+        "    return ' '.join(path.read_text().strip() for path in pathlib.Path('/proc/self/task').glob('*/comm'))\n"
+        f"told = pathlib.Path({str(tmp_path)!r}, 'threads' + os.environ['RANK'])\n"
+        "atexit.register(lambda: told.write_text(threads()))  # what is registered first is called last\n"
+        "from tsae.parallel.meeting import together\n"
+        "with together(cpu=True) as group:\n"
+        "    group.sum(torch.ones(100))\n"
+        "    assert 'gloo' in threads()\n"
+    )
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    subprocess.run([sys.executable, *launcher, str(script)], check=True, timeout=300)
+    for rank in range(2):
+        assert "gloo" not in (tmp_path / f"threads{rank}").read_text()

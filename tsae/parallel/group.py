@@ -251,6 +251,10 @@ class Processes(Group):
         if failed:
             raise TsaeError(f"process {self.rank} of {self.world}: ends, because the first one could not go on")
 
+    def part(self) -> None:
+        """Let go of `control`; nothing can be asked of the others after that."""
+        self._control = None
+
     def _reduced(self, tensor: Tensor, operation: dist.ReduceOp.RedOpType) -> Tensor:
         total = tensor.detach().to(self._device, copy=True).contiguous()
         self._count(total)

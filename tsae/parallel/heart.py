@@ -42,9 +42,10 @@ class Heart:
             raise self._failure
 
     def abandon(self) -> None:
-        """Take no more notice of the others: this process is on its way out."""
+        """Take no more notice of the others, once they have met a last time: this process is on its way out."""
         self._leaving.set()
         self._ended.set()
+        self._thread.join(GRACE_SECONDS)
 
     def _beat(self) -> None:
         try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import os
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -24,6 +25,8 @@ HOST_PATIENCE = timedelta(days=1)
 """The same while one process writes or measures and the others have nothing to do."""
 SILENCE = timedelta(minutes=2)
 """After how long without a sign of life, such as from a machine without power, a process counts as dead."""
+PARTING_SECONDS = 5.0
+"""How long a process that ends before its work does waits for what is under way to break off."""
 
 _group: Processes | None = None
 _beats: Any = None
@@ -55,9 +58,13 @@ def together(cpu: bool) -> Iterator[Group]:
         heart.stop()
     except BaseException:
         atexit.unregister(_part)
+        heart.abandon()
+        # It may wait for ever for what the others have left open.
+        parting = threading.Thread(target=_part, daemon=True)
+        parting.start()
+        parting.join(PARTING_SECONDS)
         raise
     finally:
-        heart.abandon()
         _together = False
     if preempted:
         raise preemption.Preempted
@@ -91,6 +98,12 @@ def _meet(cpu: bool) -> Processes:
 
 
 def _part() -> None:
-    """Close the connections; only in good order, since after a failure that might wait for ever."""
+    """Close the connections and end their threads, of which one that let go of a tensor while the interpreter is being
+    taken down would abort the process.
+    """
+    global _group, _beats
+    if _group is not None:
+        _group.part()
+    _group = _beats = None
     if dist.is_initialized():
         dist.destroy_process_group()
