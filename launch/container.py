@@ -69,32 +69,37 @@ def container(name: str, places: Iterable[str | Path] = (), binds: Sequence[str]
     with an image that it has. TSAE_HOME, HF_HOME, the working directory and `places` (data, the code's copy) are bound,
     and `binds` besides. Raises TsaeError for an image or a folder that is not there, and without the program.
     """
-    binds = tuple(_binds([environment.home(), _hub_cache(), Path.cwd(), *places], binds))
+    runtime, image = _image(name)
+    return Container(runtime, image, tuple(_binds([_hub_cache(), Path.cwd(), *places], binds)))
+
+
+def _image(name: str) -> tuple[Literal["apptainer", "docker"], str]:
+    """Who runs it, and its path or name."""
     if name.startswith("docker:") and not (name.startswith("docker://") and shutil.which("apptainer")):
         if shutil.which("docker") is None:
             raise TsaeError(f"--container {name}: neither apptainer nor docker is on PATH")
-        return Container("docker", name.removeprefix("docker:").removeprefix("//"), binds)
+        return "docker", name.removeprefix("docker:").removeprefix("//")
     if shutil.which("apptainer") is None:
         raise TsaeError(f"--container {name}: apptainer is not on PATH")
     if name.startswith("docker://"):
-        return Container("apptainer", str(_pulled(name)), binds)
+        return "apptainer", str(_pulled(name))
     image = Path(os.path.abspath(Path(name).expanduser()))
     if not image.exists():
         raise TsaeError(
             f"--container {name}: no such file; `apptainer build {image.name} apptainer.def` makes one, and "
             "docker://owner/image:tag is fetched"
         )
-    return Container("apptainer", str(image), binds)
+    return "apptainer", str(image)
 
 
 def _binds(places: Iterable[str | Path], asked: Sequence[str]) -> list[str]:
-    """Every folder once, without those below another; asked ones must exist."""
+    """TSAE_HOME and every folder that is there once, without those below another; asked ones must exist."""
     for bind in asked:
         here = bind.partition(":")[0]
         if not Path(here).exists():
             raise TsaeError(f"binds: {here}: no such folder")
-    environment.home().mkdir(parents=True, exist_ok=True)
-    existing = sorted({str(Path(place).expanduser().absolute()) for place in places if Path(place).exists()})
+    there = [environment.home(), *(place for place in places if Path(place).exists())]
+    existing = sorted({str(Path(place).expanduser().absolute()) for place in there})
     kept: list[str] = []
     for place in existing:
         if not any(Path(place).is_relative_to(above) for above in kept):

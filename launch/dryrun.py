@@ -23,6 +23,7 @@ def dry_run(plan: Plan, options: Options) -> list[str]:
     on_slurm = executor == "slurm"
     site = load_cluster(options.cluster) if on_slurm or options.cluster else Cluster()
     choice = choose(plan, executor, options.retry_failed)
+    image = container_for(plan, options, site if on_slurm else Cluster())
     report = plan.report()
     stages = [*choice.start, *([report] if report and choice.start else [])]
     lines = [f"{plan.name}: {len(plan.points)} points", *_points(plan), ""]
@@ -34,7 +35,7 @@ def dry_run(plan: Plan, options: Options) -> list[str]:
             sweep_folder=plan.folder,
             attempt=attempt,
             cluster=site,
-            container=container_for(plan, options, site),
+            container=image,
             max_parallel=plan.sweep.config.max_parallel,
             alive=choice.alive,
         )

@@ -354,6 +354,16 @@ def test_what_cannot_work_is_refused_with_its_reason(
     assert not run.result("autointerp", "json").exists()
 
 
+def test_without_a_store_the_command_that_makes_one_is_named_and_nothing_is_left(
+    run: RunFolder, run_config: RunConfig, tmp_path: Path
+) -> None:
+    before = {path.name for path in run.result("x", "json").parent.iterdir()}
+    config = configuration.replace(run_config, store={"path": str(tmp_path / "nowhere")})
+    with pytest.raises(TsaeError, match=r"no activation store is here; `tsae harvest YAML` makes one"):
+        driver.run("explain", config, run)
+    assert {path.name for path in run.result("x", "json").parent.iterdir()} == before
+
+
 def test_a_synthetic_world_has_no_text(run_config: RunConfig, run: RunFolder) -> None:
     config = configuration.replace(run_config, data={"source": "synthetic"})
     for name in ("explain", "features"):

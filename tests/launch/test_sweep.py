@@ -229,6 +229,7 @@ def test_a_dry_run_shows_everything_and_writes_nothing(sweep_file, home):
         (("{sweep}", "--base", "pythia"), "did you mean 'pythia-160m'"),
         (("{sweep}", "--executor", "slurm"), "no controller answers"),
         (("{sweep}", "--cluster", "nowhere.yaml", "--dry-run"), "nowhere.yaml: cannot be read"),
+        (("{sweep}", "--container", "nowhere.sif", "--dry-run"), "--container nowhere.sif: "),
     ],
 )
 def test_bad_input_is_one_line_and_code_2(sweep_file, home, arguments, message):

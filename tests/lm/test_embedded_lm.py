@@ -107,6 +107,12 @@ def test_an_occupied_folder_is_refused(trained: tuple[Path, dict[str, Any]]) -> 
         train_embedded_lm(trained[0])
 
 
+def test_a_training_of_no_tokens_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(TsaeError, match=r"--tokens 0 is impossible"):
+        train_embedded_lm(tmp_path / "model", tokens=0)
+    assert not (tmp_path / "model").exists()
+
+
 def test_the_head_loss_equals_cross_entropy_and_its_gradients() -> None:
     model = initial_model(Recipe(vocabulary=300, activation_dim=16, layers=1, heads=2))
     tokens, lengths = torch.randint(0, 300, (6, 20)), torch.tensor([20, 3, 7, 20, 20, 11])

@@ -25,10 +25,13 @@ class Journal:
         lines = read_lines(path)
         if lines and lines[0] == self._head:
             self.records = {int(record["latent"]): record for record in lines[1:]}
-        self._write()
+        if path.exists():
+            self._write()
 
     def add(self, *records: Record) -> None:
         """Append records, and have them on disk."""
+        if not self.path.exists():
+            self._write()
         with open(self.path, "ab") as stream:
             for record in records:
                 self.records[int(record["latent"])] = record

@@ -39,12 +39,14 @@ def train_embedded_lm(
 
     One torch thread; every few minutes the unfinished model is written beside `out` as `<out>.unfinished`. `data` names
     another text than the embedded corpus; `settings` are further fields of Recipe. Raises TsaeError when `out` is not
-    empty.
+    empty, and for less than one token.
     """
     import torch
 
     from tsae.lm.pretraining import Recipe, initial_model
 
+    if tokens < 1:
+        raise TsaeError(f"--tokens {tokens} is impossible; it must be at least 1 (the one that ships: {TOKENS:,})")
     if out.exists() and any(out.iterdir()):
         raise TsaeError(f"{out}: is not empty; name a new folder")
     recipe = Recipe(tokens=tokens, seed=seed, **settings)
