@@ -107,7 +107,9 @@ class StoreLayout:
         try:
             attributes = json.loads(self._metadata.read_text())["attributes"]
         except (FileNotFoundError, NotADirectoryError):
-            raise TsaeError(f"{self.path}: no activation store is here; `tsae harvest YAML` makes one (of a run: its trainer_0/resolved.yaml)") from None
+            raise TsaeError(
+                f"{self.path}: no activation store is here; `tsae harvest YAML` makes one (of a run: its trainer_0/resolved.yaml)"
+            ) from None
         except (OSError, ValueError, KeyError, TypeError):
             raise TsaeError(f"{self._metadata}: the store's attributes are damaged; harvest it again") from None
         if not isinstance(attributes, dict) or attributes.get("format") != FORMAT:
