@@ -18,6 +18,7 @@ from tsae.errors import TsaeError, suggestion
 from tsae.experiments.settings import ExperimentsConfig
 from tsae.sections import (
     OBJECTIVE_PRESETS,
+    PENALTY_KINDS,
     DataConfig,
     EvaluationConfig,
     ModelConfig,
@@ -62,14 +63,26 @@ class RunConfig:
         """How activations are scaled for training."""
         if self.training.normalize != "auto":
             return self.training.normalize
-        return "unit_rms" if self.objective.reconstruction == "variance" else "none"
+        return "unit_rms" if self._relative_errors else "none"
 
     @property
     def bias_lr(self) -> float:
         """Learning rate of the biases relative to that of the weight matrices."""
         if self.training.bias_lr is not None:
             return self.training.bias_lr
-        return 0.1 if self.objective.reconstruction == "variance" else 1.0
+        return 0.3 if self._relative_errors else 1.0
+
+    @property
+    def clip_norm(self) -> float:
+        """Bound on the gradient's norm."""
+        if self.training.clip_norm is not None:
+            return self.training.clip_norm
+        return 0.005 if self._relative_errors else 1.0
+
+    @property
+    def _relative_errors(self) -> bool:
+        """Whether reconstruction errors are divided by the variance."""
+        return self.objective.reconstruction == "variance" and self.sae.kind not in PENALTY_KINDS
 
     @property
     def is_synthetic(self) -> bool:

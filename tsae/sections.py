@@ -162,11 +162,10 @@ OBJECTIVE_PRESETS: dict[str, dict[str, Any]] = {
         "group_reduction": "sum",
     },
     "scale_free": {
-        "temporal_alpha": 0.2,
+        "temporal_alpha": 0.1,
         "similarity": "cosine",
         "temperature": 0.15,
         "reconstruction": "variance",
-        "group_weights": "uniform",
     },
 }
 
@@ -182,7 +181,7 @@ class TrainingConfig:
     lr: float | None = None
     """Learning rate; by default 2e-4 / sqrt(dict_size / 16384)."""
     bias_lr: float | None = None
-    """Learning rate of b_enc and b_dec relative to that of the weight matrices; by default 1, or 0.1 where `objective.reconstruction` is `variance`: biases that adapt fast make frequent features crowd out others."""
+    """Learning rate of b_enc and b_dec relative to that of the weight matrices; by default 1, or 0.3 where `objective.reconstruction` is `variance`: biases that adapt fast make frequent features crowd out others."""
     warmup_steps: int | None = None
     """Steps of linear warm-up; by default 1000, or a tenth of the steps where they are fewer than 10,000."""
     decay_start: int | None = None
@@ -197,8 +196,8 @@ class TrainingConfig:
     """Step after which the threshold is tracked; by default 1000, or half of the steps where they are fewer than 2000."""
     dead_after: int = 10_000_000
     """A latent is dead when it has not fired for this many tokens."""
-    clip_norm: float = 1.0
-    """Bound on the gradient's norm."""
+    clip_norm: float | None = None
+    """Bound on the gradient's norm; by default 1, or 0.005 where `objective.reconstruction` is `variance`: every step then reaches it, so that the first ones, whose gradients are far larger, do not shorten the next thousand by Adam's second moment."""
     seed: int = 0
     """Seed of the initial weights and of the order of pairs."""
     device: Literal["auto", "cpu"] = "auto"

@@ -123,7 +123,7 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group["relative_lr"]
         unit_rows = self.dictionary.W_dec if self._unit_rows else None
-        self.optimizer.update(grad_norm, self.settings.clip_norm, unit_rows)
+        self.optimizer.update(grad_norm, self.config.clip_norm, unit_rows)
         if isinstance(self.dictionary, JumpReluAutoEncoder):
             self.dictionary.threshold.data.clamp_min_(0)
         self.steps_done += 1
