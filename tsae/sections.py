@@ -120,21 +120,21 @@ class SaeConfig:
 class ObjectiveConfig:
     """The training objective; `objective: NAME` alone takes a preset."""
 
-    preset: Literal["reference", "paper", "scale_free"] = "reference"
-    """`reference`: what the authors' released code computes; `paper`: what the paper's equations say; `scale_free`: ours, which means the same for activations of any scale. Other keys override it."""
+    preset: Literal["scale_free", "reference", "paper"] = "scale_free"
+    """`scale_free`: ours, which means the same for activations of any scale; `reference`: what the authors' released code computes; `paper`: what the paper's equations say. Other keys override it."""
     temporal: Literal["contrastive", "linear", "l1"] = "contrastive"
     """Temporal term of a T-SAE: InfoNCE over the batch; `linear`: the mean similarity of all pairs of the batch minus that of the true pairs, without a logarithm; or the L1 distance of the two codes weighted by the inputs' cosine."""
     temporal_alpha: float = 0.1
     """Weight of the temporal term."""
-    similarity: Literal["dot", "cosine"] = "dot"
+    similarity: Literal["dot", "cosine"] = "cosine"
     """Similarity of two high-level codes in the contrastive term."""
-    temperature: float = 1.0
+    temperature: float = 0.15
     """Divides the similarities before the softmax."""
     same_document: bool = True
     """Whether partners of the token's own document are negatives too, although they share what persists; false: those of other documents alone, in the contrastive form."""
     directions: Literal["mean", "sum"] = "mean"
     """How the two directions of the contrastive term (current to partner and back) are combined."""
-    reconstruction: Literal["squared_error", "variance"] = "squared_error"
+    reconstruction: Literal["squared_error", "variance"] = "variance"
     """`variance`: divide reconstruction errors by the batch's variance, so that the weights of other terms mean the same for activations of any scale; without effect where a penalty makes codes sparse."""
     group_weights: Literal["fractions", "uniform", "ones"] | tuple[float, ...] = "fractions"
     """Weight of each nested reconstruction: the group's share, 1/G, 1, or a list."""
@@ -153,19 +153,15 @@ class ObjectiveConfig:
 
 
 OBJECTIVE_PRESETS: dict[str, dict[str, Any]] = {
-    "reference": {},
+    "scale_free": {},
+    "reference": {"similarity": "dot", "temperature": 1.0, "reconstruction": "squared_error"},
     "paper": {
         "temporal_alpha": 1.0,
-        "similarity": "cosine",
+        "temperature": 1.0,
         "directions": "sum",
+        "reconstruction": "squared_error",
         "group_weights": "ones",
         "group_reduction": "sum",
-    },
-    "scale_free": {
-        "temporal_alpha": 0.1,
-        "similarity": "cosine",
-        "temperature": 0.15,
-        "reconstruction": "variance",
     },
 }
 

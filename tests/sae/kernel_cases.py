@@ -142,7 +142,7 @@ def test_exact_top_k_is_that_of_float32() -> None:
 def test_a_training_step_equals_the_dense_definition(deterministic: bool) -> None:
     tree = {
         "sae": {"kind": "temporal", "dict_size": 45, "k": 5, "group_fractions": [0.5, 0.2, 0.3]},
-        "objective": {"similarity": "cosine", "temperature": 0.5},
+        "objective": {"preset": "reference", "similarity": "cosine", "temperature": 0.5},
         "training": {"warmup_steps": 0, "lr": 0.01, "dead_after": 10, "batch_size": 6, "deterministic": deterministic},
     }
     batch = normal(6, 1, 12) + 0.5 * normal(6, 2, 12, seed=1)

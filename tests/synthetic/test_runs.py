@@ -32,7 +32,7 @@ def tree(store: Path, **sections: dict[str, Any]) -> dict[str, Any]:
         "synthetic": {"sequences": 900, "activation_dim": 16, "n_slow": 6, "k_slow": 1, "n_fast": 10, "k_fast": 2},
         "store": {"path": str(store), "dtype": "float32"},
         "sae": {"dict_size": 20, "k": 3, "split_fraction": 0.3},
-        "objective": {"temporal_alpha": 1.0},
+        "objective": {"preset": "reference", "temporal_alpha": 1.0},
         "training": {"steps": 200, "batch_size": 128, "lr": 3e-3, "warmup_steps": 20, "threshold_start_step": 50},
     }
     settings["training"] |= {"threshold_beta": 0.9, "device": "cpu"}

@@ -27,7 +27,7 @@ def trainer(kind: str, dict_size: int = 48, **objective: float) -> Trainer:
     """A trainer on toy activations of width 12, past every warm-up."""
     tree = {
         "sae": {"kind": kind, "dict_size": dict_size, "k": 4},
-        "objective": objective,
+        "objective": {"preset": "reference", **objective},
         "training": {"warmup_steps": 0, "lr": 0.01, "batch_size": 32, "steps": 300},
     }
     return Trainer(configuration.from_mapping(tree, "test"), 12)
@@ -155,6 +155,7 @@ def test_top_k_tracks_the_mean_over_tokens_of_the_smallest_activation_kept() -> 
     for engine in ("sparse", "dense"):
         tree = {
             "sae": {"kind": "topk", "dict_size": 48, "k": 4},
+            "objective": "reference",
             "training": {"engine": engine, "warmup_steps": 0, "threshold_start_step": 1, "threshold_beta": 0.75},
         }
         built, followed = Trainer(configuration.from_mapping(tree, "test"), 12), -1.0

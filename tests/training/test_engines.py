@@ -16,12 +16,13 @@ from tsae.training.trainer import Trainer
 OBJECTIVES: dict[str, dict[str, Any]] = {
     "reference": {"preset": "reference"},
     "paper": {"preset": "paper"},
-    "l1": {"temporal": "l1"},
-    "cosine with temperature": {"similarity": "cosine", "temperature": 0.1},
-    "linear": {"temporal": "linear"},
-    "linear cosine": {"temporal": "linear", "similarity": "cosine", "directions": "sum"},
-    "other documents": {"similarity": "cosine", "temperature": 0.1, "same_document": False},
-    "relative to variance": {"reconstruction": "variance"},
+    "l1": {"preset": "reference", "temporal": "l1"},
+    "cosine with temperature": {"preset": "reference", "similarity": "cosine", "temperature": 0.1},
+    "linear": {"preset": "reference", "temporal": "linear"},
+    "linear cosine": {"temporal": "linear", "directions": "sum"},
+    "other documents": {"same_document": False},
+    "relative to variance": {"preset": "reference", "reconstruction": "variance"},
+    "scale_free": {},
 }
 
 
@@ -131,7 +132,8 @@ def test_a_temporal_term_without_effect_is_refused(engine: str) -> None:
 
 
 def test_schedule_warms_up_holds_and_decays() -> None:
-    tree = {"training": {"steps": 100, "warmup_steps": 10, "decay_start": 80, "lr": 1.0}, "sae": {"dict_size": 64}}
+    training = {"steps": 100, "warmup_steps": 10, "decay_start": 80, "lr": 1.0, "normalize": "none"}
+    tree = {"training": training, "sae": {"dict_size": 64}}
     built = Trainer(configuration.from_mapping(tree, "test"), 8)
     assert [built.learning_rate(step) for step in (0, 5, 10, 79, 80, 90, 99)] == [0, 0.5, 1, 1, 1, 0.5, 0.05]
 
@@ -139,7 +141,7 @@ def test_schedule_warms_up_holds_and_decays() -> None:
 def test_biases_may_learn_at_another_rate() -> None:
     def moved(bias_lr: float) -> dict[str, float]:
         tree = {"sae": {"kind": "batch_topk", "dict_size": 64, "k": 4}}
-        tree["training"] = {"bias_lr": bias_lr, "lr": 0.01, "warmup_steps": 0}
+        tree["training"] = {"bias_lr": bias_lr, "lr": 0.01, "warmup_steps": 0, "normalize": "none"}
         built = Trainer(configuration.from_mapping(tree, "test"), 12)
         batch = torch.randn(48, 12, generator=torch.Generator().manual_seed(0))
         built.step(batch)

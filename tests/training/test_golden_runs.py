@@ -27,7 +27,8 @@ def config_of(record: dict) -> configuration.RunConfig:
     sae = {"kind": KINDS[record["trainer"]], "dict_size": arguments["dict_size"], "k": arguments["k"]}
     if "group_fractions" in arguments:
         sae["group_fractions"] = arguments["group_fractions"]
-    objective = {"auxk_alpha": arguments["auxk_alpha"], "group_weights": arguments.get("group_weights") or "uniform"}
+    objective = {"preset": "reference", "auxk_alpha": arguments["auxk_alpha"]}
+    objective["group_weights"] = arguments.get("group_weights") or "uniform"
     if "temp_alpha" in arguments:
         objective["temporal_alpha"] = arguments["temp_alpha"]
         objective["temporal"] = "contrastive" if arguments["contrastive"] else "l1"

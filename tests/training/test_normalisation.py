@@ -55,7 +55,7 @@ def test_normalised_training_is_training_on_normalised_activations(normalised: R
     state = built.dictionary.to_file(built.scale)
     again = Trainer(normalised, store.activation_dim, state, mean_squared_norm=store.mean_squared_norm)
     torch.testing.assert_close(again.dictionary.b_enc, built.dictionary.b_enc)
-    with pytest.raises(TsaeError, match="mean squared norm is needed"):
+    with pytest.raises(TsaeError, match="needs the activations' mean squared norm"):
         Trainer(normalised, store.activation_dim)
 
 
@@ -78,4 +78,4 @@ def test_intermediate_files_are_for_raw_activations_and_saving_leaves_training_a
     x = batches(normalised)[1][0][:, 0]
     early = load_dictionary(noisy.path, checkpoint=57)[0]
     # Three steps before the end, nearly the same dictionary on the same scale.
-    assert float((early(x) - final(x)).norm() / final(x).norm()) < 0.1
+    assert float((early(x) - final(x)).norm() / final(x).norm()) < 0.2

@@ -51,6 +51,8 @@ class Shape:
         """The configuration of a run of this shape. Raises TsaeError for sizes that cannot be."""
         tree = {
             "sae": {"kind": kind or self.kind, "dict_size": self.dict_size, "k": self.k},
+            # What the other libraries' steps, and the figures that others have measured, are to be compared with.
+            "objective": "reference",
             "training": {"batch_size": self.batch_size, "engine": engine, "encoder_precision": encoder_precision},
         }
         return configuration.from_mapping(tree, "bench")

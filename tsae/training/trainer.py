@@ -251,7 +251,10 @@ def _scale(config: RunConfig, activation_dim: int, mean_squared_norm: float | No
     if config.normalize == "none":
         return 1.0
     if mean_squared_norm is None or not mean_squared_norm > 0:
-        raise TsaeError(f"training.normalize: a positive mean squared norm is needed, found {mean_squared_norm}")
+        raise TsaeError(
+            f"training.normalize: {config.normalize} needs the activations' mean squared norm, found {mean_squared_norm}; "
+            "pass mean_squared_norm, or set normalize=none"
+        )
     kept = activation_dim if config.normalize == "unit_rms" else 1
     return float((mean_squared_norm / kept) ** 0.5)
 
