@@ -119,9 +119,9 @@ PROBES = tuple(
         f"Probing: {task}",
         "balanced accuracy",
         (
+            (f"probing_chunk2/{task}", "all latents"),
             (f"probing_chunk0/{task}", "high-level"),
             (f"probing_chunk1/{task}", "low-level"),
-            (f"probing_chunk2/{task}", "all latents"),
         ),
         f"Balanced accuracy of a sparse linear probe for {meaning}, on feature activations of one split.",
     )
