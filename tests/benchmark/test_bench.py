@@ -133,6 +133,7 @@ def test_a_library_that_is_not_there_costs_one_line(
         (["--growth", "2,x"], "positive numbers"),
         (["--processes", "2,1.5"], "whole numbers"),
         (["--processes", "3"], "cannot be shared by 3 processes"),
+        (["--out", "/dev/null/results"], "/dev/null"),
     ],
 )
 def test_what_cannot_be_measured_is_refused_in_one_line(

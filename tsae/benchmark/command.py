@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -58,6 +59,7 @@ def run(options: argparse.Namespace) -> Path:
     folder = options.out or home() / "benchmarks"
     if options.processes:
         return _run_groups(options, shape, folder)
+    _make(folder)
     from tsae.benchmark import figure, report, saving
     from tsae.benchmark.rounds import Plan, measure
 
@@ -85,12 +87,20 @@ def run(options: argparse.Namespace) -> Path:
     return path
 
 
+def _make(folder: Path) -> None:
+    """The folder of the results, before what takes minutes."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if not os.access(folder, os.W_OK):
+        raise TsaeError(f"--out {folder}: nothing may be written there; name another folder")
+
+
 def _run_groups(options: argparse.Namespace, shape: Shape, folder: Path) -> Path:
     from tsae.benchmark import groups, groups_figure, report
 
     worlds = _numbers("--processes", options.processes, "1,2,4")
     if not all(world == int(world) for world in worlds):
         raise TsaeError(f"--processes: {options.processes!r} is not a list of whole numbers such as 1,2,4")
+    _make(folder)
     records = groups.measure(shape, sorted({1, *map(int, worlds)}), options.steps, options.threads)
     print(groups.table(records), flush=True)
     results = {"shape": shape.as_dict(), "groups": records, "machine": report.machine(shape.device)}

@@ -13,6 +13,7 @@ import torch
 
 from tsae.benchmark.shape import Shape
 from tsae.data.contexts import Contexts
+from tsae.progress import Progress
 from tsae.sections import ModelConfig, StoreConfig
 from tsae.store.pairs import PairStream
 from tsae.store.reader import Store
@@ -69,12 +70,15 @@ def _write_store(folder: Path, shape: Shape, megabytes: int) -> Store:
     )
     layout = prepare(folder / "store", contexts, shape.activation_dim, store=StoreConfig(shard_mb=64))
     generator = torch.Generator().manual_seed(0)
+    shards = layout.geometry.shards
+    progress = Progress("writing the store that is read", shards, "shards")
     with open(folder / "flat", "wb") as flat:
-        for shard in range(layout.geometry.shards):
+        for shard in range(shards):
             rows = len(layout.geometry.sequences_of(shard))
             block = torch.randn(rows, CONTEXT, shape.activation_dim, generator=generator).bfloat16()
             write_shard(layout, shard, [block])
             flat.write(block.view(torch.uint16).numpy().tobytes())
+            progress.update(shard + 1)
     finalise(layout)
     return Store.open(layout.path)
 
