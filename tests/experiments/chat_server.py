@@ -54,19 +54,21 @@ class _Chat(BaseHTTPRequestHandler):
             self.server.at_once += 1
             self.server.most_at_once = max(self.server.most_at_once, self.server.at_once)
         try:
-            self._respond(self.server.says(body), fault)
+            text = self.server.says(body)
+            time.sleep({"slow": 0.05, "hang": 1.5}.get(fault, 0))
         finally:
+            # Before a byte is sent: a client that has its answer may ask again before this thread goes on.
             with self.server.lock:
                 self.server.at_once -= 1
+        self._respond(text, fault)
 
     def _respond(self, text: str, fault: str) -> None:
         good = json.dumps({"choices": [{"message": {"role": "assistant", "content": text}}]})
         match fault.split():
             case [] | ["slow"]:
-                time.sleep(0.05 if fault else 0)
                 self._send(200, good)
             case ["hang"]:
-                time.sleep(1.5)
+                return
             case ["cut"]:
                 self._send(200, good[:20], length=len(good))
             case ["broken"]:
