@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from recorded import record_gradients
 
 from tsae import config as configuration
 from tsae.errors import TsaeError
@@ -38,10 +44,6 @@ def trainer(engine: str, kind: str, objective: dict, dict_size: int, k: int, fra
     return built
 
 
-def gradients(built: Trainer) -> dict[str, torch.Tensor]:
-    return {name: p.grad.clone() for name, p in built.dictionary.named_parameters() if p.grad is not None}
-
-
 @given(
     kind=st.sampled_from(["temporal", "matryoshka", "batch_topk", "topk"]),
     objective=st.sampled_from(sorted(OBJECTIVES)),
@@ -56,6 +58,7 @@ def test_losses_and_gradients_equal_the_dense_definition(
 ) -> None:
     generator = torch.Generator().manual_seed(seed)
     pair = [trainer(engine, kind, OBJECTIVES[objective], dict_size, k, fractions) for engine in ("dense", "sparse")]
+    gradients = [record_gradients(built) for built in pair]
     for _ in range(5):
         shared = torch.randn(24, 1, 12, dtype=torch.float64, generator=generator)
         batch = shared + torch.randn(24, 2, 12, dtype=torch.float64, generator=generator)
@@ -71,9 +74,8 @@ def test_losses_and_gradients_equal_the_dense_definition(
         for name, value in dense._asdict().items():
             numbers = torch.as_tensor(sparse._asdict()[name]).tolist()
             assert numbers == pytest.approx(torch.as_tensor(value).tolist(), rel=1e-10, abs=1e-12, nan_ok=True), name
-        expected = gradients(pair[0])
-        for name, found in gradients(pair[1]).items():
-            assert (found - expected[name]).norm() <= 1e-10 * expected[name].norm() + 1e-12, name
+        for name, expected in gradients[0].items():
+            assert (gradients[1][name] - expected).norm() <= 1e-10 * expected.norm() + 1e-12, name
         # Adam turns rounding noise into full steps where a gradient vanishes; the next step starts equal again.
         pair[1].dictionary.load_state_dict(pair[0].dictionary.state_dict())
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from recorded import record_gradients
 from torch import Tensor
 
 from tsae import config as configuration
@@ -80,10 +81,6 @@ def own_share(batch: Tensor, group: Group) -> Tensor:
     return batch[group.share(len(batch) // group.world)]
 
 
-def gradients(built: Trainer) -> dict[str, Tensor]:
-    return {name: p.grad.clone() for name, p in built.dictionary.named_parameters() if p.grad is not None}
-
-
 def plain(terms: Terms) -> dict[str, Any]:
     """As numbers and lists of numbers."""
     return {key: torch.as_tensor(value).tolist() for key, value in terms._asdict().items()}
@@ -92,20 +89,22 @@ def plain(terms: Terms) -> dict[str, Any]:
 def train_case(name: str, group: Group, folder: Path) -> dict[str, Any]:
     case = CASES[name]
     built = trainer(case, group)
-    terms, first = [], {}
+    terms, first = [], dict[str, Tensor]()
+    gradients = record_gradients(built)
     for step, batch in enumerate(batches(case)[: STEPS if name in LONG else FEWER_STEPS]):
         if group.world == 1 and step == MIDDLE:
             torch.save(built.state(), folder / f"{name}.pt")
         terms.append(plain(built.step(own_share(batch, group), own_share(DOCUMENT, group))))
-        first = first or gradients(built)
+        first = first or dict(gradients)
     single = trainer(case, group)
     single.load_state(torch.load(folder / f"{name}.pt", weights_only=True))
+    single_gradients = record_gradients(single)
     single_terms = plain(single.step(own_share(batches(case)[MIDDLE], group), own_share(DOCUMENT, group)))
     return {
         "terms": terms,
         "weights": {key: tensor.clone() for key, tensor in built.dictionary.state_dict().items()},
         "first": first,
-        "single": gradients(single),
+        "single": single_gradients,
         "single_terms": single_terms,
         "tokens_since_fired": built.tokens_since_fired,
     }

@@ -9,7 +9,9 @@ from torch import Tensor
 
 from tsae.phases import phase
 from tsae.sae.dictionary import Dictionary, ThresholdDictionary
+from tsae.training.gradients import Gradients, whole_gradients
 from tsae.training.objective import Losses, Weights, encode_batch, objective
+from tsae.training.sharding import EVERYTHING
 
 D_contra = TypeVar("D_contra", bound=Dictionary, contravariant=True)
 
@@ -29,7 +31,7 @@ class Encoded(NamedTuple):
 
 
 class Engine(Protocol[D_contra]):
-    """Encodes a batch, then leaves the objective's gradients in the dictionary's parameters."""
+    """Encodes a batch, then differentiates the objective."""
 
     def encode(self, dictionary: D_contra, current: Tensor, partner: Tensor | None) -> Encoded:
         """Batch-top-k codes of current tokens [B, D] and their partners [B, D]."""
@@ -43,8 +45,8 @@ class Engine(Protocol[D_contra]):
         partner: Tensor | None,
         dead: Tensor,
         document: Tensor | None = None,
-    ) -> Losses:
-        """Set `.grad` of all four parameters; returns the terms, detached. `dead` [F] marks what aux-k revives.
+    ) -> tuple[Losses, Gradients]:
+        """The terms, detached, and the gradients of all parameters. `dead` [F] marks what aux-k revives.
 
         `document` [B] of each pair is needed where those of one document are no negatives.
         """
@@ -78,7 +80,7 @@ class DenseEngine(Engine[ThresholdDictionary]):
         partner: Tensor | None,
         dead: Tensor,
         document: Tensor | None = None,
-    ) -> Losses:
+    ) -> tuple[Losses, Gradients]:
         losses = objective(dictionary, weights, encoded.codes, current, partner, dead, document)
         dictionary.zero_grad(set_to_none=True)
         if losses.temp_loss.requires_grad:
@@ -87,4 +89,4 @@ class DenseEngine(Engine[ThresholdDictionary]):
             losses = losses._replace(temp_gradient=(gradient * (encoded.codes.current > 0)).abs().max())
         with phase("weight gradients"):
             losses.loss.backward()
-        return Losses(*(term.detach() for term in losses))
+        return Losses(*(term.detach() for term in losses)), whole_gradients(dictionary, EVERYTHING.own)

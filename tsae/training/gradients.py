@@ -1,88 +1,156 @@
-"""The gradients of the sparse engine: four buffers, filled with sums over the entries of codes.
+"""Gradients of parameters, whole or made a few rows at a time.
 
-Shapes: B rows, D activation_dim, F dict_size, n entries.
+Shapes: F dict_size, D activation_dim, N rows of inputs, n entries. Matrices are latent by latent: [F, D].
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from typing import NamedTuple, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.functional import embedding_bag
 
 from tsae.phases import phase
-from tsae.sae.dictionary import ThresholdDictionary
-from tsae.sae.sparse import ByLatent, SparseCode, add_rows
-from tsae.training.update import chunk_rows
+from tsae.sae.sparse import ByLatent
+
+CHUNK_BYTES, CUDA_CHUNK_BYTES = 4 * 2**20, 256 * 2**20
 
 
-class Entries(NamedTuple):
-    """Entries that carry a gradient into the encoder; rows index the centred inputs."""
+class Gradient(Protocol):
+    """The gradient of a vector, or of a matrix latent by latent."""
 
+    def measure(self, unit_rows: Tensor | None) -> list[Tensor]:
+        """Norms of its pieces. With the matrix `unit_rows` [F, D], whose gradient this is, first takes out of each row
+        what would only change the norm of the matrix's row.
+        """
+
+    def chunk(self, first: int, weights: Tensor, factor: Tensor) -> Tensor:
+        """`factor` times its rows from `first` on, as many as in this piece of the parameter; new ones.
+
+        The piece must be as it was in `measure`.
+        """
+
+
+Gradients = Mapping[Tensor, Gradient]
+"""The gradient of each parameter that has one."""
+
+
+class WholeGradient:
+    """A gradient in memory, in which `measure` does its work."""
+
+    def __init__(self, gradient: Tensor) -> None:
+        self._gradient = by_latent(gradient)
+
+    def measure(self, unit_rows: Tensor | None) -> list[Tensor]:
+        if unit_rows is None:
+            return [torch.linalg.vector_norm(self._gradient)]
+        norms = []
+        for gradient, weights in zip(chunks(self._gradient), chunks(unit_rows), strict=True):
+            gradient.addcmul_(weights, _along(gradient, weights)[:, None], value=-1)
+            norms.append(torch.linalg.vector_norm(gradient))
+        return norms
+
+    def chunk(self, first: int, weights: Tensor, factor: Tensor) -> Tensor:
+        return self._gradient[first : first + len(weights)] * factor
+
+
+class DenseRows(NamedTuple):
+    """Some rows of a matrix."""
+
+    latents: Tensor
+    """Which ones [m], ascending."""
     rows: Tensor
-    latents: Tensor
-    gradient: Tensor
+    """[m, D]"""
 
 
-class Revived(NamedTuple):
-    """What aux-k asks of the encoder."""
+class RowSums:
+    """The gradient of a matrix as what it is: each latent's sum over its entries of value · x[row].
 
-    latents: Tensor
-    """The dead ones [n]."""
-    gradient: Tensor
-    """Of their pre-activations [B, n]."""
+    The sums are made twice, for the norm and for the update, and never stored: they take less time than a matrix of
+    their size takes to be written and read, and few latents have entries at all.
+    """
 
+    def __init__(self, entries: ByLatent, values: Tensor, x: Tensor, added: DenseRows | None) -> None:
+        """Of `values` [n], in the order in which they were before they were sorted by latent, and x [N, D].
 
-class Gradients:
-    """The four gradient buffers, both matrices latent by latent [F, D]; made once, then overwritten."""
+        `added` is a part of the gradient that is no such sum.
+        """
+        self._entries, self._values, self._x, self._added = entries, values[entries.order], x, added
+        self._along: Tensor | None = None
 
-    def __init__(self, dictionary: ThresholdDictionary, deterministic: bool) -> None:
-        # Atomic additions pay only on CUDA.
-        self._in_order = deterministic or not dictionary.W_dec.is_cuda
-        self.W_enc, self.b_enc = _buffer(dictionary.W_enc).T, _buffer(dictionary.b_enc)
-        self.W_dec, self.b_dec = _buffer(dictionary.W_dec), _buffer(dictionary.b_dec)
-        self._dictionary = dictionary
-        self._chunk = chunk_rows(self.W_dec)
+    def measure(self, unit_rows: Tensor | None) -> list[Tensor]:
+        live = self._entries.offsets.diff() > 0
+        if self._added is not None:
+            live[self._added.latents] = True
+        if unit_rows is not None:
+            self._along = self._x.new_zeros(len(live))
+        places = live.nonzero()[:, 0]
+        norms = []
+        for start in range(0, len(places), chunk_rows(self._x)):
+            latents = places[start : start + chunk_rows(self._x)]
+            gradient = self._rows(latents)
+            if unit_rows is not None and self._along is not None:
+                weights = unit_rows[latents]
+                self._along[latents] = _along(gradient, weights)
+                gradient.addcmul_(weights, self._along[latents, None], value=-1)
+            norms.append(torch.linalg.vector_norm(gradient))
+        return norms
 
-    @phase("weight gradients")
-    def decoder(self, part: SparseCode, back: Tensor, group: slice) -> None:
-        """Rows of W_dec's gradient for one group: Σ value · back[row], with `back` [B, D] the output's gradient."""
-        self._sum(part.rows, part.latents, part.values, back, self.W_dec[group])
-
-    @phase("weight gradients")
-    def encoder(self, entries: list[Entries], centred: Tensor) -> None:
-        """W_enc's and b_enc's gradients from all entries."""
-        rows, latents, gradient = (torch.cat(parts) for parts in zip(*entries, strict=True))
-        self._sum(rows, latents, gradient, centred, self.W_enc, self.b_enc)
-
-    @phase("aux-k")
-    def add_encoder(self, revived: Revived, centred: Tensor) -> None:
-        """Adds to W_enc's and b_enc's gradients what aux-k asks of dead latents."""
-        self.W_enc.index_add_(0, revived.latents, revived.gradient.T @ centred)
-        self.b_enc.index_add_(0, revived.latents, revived.gradient.sum(dim=0))
-
-    def _sum(
-        self, rows: Tensor, latents: Tensor, values: Tensor, x: Tensor, out: Tensor, totals: Tensor | None = None
-    ) -> None:
-        """Sums over each latent's entries: value · x[row] into `out` [F, D], the values into `totals` [F]."""
-        if self._in_order:
-            by_latent = ByLatent.of(rows, latents, len(out))
-            by_latent.sum_rows(values, x, out, self._chunk)
-            if totals is not None:
-                by_latent.sum_values(values, totals)
-            return
-        add_rows(rows, latents, values, x, out)
-        if totals is not None:
-            totals.zero_().index_add_(0, latents, values)
+    def chunk(self, first: int, weights: Tensor, factor: Tensor) -> Tensor:
+        stop = first + len(weights)
+        gradient = self._rows(torch.arange(first, stop), factor)
+        if self._along is not None:
+            gradient.addcmul_(weights, (self._along[first:stop] * factor)[:, None], value=-1)
+        return gradient
 
     @phase("weight gradients")
-    def finish(self) -> None:
-        """b_dec's part through the encoder, −W_enc · ∂b_enc: both halves are centred by it before they are encoded."""
-        self.b_dec.addmv_(self._dictionary.W_enc, self.b_enc, alpha=-1)
+    def _rows(self, latents: Tensor, factor: Tensor | float = 1.0) -> Tensor:
+        """`factor` times the rows of some latents [m], which ascend and leave out none between them that has entries."""
+        first, last = int(latents[0]), int(latents[-1])
+        entries = slice(int(self._entries.offsets[first]), int(self._entries.offsets[last + 1]))
+        rows = embedding_bag(
+            self._entries.rows[entries],
+            self._x,
+            self._entries.offsets[latents] - entries.start,
+            mode="sum",
+            per_sample_weights=self._values[entries] * factor,
+        )
+        if self._added is not None:
+            start, stop = torch.searchsorted(self._added.latents, latents.new_tensor([first, last + 1])).tolist()
+            places = torch.searchsorted(latents, self._added.latents[start:stop])
+            rows.index_add_(0, places, self._added.rows[start:stop] * factor)
+        return rows
 
 
-def _buffer(parameter: Tensor) -> Tensor:
-    """The gradient of `parameter`, made (not filled) where there is none; it keeps the [F, D] memory order of W_enc."""
-    if parameter.grad is None:
-        parameter.grad = torch.empty_like(parameter)
-    return parameter.grad
+def whole_gradients(module: nn.Module, own: Callable[[Tensor], Tensor]) -> Gradients:
+    """What autograd left in the parameters' `.grad`; of each the part that `own` makes of it."""
+    return {
+        parameter: WholeGradient(own(parameter.grad)) for parameter in module.parameters() if parameter.grad is not None
+    }
+
+
+def _along(gradient: Tensor, weights: Tensor) -> Tensor:
+    """How much of the row of the weights [n, D] there is in each row of the gradient [n, D] → [n]."""
+    return (gradient * weights).sum(dim=1) / (weights.norm(dim=1) + 1e-6).square()
+
+
+def by_latent(parameter: Tensor) -> Tensor:
+    """A vector as it is; a matrix, or its like, that is laid out by latent as [F, D]."""
+    if parameter.ndim < 2:
+        return parameter
+    rows = parameter if parameter.is_contiguous() else parameter.T
+    assert rows.is_contiguous()
+    return rows
+
+
+def chunks(tensor: Tensor) -> tuple[Tensor, ...]:
+    """Views of a vector, whole, or of a matrix, a few latents each."""
+    return (tensor,) if tensor.ndim < 2 else by_latent(tensor).split(chunk_rows(by_latent(tensor)))
+
+
+def chunk_rows(matrix: Tensor) -> int:
+    """Rows of a matrix to work on at a time: what a core's cache holds; on CUDA so many that launches are few."""
+    limit = CUDA_CHUNK_BYTES if matrix.is_cuda else CHUNK_BYTES
+    return max(1, limit // (matrix.shape[1] * matrix.element_size()))

@@ -14,6 +14,7 @@ from tsae.parallel.group import ALONE, Group
 from tsae.sae.dictionary import Dictionary
 from tsae.training import penalties
 from tsae.training.engine import Encoded, Engine
+from tsae.training.gradients import Gradients, whole_gradients
 from tsae.training.objective import Losses, Weights
 from tsae.training.penalties import Penalised, PenaltySettings
 from tsae.training.sharding import Shard
@@ -67,7 +68,7 @@ class PenaltyEngine(Engine[Dictionary]):
         partner: Tensor | None,
         dead: Tensor,
         document: Tensor | None = None,
-    ) -> Losses:
+    ) -> tuple[Losses, Gradients]:
         del weights, partner, dead, document
         penalised: Penalised = encoded.codes
         error = current - dictionary.decode(penalised.f)
@@ -83,7 +84,7 @@ class PenaltyEngine(Engine[Dictionary]):
         self._advance(float(n_active) / len(current))
         zero = l2_loss.new_zeros(())
         terms = Losses(loss, l2_loss, l2_loss[None], auxiliary, zero, error, zero, sparsity, weight)
-        return Losses(*(term.detach() for term in terms))
+        return Losses(*(term.detach() for term in terms)), whole_gradients(dictionary, self._shard.own)
 
     def _average_gradients(self, dictionary: Dictionary) -> None:
         if self._group.world == 1:

@@ -28,10 +28,10 @@ from tsae.sae.sparse import SparseCode, sampled_products, weighted_rows
 from tsae.training.contrast import TemporalTerm, contrast, weighted_l1
 from tsae.training.engine import Encoded, Engine
 from tsae.training.global_select import global_top_k_codes
-from tsae.training.gradients import Entries, Gradients, Revived
+from tsae.training.gradients import Gradients
 from tsae.training.objective import Losses, Weights, variance
 from tsae.training.sharding import Shard
-from tsae.training.update import DECODER, OTHERS
+from tsae.training.sparse_gradients import Entries, Revived, SparseGradients
 
 
 class _Codes(NamedTuple):
@@ -104,11 +104,11 @@ class SparseEngine(Engine[ThresholdDictionary]):
         partner: Tensor | None,
         dead: Tensor,
         document: Tensor | None = None,
-    ) -> Losses:
+    ) -> tuple[Losses, Gradients]:
         codes: _Codes = encoded.codes
         own, batch = len(current), len(current) * self._group.world
         total = batch * float(variance(current, self._group)) if weights.relative else batch
-        gradients = Gradients(dictionary, self._deterministic)
+        gradients = SparseGradients(dictionary, self._deterministic, self._group.world == 1, self._shard)
         parts = [codes.current.within(group) for group in dictionary.group_slices]
         residuals = _residuals(dictionary, [part for part, _ in parts], codes.centred[:own])
         group_losses = torch.stack(
@@ -117,31 +117,27 @@ class SparseEngine(Engine[ThresholdDictionary]):
                 for weight, residual in zip(weights.group_weights, residuals, strict=True)
             ]
         )
-        value_gradient = _through_decoder(dictionary, weights, codes.current, parts, residuals, gradients, total)
-        auxk, revived = self._auxiliary(dictionary, weights, codes.centred[:own], residuals[-1], dead, gradients)
-        self._shard.start_sum(DECODER, gradients.W_dec)
+        auxk, revived = self._auxiliary(dictionary, weights, codes.centred[:own], residuals[-1], dead)
+        through = _through_decoder(dictionary, weights, codes.current, parts, residuals, total)
+        gradients.decoder(through.entries, through.back, through.total, revived)
         document = None if weights.same_document else document
         term = self._temporal(weights, codes, parts[0][0], dictionary.group_slices[0], current, partner, document)
-        rows, latents = codes.current.rows, codes.current.latents
-        entries = [Entries(rows, latents, value_gradient)]
+        entries = [Entries(codes.current.rows, codes.current.latents, through.value_gradient)]
         if term is not None:
-            value_gradient[parts[0][1]] += weights.temporal_alpha * term[0].current
+            through.value_gradient[parts[0][1]] += weights.temporal_alpha * term[0].current
             partner_high = term[1]
             entries.append(
                 Entries(partner_high.rows + own, partner_high.latents, weights.temporal_alpha * term[0].partner)
             )
-        gradients.encoder(entries, codes.centred)
-        if revived is not None:
-            gradients.add_encoder(revived, codes.centred[:own])
-        gradients.finish()
-        self._shard.start_sum(OTHERS, gradients.W_enc, gradients.b_enc, gradients.b_dec)
+        gradients.encoder(entries, codes.centred, revived)
 
         *summed, temporal = self._group.sums(*group_losses, term[0].loss if term else group_losses.new_zeros(()))
         group_losses = torch.stack(summed)
         l2_loss = group_losses.sum() * weights.reduction
         loss = l2_loss + weights.auxk_alpha * auxk + weights.temporal_alpha * temporal
         strongest = term[0].current.abs().max() if term and len(term[0].current) else l2_loss.new_zeros(())
-        return Losses(loss, l2_loss, group_losses, auxk, temporal, residuals[-1], strongest)
+        losses = Losses(loss, l2_loss, group_losses, auxk, temporal, residuals[-1], strongest)
+        return losses, gradients.all()
 
     def state(self) -> dict[str, Any]:
         """The guesses: they change no result, but what it costs to get it."""
@@ -183,16 +179,13 @@ class SparseEngine(Engine[ThresholdDictionary]):
         centred: Tensor,
         error: Tensor,
         dead: Tensor,
-        gradients: Gradients,
     ) -> tuple[Tensor, Revived | None]:
-        """Aux-k on the columns of the dead latents alone; adds its decoder gradients, returns what makes the encoder's."""
+        """Aux-k on the columns of the dead latents alone."""
         latents = dead.nonzero()[:, 0]
         if len(latents) == 0:
             return error.new_zeros(()), None
-        W_enc, W_dec = dictionary.W_enc.T[latents], dictionary.W_dec[latents]
-        pre = torch.relu(torch.addmm(dictionary.b_enc[latents], centred, W_enc.T))
-        strongest = pre.topk(min(weights.aux_k, len(latents)), dim=1, sorted=False)
-        revived = torch.zeros_like(pre).scatter_(1, strongest.indices, strongest.values)
+        revived, latents = _strongest(dictionary, latents, centred, weights.aux_k)
+        W_dec = dictionary.W_dec[latents]
         difference = error - revived @ W_dec
         spread = error - self._group.mean(error.mean(dim=0))
         unexplained, variance = self._group.sums(
@@ -202,8 +195,22 @@ class SparseEngine(Engine[ThresholdDictionary]):
         if not torch.isfinite(loss):
             return loss.nan_to_num(0.0), None
         back = difference.mul_(-2 * weights.auxk_alpha / (len(error) * self._group.world * variance))
-        gradients.W_dec.index_add_(0, latents, revived.T @ back)
-        return loss, Revived(latents, (back @ W_dec.T).mul_(revived > 0))
+        return loss, Revived(latents, revived.T @ back, (back @ W_dec.T).mul_(revived > 0))
+
+
+def _strongest(dictionary: ThresholdDictionary, dead: Tensor, centred: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k largest positive pre-activations of dead latents in each row, dense over those that have any; and which.
+
+    A latent without a positive one in the batch has no part in aux-k, and is no work.
+    """
+    pre = torch.addmm(dictionary.b_enc[dead], centred, dictionary.W_enc.T[dead].T).relu_()
+    used = pre.amax(dim=0).nonzero()[:, 0]
+    if len(used) < len(dead):
+        pre, dead = pre[:, used], dead[used]
+    if k < len(dead):
+        strongest = pre.topk(k, dim=1, sorted=False)
+        pre = pre.zero_().scatter_(1, strongest.indices, strongest.values)
+    return pre, dead
 
 
 @phase("decode")
@@ -216,6 +223,19 @@ def _residuals(dictionary: ThresholdDictionary, parts: list[SparseCode], centred
     return residuals
 
 
+class _Through(NamedTuple):
+    """The reconstruction's gradients with respect to the code, to W_dec and to b_dec."""
+
+    value_gradient: Tensor
+    """Of the code's entries [n]."""
+    entries: list[Entries]
+    """Of W_dec: entries of each group; their rows are of `back`."""
+    back: Tensor
+    """The outputs' gradients [G · B, D], those of each group's reconstruction and all that include it."""
+    total: Tensor
+    """Of b_dec [D]."""
+
+
 @phase("decode")
 def _through_decoder(
     dictionary: ThresholdDictionary,
@@ -223,20 +243,18 @@ def _through_decoder(
     code: SparseCode,
     parts: list[tuple[SparseCode, Tensor]],
     residuals: list[Tensor],
-    gradients: Gradients,
     total: float,
-) -> Tensor:
-    """The reconstruction's gradient with respect to the code's entries [n]; W_dec's and b_dec's go to `gradients`.
-
-    `total` is what the sum of squared errors over all processes is divided by.
-    """
-    value_gradient = torch.empty_like(code.values)
-    back = torch.zeros_like(residuals[-1])
+) -> _Through:
+    """Backward through the decoder. `total` is what the sum of squared errors over all processes is divided by."""
+    value_gradient, entries = torch.empty_like(code.values), []
+    batch = len(residuals[-1])
+    backs = torch.empty(len(parts), *residuals[-1].shape, dtype=code.values.dtype, device=code.values.device)
     for g in reversed(range(len(parts))):
         part, places = parts[g]
         group = dictionary.group_slices[g]
-        back.add_(residuals[g], alpha=-2 * weights.groups[g] / total)
-        value_gradient[places] = sampled_products(part, back, dictionary.W_dec[group])
-        gradients.decoder(part, back, group)
-    gradients.b_dec.copy_(back.sum(dim=0))
-    return value_gradient
+        torch.mul(residuals[g], -2 * weights.groups[g] / total, out=backs[g])
+        if g + 1 < len(parts):
+            backs[g] += backs[g + 1]
+        value_gradient[places] = sampled_products(part, backs[g], dictionary.W_dec[group])
+        entries.append(Entries(part.rows + g * batch, part.latents + group.start, part.values))
+    return _Through(value_gradient, entries, backs.flatten(0, 1), backs[0].sum(dim=0))

@@ -115,15 +115,17 @@ class Trainer:
         dead = self.tokens_since_fired >= self.settings.dead_after
         if not self.weights.same_document and partner is not None and document is None:
             raise TsaeError("objective.same_document: false needs the document of each pair: step(batch, document)")
-        losses = self.engine.backward(self.dictionary, self.weights, encoded, current, partner, dead, document)
+        losses, gradients = self.engine.backward(
+            self.dictionary, self.weights, encoded, current, partner, dead, document
+        )
         self._require_temporal_gradient(losses, total)
 
-        grad_norm = project_and_measure(self.dictionary, self._unit_rows, self._shard)
+        grad_norm = project_and_measure(self.dictionary, gradients, self._unit_rows, self._shard)
         lr = self.learning_rate(self.steps_done)
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group["relative_lr"]
         unit_rows = self.dictionary.W_dec if self._unit_rows else None
-        self.optimizer.update(grad_norm, self.config.clip_norm, unit_rows)
+        self.optimizer.update(gradients, grad_norm, self.config.clip_norm, unit_rows)
         if isinstance(self.dictionary, JumpReluAutoEncoder):
             self.dictionary.threshold.data.clamp_min_(0)
         self.steps_done += 1

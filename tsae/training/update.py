@@ -1,7 +1,7 @@
 """The update of the weights, a cache-full of latents at a time: projection and norm, then clipping, Adam, unit rows.
 
-Each number is what the plain sequence of whole-matrix operations gives, up to rounding; but the four tensors of a weight
-matrix (weight, gradient, two moments) are far larger than any cache, and going through them once costs what matters.
+Each number is what the plain sequence of whole-matrix operations gives, up to rounding; but the tensors of a weight
+matrix (weight, two moments, perhaps a gradient) are far larger than any cache, and going through them is what costs.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from torch.optim.adam import adam
 from tsae.phases import phase
 from tsae.sae.dictionary import Dictionary
 from tsae.sae.init import normalise_rows
+from tsae.training.gradients import Gradient, Gradients, by_latent, chunks
 from tsae.training.sharding import EVERYTHING, Shard
 
 DECODER, OTHERS = "W_dec", "all but W_dec"
 """Names of the sums over processes of gradients."""
 MOMENTS = ("exp_avg", "exp_avg_sq")
-CHUNK_BYTES, CUDA_CHUNK_BYTES = 2**20, 256 * 2**20
 
 
 def lay_out_by_latent(dictionary: Dictionary) -> None:
@@ -31,27 +31,23 @@ def lay_out_by_latent(dictionary: Dictionary) -> None:
 
 @phase("projection and norm")
 @torch.no_grad()
-def project_and_measure(dictionary: Dictionary, unit_rows: bool, shard: Shard = EVERYTHING) -> Tensor:
+def project_and_measure(
+    dictionary: Dictionary, gradients: Gradients, unit_rows: bool, shard: Shard = EVERYTHING
+) -> Tensor:
     """The gradient's norm over all parameters.
 
     With `unit_rows`, first takes out of each decoder row's gradient what would only change the row's norm. That is
     done while the encoder's gradient is still being summed over processes.
     """
     decoder = dictionary.W_dec
-    assert decoder.grad is not None
-    matrices: list[Tensor] = []
-    vectors: list[Tensor] = []
     shard.wait(DECODER)
-    for rows, gradient in zip(_chunks(shard.own(decoder.data)), _chunks(shard.own(decoder.grad)), strict=True):
-        if unit_rows:
-            along = (gradient * rows).sum(dim=1) / (rows.norm(dim=1) + 1e-6).square()
-            gradient.addcmul_(rows, along[:, None], value=-1)
-        matrices.append(torch.linalg.vector_norm(gradient))
+    matrices = list(gradients[decoder].measure(by_latent(shard.own(decoder.data)) if unit_rows else None))
+    vectors: list[Tensor] = []
     shard.wait(OTHERS)
-    for parameter in dictionary.parameters():
-        if parameter.grad is not None and parameter is not decoder:
+    for parameter, gradient in gradients.items():
+        if parameter is not decoder:
             norms = matrices if parameter.ndim > 1 else vectors
-            norms.append(torch.linalg.vector_norm(shard.own(parameter.grad)))
+            norms += gradient.measure(None)
     return shard.norm(matrices, vectors)
 
 
@@ -67,34 +63,35 @@ class Adam(torch.optim.Adam):
 
     @phase("optimizer")
     @torch.no_grad()
-    def update(self, norm: Tensor, clip_norm: float, unit_rows: Tensor | None) -> None:
-        """One step on gradients of the given norm, clipped to `clip_norm`; scales the rows of `unit_rows` to norm 1.
-
-        The gradients themselves stay as they are.
-        """
+    def update(self, gradients: Gradients, norm: Tensor, clip_norm: float, unit_rows: Tensor | None) -> None:
+        """One step on gradients of the given norm, clipped to `clip_norm`; scales the rows of `unit_rows` to norm 1."""
         factor = (clip_norm / (norm + 1e-6)).clamp_max(1.0)
         waits = []
         for group in self.param_groups:
             for parameter in group["params"]:
-                if parameter.grad is not None:
-                    self._update(parameter, group, factor, parameter is unit_rows)
+                if parameter in gradients:
+                    self._update(parameter, gradients[parameter], group, factor, parameter is unit_rows)
                     waits.append(self._shard.start_spread(parameter.data))
         for wait in waits:
             wait()
 
-    def _update(self, parameter: Tensor, group: dict[str, Any], factor: Tensor, unit_rows: bool) -> None:
-        assert parameter.grad is not None
+    def _update(
+        self, parameter: Tensor, gradient: Gradient, group: dict[str, Any], factor: Tensor, unit_rows: bool
+    ) -> None:
         own, state = self._shard.own(parameter.data), self.state[parameter]
         if not state:
             state["step"] = torch.zeros((), device=parameter.device)
             for name in MOMENTS:
                 state[name] = torch.zeros_like(own, memory_format=torch.preserve_format)
-        tensors = (own, self._shard.own(parameter.grad), *(state[name] for name in MOMENTS))
+        tensors = (own, *(state[name] for name in MOMENTS))
         beta1, beta2 = group["betas"]
-        for rows, gradient, first, second in zip(*map(_chunks, tensors), strict=True):
+        done = 0
+        for rows, first, second in zip(*map(chunks, tensors), strict=True):
+            clipped = gradient.chunk(done, rows, factor)
+            done += len(rows)
             # The function counts the step itself, once for every call.
             adam(
-                [rows], [gradient * factor], [first], [second], [], [state["step"].clone()],
+                [rows], [clipped], [first], [second], [], [state["step"].clone()],
                 fused=True, amsgrad=False, beta1=beta1, beta2=beta2, lr=group["lr"],
                 weight_decay=group["weight_decay"], eps=group["eps"], maximize=False,
             )  # fmt: skip
@@ -121,18 +118,3 @@ class Adam(torch.optim.Adam):
 
     def _parameters(self) -> list[Tensor]:
         return [parameter for group in self.param_groups for parameter in group["params"]]
-
-
-def _chunks(tensor: Tensor) -> tuple[Tensor, ...]:
-    """Views of a vector, whole, or of a matrix that is laid out by latent, a few latents each."""
-    if tensor.ndim < 2:
-        return (tensor,)
-    rows = tensor if tensor.is_contiguous() else tensor.T
-    assert rows.is_contiguous()
-    return rows.split(chunk_rows(rows))
-
-
-def chunk_rows(matrix: Tensor) -> int:
-    """Rows of a matrix to work on at a time: what a core's cache holds; on CUDA so many that launches are few."""
-    limit = CUDA_CHUNK_BYTES if matrix.is_cuda else CHUNK_BYTES
-    return max(1, limit // (matrix.shape[1] * matrix.element_size()))
