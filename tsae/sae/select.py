@@ -23,6 +23,13 @@ GUESS_MARGIN = 0.97
 SAMPLE_ROWS = 32
 BLOCK_BYTES = 64 * 2**20
 BLOCK_ROWS, CUDA_BLOCK_ROWS = 64, 1024
+INTEGERS = {
+    torch.bfloat16: torch.int16,
+    torch.float16: torch.int16,
+    torch.float32: torch.int32,
+    torch.float64: torch.int64,
+}
+"""The integers as wide as numbers of a type."""
 
 
 Entries = tuple[Tensor, Tensor, Tensor]
@@ -187,11 +194,13 @@ def candidates(encoder: Encoder, x: Tensor, prepared: Prepared, guess: float) ->
     for start in range(0, len(x), block_rows):
         buffer = encoder.block(x[start : start + block_rows], weight, bias)
         segments = buffer.view(-1, SEGMENT)
-        hit = (segments.amax(dim=1) > guess).nonzero()[:, 0]
-        entries = segments[hit]
-        which, column = (entries > guess).nonzero(as_tuple=True)
-        place = hit[which] * SEGMENT + column
+        # Read as integers, numbers that are not negative keep their order, and their maxima take half the time.
+        highest = segments.view(INTEGERS[buffer.dtype]).amax(dim=1).view(buffer.dtype)
+        hit = (highest > guess).nonzero()[:, 0]
+        entries = segments[hit].flatten()
+        chosen = (entries > guess).nonzero()[:, 0]
+        place = hit[chosen // SEGMENT] * SEGMENT + chosen % SEGMENT
         rows = place // buffer.shape[1]
-        found.append((rows + start, place - rows * buffer.shape[1], entries[which, column]))
+        found.append((rows + start, place - rows * buffer.shape[1], entries[chosen]))
     rows, latents, values = (torch.cat(parts) for parts in zip(*found, strict=True))
     return rows, latents, values

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tsae.parallel.group import Group
 from tsae.phases import phase
-from tsae.sae.select import Encoder, Entries, Prepared, Selection, candidates, first_guess, lowered
+from tsae.sae.select import INTEGERS, Encoder, Entries, Prepared, Selection, candidates, first_guess, lowered
 from tsae.sae.sparse import from_entries
 
 DIGIT_BITS = 11
@@ -84,7 +84,7 @@ def _enough_candidates(
 
 def kth_largest(lists: list[Tensor], wanted: list[int], group: Group) -> list[Cut]:
     """For each list of positive numbers, spread over processes, the cut that leaves the `wanted` largest."""
-    keys = [values.contiguous().view(_integer(values.dtype)) for values in lists]
+    keys = [values.contiguous().view(INTEGERS[values.dtype]) for values in lists]
     remaining = torch.tensor(wanted, device=lists[0].device)
     prefixes = torch.zeros_like(remaining)
     equal = torch.zeros_like(remaining)
@@ -113,7 +113,7 @@ def _histogram(keys: Tensor, prefix: Tensor, low: int, width: int) -> Tensor:
 
 def _chosen(values: Tensor, cut: Cut, group: Group) -> Tensor:
     """Places of this process's share of the selected entries, ascending."""
-    keys = values.contiguous().view(_integer(values.dtype))
+    keys = values.contiguous().view(INTEGERS[values.dtype])
     if cut.equal == cut.ties:
         return (keys >= cut.bits).nonzero()[:, 0]
     keep = keys > cut.bits
@@ -123,10 +123,5 @@ def _chosen(values: Tensor, cut: Cut, group: Group) -> Tensor:
     return keep.nonzero()[:, 0]
 
 
-def _integer(dtype: torch.dtype) -> torch.dtype:
-    """The integer type as wide as a float's."""
-    return {torch.float32: torch.int32, torch.float64: torch.int64}[dtype]
-
-
 def _value(bits: int, dtype: torch.dtype) -> float:
-    return float(torch.tensor([bits], dtype=_integer(dtype)).view(dtype))
+    return float(torch.tensor([bits], dtype=INTEGERS[dtype]).view(dtype))
