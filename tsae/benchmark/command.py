@@ -29,7 +29,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--k", "-k", type=int, help="active latents per token")
     parser.add_argument("--batch-size", "-B", type=int, metavar="B", help="pairs (or tokens) per step")
     parser.add_argument("--kind", default="temporal", help="sae.kind of a run")
-    parser.add_argument("--dtype", choices=DTYPES, default="float32")
+    parser.add_argument(
+        "--dtype",
+        choices=DTYPES,
+        default="float32",
+        help="of weights and activations; bfloat16: of the encoder product of `sparse` and `floor` alone",
+    )
     parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N")
     parser.add_argument("--dead", type=float, default=0.0, help="share of dead latents, so that aux-k has work")
     parser.add_argument("--against", default="", metavar="LIBRARY[=PYTHON],…", help=f"of {', '.join(LIBRARIES)}")

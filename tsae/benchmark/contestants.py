@@ -19,6 +19,7 @@ OWN = {
     "dense": "autograd through dense codes, the reference's algorithm",
 }
 PRECISION = {"sparse": "exact", "sparse-float32": "float32", "dense": "float32"}
+IN_BFLOAT16 = "gradients at the selected entries only; the encoder product is rounded to bfloat16: other numbers"
 
 
 class Contestant(Protocol):
@@ -63,10 +64,12 @@ class Own:
         from tsae.training.trainer import Trainer
 
         self.library, self._kind = "tsae", kind
-        config = shape.run_config("dense" if engine == "dense" else "sparse", kind, PRECISION[engine])
+        rounded = engine == "sparse" and shape.dtype == "bfloat16"
+        precision = "bf16" if rounded else PRECISION[engine]
+        config = shape.run_config("dense" if engine == "dense" else "sparse", kind, precision)
         self.trainer = Trainer(config, shape.activation_dim, device=shape.device)
-        self.trainer.dictionary.to(getattr(torch, shape.dtype))
-        self.algorithm = f"{kind} SAE, {OWN[engine]}"
+        self.trainer.dictionary.to(getattr(torch, shape.weights))
+        self.algorithm = f"{kind} SAE, {IN_BFLOAT16 if rounded else OWN[engine]}"
         self.encoded = shape.batch_size * (2 if kind == "temporal" else 1)
         self.state_bytes = peers.state_bytes(self.trainer.dictionary)
         self._dead = torch.zeros(0, dtype=torch.long, device=shape.device)
@@ -108,4 +111,4 @@ class Floor:
     def step(self, batch: Tensor) -> None:
         """x @ W_enc in blocks of rows, large ones: the speed of a single product, without its memory."""
         for x in batch[:, : self._halves].transpose(0, 1).flatten(0, 1).split(len(self._out)):
-            torch.mm(x, self._weight, out=self._out[: len(x)])
+            torch.mm(x.to(self._weight.dtype), self._weight, out=self._out[: len(x)])

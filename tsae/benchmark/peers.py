@@ -46,7 +46,7 @@ def sae_lens(shape: Shape) -> Peer:
     from sae_lens.training.sae_trainer import SAETrainer
 
     sizes = {"d_in": shape.activation_dim, "d_sae": shape.dict_size, "k": shape.k}
-    place = {"device": shape.device, "dtype": shape.dtype}
+    place = {"device": shape.device, "dtype": shape.weights}
     if nested(shape):
         widths = list(accumulate(shape.run_config("sparse").sae.group_sizes))
         sae = MatryoshkaBatchTopKTrainingSAE(
@@ -88,7 +88,7 @@ def dictionary_learning(shape: Shape) -> Peer:
         trainer = MatryoshkaBatchTopKTrainer(**options, group_fractions=list(fractions))
     else:
         trainer = BatchTopKTrainer(**options)
-    trainer.ae.to(getattr(torch, shape.dtype))
+    trainer.ae.to(getattr(torch, shape.weights))
     # From step 1 on: step 0 also computes the geometric median.
     algorithm = f"{_kind(shape)} SAE, dense, single tokens"
     return Peer(shape, "dictionary-learning", algorithm, lambda x: trainer.update(1, x), trainer.ae)
@@ -105,7 +105,7 @@ def sparsify(shape: Shape) -> Peer:
     from sparsify import SparseCoder, SparseCoderConfig
 
     config = SparseCoderConfig(num_latents=shape.dict_size, k=shape.k)
-    coder = SparseCoder(shape.activation_dim, config, device=shape.device, dtype=getattr(torch, shape.dtype))
+    coder = SparseCoder(shape.activation_dim, config, device=shape.device, dtype=getattr(torch, shape.weights))
     optimizer = torch.optim.Adam(coder.parameters(), lr=2e-4, fused=True)
     silent = torch.zeros(shape.dict_size, dtype=torch.long, device=shape.device)
 

@@ -10,13 +10,13 @@ import dataclasses
 import json
 import sys
 import time
+from itertools import chain
 from typing import Any
 
 import torch
 
 from tsae import config as configuration
 from tsae.benchmark.memory import Memory
-from tsae.benchmark.peers import state_bytes
 from tsae.benchmark.shape import Shape, batches
 from tsae.errors import TsaeError
 from tsae.parallel.group import Group
@@ -59,19 +59,18 @@ def _train(shape: Shape, steps: int, shard: str, group: Group) -> dict[str, Any]
         losses.append(float(terms.loss))
         seconds.append(time.perf_counter() - began)
         handed.append(terms.bytes_handed)
-    moments = sum(
-        tensor.numel() * tensor.element_size()
-        for state in trainer.optimizer.state.values()
-        for tensor in state.values()
-    )
+    parameters = list(trainer.dictionary.parameters())
+    moments = (moment for state in trainer.optimizer.state.values() for moment in state.values())
+    # One process on a CPU stores no gradients of matrices.
+    gradients = (parameter.grad for parameter in parameters if parameter.grad is not None)
     return {
         "processes": group.world,
         "shard": shard,
         "loss": losses,
         "bytes_handed": handed,
         "seconds": seconds,
-        "state_bytes": state_bytes(trainer.dictionary) // 2 + moments,
-        "gradient_bytes": state_bytes(trainer.dictionary) // 4,
+        "state_bytes": sum(tensor.nbytes for tensor in chain(parameters, moments, gradients)),
+        "gradient_bytes": sum(parameter.nbytes for parameter in parameters),
         "peak_bytes": max(group.collect(memory.peak() or 0), default=0),
     }
 

@@ -98,6 +98,8 @@ def table(record: dict[str, Any]) -> str:
         )
     lines += [f"  {entry['name']}: {entry['library']}: {entry['algorithm']}" for entry in contestants]
     lines += [f"  {reason}" for reason in record["missing"].values()]
+    if any((entry["beyond_state_bytes"] or 0) < 0 for entry in contestants):
+        lines.append("  MB beyond state: below weights, gradients and both moments where gradients are never stored")
     for entry in contestants:
         if len(entry["phases"]) > 1:
             total = sum(entry["phases"].values())

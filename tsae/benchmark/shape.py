@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 CONCEPTS = 64
-DTYPES = ("float32", "float64")
+DTYPES = ("float32", "float64", "bfloat16")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +26,7 @@ class Shape:
     """Pairs of a temporal SAE, single tokens of the other kinds."""
     kind: str = "temporal"
     dtype: str = "float32"
+    """Of weights and activations; bfloat16 is that of the encoder product alone, where it can be chosen."""
     device: str = "cpu"
     dead: float = 0.0
     """Share of the latents that are dead, so that aux-k works."""
@@ -34,6 +35,11 @@ class Shape:
     def halves(self) -> int:
         """Activations that a step encodes per pair or token."""
         return 2 if self.kind == "temporal" else 1
+
+    @property
+    def weights(self) -> str:
+        """Type of weights and activations: no training of this package keeps them in bfloat16."""
+        return "float32" if self.dtype == "bfloat16" else self.dtype
 
     @property
     def name(self) -> str:
@@ -77,5 +83,5 @@ def batches(shape: Shape, count: int) -> list[Tensor]:
         now, new = (torch.randn(shape.batch_size, CONCEPTS, generator=generator).relu_() for _ in range(2))
         concepts = torch.stack([now, 0.7 * now + 0.3 * new], dim=1)
         noise = torch.randn(shape.batch_size, 2, shape.activation_dim, generator=generator)
-        made.append(((concepts @ directions + noise) / 8).to(shape.device, getattr(torch, shape.dtype)))
+        made.append(((concepts @ directions + noise) / 8).to(shape.device, getattr(torch, shape.weights)))
     return made
