@@ -11,7 +11,7 @@ from tsae.sae.init import new_dictionary
 from tsae.sections import SaeConfig
 
 
-@pytest.mark.parametrize("kind", ["temporal", "batch_topk"])
+@pytest.mark.parametrize("kind", ["temporal", "batch_topk", "topk"])
 def test_sparse_codes_equal_dense_ones(kind: str) -> None:
     dictionary = new_dictionary(SaeConfig(kind=kind, dict_size=150, k=5), 16, seed=0)
     dictionary.b_dec.data = torch.randn(16)

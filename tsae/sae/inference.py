@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from tsae.sae.dictionary import Dictionary, ThresholdDictionary
+from tsae.sae.row_select import top_k_codes
 from tsae.sae.select import Encoder, entries_above
 from tsae.sae.sparse import SparseCode, from_dense, from_entries, weighted_rows
 
@@ -16,13 +17,14 @@ def encode_sparse(dictionary: Dictionary, x: Tensor, encoder: Encoder | None = N
 
     `encoder` keeps its scratch buffer between calls. Raises TsaeError if a threshold is needed and uncalibrated.
     """
-    if not (isinstance(dictionary, ThresholdDictionary) and dictionary.scalar_threshold is not None):
+    if not isinstance(dictionary, ThresholdDictionary):
         return from_dense(dictionary.encode(x))
     dictionary.require_calibrated(type(dictionary).__name__)
-    centred = x - dictionary.b_dec if dictionary.centre_input else x
-    rows, latents, values = entries_above(
-        encoder or Encoder(), centred, dictionary.W_enc, dictionary.b_enc, float(dictionary.scalar_threshold)
-    )
+    encoder, centred = encoder or Encoder(), x - dictionary.b_dec if dictionary.centre_input else x
+    weight, bias = dictionary.W_enc, dictionary.b_enc
+    if dictionary.encode_rule == "top_k":
+        return top_k_codes(encoder, [centred], weight, bias, int(dictionary.k), [None])[0].code
+    rows, latents, values = entries_above(encoder, centred, weight, bias, float(dictionary.threshold))
     return from_entries(rows, latents, values, len(x), dictionary.dict_size)
 
 
