@@ -174,9 +174,8 @@ class _Training:
         first = self._group.rank == 0
         if first and step in settings.save_steps:
             save_dictionary(self.run.checkpoint(step), self._trainer.dictionary, self._trainer.scale)
-        with self._accelerator.autocast():
-            device = self._accelerator.device
-            terms = self._trainer.step(batch.to(device, non_blocking=True), document.to(device, non_blocking=True))
+        device = self._accelerator.device
+        terms = self._trainer.step(batch.to(device, non_blocking=True), document.to(device, non_blocking=True))
         last = self.step == self.steps
         if last or step % settings.log_every == 0:
             self._require_finite(terms.loss)
