@@ -157,11 +157,13 @@ def test_a_damaged_state_gives_way_to_the_one_before_it(
     else:
         (path if damage == "gone" else path.with_suffix(".json")).unlink()
     with caplog.at_level(logging.WARNING, "tsae"):
-        state = states_of(saved).load()
+        states = states_of(saved)
+    state = states.load()
     assert state is not None
     assert state["step"] == 10
     assert "the state before it is taken" in caplog.text
-    assert not path.parent.exists()
+    states.remove_leftovers()
+    assert sorted(path.name for path in saved.iterdir()) == ["latest", "step_10"]
 
 
 def test_a_state_that_latest_does_not_name_does_not_count(saved: Path) -> None:
@@ -169,6 +171,28 @@ def test_a_state_that_latest_does_not_name_does_not_count(saved: Path) -> None:
     state = states_of(saved).load()
     assert state is not None
     assert state["step"] == 10
+
+
+@pytest.mark.parametrize("named", ["", "garbage", "step_x"])
+def test_a_damaged_pointer_gives_way_to_the_newest_state(
+    saved: Path, caplog: pytest.LogCaptureFixture, named: str
+) -> None:
+    (saved / "latest").write_text(named)
+    state = states_of(saved).load()
+    assert state is not None
+    assert state["step"] == 20
+    assert "names no state" in caplog.text
+
+
+def test_a_training_whose_states_are_all_damaged_says_that_it_begins_again(
+    saved: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for path in saved.glob("step_*/state.pt"):
+        path.write_bytes(b"")
+    assert states_of(saved).load() is None
+    assert caplog.text.count("the state before it is taken") == 1
+    assert "step_10: state.pt is damaged" in caplog.text
+    assert "training begins again" in caplog.text
 
 
 def test_a_state_of_another_version_is_refused(saved: Path) -> None:

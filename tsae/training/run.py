@@ -129,8 +129,10 @@ class _Training:
         self.config, self.run, self._group = config, run, group
         self.steps = config.training.steps
         self.finished = self._warned = False
-        self._states = ResumeStates(run.resume, _origin(config, store), config.training.resume_keep)
+        origin = _origin(config, store)
+        self._states = ResumeStates(run.resume, origin, config.training.resume_keep)
         state = self._begin()
+        self._require_agreement(origin)
         self._tracking = state.get("tracking") or new_tracking()
         self._accelerator = make_accelerator(config, run, self._tracking)
         device, norm = self._accelerator.device, store.mean_squared_norm
@@ -150,11 +152,27 @@ class _Training:
             self.run.claim(self.config)
             self.run.remove_leftovers()
             state.update(self._states.load() or {})
+            self._states.remove_leftovers()
 
         self._group.on_first(begin)
         if self._group.rank > 0:
-            state.update(self._states.load() or {})  # what does not count is gone by now
+            state.update(self._states.load() or {})
         return state
+
+    def _require_agreement(self, origin: dict[str, str]) -> None:
+        """Refuse processes that would train apart, as two machines might that see other files or have other packages."""
+        begun = self._group.collect({**origin, "step to continue at": str(max(0, self._states.newest))})
+
+        def compare() -> None:
+            for rank, other in enumerate(begun):
+                for name, wanted in begun[0].items():
+                    if other[name] != wanted:
+                        raise TsaeError(
+                            f"{self.run.path}: process {rank} has another {name} ({other[name]}) than the first one "
+                            f"({wanted}); all must read the same files by the same versions"
+                        )
+
+        self._group.on_first(compare)
 
     def _open_files(self, store: Store, metrics_bytes: int) -> None:
         config, run = self.config, self.run
