@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -130,6 +131,17 @@ def test_bytes_are_counted_and_selection_costs_no_more_than_histograms(results: 
     assert gradients < per_step("local") < per_step("contrastive")
     assert per_step("contrastive") < gradients + histograms + 20_000
     assert per_step("topk") < gradients + 4_000
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_gradients_are_summed_while_others_are_made_and_nothing_waits_behind_them(
+    results: dict[int, dict[str, Any]], world: int
+) -> None:
+    for case, done in results[world]["exchanges"].items():
+        by_penalty = "jump_relu" in case or case == "gated"
+        summed = r"b+\)w+" if by_penalty else r"b+\(b+w+"
+        spread = "xb+w+" if case in SHARDED else ""
+        assert re.fullmatch(f"x+{summed}{spread}x+", done), (case, done)
 
 
 def test_local_scopes_depend_on_world_size(results: dict[int, dict[str, Any]]) -> None:
