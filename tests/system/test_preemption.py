@@ -52,10 +52,10 @@ def test_a_preempted_training_saves_once_and_continues_to_the_same_bytes(
     assert outputs(run) == outputs(RunFolder.of(tmp_path, "whole"))
 
 
-def test_a_training_asked_to_leave_while_it_starts_leaves_nothing_behind(
-    config: RunConfig, tmp_path: Path, run_process: Callable[..., int]
+@pytest.mark.parametrize("at", ["tsae.store.reader:Store.open", "tsae.store.reader:Store.read_chunks"])
+def test_a_training_asked_to_leave_before_its_first_step_makes_none(
+    config: RunConfig, tmp_path: Path, run_process: Callable[..., int], at: str
 ) -> None:
-    at = "tsae.store.reader:Store.open"
     code = run_process(signalled, "train_stage", (config, tmp_path, "run"), at, 1, signal.SIGTERM)
     assert code == preemption.REQUEUE
     assert not RunFolder.of(tmp_path, "run").resume.exists()

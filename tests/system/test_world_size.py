@@ -106,6 +106,14 @@ def test_a_signal_to_one_process_lets_all_leave_together_and_the_same_command_co
     assert contents(left) == contents(whole)
 
 
+def test_a_signal_to_one_process_that_reads_its_first_pool_lets_all_leave_before_the_first_step(
+    run_ranks: Ranks, training: Callable[..., list[str]], tmp_path: Path
+) -> None:
+    at = "tsae.store.reader:Store.read_chunks"
+    assert run_ranks(2, training("run"), preempt=(1, at, 1)) == [preemption.REQUEUE] * 2
+    assert not RunFolder.of(tmp_path, "run").resume.exists()
+
+
 def test_processes_that_would_continue_at_different_steps_are_refused(
     run_ranks: Ranks, training: Callable[..., list[str]], tmp_path: Path
 ) -> None:

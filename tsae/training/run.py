@@ -72,9 +72,11 @@ def _train(runs: Sequence[tuple[RunConfig, RunFolder]], group: Group) -> None:
     running = [_Training(config, run, store, group) for config, run in runs]
     failed: list[Exception] = []
     start, stop = min(training.step for training in running), max(training.steps for training in running)
+    stream = _stream(store, config, group)
+    stream.read_first(start, preemption.requested)
     if group.start_any([preemption.requested()])()[0]:
         raise preemption.Preempted
-    for step, (batch, document) in enumerate(_stream(store, config, group).with_documents(start, stop), start):
+    for step, (batch, document) in enumerate(stream.with_documents(start, stop), start):
         together_now = [training for training in running if training.step == step]
         # Asked before the step and answered after it, so that nobody waits for the answer.
         asked = group.start_any([preemption.requested(), *(training.will_be_due() for training in together_now)])
