@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import random
+import resource
 import signal
 import subprocess
 import sys
@@ -223,6 +224,22 @@ def test_a_state_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:
     states.save(5, {"step": 5}, first=lambda: None)
     with pytest.raises(TsaeError, match="could not be written"):
         states.wait()
+
+
+def test_a_disk_without_room_is_named_and_keeps_what_was_whole(saved: Path) -> None:
+    """A limit on the size of files stands for the disk."""
+    states, before = states_of(saved), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, before[1]))
+    try:
+        states.save(30, {"value": torch.zeros(10_000)}, first=lambda: None)
+        with pytest.raises(TsaeError, match=r"could not be written: .*File too large$"):
+            states.wait()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    state = states_of(saved).load()
+    assert state is not None
+    assert state["step"] == 20
+    assert not list(saved.rglob(".*.tmp"))
 
 
 def test_a_state_is_due_after_minutes_too(config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
