@@ -16,7 +16,9 @@ import torch
 from torch import Tensor
 
 from tsae import cli
+from tsae import config as configuration
 from tsae.parallel.group import ALONE
+from tsae.reference import reference_config
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -148,6 +150,13 @@ def test_local_scopes_depend_on_world_size(results: dict[int, dict[str, Any]]) -
     alone, together = results[1]["local"]["terms"][0], results[2]["local"]["terms"][0]
     assert together["n_active"] == alone["n_active"]
     assert together["temp_loss"] != pytest.approx(alone["temp_loss"], rel=1e-3)
+
+
+def test_local_scopes_are_recorded_and_make_another_run() -> None:
+    settings = {"selection": "local", "negatives": "local"}
+    config, local = (configuration.from_mapping({"training": training}, "test") for training in ({}, settings))
+    assert settings.items() <= reference_config(local, 8)["trainer"].items()
+    assert local.training_hash != config.training_hash
 
 
 @pytest.mark.parametrize("world", WORLDS)
