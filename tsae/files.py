@@ -17,7 +17,7 @@ def write_atomically(path: str | Path, write: Callable[[BinaryIO], object]) -> N
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as stream:
-            write(stream)
+            _written(write, stream)
             sync_stream(stream)
         os.chmod(temporary, 0o664 & ~_umask())
         os.replace(temporary, path)
@@ -26,6 +26,16 @@ def write_atomically(path: str | Path, write: Callable[[BinaryIO], object]) -> N
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
     sync_folder(path.parent)
+
+
+def _written(write: Callable[[BinaryIO], object], stream: BinaryIO) -> None:
+    """Call `write`; of torch's writer, which says only where it broke off, the disk's own error is raised."""
+    try:
+        write(stream)
+    except RuntimeError as error:
+        if isinstance(error.__context__, OSError):
+            raise error.__context__ from None
+        raise
 
 
 def write_text(path: str | Path, text: str) -> None:

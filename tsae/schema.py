@@ -115,8 +115,10 @@ def convert(hint: Any, value: Any, where: str, path: str) -> Any:
     if origin in (types.UnionType, Union):
         return _convert_union(hint, value, where, path)
     if origin is Literal:
+        allowed = [str(option) for option in get_args(hint)]
+        if value is False and "no" in allowed:
+            return "no"  # YAML 1.1 reads it as a truth value
         if value not in get_args(hint):
-            allowed = [str(option) for option in get_args(hint)]
             raise TsaeError(
                 f"{where}: {path}: {value!r} is not allowed; {suggestion(value, allowed)}allowed: {', '.join(allowed)}"
             )

@@ -199,7 +199,7 @@ class TrainingConfig:
     device: Literal["auto", "cpu"] = "auto"
     """`auto` (this process's GPU, else the CPU) or `cpu`."""
     precision: Literal["no", "bf16"] = "no"
-    """`no`: float32; `bf16`: matrix products under bfloat16 autocast, parameters stay float32."""
+    """`no`: float32; `bf16`: matrix products in bfloat16, parameters and sums stay float32. In the sparse engine it is the encoder product, as with `encoder_precision: bf16`."""
     engine: Literal["sparse", "dense"] = "sparse"
     """`sparse`: gradients at the selected entries only; `dense`: the readable definition, same numbers, several times slower."""
     encoder_precision: Literal["exact", "float32", "bf16"] = "exact"

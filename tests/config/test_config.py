@@ -81,6 +81,14 @@ def test_every_preset_is_a_set_of_known_objective_settings() -> None:
     assert (own.temporal_alpha, own.similarity) == (2.0, "cosine")
 
 
+def test_no_is_a_choice_where_yaml_reads_a_truth_value(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("training: {precision: bf16}\n")
+    assert configuration.load(path, ["training.precision=no"]).training.precision == "no"
+    with pytest.raises(TsaeError, match=r"training\.engine: False is not allowed"):
+        configuration.load(path, ["training.engine=no"])
+
+
 def test_overrides_change_the_file_and_are_blamed_themselves(tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"
     path.write_text("objective: paper\nsae: {k: 8}\n")

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -206,6 +207,30 @@ def test_a_rank_reads_only_its_share(store: Store, monkeypatch: pytest.MonkeyPat
 def test_seeds_give_different_orders(store: Store) -> None:
     assert not torch.equal(stream_of(store, seed=0)[0], stream_of(store, seed=1)[0])
     assert torch.equal(stream_of(store, seed=-1)[0], stream_of(store, seed=-1)[0])
+
+
+def test_what_is_read_ahead_is_given_up_when_the_loop_ends(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    stream, first, before = stream_of(store), stream_of(store)[0], set(threading.enumerate())
+    stream.read_first(0, lambda: False)
+    read, reading, over, chunks = Store.read_chunks, threading.Event(), threading.Event(), list[object]()
+
+    def held(*arguments: Any) -> None:
+        chunks.append(arguments)
+        reading.set()
+        over.wait()
+        read(*arguments)
+
+    monkeypatch.setattr(Store, "read_chunks", held)
+    batches = stream.with_documents(0, 10_000)
+    assert torch.equal(next(batches)[0], first)
+    threads = set(threading.enumerate()) - before
+    reading.wait()
+    batches.close()
+    del batches
+    over.set()
+    for thread in threads:
+        thread.join()
+    assert len(chunks) == 1
 
 
 def test_damage_found_while_reading_ahead_reaches_the_loop(write_store: WriteStore, ragged: np.ndarray) -> None:

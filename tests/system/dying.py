@@ -91,6 +91,13 @@ def while_another_dies(rank: int, world: int, port: int, folder: Path, _argument
         time.sleep(600)
 
 
+def with_old_files(rank: int, world: int, port: int, folder: Path, arguments: list[str]) -> None:
+    """Be one of several processes of which number 1 sees no resumable states, as on a file system that lags behind."""
+    if rank == 1:
+        ResumeStates._counted = lambda _: []  # type: ignore[method-assign]
+    as_rank(rank, world, port, folder, arguments)
+
+
 def _write_errors_to(path: Path) -> None:
     os.environ["OMP_NUM_THREADS"] = "1"
     with open(path, "wb") as stream:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import random
+import resource
 import signal
 import subprocess
 import sys
@@ -52,10 +53,10 @@ def test_a_preempted_training_saves_once_and_continues_to_the_same_bytes(
     assert outputs(run) == outputs(RunFolder.of(tmp_path, "whole"))
 
 
-def test_a_training_asked_to_leave_while_it_starts_leaves_nothing_behind(
-    config: RunConfig, tmp_path: Path, run_process: Callable[..., int]
+@pytest.mark.parametrize("at", ["tsae.store.reader:Store.open", "tsae.store.reader:Store.read_chunks"])
+def test_a_training_asked_to_leave_before_its_first_step_makes_none(
+    config: RunConfig, tmp_path: Path, run_process: Callable[..., int], at: str
 ) -> None:
-    at = "tsae.store.reader:Store.open"
     code = run_process(signalled, "train_stage", (config, tmp_path, "run"), at, 1, signal.SIGTERM)
     assert code == preemption.REQUEUE
     assert not RunFolder.of(tmp_path, "run").resume.exists()
@@ -157,11 +158,13 @@ def test_a_damaged_state_gives_way_to_the_one_before_it(
     else:
         (path if damage == "gone" else path.with_suffix(".json")).unlink()
     with caplog.at_level(logging.WARNING, "tsae"):
-        state = states_of(saved).load()
+        states = states_of(saved)
+    state = states.load()
     assert state is not None
     assert state["step"] == 10
     assert "the state before it is taken" in caplog.text
-    assert not path.parent.exists()
+    states.remove_leftovers()
+    assert sorted(path.name for path in saved.iterdir()) == ["latest", "step_10"]
 
 
 def test_a_state_that_latest_does_not_name_does_not_count(saved: Path) -> None:
@@ -169,6 +172,28 @@ def test_a_state_that_latest_does_not_name_does_not_count(saved: Path) -> None:
     state = states_of(saved).load()
     assert state is not None
     assert state["step"] == 10
+
+
+@pytest.mark.parametrize("named", ["", "garbage", "step_x"])
+def test_a_damaged_pointer_gives_way_to_the_newest_state(
+    saved: Path, caplog: pytest.LogCaptureFixture, named: str
+) -> None:
+    (saved / "latest").write_text(named)
+    state = states_of(saved).load()
+    assert state is not None
+    assert state["step"] == 20
+    assert "names no state" in caplog.text
+
+
+def test_a_training_whose_states_are_all_damaged_says_that_it_begins_again(
+    saved: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for path in saved.glob("step_*/state.pt"):
+        path.write_bytes(b"")
+    assert states_of(saved).load() is None
+    assert caplog.text.count("the state before it is taken") == 1
+    assert "step_10: state.pt is damaged" in caplog.text
+    assert "training begins again" in caplog.text
 
 
 def test_a_state_of_another_version_is_refused(saved: Path) -> None:
@@ -199,6 +224,22 @@ def test_a_state_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:
     states.save(5, {"step": 5}, first=lambda: None)
     with pytest.raises(TsaeError, match="could not be written"):
         states.wait()
+
+
+def test_a_disk_without_room_is_named_and_keeps_what_was_whole(saved: Path) -> None:
+    """A limit on the size of files stands for the disk."""
+    states, before = states_of(saved), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, before[1]))
+    try:
+        states.save(30, {"value": torch.zeros(10_000)}, first=lambda: None)
+        with pytest.raises(TsaeError, match=r"could not be written: .*File too large$"):
+            states.wait()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    state = states_of(saved).load()
+    assert state is not None
+    assert state["step"] == 20
+    assert not list(saved.rglob(".*.tmp"))
 
 
 def test_a_state_is_due_after_minutes_too(config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

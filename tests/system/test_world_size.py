@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from dying import while_another_dies
+from dying import while_another_dies, with_old_files
 
 from tsae import config as configuration
 from tsae import preemption, schema
@@ -104,6 +104,28 @@ def test_a_signal_to_one_process_lets_all_leave_together_and_the_same_command_co
     assert run_ranks(2, training("left")) == [0, 0]
     assert run_ranks(2, training("whole")) == [0, 0]
     assert contents(left) == contents(whole)
+
+
+def test_a_signal_to_one_process_that_reads_its_first_pool_lets_all_leave_before_the_first_step(
+    run_ranks: Ranks, training: Callable[..., list[str]], tmp_path: Path
+) -> None:
+    at = "tsae.store.reader:Store.read_chunks"
+    assert run_ranks(2, training("run"), preempt=(1, at, 1)) == [preemption.REQUEUE] * 2
+    assert not RunFolder.of(tmp_path, "run").resume.exists()
+
+
+def test_processes_that_would_continue_at_different_steps_are_refused(
+    run_ranks: Ranks, training: Callable[..., list[str]], tmp_path: Path
+) -> None:
+    assert run_ranks(2, training("run"), preempt=(1, UPDATE, 17)) == [preemption.REQUEUE] * 2
+    assert run_ranks(2, training("run"), target=with_old_files) == [2, 2]
+    assert (
+        "process 1 has another step to continue at (0) than the first one (18)" in (tmp_path / "rank0.err").read_text()
+    )
+    assert not RunFolder.of(tmp_path, "run").weights.exists()
+    assert run_ranks(2, training("run")) == [0, 0]
+    assert run_ranks(2, training("whole")) == [0, 0]
+    assert contents(RunFolder.of(tmp_path, "run")) == contents(RunFolder.of(tmp_path, "whole"))
 
 
 @pytest.mark.parametrize("worlds", [(2, 1), (1, 2), (2, 4)], ids=lambda worlds: f"from {worlds[0]} to {worlds[1]}")

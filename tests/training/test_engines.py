@@ -157,3 +157,26 @@ def test_biases_may_learn_at_another_rate() -> None:
     for name in ("b_enc", "b_dec"):
         assert 0.05 < tenth[name] / whole[name] < 0.2
     assert tenth["W_enc"] == pytest.approx(whole["W_enc"], rel=0.2)
+
+
+@pytest.mark.parametrize("engine", ["sparse", "dense"])
+@pytest.mark.parametrize("kind", ["temporal", "matryoshka", "batch_topk", "topk", "jump_relu", "gated", "standard"])
+def test_bf16_rounds_the_products_and_keeps_parameters_and_moments(kind: str, engine: str) -> None:
+    def trained(precision: str) -> tuple[Trainer, list[float]]:
+        tree = {
+            "sae": {"kind": kind, "dict_size": 300, "k": 4},
+            "training": {"precision": precision, "engine": engine, "warmup_steps": 0, "lr": 0.001, "dead_after": 60}
+            | {"batch_size": 40, "normalize": "none"},
+        }
+        built = Trainer(configuration.from_mapping(tree, "test"), 24)
+        generator = torch.Generator().manual_seed(0)
+        terms = [built.step(torch.randn(40, 2, 24, generator=generator)) for _ in range(6)]
+        # Latents have died by then, which the selecting kinds revive.
+        assert terms[-1].auxk_loss > 0 or kind in ("jump_relu", "standard")
+        return built, [float(term.loss) for term in terms]
+
+    (_, exact), (built, rounded) = trained("no"), trained("bf16")
+    assert rounded != exact
+    assert rounded == pytest.approx(exact, rel=0.05)
+    moments = [moment for state in built.optimizer.state.values() for moment in state.values()]
+    assert all(tensor.dtype == torch.float32 for tensor in [*built.dictionary.parameters(), *moments])

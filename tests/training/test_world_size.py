@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +16,9 @@ import torch
 from torch import Tensor
 
 from tsae import cli
+from tsae import config as configuration
 from tsae.parallel.group import ALONE
+from tsae.reference import reference_config
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -132,10 +135,28 @@ def test_bytes_are_counted_and_selection_costs_no_more_than_histograms(results: 
     assert per_step("topk") < gradients + 4_000
 
 
+@pytest.mark.parametrize("world", WORLDS)
+def test_gradients_are_summed_while_others_are_made_and_nothing_waits_behind_them(
+    results: dict[int, dict[str, Any]], world: int
+) -> None:
+    for case, done in results[world]["exchanges"].items():
+        by_penalty = "jump_relu" in case or case == "gated"
+        summed = r"b+\)w+" if by_penalty else r"b+\(b+w+"
+        spread = "xb+w+" if case in SHARDED else ""
+        assert re.fullmatch(f"x+{summed}{spread}x+", done), (case, done)
+
+
 def test_local_scopes_depend_on_world_size(results: dict[int, dict[str, Any]]) -> None:
     alone, together = results[1]["local"]["terms"][0], results[2]["local"]["terms"][0]
     assert together["n_active"] == alone["n_active"]
     assert together["temp_loss"] != pytest.approx(alone["temp_loss"], rel=1e-3)
+
+
+def test_local_scopes_are_recorded_and_make_another_run() -> None:
+    settings = {"selection": "local", "negatives": "local"}
+    config, local = (configuration.from_mapping({"training": training}, "test") for training in ({}, settings))
+    assert settings.items() <= reference_config(local, 8)["trainer"].items()
+    assert local.training_hash != config.training_hash
 
 
 @pytest.mark.parametrize("world", WORLDS)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 from recorded import record_gradients
@@ -18,6 +19,7 @@ from tsae import config as configuration
 from tsae.parallel.group import Group, Processes
 from tsae.sae.select import Encoder, batch_top_k_codes
 from tsae.training.global_select import global_top_k_codes
+from tsae.training.sparse_gradients import SparseGradients
 from tsae.training.trainer import Terms, Trainer
 
 WORLDS = (4, 2)
@@ -110,6 +112,38 @@ def train_case(name: str, group: Group, folder: Path) -> dict[str, Any]:
     }
 
 
+def exchanges(name: str, group: Group, monkeypatch: pytest.MonkeyPatch) -> str:
+    """What a step does, in order: x an exchange that is waited for at once, b one that is begun, w its wait,
+    ( the encoder's gradient in the sparse engine, ) the end of autograd's backward pass.
+    """
+    built, events, case = trainer(CASES[name], group), list[str](), CASES[name]
+    first, second = (own_share(batch, group) for batch in batches(case)[:2])
+    built.step(first, own_share(DOCUMENT, group))
+    for operation in (dist.all_reduce, dist.reduce, dist.broadcast, dist.all_gather):
+
+        def exchange(*arguments: Any, operation: Any = operation, async_op: bool = False, **named: Any) -> Any:
+            events.append("b" if async_op else "x")
+            work = operation(*arguments, async_op=async_op, **named)
+            return _Begun(work, events) if async_op else work
+
+        monkeypatch.setattr(dist, operation.__name__, exchange)
+    encoder, backward = SparseGradients.encoder, Tensor.backward
+    monkeypatch.setattr(SparseGradients, "encoder", lambda *given: (events.append("("), encoder(*given)))
+    monkeypatch.setattr(Tensor, "backward", lambda *given: (backward(*given), events.append(")")))
+    built.step(second, own_share(DOCUMENT, group))
+    monkeypatch.undo()
+    return "".join(events)
+
+
+class _Begun:
+    def __init__(self, work: Any, events: list[str]) -> None:
+        self._work, self._events = work, events
+
+    def wait(self) -> None:
+        self._events.append("w")
+        self._work.wait()
+
+
 def selected(group: Group, levels: int, first_guess: float | None) -> list[tuple[Tensor, float]]:
     """Dense codes [2][B, F] of both halves, selected together, and their cuts; few `levels` make many ties."""
     generator = torch.Generator().manual_seed(levels)
@@ -129,6 +163,7 @@ def selected(group: Group, levels: int, first_guess: float | None) -> list[tuple
 def everything(group: Group, folder: Path) -> dict[str, Any]:
     results: dict[str, Any] = {name: train_case(name, group, folder) for name in CASES}
     results["selections"] = [selected(group, levels, guess) for levels in (1, 2, 50) for guess in (None, 1e9)]
+    results["exchanges"] = {name: exchanges(name, group, pytest.MonkeyPatch()) for name in CASES}
     own = torch.arange(3 * group.rank)  # none in the first process
     results["ragged"] = group.gather_ragged(own, [3 * rank for rank in range(group.world)])
     differing = [name for name in CASES for w in results[name]["weights"].values() if not _same(w, group)]

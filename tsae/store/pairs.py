@@ -9,8 +9,10 @@ themselves, so that a process reads only the lanes that its part of the batch to
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from threading import Event
 from typing import NamedTuple
 
 import numpy as np
@@ -29,6 +31,10 @@ BATCHES_AHEAD = 3
 SCRATCH_BYTES = 512 * 1024
 SEQUENCES_AT_A_TIME = 4096
 BLOCK_ORDER, PAIR_ORDER = 1, 2  # keep the two kinds of random streams apart
+
+
+class Abandoned(Exception):
+    """Nobody wants any more what was being read."""
 
 
 class Pool(NamedTuple):
@@ -101,22 +107,30 @@ class PairStream:
             self._pool = self._load(key, before, None if before is None else before.buffer)
         return self._batch(self._pool, offset)
 
+    def read_first(self, step: int, leaving: Callable[[], bool]) -> None:
+        """Read what iterating from `step` begins with, which may take long; given up once `leaving` says so."""
+        with suppress(Abandoned):
+            self._pool = self._load(self._place(step)[0], None, None, leaving)
+
     def iterate(self, start: int, stop: int) -> Iterator[Tensor]:
         """The batches of steps `start` to `stop`, made ahead of need by one thread while another reads the next pool."""
         return (batch for batch, _ in self.with_documents(start, stop))
 
     def with_documents(self, start: int, stop: int) -> Iterator[tuple[Tensor, Tensor]]:
         """As `iterate`, each batch with the number of each of its pairs' document [B / world], int32."""
-        # Abandoned early, the threads end by themselves after the few batches that are under way.
-        loader, gatherer = ThreadPoolExecutor(1, "pool"), ThreadPoolExecutor(1, "batch")
-        ahead = _Ahead(self, stop, loader)
+        loader, gatherer, over = ThreadPoolExecutor(1, "pool"), ThreadPoolExecutor(1, "batch"), Event()
+        ahead = _Ahead(self, stop, loader, over.is_set)
         waiting: deque[Future[tuple[Tensor, Tensor]]] = deque()
-        for step in range(start, stop):
-            waiting.append(gatherer.submit(ahead.batch, step))
-            if len(waiting) > BATCHES_AHEAD:
+        try:
+            for step in range(start, stop):
+                waiting.append(gatherer.submit(ahead.batch, step))
+                if len(waiting) > BATCHES_AHEAD:
+                    yield waiting.popleft().result()
+            while waiting:
                 yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
+        finally:
+            # The process could not end before its threads do.
+            over.set()
 
     def _place(self, step: int) -> tuple[tuple[int, int], int]:
         """Epoch and pool of a step, and the step's number within the pool."""
@@ -154,13 +168,19 @@ class PairStream:
         block, within = np.divmod(place, self._block)
         return torch.from_numpy(self._store.document[pool.blocks[block] * self._block + within, position])
 
-    def _load(self, key: tuple[int, int], resident: Pool | None, spare: Tensor | None) -> Pool:
+    def _load(
+        self,
+        key: tuple[int, int],
+        resident: Pool | None,
+        spare: Tensor | None,
+        leaving: Callable[[], bool] = lambda: False,
+    ) -> Pool:
         """Pool `key`; the rows of `resident` serve again if they are the same blocks, else `spare` is filled."""
         blocks, pairs = self._plan(key)
         if resident is not None and np.array_equal(resident.blocks, blocks):
             buffer = resident.buffer
         else:
-            buffer = self._read(blocks, spare)
+            buffer = self._read(blocks, spare, leaving)
         dim, dtype = self._store.activation_dim, self._store.dtype
         scratch = uninitialised((max(1, SCRATCH_BYTES // (dim * dtype.itemsize)), dim), dtype)
         return Pool(key, blocks, buffer, scratch, torch.from_numpy(pairs))
@@ -236,13 +256,23 @@ class PairStream:
             counts.append(np.add.reduceat(found, np.arange(0, len(found), self._block)))
         return np.concatenate(counts or [np.zeros(0, np.int64)]).astype(np.int64)
 
-    def _read(self, blocks: np.ndarray, spare: Tensor | None) -> Tensor:
-        """[sequences, L, D]: the activations of `blocks`, in a buffer that is `spare` where that is large enough."""
+    def _take_first(self, key: tuple[int, int], leaving: Callable[[], bool]) -> Pool:
+        """Pool `key` as `read_first` left it, else read now; its buffer is the caller's."""
+        pool, self._pool = self._pool, None
+        return pool if pool is not None and pool.key == key else self._load(key, None, None, leaving)
+
+    def _read(self, blocks: np.ndarray, spare: Tensor | None, leaving: Callable[[], bool]) -> Tensor:
+        """[sequences, L, D]: the activations of `blocks`, in a buffer that is `spare` where that is large enough.
+
+        Raises Abandoned once `leaving` says so.
+        """
         store = self._store
         per_chunk, last_chunk = store.chunk_sequences, -(-len(store.train) // store.chunk_sequences)
         needed = len(blocks) * self._block
         buffer = spare if spare is not None and len(spare) >= needed else store.empty(needed + needed // 16)
         for slot, block in enumerate(blocks.tolist()):
+            if leaving():
+                raise Abandoned
             first = block * self._block // per_chunk
             count = min(self._block // per_chunk, last_chunk - first)
             store.read_chunks(first, count, buffer[slot * self._block :])
@@ -252,8 +282,8 @@ class PairStream:
 class _Ahead:
     """Makes batches in order, reading each pool while the one before it is used. All state belongs to one thread."""
 
-    def __init__(self, stream: PairStream, stop: int, loader: ThreadPoolExecutor) -> None:
-        self._stream, self._stop, self._loader = stream, stop, loader
+    def __init__(self, stream: PairStream, stop: int, loader: ThreadPoolExecutor, leaving: Callable[[], bool]) -> None:
+        self._stream, self._stop, self._loader, self._leaving = stream, stop, loader, leaving
         self._pool: Pool | None = None
         self._next: Future[Pool] | None = None
 
@@ -266,11 +296,11 @@ class _Ahead:
 
     def _advance(self, key: tuple[int, int]) -> None:
         before = self._pool
-        self._pool = self._next.result() if self._next is not None else self._stream._load(key, None, None)
+        self._pool = self._next.result() if self._next is not None else self._stream._take_first(key, self._leaving)
         following = self._stream._after(key)
         if self._stream._begins(following) < self._stop:
             spare = None if before is None or before.buffer is self._pool.buffer else before.buffer
-            self._next = self._loader.submit(self._stream._load, following, self._pool, spare)
+            self._next = self._loader.submit(self._stream._load, following, self._pool, spare, self._leaving)
 
 
 def _block_sequences(store: Store) -> int:

@@ -14,11 +14,11 @@ from tsae.parallel.group import ALONE, Group
 from tsae.sae.dictionary import Dictionary
 from tsae.training import penalties
 from tsae.training.engine import Encoded, Engine
-from tsae.training.gradients import Gradients, whole_gradients
+from tsae.training.gradients import Gradients, by_latent, whole_gradients
 from tsae.training.objective import Losses, Weights
 from tsae.training.penalties import Penalised, PenaltySettings
 from tsae.training.sharding import Shard
-from tsae.training.update import OTHERS
+from tsae.training.update import DECODER, OTHERS
 
 ADJUSTMENT = 0.02
 """Largest change of the logarithm of an adjusted weight in one step."""
@@ -51,6 +51,7 @@ class PenaltyEngine(Engine[Dictionary]):
         self._adjusted = chosen is None and config.sae.kind != "jump_relu"
         self.weight = None if self._adjusted else 1.0 if chosen is None else chosen
         self.steps = 0
+        self._watched: Dictionary | None = None
 
     def encode(self, dictionary: Dictionary, current: Tensor, partner: Tensor | None) -> Encoded:
         del partner  # no penalty looks at pairs
@@ -75,27 +76,30 @@ class PenaltyEngine(Engine[Dictionary]):
         l2_loss = error.pow(2).sum(dim=-1).mean()
         weight = l2_loss.new_tensor(self._current_weight(dictionary, current))
         sparsity = weight * penalised.penalty
-        loss = l2_loss + sparsity + penalised.auxiliary
-        dictionary.zero_grad(set_to_none=True)
-        loss.backward()
-        self._average_gradients(dictionary)
+        loss = own_loss = l2_loss + sparsity + penalised.auxiliary
         summed = self._group.sums(encoded.n_active, loss, l2_loss, penalised.auxiliary, sparsity)
         n_active, loss, l2_loss, auxiliary, sparsity = (total / self._group.world for total in summed)
         self._advance(float(n_active) / len(current))
+        dictionary.zero_grad(set_to_none=True)
+        self._sum_what_is_made(dictionary)
+        (own_loss / self._group.world).backward()
         zero = l2_loss.new_zeros(())
         terms = Losses(loss, l2_loss, l2_loss[None], auxiliary, zero, error, zero, sparsity, weight)
         return Losses(*(term.detach() for term in terms)), whole_gradients(dictionary, self._shard.own)
 
-    def _average_gradients(self, dictionary: Dictionary) -> None:
-        if self._group.world == 1:
+    def _sum_what_is_made(self, dictionary: Dictionary) -> None:
+        """Let every gradient's sum over processes begin as soon as the backward pass has made it."""
+        if self._watched is dictionary:
             return
-        gradients = [parameter.grad for parameter in dictionary.parameters() if parameter.grad is not None]
-        # W_enc is kept as a transpose, and so is its gradient.
-        self._shard.start_sum(OTHERS, *(grad if grad.is_contiguous() else grad.T for grad in gradients))
-        self._shard.wait(OTHERS)
-        for gradient in gradients:
-            own = self._shard.own(gradient)
-            own /= self._group.world
+        self._watched = dictionary
+        for parameter in dictionary.parameters():
+            key = DECODER if parameter is dictionary.W_dec else OTHERS
+
+            def start(made: Tensor, key: str = key) -> None:
+                if made.grad is not None:
+                    self._shard.start_sum(key, by_latent(made.grad))
+
+            parameter.register_post_accumulate_grad_hook(start)
 
     def _current_weight(self, dictionary: Dictionary, current: Tensor) -> float:
         if self.weight is None:

@@ -50,23 +50,29 @@ class ResumeStates:
         self._writing: Future[None] | None = None
 
     def load(self) -> dict[str, Any] | None:
-        """The newest whole state, or None; what a killed process left besides is removed.
+        """The newest whole state, or None.
 
         Raises TsaeError for a state of another run, configuration or version.
         """
-        state = None
-        for folder in self._counted():
+        state, counted = None, self._counted()
+        for n, folder in enumerate(counted, start=1):
             try:
                 state = self._read(folder)
             except Damaged as damage:
-                log.warning("%s: %s; the state before it is taken", folder, damage)
+                instead = (
+                    "the state before it is taken" if n < len(counted) else "no other is left: training begins again"
+                )
+                log.warning("%s: %s; %s", folder, damage, instead)
                 continue
             self.newest = _step(folder)
             break
+        return state
+
+    def remove_leftovers(self) -> None:
+        """Remove what a killed process left besides the loaded state and those before it."""
         for leftover in self._folders():
             if _step(leftover) > self.newest:
                 shutil.rmtree(leftover)
-        return state
 
     def save(self, step: int, state: dict[str, Any], first: Callable[[], object]) -> None:
         """Copy `state`, as it is before update `step`, and write it in the background after calling `first` there.
@@ -142,16 +148,18 @@ class ResumeStates:
 
     def _counted(self) -> list[Path]:
         """Folders of the states up to `latest`, newest first."""
-        latest = self.path / "latest"
+        latest, folders = self.path / "latest", self._folders()
         if not latest.exists():
             return []
-        pointed = self.path / latest.read_text().strip()
-        return [folder for folder in self._folders() if _step(folder) <= _step(pointed)]
+        pointed = self.path / latest.read_text(errors="replace").strip()
+        if not _is_state(pointed):
+            log.warning("%s: names no state; the newest whole one is taken", latest)
+            return folders
+        return [folder for folder in folders if _step(folder) <= _step(pointed)]
 
     def _folders(self) -> list[Path]:
         """Folders of all states, newest first."""
-        found = [path for path in self.path.glob(f"{PREFIX}*") if path.name.removeprefix(PREFIX).isdigit()]
-        return sorted(found, key=_step, reverse=True)
+        return sorted(filter(_is_state, self.path.glob(f"{PREFIX}*")), key=_step, reverse=True)
 
 
 class _Checksum:
@@ -183,6 +191,10 @@ def _checksum_of(path: Path) -> int:
         while data := stream.read(PIECE_BYTES):
             checksum = google_crc32c.extend(checksum, data)
     return int(checksum)
+
+
+def _is_state(folder: Path) -> bool:
+    return folder.name.startswith(PREFIX) and folder.name.removeprefix(PREFIX).isdecimal()
 
 
 def _step(folder: Path) -> int:

@@ -72,9 +72,11 @@ def _train(runs: Sequence[tuple[RunConfig, RunFolder]], group: Group) -> None:
     running = [_Training(config, run, store, group) for config, run in runs]
     failed: list[Exception] = []
     start, stop = min(training.step for training in running), max(training.steps for training in running)
+    stream = _stream(store, config, group)
+    stream.read_first(start, preemption.requested)
     if group.start_any([preemption.requested()])()[0]:
         raise preemption.Preempted
-    for step, (batch, document) in enumerate(_stream(store, config, group).with_documents(start, stop), start):
+    for step, (batch, document) in enumerate(stream.with_documents(start, stop), start):
         together_now = [training for training in running if training.step == step]
         # Asked before the step and answered after it, so that nobody waits for the answer.
         asked = group.start_any([preemption.requested(), *(training.will_be_due() for training in together_now)])
@@ -129,8 +131,10 @@ class _Training:
         self.config, self.run, self._group = config, run, group
         self.steps = config.training.steps
         self.finished = self._warned = False
-        self._states = ResumeStates(run.resume, _origin(config, store), config.training.resume_keep)
+        origin = _origin(config, store)
+        self._states = ResumeStates(run.resume, origin, config.training.resume_keep)
         state = self._begin()
+        self._require_agreement(origin)
         self._tracking = state.get("tracking") or new_tracking()
         self._accelerator = make_accelerator(config, run, self._tracking)
         device, norm = self._accelerator.device, store.mean_squared_norm
@@ -150,11 +154,27 @@ class _Training:
             self.run.claim(self.config)
             self.run.remove_leftovers()
             state.update(self._states.load() or {})
+            self._states.remove_leftovers()
 
         self._group.on_first(begin)
         if self._group.rank > 0:
-            state.update(self._states.load() or {})  # what does not count is gone by now
+            state.update(self._states.load() or {})
         return state
+
+    def _require_agreement(self, origin: dict[str, str]) -> None:
+        """Refuse processes that would train apart, as two machines might that see other files or have other packages."""
+        begun = self._group.collect({**origin, "step to continue at": str(max(0, self._states.newest))})
+
+        def compare() -> None:
+            for rank, other in enumerate(begun):
+                for name, wanted in begun[0].items():
+                    if other[name] != wanted:
+                        raise TsaeError(
+                            f"{self.run.path}: process {rank} has another {name} ({other[name]}) than the first one "
+                            f"({wanted}); all must read the same files by the same versions"
+                        )
+
+        self._group.on_first(compare)
 
     def _open_files(self, store: Store, metrics_bytes: int) -> None:
         config, run = self.config, self.run
@@ -174,9 +194,8 @@ class _Training:
         first = self._group.rank == 0
         if first and step in settings.save_steps:
             save_dictionary(self.run.checkpoint(step), self._trainer.dictionary, self._trainer.scale)
-        with self._accelerator.autocast():
-            device = self._accelerator.device
-            terms = self._trainer.step(batch.to(device, non_blocking=True), document.to(device, non_blocking=True))
+        device = self._accelerator.device
+        terms = self._trainer.step(batch.to(device, non_blocking=True), document.to(device, non_blocking=True))
         last = self.step == self.steps
         if last or step % settings.log_every == 0:
             self._require_finite(terms.loss)

@@ -7,6 +7,7 @@ torch's ZeroRedundancyOptimizer deals out whole parameters, of which a dictionar
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
 from itertools import pairwise
 
@@ -24,15 +25,16 @@ class Shard:
 
     def __init__(self, group: Group = ALONE) -> None:
         self._group = group
-        self._waits: dict[str, Wait] = {}
+        self._waits: defaultdict[str, list[Wait]] = defaultdict(list)
 
     def start_sum(self, key: str, *gradients: Tensor) -> None:
         """Begin to sum gradients, matrices as [F, D], over processes; they may be used after `wait(key)`."""
-        self._waits[key] = self._group.start_sum(*gradients)
+        self._waits[key].append(self._group.start_sum(*gradients))
 
     def wait(self, key: str) -> None:
         """Return when the sums that were begun under this name, if any, are there."""
-        self._waits.pop(key, _nothing)()
+        for wait in self._waits.pop(key, []):
+            wait()
 
     def own(self, tensor: Tensor) -> Tensor:
         """The part of a parameter, or of its like, that this process updates."""
@@ -64,16 +66,11 @@ class OwnLatents(Shard):
         self._own = slice(bounds[group.rank], bounds[group.rank + 1])
 
     def start_sum(self, key: str, *gradients: Tensor) -> None:
-        waits = [self._group.start_sum(*(gradient for gradient in gradients if gradient.ndim < 2))]
+        waits = self._waits[key]
+        waits.append(self._group.start_sum(*(gradient for gradient in gradients if gradient.ndim < 2)))
         for matrix in gradients:
             if matrix.ndim > 1:
                 waits.append(self._group.start_sum_at_owners(matrix.split(self._lengths)))
-
-        def wait_for_all() -> None:
-            for wait in waits:
-                wait()
-
-        self._waits[key] = wait_for_all
 
     def own(self, tensor: Tensor) -> Tensor:
         if tensor.ndim < 2:

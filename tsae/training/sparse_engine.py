@@ -119,9 +119,11 @@ class SparseEngine(Engine[ThresholdDictionary]):
         )
         auxk, revived = self._auxiliary(dictionary, weights, codes.centred[:own], residuals[-1], dead)
         through = _through_decoder(dictionary, weights, codes.current, parts, residuals, total)
-        gradients.decoder(through.entries, through.back, through.total, revived)
         document = None if weights.same_document else document
         term = self._temporal(weights, codes, parts[0][0], dictionary.group_slices[0], current, partner, document)
+        *summed, temporal = self._group.sums(*group_losses, term[0].loss if term else group_losses.new_zeros(()))
+        # From here on nothing is exchanged but gradients: what came after them would wait for them.
+        gradients.decoder(through.entries, through.back, through.total, revived)
         entries = [Entries(codes.current.rows, codes.current.latents, through.value_gradient)]
         if term is not None:
             through.value_gradient[parts[0][1]] += weights.temporal_alpha * term[0].current
@@ -131,7 +133,6 @@ class SparseEngine(Engine[ThresholdDictionary]):
             )
         gradients.encoder(entries, codes.centred, revived)
 
-        *summed, temporal = self._group.sums(*group_losses, term[0].loss if term else group_losses.new_zeros(()))
         group_losses = torch.stack(summed)
         l2_loss = group_losses.sum() * weights.reduction
         loss = l2_loss + weights.auxk_alpha * auxk + weights.temporal_alpha * temporal

@@ -27,7 +27,6 @@ def make_accelerator(config: RunConfig, run: RunFolder, tracking: dict[str, Any]
             raise TsaeError(f"training.trackers: {tracker} is not installed; pip install 'tsae[{tracker}]'")
     accelerator = Accelerator(
         cpu=settings.device == "cpu",
-        mixed_precision=settings.precision,
         log_with=list(settings.trackers) or None,
         project_dir=str(run.path),
     )

@@ -93,6 +93,9 @@ class Trainer:
         self.weights = Weights.of(config, activation_dim)
         shard = OwnLatents(group, config.sae.dict_size) if self.settings.shard == "optimizer" else Shard(group)
         self._shard, self.engine = shard, _engine(config, group, shard)
+        # The sparse engine rounds its encoder product itself; rounding its sums over entries would make nothing faster.
+        rounds = self.settings.precision == "bf16" and not isinstance(self.engine, SparseEngine)
+        self._products = torch.autocast(torch.device(device).type, torch.bfloat16, enabled=rounds)
         self.peak_lr = config.training.lr or 2e-4 / (config.sae.dict_size / 16384) ** 0.5
         betas = (FIRST_MOMENT.get(config.sae.kind, 0.9), 0.999)
         self.optimizer = Adam(self._parameter_groups(), lr=self.peak_lr, betas=betas, fused=True, shard=shard)
@@ -109,15 +112,17 @@ class Trainer:
         current, partner = self._halves(batch if self.scale == 1 else batch / self.scale)
         if self.steps_done == 0 and (self._fresh or self.dictionary.centre_input):
             centre(self.dictionary, geometric_median(self.group.gather(current)))
-        encoded = self.engine.encode(self.dictionary, current, partner)
+        with self._products:
+            encoded = self.engine.encode(self.dictionary, current, partner)
         self._count_tokens(encoded.fired, total)
         self._track_threshold(encoded.cut)
         dead = self.tokens_since_fired >= self.settings.dead_after
         if not self.weights.same_document and partner is not None and document is None:
             raise TsaeError("objective.same_document: false needs the document of each pair: step(batch, document)")
-        losses, gradients = self.engine.backward(
-            self.dictionary, self.weights, encoded, current, partner, dead, document
-        )
+        with self._products:
+            losses, gradients = self.engine.backward(
+                self.dictionary, self.weights, encoded, current, partner, dead, document
+            )
         self._require_temporal_gradient(losses, total)
 
         grad_norm = project_and_measure(self.dictionary, gradients, self._unit_rows, self._shard)
@@ -245,7 +250,8 @@ def _engine(config: RunConfig, group: Group, shard: Shard) -> Engine[Any]:
     if settings.engine == "dense":
         return DenseEngine()
     selection, negatives = (group if scope == "global" else ALONE for scope in (settings.selection, settings.negatives))
-    return SparseEngine(settings.encoder_precision, settings.deterministic, group, selection, negatives, shard)
+    product = "bf16" if settings.precision == "bf16" else settings.encoder_precision
+    return SparseEngine(product, settings.deterministic, group, selection, negatives, shard)
 
 
 def _scale(config: RunConfig, activation_dim: int, mean_squared_norm: float | None) -> float:
