@@ -4,6 +4,7 @@ attempts/<stamp>/
   sweep.yaml points/ provenance.json changes.diff   what was asked for, by whom, with which code
   code/                                             the copy that the jobs import
   jobs.json                                         which job works on which stage
+  submitting                                        there until Slurm has all of its jobs
   <kind>-<n>/                                       sbatch script and logs of an array
 """
 
@@ -92,6 +93,11 @@ class Attempt:
     def points(self) -> Path:
         """The resolved configurations as its jobs read them."""
         return self.folder / "points"
+
+    @property
+    def submitting(self) -> Path:
+        """A file that is there while Slurm gets the jobs; if the launcher dies then, some are held and others missing."""
+        return self.folder / "submitting"
 
     def jobs(self) -> list[Submitted]:
         """What it has submitted so far."""

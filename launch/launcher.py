@@ -12,6 +12,7 @@ from pathlib import Path
 import local
 import slurm_query
 from attempt import Attempt
+from cancel import undo_half_submissions
 from cluster import Cluster, load_cluster
 from container import Container
 from container import container as container_of
@@ -107,6 +108,7 @@ def launch(plan: Plan, options: Options) -> Launched:
     executor = resolve(options.executor)
     site = load_cluster(options.cluster) if executor == "slurm" or options.cluster else Cluster()
     with _launch_lock(plan):
+        undo_half_submissions(plan.folder)
         choice = choose(plan, executor, options.retry_failed)
         if not choice.start:
             return Launched(choice)
@@ -142,13 +144,17 @@ def resolve(executor: str) -> str:
 @contextmanager
 def _launch_lock(plan: Plan) -> Iterator[None]:
     """One launcher of a sweep at a time decides what is missing; the next one sees what it has started."""
-    path = plan.folder / "launch.lock"
+    path, waits = plan.folder / "launch.lock", False
     while True:
         holding = locks.hold(path, f"launch {plan.name}")
         try:
             holding.__enter__()
             break
-        except locks.LockHeld:
+        except locks.LockHeld as held:
+            # Said once; an owner on another machine that was killed counts as alive for two minutes.
+            if not waits:
+                print(f"waiting: {held}", file=sys.stderr)
+            waits = True
             time.sleep(WAIT_SECONDS)
     try:
         yield

@@ -19,9 +19,10 @@ from typing import Any
 
 from arrays import Array, to_arrays
 from attempt import Attempt, Submitted
+from cancel import undo_half_submissions
 from cluster import Cluster
 from container import Container
-from slurm_query import Limits, cancel, complaint, job_name, limits, release
+from slurm_query import Limits, complaint, job_name, limits, release
 from snapshot import python_path
 from stage import Stage
 
@@ -75,6 +76,7 @@ class Submission:
         ids: dict[Array, str] = {}
         arrays = to_arrays(stages, self.cluster, known.max_array, self.alive)
         try:
+            self.attempt.submitting.touch()
             for number, array in enumerate(arrays):
                 folder = self.attempt.folder / _folder_name(number, array)
                 folder.mkdir()
@@ -95,8 +97,10 @@ class Submission:
                     for stage, job in zip(array.stages, jobs, strict=True)
                 )
             release(ids[array] for array in arrays if array.is_free)
+            self.attempt.submitting.unlink(missing_ok=True)
         except BaseException:
-            cancel(ids.values())
+            # By the sweep's name: Ctrl-C may have ended sbatch after Slurm took the array and before its id was read.
+            undo_half_submissions(self.sweep_folder)
             self.attempt.remove()
             raise
         return self.attempt.jobs()
