@@ -1,11 +1,12 @@
 """An attempt: one launch that started something, in a folder that is never used again.
 
 attempts/<stamp>/
-  sweep.yaml points/ provenance.json changes.diff   what was asked for, by whom, with which code
-  code/                                             the copy that the jobs import
-  jobs.json                                         which job works on which stage
-  submitting                                        there until Slurm has all of its jobs
-  <kind>-<n>/                                       sbatch script and logs of an array
+  sweep.yaml base.yaml points/      what was asked for
+  provenance.json changes.diff      by whom, with which code
+  code/                             the copy that the jobs import
+  jobs.json                         which job works on which stage
+  submitting                        there until Slurm has all of its jobs
+  <n>-<kind>/                       sbatch script and logs of an array
 """
 
 from __future__ import annotations
@@ -58,8 +59,10 @@ class Attempt:
     folder: Path
 
     @classmethod
-    def begin(cls, sweep_folder: Path, sweep: str, points: Mapping[str, str], image: str | None = None) -> Attempt:
-        """A new attempt with the sweep's YAML and the points' by name; whole, or not there at all.
+    def begin(
+        cls, sweep_folder: Path, sources: Mapping[str, str], points: Mapping[str, str], image: str | None = None
+    ) -> Attempt:
+        """A new attempt with the sweep's files and the points' YAML by name; whole, or not there at all.
 
         `image` is the container that jobs run in, recorded with its digest.
         """
@@ -67,8 +70,9 @@ class Attempt:
         parent.mkdir(parents=True, exist_ok=True)
         made = parent / f".{os.getpid()}.tmp"
         try:
-            files.write_text(made / "sweep.yaml", sweep)
-            (made / "points").mkdir()
+            (made / "points").mkdir(parents=True)
+            for name, text in sources.items():
+                files.write_text(made / name, text)
             for name, text in points.items():
                 config_file(made / "points", name).write_text(text, encoding="utf-8")
             write_provenance(made, image)

@@ -17,7 +17,7 @@ from cluster import Cluster, load_cluster
 from container import Container
 from container import container as container_of
 from display import Terminal
-from plan import Plan, write_sources
+from plan import Plan
 from runner import Task
 from slurm import Submission
 from stage import Stage
@@ -163,10 +163,8 @@ def _launch_lock(plan: Plan) -> Iterator[None]:
 
 
 def _begin(plan: Plan, stages: Sequence[Stage], image: Container | None) -> Attempt:
-    sweep = plan.sweep.path.read_text(encoding="utf-8")
-    attempt = Attempt.begin(plan.folder, sweep, plan.config_texts(list(stages)), image.image if image else None)
-    write_sources(plan, attempt.folder)
-    return attempt
+    points = plan.config_texts(list(stages))
+    return Attempt.begin(plan.folder, plan.sources(), points, image.image if image else None)
 
 
 def container_for(plan: Plan, options: Options, site: Cluster) -> Container | None:

@@ -27,7 +27,7 @@ def plan(plan_of):
 @pytest.fixture
 def attempt(plan):
     """A launch that gave all stages to a local queue."""
-    made = Attempt.begin(plan.folder, "", {})
+    made = Attempt.begin(plan.folder, {}, {})
     common = {"cluster": None, "submitted": time.time(), "executor": "local", "attempt": made.stamp}
     made.add_jobs(
         Submitted(stage=stage.key, label=stage.label, job="1", log=f"{stage.kind}.log", **common)
@@ -105,7 +105,7 @@ def test_the_record_of_an_earlier_launch_says_nothing_of_this_one(plan, attempt)
     train = next(stage for stage in plan.stages if stage.kind == "train")
     record(train, attempt, state="failed", error="long ago")
     assert states(plan)[train.label] == "failed"
-    again = Attempt.begin(plan.folder, "", {})
+    again = Attempt.begin(plan.folder, {}, {})
     entry = next(entry for entry in attempt.jobs() if entry.stage == train.key)
     again.add_jobs([Submitted(**{**vars(entry), "attempt": again.stamp})])
     assert states(plan)[train.label] == "waiting"

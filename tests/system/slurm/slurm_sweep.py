@@ -77,7 +77,7 @@ class SweepOnSlurm:
     def submission(self, configs: dict[str, Any] | None = None, environment: Any = None, **settings: Any) -> Submission:
         """A fresh attempt whose jobs find the errands; `settings` are the cluster's."""
         points = {name: yaml.safe_dump(tree) for name, tree in (configs or {}).items()}
-        attempt = Attempt.begin(self.folder, "name: tiny", points)
+        attempt = Attempt.begin(self.folder, {"sweep.yaml": "name: tiny"}, points)
         path = os.pathsep.join((python_path(attempt.code), str(HERE)))
         cluster = Cluster(environment={"PYTHONPATH": path, **(environment or {})}, **settings)
         return Submission(sweep_folder=self.folder, attempt=attempt, cluster=cluster)
