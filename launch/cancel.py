@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import time
 from collections.abc import Callable, Container
 from contextlib import suppress
@@ -24,7 +23,7 @@ def cancel(sweep_folder: Path) -> list[str]:
     lines = []
     for attempt in attempts(sweep_folder):
         owner = locks.owner(lock_of(attempt))
-        if owner is not None and owner.host != socket.gethostname():
+        if owner is not None and not owner.is_here:
             lines.append(f"a queue runs on {owner.host}; cancel it there")
             continue
         tasks = read_queue(attempt).values()

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import local
 import slurm_query
@@ -23,7 +24,7 @@ from slurm import Submission
 from stage import Stage
 from survey import LIVE, Standing, Survey
 
-from tsae import locks
+from tsae import locks, schema
 from tsae.errors import TsaeError
 
 WAIT_SECONDS = 0.2
@@ -112,7 +113,7 @@ def launch(plan: Plan, options: Options) -> Launched:
         choice = choose(plan, executor, options.retry_failed)
         if not choice.start:
             return Launched(choice)
-        image = container_for(plan, options, site if executor == "slurm" else Cluster())
+        image = container_for(plan, options, site if executor == "slurm" else Cluster(), executor)
         stages = [*choice.start, *(stage for stage in [plan.report()] if stage)]
         # A local queue may have to take over what another one has now.
         attempt = _begin(plan, choice.start, image)
@@ -167,18 +168,35 @@ def _begin(plan: Plan, stages: Sequence[Stage], image: Container | None) -> Atte
     return Attempt.begin(plan.folder, plan.sources(), points, image.image if image else None)
 
 
-def container_for(plan: Plan, options: Options, site: Cluster) -> Container | None:
-    """The image that the jobs run in, if any: the command line's, else the sweep's, else the site's."""
+def container_for(plan: Plan, options: Options, site: Cluster, executor: str) -> Container | None:
+    """The image that the jobs run in, if any: the command line's, else the sweep's, else the site's.
+
+    Whatever the points' settings name and is there is seen inside. Raises TsaeError where `executor` cannot use it.
+    """
+    if executor == "debug":
+        if options.container:
+            raise TsaeError("--executor debug runs in this process, not in a container; --executor local starts one")
+        return None
     name = options.container or plan.sweep.config.container or site.container
     if name is None:
         return None
-    named = {
-        place
-        for point in plan.points
-        for place in (point.config.data.source, point.config.model.name, point.config.store.path)
-        if place
-    }
-    return container_of(name, sorted(named), site.binds)
+    named = {text for point in plan.points for text in _texts(schema.to_plain(point.config))}
+    image = container_of(name, sorted(named), site.binds)
+    if executor == "slurm" and image.runtime == "docker":
+        raise TsaeError(
+            f"--container {name}: jobs of Slurm run in Apptainer, not in Docker; "
+            "`apptainer build tsae.sif docker-daemon:IMAGE:TAG` turns an image of Docker into a file"
+        )
+    return image
+
+
+def _texts(plain: Any) -> Iterator[str]:
+    """Every text in a tree of settings."""
+    if isinstance(plain, str):
+        yield plain
+    elif isinstance(plain, dict | list):
+        for part in plain.values() if isinstance(plain, dict) else plain:
+            yield from _texts(part)
 
 
 def _submit(

@@ -155,7 +155,9 @@ class Survey:
             if known.state == "RUNNING" or known.state == "COMPLETING":
                 began = time.time() - slurm_seconds(known.elapsed)
                 return replace(own, state="running", node=known.node, since=began, until=None)
-            return replace(own, state="preempted" if state else "queued", node="", since=None, error=_why(known))
+            return replace(
+                own, state="preempted" if state else "queued", node="", since=None, error=_why(known, entry.job)
+            )
         owner = locks.owner(stage.lock)
         if owner is not None:
             return replace(own, state="running", node=owner.host, since=owner.since, until=None)
@@ -220,8 +222,13 @@ def _lives(task: Status, node: str) -> bool:
     return here and bool(task.pid) and locks.started_at(task.pid) == task.pid_started
 
 
-def _why(known: QueuedJob) -> str:
-    return "" if known.reason in PATIENT else known.reason
+def _why(known: QueuedJob, number: str) -> str:
+    """Why it does not run, if it will not do so by itself or not soon."""
+    if known.reason in PATIENT:
+        return ""
+    # After a lost node Slurm may hold a job whose second launch came too early for the first one's end.
+    held = known.reason == "JobHeldUser" or known.reason.endswith("requeued held")
+    return f"{known.reason}; `scontrol release {number}` lets it run" if held else known.reason
 
 
 def _ended_without_a_word(own: Standing, ended: QueuedJob | AccountedJob | None, begun: bool) -> Standing:
