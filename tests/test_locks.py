@@ -39,15 +39,3 @@ def test_a_live_process_keeps_its_lock_also_where_its_id_means_nothing(tmp_path:
             pass
         holder.communicate("")
     assert locks.owner(path) is None
-
-
-def test_a_dead_process_does_not_keep_its_lock(tmp_path: Path) -> None:
-    path = tmp_path / "stage.lock"
-    with subprocess.Popen(
-        [sys.executable, "-c", HOLD, str(path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    ) as holder:
-        assert holder.stdout is not None
-        holder.stdout.readline()
-        holder.kill()
-    assert path.exists()
-    assert locks.owner(path) is None
