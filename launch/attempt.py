@@ -19,10 +19,12 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from slurm_query import job_name
 from snapshot import copy_code, write_provenance
 from stage import config_file
 
 from tsae import files
+from tsae.errors import TsaeError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,10 +107,16 @@ class Attempt:
 
     def jobs(self) -> list[Submitted]:
         """What it has submitted so far."""
+        path = self.folder / "jobs.json"
         try:
-            return [Submitted(**entry) for entry in json.loads((self.folder / "jobs.json").read_text())]
+            return [Submitted(**entry) for entry in json.loads(path.read_bytes())]
         except FileNotFoundError:
             return []
+        except (ValueError, TypeError):
+            raise TsaeError(
+                f"{path}: damaged, so nobody knows which job does what; `scancel --name="
+                f"{job_name(self.folder.parents[1])}` ends those on Slurm, then remove the file"
+            ) from None
 
     def add_jobs(self, submitted: Iterable[Submitted]) -> None:
         """Remember what was submitted."""

@@ -130,6 +130,18 @@ def test_where_slurm_does_not_answer_the_jobs_words_are_shown_and_said_to_be_no_
     assert "Slurm does not answer (squeue: not found" in status_lines(plan, 200)[0][2]
 
 
+def test_a_damaged_record_counts_as_none_and_a_damaged_list_of_jobs_is_one_line(plan, attempt):
+    train = next(stage for stage in plan.stages if stage.kind == "train")
+    queue_says(attempt, (train, Status("interrupted", began=1.0)))
+    record(train, attempt, state="failed")
+    assert states(plan)[train.label] == "failed"
+    job.state_path(train.record).write_text('{"state": "fai')
+    assert states(plan)[train.label] == "interrupted"
+    (attempt.folder / "jobs.json").write_text("[{")
+    with pytest.raises(TsaeError, match=r"jobs\.json: damaged.*scancel --name=tsae\.little"):
+        states(plan)
+
+
 def test_what_another_process_works_on_runs(plan):
     train = next(stage for stage in plan.stages if stage.kind == "train")
     with locks.hold(train.lock, "train"):
