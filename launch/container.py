@@ -35,8 +35,9 @@ class Container:
     def command(self, extra: Mapping[str, str] | None = None, gpus: bool = True) -> list[str]:
         """What goes before the arguments of python; `extra` variables are set inside."""
         # An image may name places of its own, where results would be lost and models fetched for each job.
-        places = {"TSAE_HOME": environment.home(), **({"HF_HOME": _hub_cache()} if _hub_cache().exists() else {})}
-        variables = {"PYTHONNOUSERSITE": "1", **{name: str(place) for name, place in places.items()}, **(extra or {})}
+        hub = _hub_cache() if _hub_cache().exists() else environment.home() / "huggingface"
+        places = {"TSAE_HOME": str(environment.home()), "HF_HOME": str(hub)}
+        variables = {"PYTHONNOUSERSITE": "1", **places, **(extra or {})}
         return self._apptainer(variables, gpus) if self.runtime == "apptainer" else self._docker(variables, gpus)
 
     def _apptainer(self, variables: Mapping[str, str], gpus: bool) -> list[str]:

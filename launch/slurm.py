@@ -180,13 +180,16 @@ class Submission:
         }
 
     def _variables(self, cpus: int | None) -> dict[str, str]:
+        own = self.cluster.environment
+        # The copy comes first, or an installed package would stand in for it.
+        path = [python_path(self.attempt.code), *([own["PYTHONPATH"]] if "PYTHONPATH" in own else [])]
         return {
             "TSAE_HOME": str(environment.home()),
-            "PYTHONPATH": python_path(self.attempt.code),
             "PYTHONSAFEPATH": "1",  # else a folder `tsae` in the working directory would stand in for the copy
             MOST_RESTARTS: str(self.cluster.max_restarts),
             **({"OMP_NUM_THREADS": str(cpus)} if cpus else {}),
-            **self.cluster.environment,
+            **own,
+            "PYTHONPATH": os.pathsep.join(path),
         }
 
 

@@ -49,6 +49,7 @@ def test_apptainer_sees_the_folders_and_keeps_the_environment(programs: Path, tm
         "APPTAINERENV_PYTHONNOUSERSITE=1",
         "APPTAINERENV_PYTHONPATH=/a,b",
         f"APPTAINERENV_TSAE_HOME={home}",
+        f"APPTAINERENV_HF_HOME={home}/huggingface",  # there is no cache of models outside
     }
     assert command[-2:] == [str(image), "python3"]
     assert "--nv" in command
