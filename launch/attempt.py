@@ -1,10 +1,12 @@
 """An attempt: one launch that started something, in a folder that is never used again.
 
 attempts/<stamp>/
-  sweep.yaml points/ provenance.json changes.diff   what was asked for, by whom, with which code
-  code/                                             the copy that the jobs import
-  jobs.json                                         which job works on which stage
-  <kind>-<n>/                                       sbatch script and logs of an array
+  sweep.yaml base.yaml points/      what was asked for
+  provenance.json changes.diff      by whom, with which code
+  code/                             the copy that the jobs import
+  jobs.json                         which job works on which stage
+  submitting                        there until Slurm has all of its jobs
+  <n>-<kind>/                       sbatch script and logs of an array
 """
 
 from __future__ import annotations
@@ -17,10 +19,12 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from slurm_query import job_name
 from snapshot import copy_code, write_provenance
 from stage import config_file
 
 from tsae import files
+from tsae.errors import TsaeError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,8 +61,10 @@ class Attempt:
     folder: Path
 
     @classmethod
-    def begin(cls, sweep_folder: Path, sweep: str, points: Mapping[str, str], image: str | None = None) -> Attempt:
-        """A new attempt with the sweep's YAML and the points' by name; whole, or not there at all.
+    def begin(
+        cls, sweep_folder: Path, sources: Mapping[str, str], points: Mapping[str, str], image: str | None = None
+    ) -> Attempt:
+        """A new attempt with the sweep's files and the points' YAML by name; whole, or not there at all.
 
         `image` is the container that jobs run in, recorded with its digest.
         """
@@ -66,8 +72,9 @@ class Attempt:
         parent.mkdir(parents=True, exist_ok=True)
         made = parent / f".{os.getpid()}.tmp"
         try:
-            files.write_text(made / "sweep.yaml", sweep)
-            (made / "points").mkdir()
+            (made / "points").mkdir(parents=True)
+            for name, text in sources.items():
+                files.write_text(made / name, text)
             for name, text in points.items():
                 config_file(made / "points", name).write_text(text, encoding="utf-8")
             write_provenance(made, image)
@@ -93,12 +100,23 @@ class Attempt:
         """The resolved configurations as its jobs read them."""
         return self.folder / "points"
 
+    @property
+    def submitting(self) -> Path:
+        """A file that is there while Slurm gets the jobs; if the launcher dies then, some are held and others missing."""
+        return self.folder / "submitting"
+
     def jobs(self) -> list[Submitted]:
         """What it has submitted so far."""
+        path = self.folder / "jobs.json"
         try:
-            return [Submitted(**entry) for entry in json.loads((self.folder / "jobs.json").read_text())]
+            return [Submitted(**entry) for entry in json.loads(path.read_bytes())]
         except FileNotFoundError:
             return []
+        except (ValueError, TypeError):
+            raise TsaeError(
+                f"{path}: damaged, so nobody knows which job does what; `scancel --name="
+                f"{job_name(self.folder.parents[1])}` ends those on Slurm, then remove the file"
+            ) from None
 
     def add_jobs(self, submitted: Iterable[Submitted]) -> None:
         """Remember what was submitted."""

@@ -8,7 +8,6 @@ attempts/<stamp>/
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import sys
@@ -61,11 +60,7 @@ def lock_of(attempt: Attempt) -> Path:
 
 def read_queue(attempt: Attempt) -> dict[str, Status]:
     """Stage key → what the queue of `attempt` says of it; empty if it has none, or none yet."""
-    try:
-        plain: dict[str, dict[str, Any]] = json.loads(file_of(attempt).read_text())
-    except FileNotFoundError:
-        return {}
-    return {key: Status.read(status) for key, status in plain.items()}
+    return {key: Status.read(status) for key, status in files.read_whole_json(file_of(attempt)).items()}
 
 
 def start_in_background(attempt: Attempt, make: Callable[[QueueFile], Queue]) -> int:

@@ -32,10 +32,13 @@ class Chain:
         home = environment.home()
         self.folder = home / "sweeps" / sweep.folder_name
         self.checkpoints = home / "checkpoints" / sweep.folder_name
+        self._runs: dict[str, RunFolder] = {}
 
     def run(self, point: Point) -> RunFolder:
         """Where `point` is trained and measured."""
-        return RunFolder.of(self.checkpoints, point.name)
+        if point.name not in self._runs:  # a thousand points ask for theirs several times
+            self._runs[point.name] = RunFolder.of(self.checkpoints, point.name)
+        return self._runs[point.name]
 
     def harvests(self, point: Point) -> list[Stage]:
         """The harvest that `point` reads, as so many jobs as the sweep asks for."""

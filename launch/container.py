@@ -17,7 +17,7 @@ from tsae.errors import TsaeError
 
 PYTHON = "python3"
 PASSED_ON = re.compile(
-    r"(TSAE|HF|SLURM|SUBMITIT|NCCL|CUDA|NVIDIA|OMP|MKL|OPENBLAS|PYTHON|WANDB|TORCH)_?\w*|MASTER_(ADDR|PORT)|RANK|WORLD_SIZE|LOCAL_RANK|LOCAL_WORLD_SIZE|NUMEXPR_NUM_THREADS|TOKENIZERS_PARALLELISM|MPLBACKEND"
+    r"(TSAE|HF|SLURM|SUBMITIT|NCCL|CUDA|NVIDIA|OMP|MKL|OPENBLAS|PYTHON|WANDB|TORCH)_?\w*|MASTER_(ADDR|PORT)|RANK|WORLD_SIZE|LOCAL_RANK|LOCAL_WORLD_SIZE|NUMEXPR_NUM_THREADS|TOKENIZERS_PARALLELISM|MPLBACKEND|OPENAI_API_KEY|(?i:(HTTPS?|ALL|NO)_PROXY)"
 )
 """Variables that a Docker container gets; Apptainer's gets all."""
 
@@ -34,7 +34,10 @@ class Container:
 
     def command(self, extra: Mapping[str, str] | None = None, gpus: bool = True) -> list[str]:
         """What goes before the arguments of python; `extra` variables are set inside."""
-        variables = {"PYTHONNOUSERSITE": "1", **(extra or {})}
+        # An image may name places of its own, where results would be lost and models fetched for each job.
+        hub = _hub_cache() if _hub_cache().exists() else environment.home() / "huggingface"
+        places = {"TSAE_HOME": str(environment.home()), "HF_HOME": str(hub)}
+        variables = {"PYTHONNOUSERSITE": "1", **places, **(extra or {})}
         return self._apptainer(variables, gpus) if self.runtime == "apptainer" else self._docker(variables, gpus)
 
     def _apptainer(self, variables: Mapping[str, str], gpus: bool) -> list[str]:
@@ -98,7 +101,8 @@ def _binds(places: Iterable[str | Path], asked: Sequence[str]) -> list[str]:
         here = bind.partition(":")[0]
         if not Path(here).exists():
             raise TsaeError(f"binds: {here}: no such folder")
-    there = [environment.home(), *(place for place in places if Path(place).exists())]
+    # Not Path.exists, which raises for what is too long to be a path, as a text is.
+    there = [environment.home(), *(place for place in places if os.path.exists(place))]
     existing = sorted({str(Path(place).expanduser().absolute()) for place in there})
     kept: list[str] = []
     for place in existing:
@@ -108,7 +112,7 @@ def _binds(places: Iterable[str | Path], asked: Sequence[str]) -> list[str]:
 
 
 def _hub_cache() -> Path:
-    return Path(os.environ.get("HF_HOME") or "~/.cache/huggingface").expanduser()
+    return Path(os.environ.get("HF_HOME") or "~/.cache/huggingface").expanduser().absolute()
 
 
 def _pulled(name: str) -> Path:

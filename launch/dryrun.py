@@ -23,7 +23,7 @@ def dry_run(plan: Plan, options: Options) -> list[str]:
     on_slurm = executor == "slurm"
     site = load_cluster(options.cluster) if on_slurm or options.cluster else Cluster()
     choice = choose(plan, executor, options.retry_failed)
-    image = container_for(plan, options, site if on_slurm else Cluster())
+    image = container_for(plan, options, site if on_slurm else Cluster(), executor)
     report = plan.report()
     stages = [*choice.start, *([report] if report and choice.start else [])]
     lines = [f"{plan.name}: {len(plan.points)} points", *_points(plan), ""]

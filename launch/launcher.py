@@ -8,21 +8,23 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import local
 import slurm_query
 from attempt import Attempt
+from cancel import undo_half_submissions
 from cluster import Cluster, load_cluster
 from container import Container
 from container import container as container_of
 from display import Terminal
-from plan import Plan, write_sources
+from plan import Plan
 from runner import Task
 from slurm import Submission
 from stage import Stage
 from survey import LIVE, Standing, Survey
 
-from tsae import locks
+from tsae import locks, schema
 from tsae.errors import TsaeError
 
 WAIT_SECONDS = 0.2
@@ -107,10 +109,11 @@ def launch(plan: Plan, options: Options) -> Launched:
     executor = resolve(options.executor)
     site = load_cluster(options.cluster) if executor == "slurm" or options.cluster else Cluster()
     with _launch_lock(plan):
+        undo_half_submissions(plan.folder)
         choice = choose(plan, executor, options.retry_failed)
         if not choice.start:
             return Launched(choice)
-        image = container_for(plan, options, site if executor == "slurm" else Cluster())
+        image = container_for(plan, options, site if executor == "slurm" else Cluster(), executor)
         stages = [*choice.start, *(stage for stage in [plan.report()] if stage)]
         # A local queue may have to take over what another one has now.
         attempt = _begin(plan, choice.start, image)
@@ -142,13 +145,17 @@ def resolve(executor: str) -> str:
 @contextmanager
 def _launch_lock(plan: Plan) -> Iterator[None]:
     """One launcher of a sweep at a time decides what is missing; the next one sees what it has started."""
-    path = plan.folder / "launch.lock"
+    path, waits = plan.folder / "launch.lock", False
     while True:
         holding = locks.hold(path, f"launch {plan.name}")
         try:
             holding.__enter__()
             break
-        except locks.LockHeld:
+        except locks.LockHeld as held:
+            # Said once; an owner on another machine that was killed counts as alive for two minutes.
+            if not waits:
+                print(f"waiting: {held}", file=sys.stderr)
+            waits = True
             time.sleep(WAIT_SECONDS)
     try:
         yield
@@ -157,24 +164,39 @@ def _launch_lock(plan: Plan) -> Iterator[None]:
 
 
 def _begin(plan: Plan, stages: Sequence[Stage], image: Container | None) -> Attempt:
-    sweep = plan.sweep.path.read_text(encoding="utf-8")
-    attempt = Attempt.begin(plan.folder, sweep, plan.config_texts(list(stages)), image.image if image else None)
-    write_sources(plan, attempt.folder)
-    return attempt
+    points = plan.config_texts(list(stages))
+    return Attempt.begin(plan.folder, plan.sources(), points, image.image if image else None)
 
 
-def container_for(plan: Plan, options: Options, site: Cluster) -> Container | None:
-    """The image that the jobs run in, if any: the command line's, else the sweep's, else the site's."""
+def container_for(plan: Plan, options: Options, site: Cluster, executor: str) -> Container | None:
+    """The image that the jobs run in, if any: the command line's, else the sweep's, else the site's.
+
+    Whatever the points' settings name and is there is seen inside. Raises TsaeError where `executor` cannot use it.
+    """
+    if executor == "debug":
+        if options.container:
+            raise TsaeError("--executor debug runs in this process, not in a container; --executor local starts one")
+        return None
     name = options.container or plan.sweep.config.container or site.container
     if name is None:
         return None
-    named = {
-        place
-        for point in plan.points
-        for place in (point.config.data.source, point.config.model.name, point.config.store.path)
-        if place
-    }
-    return container_of(name, sorted(named), site.binds)
+    named = {text for point in plan.points for text in _texts(schema.to_plain(point.config))}
+    image = container_of(name, sorted(named), site.binds)
+    if executor == "slurm" and image.runtime == "docker":
+        raise TsaeError(
+            f"--container {name}: jobs of Slurm run in Apptainer, not in Docker; "
+            "`apptainer build tsae.sif docker-daemon:IMAGE:TAG` turns an image of Docker into a file"
+        )
+    return image
+
+
+def _texts(plain: Any) -> Iterator[str]:
+    """Every text in a tree of settings."""
+    if isinstance(plain, str):
+        yield plain
+    elif isinstance(plain, dict | list):
+        for part in plain.values() if isinstance(plain, dict) else plain:
+            yield from _texts(part)
 
 
 def _submit(

@@ -10,7 +10,7 @@ from contextlib import suppress
 
 from attempt import Attempt, Submitted
 from background import QueueFile, read_queue, run_queue, start_in_background
-from calls import log_path
+from calls import last_line, log_path
 from container import Container
 from display import Terminal
 from jobs import DebugExecutor, LocalExecutor
@@ -35,7 +35,11 @@ def start(
         claims = OtherQueues(plan, attempt)
         return Queue(list(stages), executor, shown, Machine.this(), plan.sweep.config.max_parallel, claims)
 
-    _record(own, attempt, os.getpid())
+    try:
+        _record(own, attempt, os.getpid())
+    except OSError:  # a full disk
+        attempt.remove()
+        raise
     return start_in_background(attempt, make)
 
 
@@ -55,7 +59,9 @@ def follow(stages: Sequence[Stage], attempt: Attempt, queue: int, terminal: Term
         raise
     _update(tasks, attempt, terminal)
     if any(task.state in OPEN for task in tasks):
-        raise TsaeError(f"the queue ended before its work did; see {attempt.folder / 'queue.log'}")
+        log = attempt.folder / "queue.log"
+        why = last_line(log) or "it could not say why; is the disk full?"
+        raise TsaeError(f"the queue ended before its work did: {why} (all of it in {log}); the same command continues")
     return [task for task in tasks if task.state in BROKEN]
 
 

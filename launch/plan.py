@@ -21,7 +21,7 @@ from stage import KINDS, Stage
 from sweepfile import Sweep
 
 from tsae import config as configuration
-from tsae import files, schema
+from tsae import schema
 from tsae.checkpoint import RunFolder
 from tsae.errors import TsaeError
 
@@ -78,6 +78,11 @@ class Plan:
             return None
         return self._chain.report(self.points, list(self.stages), lambda: is_current(self))
 
+    def sources(self) -> dict[str, str]:
+        """The files from which this can be planned again, by name: the sweep, and the base that it was laid over."""
+        found = {SWEEP_FILE: self.sweep.path, BASE_FILE: self.sweep.base_path}
+        return {name: path.read_text(encoding="utf-8") for name, path in found.items()}
+
     def config_texts(self, stages: list[Stage]) -> dict[str, str]:
         """The resolved configuration of each point that `stages` read, as YAML."""
         named = [[stage.config] if isinstance(stage.config, str) else stage.config or [] for stage in stages]
@@ -105,11 +110,6 @@ def make_plan(sweep: Sweep) -> Plan:
     merged = [dataclasses.replace(stage, points=tuple(needed_by[key])) for key, stage in table.items()]
     ordered = sorted(merged, key=lambda stage: KINDS.index(stage.kind))
     return Plan(sweep, points, tuple(pack(points, ordered)))
-
-
-def write_sources(plan: Plan, folder: Path) -> None:
-    """Write the base that the sweep was laid over beside a launch's copy of the sweep, so that it can be planned again."""
-    files.write_text(folder / BASE_FILE, plan.sweep.base_path.read_text(encoding="utf-8"))
 
 
 def _as_yaml(config: configuration.RunConfig) -> str:

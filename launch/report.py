@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import csv
 import io
-import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -57,9 +56,7 @@ def page_path(plan: Plan) -> Path:
 def is_current(plan: Plan) -> bool:
     """Whether the report on disk shows the results that are there now."""
     record = page_path(plan).with_name("results.json")
-    if not (record.exists() and page_path(plan).exists()):
-        return False
-    return bool(json.loads(record.read_text()).get("made_from") == _state(plan))
+    return page_path(plan).exists() and bool(files.read_whole_json(record).get("made_from") == _state(plan))
 
 
 def write_report(plan: Plan) -> Path:

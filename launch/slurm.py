@@ -19,9 +19,10 @@ from typing import Any
 
 from arrays import Array, to_arrays
 from attempt import Attempt, Submitted
+from cancel import undo_half_submissions
 from cluster import Cluster
 from container import Container
-from slurm_query import Limits, cancel, complaint, job_name, limits, release
+from slurm_query import Limits, complaint, job_name, limits, release
 from snapshot import python_path
 from stage import Stage
 
@@ -71,35 +72,45 @@ class Submission:
 
         Raises TsaeError if Slurm refuses one; then none of them stays submitted and the attempt is taken away.
         """
-        known = limits()
-        ids: dict[Array, str] = {}
-        arrays = to_arrays(stages, self.cluster, known.max_array, self.alive)
         try:
-            for number, array in enumerate(arrays):
-                folder = self.attempt.folder / _folder_name(number, array)
-                folder.mkdir()
-                began = time.time()
-                jobs = _sbatch(folder, self._parameters(array, ids, folder), self._python(array), self._calls(array))
-                ids[array] = jobs[0].partition("_")[0]
-                self.attempt.add_jobs(
-                    Submitted(
-                        stage=stage.key,
-                        label=stage.label,
-                        job=job,
-                        cluster=known.cluster,
-                        submitted=began,
-                        executor="slurm",
-                        log=str(folder / f"{job}_0_log.out"),
-                        attempt=self.attempt.stamp,
-                    )
-                    for stage, job in zip(array.stages, jobs, strict=True)
-                )
-            release(ids[array] for array in arrays if array.is_free)
+            self.attempt.submitting.touch()
+            self._submit_held(stages)
+            self.attempt.submitting.unlink(missing_ok=True)
         except BaseException:
-            cancel(ids.values())
+            # By the sweep's name: Ctrl-C may have ended sbatch after Slurm took the array and before its id was read.
+            undo_half_submissions(self.sweep_folder)
             self.attempt.remove()
             raise
         return self.attempt.jobs()
+
+    def _submit_held(self, stages: Sequence[Stage]) -> None:
+        """Submit all arrays, and let the first jobs start once Slurm has taken the last one."""
+        known = limits()
+        ids: dict[Array, str] = {}
+        arrays = to_arrays(stages, self.cluster, known.max_array, self.alive)
+        for number, array in enumerate(arrays):
+            folder = self.attempt.folder / _folder_name(number, array)
+            folder.mkdir()
+            began = time.time()
+            jobs = _sbatch(folder, self._parameters(array, ids, folder), self._python(array), self._calls(array))
+            ids[array] = jobs[0].partition("_")[0]
+            self.attempt.add_jobs(
+                Submitted(
+                    stage=stage.key,
+                    label=stage.label,
+                    job=job,
+                    cluster=known.cluster,
+                    submitted=began,
+                    executor="slurm",
+                    log=str(folder / f"{job}_0_log.out"),
+                    attempt=self.attempt.stamp,
+                )
+                for stage, job in zip(array.stages, jobs, strict=True)
+            )
+        try:
+            release(ids[array] for array in arrays if array.is_free)
+        except TsaeError as error:
+            raise TsaeError(f"{error}; were the jobs cancelled meanwhile? nothing stays submitted") from None
 
     def texts(self, stages: Sequence[Stage], known: Limits = UNKNOWN_CLUSTER) -> list[str]:
         """The sbatch scripts that `submit` would hand over, with words where ids are not known yet."""
@@ -176,13 +187,16 @@ class Submission:
         }
 
     def _variables(self, cpus: int | None) -> dict[str, str]:
+        own = self.cluster.environment
+        # The copy comes first, or an installed package would stand in for it.
+        path = [python_path(self.attempt.code), *([own["PYTHONPATH"]] if "PYTHONPATH" in own else [])]
         return {
             "TSAE_HOME": str(environment.home()),
-            "PYTHONPATH": python_path(self.attempt.code),
             "PYTHONSAFEPATH": "1",  # else a folder `tsae` in the working directory would stand in for the copy
             MOST_RESTARTS: str(self.cluster.max_restarts),
             **({"OMP_NUM_THREADS": str(cpus)} if cpus else {}),
-            **self.cluster.environment,
+            **own,
+            "PYTHONPATH": os.pathsep.join(path),
         }
 
 

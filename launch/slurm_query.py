@@ -135,13 +135,13 @@ def limits() -> Limits:
 
 
 def run(*command: str) -> str:
-    """The output of one of Slurm's commands. Raises TsaeError with its first complaint."""
+    """The output of one of Slurm's commands. Raises TsaeError with what it complains about."""
     try:
         answer = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, "LC_ALL": "C"})
     except FileNotFoundError:
         raise TsaeError(f"{command[0]}: not found; sweeps on a cluster start where Slurm's commands are") from None
     if answer.returncode:
-        raise TsaeError(complaint(answer.stderr) or f"{command[0]}: ended with code {answer.returncode}")
+        raise TsaeError(f"{command[0]}: {complaint(answer.stderr) or f'ended with code {answer.returncode}'}")
     return answer.stdout
 
 

@@ -61,14 +61,23 @@ def write_provenance(folder: Path, image: str | None = None) -> None:
 
 
 def _git(*arguments: str) -> str:
-    """What git says; its complaint where it refuses, as it does in a checkout of another user."""
-    answer = subprocess.run(["git", *arguments], cwd=PACKAGE.parent, capture_output=True, text=True, check=False)
-    return answer.stderr if answer.returncode else answer.stdout
+    """What git says; its complaint where it refuses, as it does in a checkout of another user, or is not there."""
+    try:
+        answer = subprocess.run(["git", *arguments], cwd=PACKAGE.parent, capture_output=True, check=False)
+    except FileNotFoundError:
+        return "git: not found"
+    # A changed file may hold any bytes.
+    return (answer.stderr if answer.returncode else answer.stdout).decode(errors="replace")
 
 
 def _digest(image: str) -> str | None:
-    """SHA-256 of an image that is a file; a name in a registry has none here."""
-    if not Path(image).is_file():
+    """SHA-256 of an image that is a file, or of one that Docker has; None of a folder, and of one yet to be fetched."""
+    if Path(image).is_file():
+        with open(image, "rb") as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
+    try:
+        inspect = ["docker", "image", "inspect", "--format={{.Id}}", image]
+        answer = subprocess.run(inspect, capture_output=True, text=True, check=False)
+    except FileNotFoundError:
         return None
-    with open(image, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+    return answer.stdout.strip().removeprefix("sha256:") or None

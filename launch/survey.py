@@ -23,6 +23,7 @@ from slurm_query import AccountedJob, QueuedJob
 from stage import Stage
 
 from tsae import job, locks
+from tsae.errors import TsaeError
 
 STATES = ("done", "running", "queued", "preempted", "failed", "interrupted", "blocked", "waiting")
 """waiting: nobody was asked to do it, or not by now; blocked: it waits for one that failed."""
@@ -68,6 +69,10 @@ class Survey:
     """A look at a whole sweep, with one query of each scheduler at most."""
 
     plan: Plan
+    without_slurm: bool = False
+    """Whether to go on, and believe what the jobs said last, where Slurm does not answer; else that is a TsaeError."""
+    silence: str = field(init=False, default="")
+    """What Slurm's command said in place of an answer."""
     sweep_attempts: list[Attempt] = field(init=False)
     jobs: dict[str, Submitted] = field(init=False)
 
@@ -150,12 +155,17 @@ class Survey:
         )
         if own.state == "failed":
             return own
-        known = None if stage.key in self._reused else self._queued.get(entry.job)
+        queued = self._queued
+        if queued is None:
+            return replace(own, state=own.state or "queued", until=None)
+        known = None if stage.key in self._reused else queued.get(entry.job)
         if known is not None and known.alive:
             if known.state == "RUNNING" or known.state == "COMPLETING":
                 began = time.time() - slurm_seconds(known.elapsed)
                 return replace(own, state="running", node=known.node, since=began, until=None)
-            return replace(own, state="preempted" if state else "queued", node="", since=None, error=_why(known))
+            return replace(
+                own, state="preempted" if state else "queued", node="", since=None, error=_why(known, entry.job)
+            )
         owner = locks.owner(stage.lock)
         if owner is not None:
             return replace(own, state="running", node=owner.host, since=owner.since, until=None)
@@ -172,8 +182,14 @@ class Survey:
         return self._queues[stamp]
 
     @cached_property
-    def _queued(self) -> dict[str, QueuedJob]:
-        return slurm_query.queued(self.plan.folder)
+    def _queued(self) -> dict[str, QueuedJob] | None:
+        try:
+            return slurm_query.queued(self.plan.folder)
+        except TsaeError as error:
+            if not self.without_slurm:
+                raise
+            self.silence = str(error)
+            return None
 
     @cached_property
     def _accounted(self) -> dict[str, AccountedJob] | None:
@@ -220,8 +236,13 @@ def _lives(task: Status, node: str) -> bool:
     return here and bool(task.pid) and locks.started_at(task.pid) == task.pid_started
 
 
-def _why(known: QueuedJob) -> str:
-    return "" if known.reason in PATIENT else known.reason
+def _why(known: QueuedJob, number: str) -> str:
+    """Why it does not run, if it will not do so by itself or not soon."""
+    if known.reason in PATIENT:
+        return ""
+    # After a lost node Slurm may hold a job whose second launch came too early for the first one's end.
+    held = known.reason == "JobHeldUser" or known.reason.endswith("requeued held")
+    return f"{known.reason}; `scontrol release {number}` lets it run" if held else known.reason
 
 
 def _ended_without_a_word(own: Standing, ended: QueuedJob | AccountedJob | None, begun: bool) -> Standing:

@@ -54,7 +54,7 @@ class SweepConfig:
     resources: Resources = field(default_factory=Resources)
     """What the jobs of each stage may use."""
     max_parallel: int | None = None
-    """Jobs of this sweep that run at the same time, at most."""
+    """Jobs that run at the same time, at most: of this sweep on one machine, of each of its arrays on Slurm."""
     container: str | None = None
     """Image that the jobs run in, as for --container."""
     report: ReportConfig = field(default_factory=ReportConfig)

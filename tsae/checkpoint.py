@@ -132,11 +132,8 @@ class RunFolder:
         return all(results.get(key) == calibration[key] for key in ("encode_rule", "threshold"))
 
     def read_results(self) -> dict[str, Any]:
-        """The content of eval_results.json, or an empty mapping."""
-        if not self.eval_results.exists():
-            return {}
-        loaded: dict[str, Any] = json.loads(self.eval_results.read_text())
-        return loaded
+        """The content of eval_results.json; an empty mapping if there is none, or a damaged one."""
+        return files.read_whole_json(self.eval_results)
 
 
 def save_dictionary(path: Path, dictionary: Dictionary, scale: float = 1.0) -> None:

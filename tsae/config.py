@@ -6,7 +6,7 @@ A run is one YAML file; the resolved file and its hash lie beside every output.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -149,13 +149,19 @@ def group_weights(config: RunConfig) -> tuple[float, ...]:
 
 def store_settings(config: RunConfig) -> dict[str, Any]:
     """The part of a configuration that decides the content of the activation store."""
-    plain = schema.to_plain(config)
-    for section, name in (("model", "device"), ("model", "batch_size"), ("store", "path"), ("data", "skip_positions")):
-        del plain[section][name]
-    if config.is_synthetic:
-        world = {name: plain["data"][name] for name in ("source", "context_length", "holdout", "seed")}
-        return {"data": world, "synthetic": plain["synthetic"], "store": plain["store"]}
-    return {section: plain[section] for section in ("model", "data", "store")}
+    world = config.is_synthetic
+    plain = _plain(config, ("data", "store", "synthetic" if world else "model"))
+    del plain["store"]["path"]
+    if world:
+        plain["data"] = {name: plain["data"][name] for name in ("source", "context_length", "holdout", "seed")}
+        return plain
+    del plain["model"]["device"], plain["model"]["batch_size"], plain["data"]["skip_positions"]
+    return plain
+
+
+def _plain(config: RunConfig, sections: Iterable[str]) -> dict[str, Any]:
+    """Some sections as YAML-ready mappings; a plan of a thousand runs would wait for all of them."""
+    return {name: schema.to_plain(getattr(config, name)) for name in sections}
 
 
 def reading_settings(config: RunConfig) -> dict[str, Any]:
@@ -172,9 +178,10 @@ def reading_settings(config: RunConfig) -> dict[str, Any]:
 
 def training_settings(config: RunConfig) -> dict[str, Any]:
     """The part that decides a trained dictionary: everything but evaluation and where things run."""
-    plain = {**schema.to_plain(config), **store_settings(config)}
+    apart = {"model", "data", "synthetic", "store", "evaluation", "experiments"}
+    others = (section.name for section in dataclasses.fields(config) if section.name not in apart)
+    plain = {**store_settings(config), **_plain(config, others)}
     plain["data"]["skip_positions"] = config.data.skip_positions
-    del plain["evaluation"], plain["experiments"], plain["model" if config.is_synthetic else "synthetic"]
     for name in ("device", "processes", "shard", "trackers", "resume_every", "resume_minutes", "resume_keep", "pack"):
         del plain["training"][name]
     return plain

@@ -122,12 +122,8 @@ def state_path(record: Path) -> Path:
 
 
 def read_state(record: Path) -> dict[str, Any] | None:
-    """What the stage's last job said of itself, or None if none has started."""
-    try:
-        state: dict[str, Any] = json.loads(state_path(record).read_text())
-    except FileNotFoundError:
-        return None
-    return state
+    """What the stage's last job said of itself, or None if none has started, or what it said cannot be read."""
+    return files.read_whole_json(state_path(record)) or None
 
 
 def main(arguments: list[str] | None = None) -> int:

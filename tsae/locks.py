@@ -1,7 +1,8 @@
 """Locks on stages: at most one live process works on an output, and a dead one never blocks.
 
 A lock is a small JSON file beside the output that names its owner by host, process id and start time.
-On the owner's own host the process table decides whether it lives; on others a heartbeat does.
+Where the owner's process can be seen, the process table decides whether it lives; on other hosts, and in containers
+with process ids of their own, a heartbeat does.
 """
 
 from __future__ import annotations
@@ -32,6 +33,18 @@ class Owner:
     pid: int
     started: str
     since: float
+    table: str = ""
+    """The process table that holds `pid`: Docker's containers have tables of their own, and may have the host's name."""
+
+    @classmethod
+    def this(cls) -> Owner:
+        """This process, from now."""
+        return cls(socket.gethostname(), os.getpid(), started_at(os.getpid()), time.time(), _process_table())
+
+    @property
+    def is_here(self) -> bool:
+        """Whether this process sees that one, and may signal it."""
+        return (self.host, self.table) == (socket.gethostname(), _process_table())
 
     def __str__(self) -> str:
         return f"process {self.pid} on {self.host} since {time.strftime('%H:%M:%S', time.localtime(self.since))}"
@@ -49,7 +62,7 @@ def owner(path: Path) -> Owner | None:
     except (OSError, ValueError, TypeError):
         # Missing, or not whole: locks are written atomically, so such a file has no owner.
         return None
-    if found.host == socket.gethostname():
+    if found.is_here:
         return found if started_at(found.pid) == found.started else None
     return found if _clock(path.parent) - beaten < SILENT_SECONDS else None
 
@@ -62,8 +75,7 @@ def hold(path: Path, what: str) -> Iterator[None]:
         holder = owner(path)
         if holder is not None:
             raise LockHeld(f"{what}: {holder} is already working on it; wait for it or end it")
-        me = Owner(socket.gethostname(), os.getpid(), started_at(os.getpid()), time.time())
-        files.write_json(path, asdict(me))
+        files.write_json(path, asdict(Owner.this()))
     leaving = threading.Event()
     heart = threading.Thread(target=_beat, args=(path, leaving), daemon=True)
     heart.start()
@@ -95,6 +107,13 @@ def started_at(pid: int) -> str:
     except PermissionError:
         return "alive"
     return "alive"
+
+
+def _process_table() -> str:
+    try:
+        return os.readlink("/proc/self/ns/pid")
+    except OSError:
+        return ""  # no Linux; its containers are virtual machines
 
 
 def _beat(path: Path, leaving: threading.Event) -> None:

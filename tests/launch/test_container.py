@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from cluster import Cluster
 from container import Container, container
+from launcher import Options, container_for
+from plan import Plan
 
 from tsae.errors import TsaeError
 
@@ -39,7 +43,14 @@ def test_apptainer_sees_the_folders_and_keeps_the_environment(programs: Path, tm
     chosen = container("../tsae.sif", [data, inner, tmp_path / "not there"], binds=["/usr:/host"])
     assert chosen.binds == (str(programs), str(data), str(home), "/usr:/host")
     command = chosen.command({"PYTHONPATH": "/a,b"})
-    assert command[:3] == ["env", "APPTAINERENV_PYTHONNOUSERSITE=1", "APPTAINERENV_PYTHONPATH=/a,b"]
+    assert command[0] == "env"
+    set_inside = {word for word in command if word.startswith("APPTAINERENV_")}
+    assert set_inside == {
+        "APPTAINERENV_PYTHONNOUSERSITE=1",
+        "APPTAINERENV_PYTHONPATH=/a,b",
+        f"APPTAINERENV_TSAE_HOME={home}",
+        f"APPTAINERENV_HF_HOME={home}/huggingface",  # there is no cache of models outside
+    }
     assert command[-2:] == [str(image), "python3"]
     assert "--nv" in command
     assert 'type=bind,"source=/usr","destination=/host"' in command
@@ -47,7 +58,13 @@ def test_apptainer_sees_the_folders_and_keeps_the_environment(programs: Path, tm
     assert not {"--cleanenv", "--containall", "--contain"} & set(command)
 
 
-def test_docker_gets_folders_user_and_the_variables_that_matter(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_docker_gets_folders_user_and_the_variables_that_matter(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.delenv("TSAE_HOME")  # then it is ./runs, whatever the image names
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    monkeypatch.setenv("https_proxy", "http://proxy")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,3")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("EDITOR", "vi")
@@ -62,6 +79,9 @@ def test_docker_gets_folders_user_and_the_variables_that_matter(monkeypatch: pyt
         "--env=HF_HUB_OFFLINE",
         "--env=PYTHONPATH=/code",
         "--env=PYTHONNOUSERSITE=1",
+        f"--env=TSAE_HOME={tmp_path}/runs",
+        f"--env=HF_HOME={tmp_path}",
+        "--env=https_proxy",
     } <= set(command)
     assert not [word for word in command if "EDITOR" in word or "--gpus" in word]
 
@@ -80,6 +100,37 @@ def test_a_registry_s_image_is_fetched_once_by_apptainer_and_left_to_docker_with
     assert (chosen.runtime, chosen.image) == ("apptainer", str(home / "containers" / "owner-image-tag.sif"))
     assert len(Path("calls").read_text().splitlines()) == 1
     assert container("docker:tsae").runtime == "docker"
+
+
+def test_every_place_that_the_settings_name_is_seen_inside(
+    programs: Path, tmp_path: Path, plan_of: Callable[..., Plan]
+) -> None:
+    install(programs, "docker")
+    outside = tmp_path / "outside"
+    texts = outside / "passage.txt"
+    outside.mkdir()
+    texts.touch()
+    os.chdir(programs)
+    words = "a passage that stands in the YAML itself " * 20
+    overrides = {"experiments.sequences.texts": [str(texts), words]}
+    plan = plan_of(grid={"sae.k": [8]}, overrides=overrides, container="docker:tsae")
+    chosen = container_for(plan, Options(executor="local"), Cluster(), "local")
+    assert chosen is not None
+    assert str(texts) in chosen.binds
+    assert container_for(plan, Options(executor="debug"), Cluster(), "debug") is None
+
+
+@pytest.mark.parametrize(
+    ("executor", "words"), [("slurm", "jobs of Slurm run in Apptainer"), ("debug", "not in a cont")]
+)
+def test_an_executor_that_cannot_use_the_image_is_refused(
+    programs: Path, plan_of: Callable[..., Plan], executor: str, words: str
+) -> None:
+    install(programs, "docker")
+    with pytest.raises(TsaeError, match=words):
+        container_for(
+            plan_of(grid={"sae.k": [8]}), Options(executor=executor, container="docker:tsae"), Cluster(), executor
+        )
 
 
 def test_what_is_not_there_is_one_line(programs: Path, tmp_path: Path) -> None:

@@ -41,7 +41,7 @@ class Silent:
 @pytest.fixture
 def attempt(tmp_path):
     """A launch that started nothing yet."""
-    return Attempt.begin(tmp_path / "sweep", "", {})
+    return Attempt.begin(tmp_path / "sweep", {}, {})
 
 
 @dataclasses.dataclass(frozen=True)

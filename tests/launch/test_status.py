@@ -13,9 +13,11 @@ from attempt import Attempt, Submitted
 from background import file_of, lock_of
 from overview import counts, log_texts, point_rows
 from runner import Status
+from status import status_lines
 from survey import Standing, Survey, slurm_seconds
 
 from tsae import files, job, locks
+from tsae.errors import TsaeError
 
 
 @pytest.fixture
@@ -27,7 +29,7 @@ def plan(plan_of):
 @pytest.fixture
 def attempt(plan):
     """A launch that gave all stages to a local queue."""
-    made = Attempt.begin(plan.folder, "", {})
+    made = Attempt.begin(plan.folder, {}, {})
     common = {"cluster": None, "submitted": time.time(), "executor": "local", "attempt": made.stamp}
     made.add_jobs(
         Submitted(stage=stage.key, label=stage.label, job="1", log=f"{stage.kind}.log", **common)
@@ -105,10 +107,39 @@ def test_the_record_of_an_earlier_launch_says_nothing_of_this_one(plan, attempt)
     train = next(stage for stage in plan.stages if stage.kind == "train")
     record(train, attempt, state="failed", error="long ago")
     assert states(plan)[train.label] == "failed"
-    again = Attempt.begin(plan.folder, "", {})
+    again = Attempt.begin(plan.folder, {}, {})
     entry = next(entry for entry in attempt.jobs() if entry.stage == train.key)
     again.add_jobs([Submitted(**{**vars(entry), "attempt": again.stamp})])
     assert states(plan)[train.label] == "waiting"
+
+
+def test_where_slurm_does_not_answer_the_jobs_words_are_shown_and_said_to_be_no_more(
+    plan, attempt, monkeypatch, tmp_path
+):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    entries = attempt.jobs()
+    again = Attempt.begin(plan.folder, {}, {})
+    again.add_jobs(Submitted(**{**vars(entry), "executor": "slurm", "attempt": again.stamp}) for entry in entries)
+    one, other = (stage for stage in plan.stages if stage.kind == "train")
+    record(one, again, state="running", started=time.time())
+    with pytest.raises(TsaeError, match="squeue: not found"):
+        states(plan)  # a launch must know
+    survey = Survey(plan, without_slurm=True)
+    standings = survey.standings(plan.stages)
+    assert [standings[stage.key].state for stage in (one, other)] == ["running", "queued"]
+    assert "Slurm does not answer (squeue: not found" in status_lines(plan, 200)[0][2]
+
+
+def test_a_damaged_record_counts_as_none_and_a_damaged_list_of_jobs_is_one_line(plan, attempt):
+    train = next(stage for stage in plan.stages if stage.kind == "train")
+    queue_says(attempt, (train, Status("interrupted", began=1.0)))
+    record(train, attempt, state="failed")
+    assert states(plan)[train.label] == "failed"
+    job.state_path(train.record).write_text('{"state": "fai')
+    assert states(plan)[train.label] == "interrupted"
+    (attempt.folder / "jobs.json").write_text("[{")
+    with pytest.raises(TsaeError, match=r"jobs\.json: damaged.*scancel --name=tsae\.little"):
+        states(plan)
 
 
 def test_what_another_process_works_on_runs(plan):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +13,6 @@ from cluster import Cluster
 from resources import StageResources
 from slurm import Submission
 from slurm_query import QueuedJob, queued
-from snapshot import python_path
 from stage import Stage
 
 from tsae.job import read_state
@@ -77,9 +75,8 @@ class SweepOnSlurm:
     def submission(self, configs: dict[str, Any] | None = None, environment: Any = None, **settings: Any) -> Submission:
         """A fresh attempt whose jobs find the errands; `settings` are the cluster's."""
         points = {name: yaml.safe_dump(tree) for name, tree in (configs or {}).items()}
-        attempt = Attempt.begin(self.folder, "name: tiny", points)
-        path = os.pathsep.join((python_path(attempt.code), str(HERE)))
-        cluster = Cluster(environment={"PYTHONPATH": path, **(environment or {})}, **settings)
+        attempt = Attempt.begin(self.folder, {"sweep.yaml": "name: tiny"}, points)
+        cluster = Cluster(environment={"PYTHONPATH": str(HERE), **(environment or {})}, **settings)
         return Submission(sweep_folder=self.folder, attempt=attempt, cluster=cluster)
 
     def submit(self, *stages: Stage, **settings: Any) -> dict[str, Submitted]:

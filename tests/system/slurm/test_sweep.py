@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import collections
+import os
 import re
+import signal
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -110,3 +112,46 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(
     assert said.count("\n") == 1
     assert not list(full_disk.rglob("attempts/*"))
     assert not slurm_command("squeue", "--noheader", f"--name={job_name(full_disk / 'sweeps' / 'tiny-base')}")
+
+
+@pytest.fixture
+def deadly(tiny: CommandLine, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """A function that launches the sweep with an sbatch that does as it is told; `die` kills the launcher."""
+
+    def launch(script: str) -> None:
+        program = tiny.home / "bin" / "sbatch"
+        program.parent.mkdir()
+        program.write_text(f"""\
+#!/bin/sh
+submit() {{ PATH="${{PATH#*:}}" sbatch "$@"; }}
+die() {{ kill -9 $PPID; }}
+{script}
+""")
+        program.chmod(0o755)
+        with monkeypatch.context() as path:
+            path.setenv("PATH", f"{program.parent}:{os.environ['PATH']}")
+            tiny.sweep(code=-signal.SIGKILL)
+
+    return launch
+
+
+@pytest.mark.parametrize(("second", "left"), [("die", 1), ('submit "$@"; die', 3)])
+def test_what_a_killed_launcher_has_half_submitted_is_taken_back_by_the_next(
+    sweep: SweepOnSlurm, tiny: CommandLine, deadly: Callable[[str], None], second: str, left: int
+) -> None:
+    """The first array is held, and waits for ever; the second one is not there, or nobody has noted it."""
+    deadly(f'case "$*" in *01-train*) {second};; *) submit "$@";; esac')
+    assert len(sweep.alive()) == left
+    assert "under way" not in tiny.sweep()
+    jobs = sweep.queue()
+    assert len(sweep.alive()) == 6
+    assert "JobHeldUser" not in {jobs[job].reason for job in sweep.alive()}
+
+
+def test_cancelling_ends_what_a_killed_launcher_did_not_note(
+    sweep: SweepOnSlurm, tiny: CommandLine, deadly: Callable[[str], None]
+) -> None:
+    deadly('submit "$@"; die')
+    assert len(sweep.alive()) == 1
+    assert "cancelled 1 Slurm job" in tiny.sweep("--cancel")
+    assert not sweep.alive()
