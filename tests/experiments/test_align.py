@@ -95,13 +95,16 @@ def test_dictionaries_share_one_harvest_of_the_pairs(
     assert sorted((experiment_home / "stores").iterdir()) == before
 
 
-def test_explanations_are_named_in_the_table(config: RunConfig, checkpoints: Path, tmp_path: Path) -> None:
+def test_explanations_that_came_later_are_named_in_the_table(
+    config: RunConfig, checkpoints: Path, tmp_path: Path
+) -> None:
+    assert measured(config, checkpoints)["table"][0]["explanation"] is None
     explanations = tmp_path / "explanations.json"
     explanations.write_text(json.dumps({str(latent): f"about {latent}" for latent in range(64)}))
-    wanted = with_settings(config, dataset=config.experiments.align.dataset, seed=1)
-    (path,) = driver.run("align", wanted, RunFolder.of(checkpoints, "temporal"), [2], explanations=explanations)
+    (path,) = driver.run("align", config, RunFolder.of(checkpoints, "temporal"), [2], explanations=explanations)
     row = json.loads(Path(path).read_text())["table"][0]
     assert row["explanation"] == f"about {row['latent']}"
+    assert measured(config, checkpoints)["table"][0]["explanation"] is None
 
 
 @pytest.mark.parametrize(

@@ -35,17 +35,19 @@ class Experiment(NamedTuple):
     """Whether it is made for each split of the latents; else once for the run."""
     dense: bool
     """Whether it can be made for the residual stream itself."""
+    explained: bool
+    """Whether its results show explanations of latents."""
     help: str
 
 
 EXPERIMENTS = {
-    "probe": Experiment("probing", True, True, "probe feature activations for semantics, context and syntax"),
-    "tsne": Experiment("tsne", True, True, "map feature activations with t-SNE, coloured by three labels"),
-    "sequences": Experiment("sequences", True, False, "follow latents over passages spliced into one context"),
-    "align": Experiment("alignment", True, False, "compare latents on chosen and rejected responses"),
-    "steer": Experiment("steering", True, False, "generate text while a latent is held up"),
-    "explain": Experiment("autointerp", False, False, "explain latents with a language model, and score that"),
-    "features": Experiment("features", False, False, "make one page with all latents of a run"),
+    "probe": Experiment("probing", True, True, False, "probe feature activations for semantics, context and syntax"),
+    "tsne": Experiment("tsne", True, True, False, "map feature activations with t-SNE, coloured by three labels"),
+    "sequences": Experiment("sequences", True, False, True, "follow latents over passages spliced into one context"),
+    "align": Experiment("alignment", True, False, True, "compare latents on chosen and rejected responses"),
+    "steer": Experiment("steering", True, False, True, "generate text while a latent is held up"),
+    "explain": Experiment("autointerp", False, False, False, "explain latents with a language model, and score that"),
+    "features": Experiment("features", False, False, True, "make one page with all latents of a run"),
 }
 """Command → experiment; the module has the command's name."""
 
@@ -78,7 +80,8 @@ def run(
     made = []
     for chunk in splits:
         path = run.result(_stem(config, name, chunk, checkpoint), "json")
-        if not _is_current(run, name, config, chunk, checkpoint) or _shows_other_explanations(path, subject):
+        current = _is_current(run, name, config, chunk, checkpoint)
+        if not current or (experiment.explained and _shows_other_explanations(path, subject)):
             _make(name, subject, chunk)
         made.append(str(path))
     return made
@@ -129,6 +132,8 @@ def _make(name: str, subject: Subject, chunk: int | None) -> None:
         "subject": subject.description(),
         "settings": schema.to_plain(settings),
     }
+    if EXPERIMENTS[name].explained:
+        results["explanations_hash"] = subject.explanations_hash
     if chunk is None:
         results |= module.measure(subject, settings)
     else:
@@ -162,9 +167,8 @@ def _is_current(run: RunFolder, name: str, config: RunConfig, chunk: int | None,
 
 
 def _shows_other_explanations(path: Path, subject: Subject) -> bool:
-    """Whether results say which explanations they show, and those are not the ones there are now."""
-    shown = json.loads(path.read_text()).get("explanations_hash")
-    return shown is not None and shown != subject.explanations_hash
+    """Whether the explanations that results show are not the ones there are now."""
+    return bool(json.loads(path.read_text()).get("explanations_hash") != subject.explanations_hash)
 
 
 def with_dataset(config: RunConfig, name: str, dataset: str | None) -> RunConfig:
