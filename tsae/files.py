@@ -38,6 +38,15 @@ def write_json(path: str | Path, value: Any) -> None:
     write_atomically(path, lambda stream: stream.write((json.dumps(value, indent=2) + "\n").encode()))
 
 
+def read_whole_json(path: str | Path) -> dict[str, Any]:
+    """The mapping in a JSON file that can be made again; empty where there is none or it is damaged."""
+    try:
+        found = json.loads(Path(path).read_bytes())
+    except (FileNotFoundError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
 def sync_stream(stream: BinaryIO) -> None:
     """Flush what was written to `stream` down to the disk."""
     stream.flush()

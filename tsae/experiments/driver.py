@@ -10,7 +10,8 @@ sweep's report shows under "headline" (and their half-widths under "half_width_9
 from __future__ import annotations
 
 import dataclasses
-import json
+import logging
+import os
 from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
@@ -24,6 +25,9 @@ from tsae.errors import TsaeError
 
 if TYPE_CHECKING:
     from tsae.experiments.subject import Subject
+
+
+log = logging.getLogger("tsae")
 
 
 class Experiment(NamedTuple):
@@ -83,6 +87,8 @@ def run(
         current = _is_current(run, name, config, chunk, checkpoint)
         if not current or (experiment.explained and _shows_other_explanations(path, subject)):
             _make(name, subject, chunk)
+        else:
+            log.info("%s: complete already", path)
         made.append(str(path))
     return made
 
@@ -97,7 +103,18 @@ def is_done(config: RunConfig, run: RunFolder, name: str) -> bool:
 
 def settings_hash(config: RunConfig, name: str, chunk: int | None, checkpoint: str | None) -> str:
     """What decides an experiment's results, as a hash."""
-    return schema.stable_hash([configuration.experiment_settings(config, name), chunk, checkpoint])
+    decisive = [configuration.experiment_settings(config, name), chunk, checkpoint]
+    return schema.stable_hash(decisive + _local_files(config, name))
+
+
+def _local_files(config: RunConfig, name: str) -> list[list[int]]:
+    """Size and time of the local files that an experiment reads its texts from: an edited file has other results."""
+    own = getattr(config.experiments, name)
+    passages = own.texts if name == "sequences" else ()
+    named = [getattr(own, "dataset", None), config.experiments.texts.categories, *passages]
+    paths = [os.path.expanduser(text) for text in named if text]
+    found = [os.stat(path) for path in paths if os.path.isfile(path)]
+    return [[status.st_size, status.st_mtime_ns] for status in found]
 
 
 def files_of(run: RunFolder, config: RunConfig, name: str) -> list[Path]:
@@ -114,7 +131,7 @@ def headlines(run: RunFolder, config: RunConfig) -> dict[str, tuple[float, float
     """Every complete experiment's headline numbers, `probing_chunk0/semantics` → (value, half-width of its interval)."""
     found: dict[str, tuple[float, float | None]] = {}
     for path in (path for name in EXPERIMENTS for path in files_of(run, config, name)):
-        results = json.loads(path.read_text())
+        results = files.read_whole_json(path)
         half = results.get("half_width_95", {})
         for measure, value in results.get("headline", {}).items():
             if value is not None:
@@ -160,15 +177,13 @@ def _stem(config: RunConfig, name: str, chunk: int | None, checkpoint: str | Non
 
 def _is_current(run: RunFolder, name: str, config: RunConfig, chunk: int | None, checkpoint: str | None) -> bool:
     path = run.result(_stem(config, name, chunk, checkpoint), "json")
-    if not path.exists():
-        return False
-    found = json.loads(path.read_text())
+    found = files.read_whole_json(path)
     return bool(found.get("config_hash") == settings_hash(config, name, chunk, checkpoint))
 
 
 def _shows_other_explanations(path: Path, subject: Subject) -> bool:
     """Whether the explanations that results show are not the ones there are now."""
-    return bool(json.loads(path.read_text()).get("explanations_hash") != subject.explanations_hash)
+    return bool(files.read_whole_json(path).get("explanations_hash") != subject.explanations_hash)
 
 
 def with_dataset(config: RunConfig, name: str, dataset: str | None) -> RunConfig:
