@@ -85,6 +85,14 @@ def test_the_table_and_the_figure_stand_beside_the_results(config: RunConfig, ch
     assert run.result("alignment_chunk0", "png").stat().st_size > 10_000
 
 
+def test_where_nothing_is_significant_the_largest_difference_is_drawn(config: RunConfig, checkpoints: Path) -> None:
+    results = measured(with_settings(config, dataset=config.experiments.align.dataset, level=1e-300), checkpoints)
+    assert results["latents"]["significant"] == 0
+    assert [(shown["latent"], shown["label"]) for shown in results["scatter"]] == [
+        (results["table"][0]["latent"], "not significant")
+    ]
+
+
 def test_dictionaries_share_one_harvest_of_the_pairs(
     config: RunConfig, checkpoints: Path, experiment_home: Path
 ) -> None:

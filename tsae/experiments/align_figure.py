@@ -93,8 +93,7 @@ def _draw_pairs(axes: Axes, scatter: list[dict[str, Any]]) -> None:
     axes.set_xlabel("response length in tokens, rejected − chosen")
     axes.set_ylabel("difference of the pair")
     axes.set_title("Pair by pair")
-    if scatter:
-        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), markerscale=2, handletextpad=0.1)
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), markerscale=2, handletextpad=0.1)
 
 
 def _name(row: dict[str, Any]) -> str:
