@@ -8,7 +8,7 @@ from pathlib import Path
 
 from summary import Summary
 
-from tsae.experiments.driver import EXPERIMENTS, files_of
+from tsae.experiments.driver import EXPERIMENTS, draw_again, files_of
 
 MOST_BYTES = 24_000_000
 """Pictures of experiments that a page carries; beyond that it tells where they are."""
@@ -37,6 +37,8 @@ def experiments_section(summary: Summary) -> str:
             continue
         parts = []
         for point, path in found:
+            if experiment.compared:
+                draw_again(name, path)
             drawn, title = path.with_suffix(".png"), f"{point}: {path.stem}"
             room -= drawn.stat().st_size
             shown = picture(drawn, title)[0] if room > 0 else f"<code>{html.escape(str(drawn))}</code>"

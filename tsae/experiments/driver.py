@@ -39,19 +39,25 @@ class Experiment(NamedTuple):
     """Whether it is made for each split of the latents; else once for the run."""
     dense: bool
     """Whether it can be made for the residual stream itself."""
-    explained: bool
-    """Whether its results show explanations of latents."""
     help: str
+    explained: bool = False
+    """Whether its results show explanations of latents."""
+    compared: bool = False
+    """Whether its picture shows the results beside it, too, some of which are made later."""
 
 
 EXPERIMENTS = {
-    "probe": Experiment("probing", True, True, False, "probe feature activations for semantics, context and syntax"),
-    "tsne": Experiment("tsne", True, True, False, "map feature activations with t-SNE, coloured by three labels"),
-    "sequences": Experiment("sequences", True, False, True, "follow latents over passages spliced into one context"),
-    "align": Experiment("alignment", True, False, True, "compare latents on chosen and rejected responses"),
-    "steer": Experiment("steering", True, False, True, "generate text while a latent is held up"),
-    "explain": Experiment("autointerp", False, False, False, "explain latents with a language model, and score that"),
-    "features": Experiment("features", False, False, True, "make one page with all latents of a run"),
+    "probe": Experiment(
+        "probing", True, True, "probe feature activations for semantics, context and syntax", compared=True
+    ),
+    "tsne": Experiment("tsne", True, True, "map feature activations with t-SNE, coloured by three labels"),
+    "sequences": Experiment(
+        "sequences", True, False, "follow latents over passages spliced into one context", explained=True
+    ),
+    "align": Experiment("alignment", True, False, "compare latents on chosen and rejected responses", explained=True),
+    "steer": Experiment("steering", True, False, "generate text while a latent is held up", explained=True),
+    "explain": Experiment("autointerp", False, False, "explain latents with a language model, and score that"),
+    "features": Experiment("features", False, False, "make one page with all latents of a run", explained=True),
 }
 """Command → experiment; the module has the command's name."""
 
@@ -90,7 +96,16 @@ def run(
         else:
             log.info("%s: complete already", path)
         made.append(str(path))
+    if experiment.compared:
+        for path in made:
+            draw_again(name, Path(path))
     return made
+
+
+def draw_again(name: str, path: Path) -> None:
+    """Draw the picture beside complete results, with what lies beside them now; in a folder that may be written."""
+    if os.access(path.parent, os.W_OK):
+        import_module(f"tsae.experiments.{name}").draw(files.read_whole_json(path), path.with_suffix(".png"))
 
 
 def is_done(config: RunConfig, run: RunFolder, name: str) -> bool:
