@@ -61,3 +61,18 @@ def test_damaged_results_are_made_again(config: RunConfig, checkpoints: Path, da
     assert driver.files_of(run, config, "align") == []
     driver.run("align", config, run)
     assert path.read_bytes() == whole
+
+
+def test_a_sweep_makes_again_what_shows_other_explanations(config: RunConfig, checkpoints: Path) -> None:
+    run, own = RunFolder.of(checkpoints, "batch_topk"), configuration.replace(config, sae={"kind": "batch_topk"})
+    driver.run("align", own, run)
+    assert driver.is_done(own, run, "align")
+    explanations = run.result("explanations", "json")
+    try:
+        explanations.write_text('{"3": "about sea"}')
+        assert not driver.is_done(own, run, "align")
+        driver.run("align", own, run)
+        assert driver.is_done(own, run, "align")
+    finally:
+        explanations.unlink()
+    assert not driver.is_done(own, run, "align")

@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -91,7 +91,9 @@ def run(
     for chunk in splits:
         path = run.result(_stem(config, name, chunk, checkpoint), "json")
         current = _is_current(run, name, config, chunk, checkpoint)
-        if not current or (experiment.explained and _shows_other_explanations(path, subject)):
+        if current and experiment.explained:
+            current = files.read_whole_json(path).get("explanations_hash") == explanations_hash(subject.explanations)
+        if not current:
             _make(name, subject, chunk)
         else:
             log.info("%s: complete already", path)
@@ -109,17 +111,31 @@ def draw_again(name: str, path: Path) -> None:
 
 
 def is_done(config: RunConfig, run: RunFolder, name: str) -> bool:
-    """Whether the experiment's results for every split are here and complete; reads small files alone."""
+    """Whether the results for every split are complete and show the run's explanations; reads small files alone."""
+    from tsae.interop.explanations import find_explanations
+
     chunks: Sequence[int | None] = (None,)
     if EXPERIMENTS[name].splits:
         chunks = (0, 1, 2) if len(config.sae.group_sizes) > 1 and run.path.parent.name != BASELINE else (2,)
-    return all(_is_current(run, name, config, chunk, None) for chunk in chunks)
+    if not all(_is_current(run, name, config, chunk, None) for chunk in chunks):
+        return False
+    if not EXPERIMENTS[name].explained:
+        return True
+    found = find_explanations(run.path)
+    wanted = explanations_hash({} if found is None else files.read_whole_json(found))
+    paths = (run.result(_stem(config, name, chunk, None), "json") for chunk in chunks)
+    return all(files.read_whole_json(path).get("explanations_hash") == wanted for path in paths)
 
 
 def settings_hash(config: RunConfig, name: str, chunk: int | None, checkpoint: str | None) -> str:
     """What decides an experiment's results, as a hash."""
     decisive = [configuration.experiment_settings(config, name), chunk, checkpoint]
     return schema.stable_hash(decisive + _local_files(config, name))
+
+
+def explanations_hash(explanations: Mapping[Any, str]) -> str:
+    """What tells explanations by latent from others."""
+    return schema.stable_hash({str(latent): text for latent, text in explanations.items()})
 
 
 def _local_files(config: RunConfig, name: str) -> list[list[int]]:
@@ -165,7 +181,7 @@ def _make(name: str, subject: Subject, chunk: int | None) -> None:
         "settings": schema.to_plain(settings),
     }
     if EXPERIMENTS[name].explained:
-        results["explanations_hash"] = subject.explanations_hash
+        results["explanations_hash"] = explanations_hash(subject.explanations)
     if chunk is None:
         results |= module.measure(subject, settings)
     else:
@@ -194,11 +210,6 @@ def _is_current(run: RunFolder, name: str, config: RunConfig, chunk: int | None,
     path = run.result(_stem(config, name, chunk, checkpoint), "json")
     found = files.read_whole_json(path)
     return bool(found.get("config_hash") == settings_hash(config, name, chunk, checkpoint))
-
-
-def _shows_other_explanations(path: Path, subject: Subject) -> bool:
-    """Whether the explanations that results show are not the ones there are now."""
-    return bool(files.read_whole_json(path).get("explanations_hash") != subject.explanations_hash)
 
 
 def with_dataset(config: RunConfig, name: str, dataset: str | None) -> RunConfig:

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from tsae import schema
 from tsae.checkpoint import BASELINE, RunFolder, find_dictionary, load_dictionary
 from tsae.config import RunConfig
 from tsae.errors import TsaeError
@@ -121,11 +120,6 @@ class Subject:
                 "it is about another dictionary"
             )
         return explanations
-
-    @property
-    def explanations_hash(self) -> str:
-        """What tells these explanations from others."""
-        return schema.stable_hash({str(latent): text for latent, text in self.explanations.items()})
 
     def description(self) -> dict[str, Any]:
         """What results say of their subject."""
