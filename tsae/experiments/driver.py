@@ -99,8 +99,8 @@ def run(
             log.info("%s: complete already", path)
         made.append(str(path))
     if experiment.compared:
-        for path in made:
-            draw_again(name, Path(path))
+        for result in made:
+            draw_again(name, Path(result))
     return made
 
 
