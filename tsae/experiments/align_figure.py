@@ -73,7 +73,8 @@ def _draw_effects(axes: Axes, results: dict[str, Any]) -> None:
     axes.set_xlabel("correlation with the length difference")
     axes.set_ylabel("effect size (mean / standard deviation)")
     lengths = results["response_tokens"]
-    axes.set_title(f"{results['pairs']} pairs: {lengths['rejected']:.1f} against {lengths['chosen']:.1f} tokens")
+    sides = ", ".join(f"{side} {lengths[side]:.1f}" for side in ("rejected", "chosen"))
+    axes.set_title(f"{results['pairs']} pairs: {sides} tokens")
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=2, handletextpad=0.1, columnspacing=0.8)
 
 
