@@ -20,9 +20,6 @@ from tsae.errors import TsaeError
 from tsae.experiments import driver
 from tsae.experiments.driver import EXPERIMENTS
 
-READ_EXPLANATIONS = ("sequences", "align", "features")
-"""Experiments that show the explanations of latents where there are any."""
-
 
 class Chain:
     """Makes the stages of the points of one sweep, and knows the folders that belong to it."""
@@ -74,7 +71,7 @@ class Chain:
         chain = {"train": train, "evaluate": evaluate}
         listed = [name for name in EXPERIMENTS if name in self.sweep.config.stages]
         for name in sorted(listed, key=lambda name: name != "explain"):
-            explained = name in READ_EXPLANATIONS and "explain" in listed
+            explained = EXPERIMENTS[name].explained and "explain" in listed
             settings = schema.stable_hash(configuration.experiment_settings(config, name))
             before = (*inputs, chain["explain"].key) if explained else inputs
             chain[name] = self._on_run(point, name, settings, before, partial(driver.is_done, config, run, name))

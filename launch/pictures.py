@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import base64
 import html
+import os
+import urllib.parse
 from pathlib import Path
 
 from summary import Summary
 
-from tsae.experiments.driver import EXPERIMENTS, files_of
+from tsae.experiments.driver import EXPERIMENTS, draw_again, files_of
 
 MOST_BYTES = 24_000_000
 """Pictures of experiments that a page carries; beyond that it tells where they are."""
@@ -25,7 +27,7 @@ def picture(path: Path, title: str) -> tuple[str, int, int]:
 
 def experiments_section(summary: Summary) -> str:
     """The experiments' own figures, one fold for each experiment, points below each other; empty without any."""
-    folds, room = [], MOST_BYTES
+    folds, room, folder = [], MOST_BYTES, summary.plan.folder / "report"
     for name, experiment in EXPERIMENTS.items():
         found = [
             (row.point.name, path)
@@ -37,9 +39,22 @@ def experiments_section(summary: Summary) -> str:
             continue
         parts = []
         for point, path in found:
+            if experiment.compared:
+                draw_again(name, path)
             drawn, title = path.with_suffix(".png"), f"{point}: {path.stem}"
             room -= drawn.stat().st_size
             shown = picture(drawn, title)[0] if room > 0 else f"<code>{html.escape(str(drawn))}</code>"
-            parts.append(f'<figure class="panels">{shown}<figcaption>{html.escape(title)}</figcaption></figure>')
+            parts.append(
+                f'<figure class="panels">{shown}<figcaption>{_titled(title, path, folder)}</figcaption></figure>'
+            )
         folds.append(f"<details><summary>{html.escape(experiment.help)}</summary>{''.join(parts)}</details>")
     return "<h2>Experiments</h2>" + "".join(folds) if folds else ""
+
+
+def _titled(title: str, path: Path, folder: Path) -> str:
+    """The title of a result, with a link from `folder` to the page that lies beside the result, if there is one."""
+    page = path.with_suffix(".html")
+    if not page.exists():
+        return html.escape(title)
+    address = urllib.parse.quote(os.path.relpath(page, folder))
+    return f'{html.escape(title)} (<a href="{address}">interactive page</a>)'

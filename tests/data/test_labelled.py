@@ -80,6 +80,13 @@ def test_articles_get_the_category_of_their_title_and_reading_ends_with_the_last
         list(labelled_texts(articles, categories=wrong))
 
 
+def test_articles_of_the_table_that_are_not_there_are_named(tmp_path, caplog):
+    articles = write(tmp_path / "wiki.jsonl", [{"title": "A", "text": "about A"}, {"title": "B", "text": "about B"}])
+    table = write(tmp_path / "t.csv", [{"Article": "B", "Category": "People"}, {"Article": "Z", "Category": "Science"}])
+    assert [text.label for text in labelled_texts(articles, categories=table)] == ["People"]
+    assert "1 articles of the table are not there, such as 'Z'" in caplog.text
+
+
 def test_both_sides_of_a_pair_are_one_group(tmp_path):
     pairs = write(tmp_path / "p.jsonl", [{"chosen": "yes", "rejected": "no"}, {"chosen": "oui", "rejected": "non"}])
     assert list(response_pairs(pairs))[1] == ResponsePair("oui", "non")
@@ -104,13 +111,13 @@ def test_a_missing_column_is_named_with_those_found(tmp_path):
         list(response_pairs(path))
 
 
-@pytest.mark.parametrize("name", ["finewebb", "./nowhere.jsonl"])
+@pytest.mark.parametrize("name", ["finewebb", "./nowhere.jsonl", "~nobody/a.jsonl"])
 def test_what_is_not_there_is_refused_with_the_known_names(name):
     with pytest.raises(TsaeError, match="finefineweb, pile"):
         list(labelled_texts(name))
 
 
-def test_a_file_of_another_kind_or_damaged_is_one_line(tmp_path):
+def test_a_file_of_another_kind_or_damaged_is_one_line(tmp_path, capfd):
     (tmp_path / "a.xml").write_text("<a/>")
     with pytest.raises(TsaeError, match="cannot be read"):
         list(labelled_texts(str(tmp_path / "a.xml")))
@@ -121,3 +128,7 @@ def test_a_file_of_another_kind_or_damaged_is_one_line(tmp_path):
     (tmp_path / "a.parquet").write_bytes(b"not parquet")
     with pytest.raises(TsaeError, match=r"a\.parquet"):
         list(labelled_texts(str(tmp_path / "a.parquet")))
+    (tmp_path / "half.jsonl").write_text('{"text": "a", "domain": "b"}\n{"text": "a')
+    with pytest.raises(TsaeError, match=r"half\.jsonl: reading stopped"):
+        list(labelled_texts(str(tmp_path / "half.jsonl")))
+    assert capfd.readouterr() == ("", "")

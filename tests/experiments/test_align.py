@@ -85,6 +85,14 @@ def test_the_table_and_the_figure_stand_beside_the_results(config: RunConfig, ch
     assert run.result("alignment_chunk0", "png").stat().st_size > 10_000
 
 
+def test_where_nothing_is_significant_the_largest_difference_is_drawn(config: RunConfig, checkpoints: Path) -> None:
+    results = measured(with_settings(config, dataset=config.experiments.align.dataset, level=1e-300), checkpoints)
+    assert results["latents"]["significant"] == 0
+    assert [(shown["latent"], shown["label"]) for shown in results["scatter"]] == [
+        (results["table"][0]["latent"], "not significant")
+    ]
+
+
 def test_dictionaries_share_one_harvest_of_the_pairs(
     config: RunConfig, checkpoints: Path, experiment_home: Path
 ) -> None:
@@ -95,13 +103,16 @@ def test_dictionaries_share_one_harvest_of_the_pairs(
     assert sorted((experiment_home / "stores").iterdir()) == before
 
 
-def test_explanations_are_named_in_the_table(config: RunConfig, checkpoints: Path, tmp_path: Path) -> None:
+def test_explanations_that_came_later_are_named_in_the_table(
+    config: RunConfig, checkpoints: Path, tmp_path: Path
+) -> None:
+    assert measured(config, checkpoints)["table"][0]["explanation"] is None
     explanations = tmp_path / "explanations.json"
     explanations.write_text(json.dumps({str(latent): f"about {latent}" for latent in range(64)}))
-    wanted = with_settings(config, dataset=config.experiments.align.dataset, seed=1)
-    (path,) = driver.run("align", wanted, RunFolder.of(checkpoints, "temporal"), [2], explanations=explanations)
+    (path,) = driver.run("align", config, RunFolder.of(checkpoints, "temporal"), [2], explanations=explanations)
     row = json.loads(Path(path).read_text())["table"][0]
     assert row["explanation"] == f"about {row['latent']}"
+    assert measured(config, checkpoints)["table"][0]["explanation"] is None
 
 
 @pytest.mark.parametrize(

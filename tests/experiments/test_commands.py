@@ -13,8 +13,7 @@ from tsae import cli
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (["--run_name", "temporl"], "did you mean 'temporal'? runs found: batch_topk, temporal"),
-        (["--run_name", "temporal", "--explanation_path", "nowhere.json"], "nowhere.json: no such file"),
+        (["--run_name", "temporl"], "did you mean 'temporal'? runs found: "),
         (["--run_name", "temporal", "--checkpoint", "7"], "ae_7.pt: no such weights"),
         (["--run_name", "batch_topk", "--chunk", "0"], "--chunk 0: BatchTopKSAE has one group of latents"),
         (["--run_name", "temporal", "--layer", "0"], "--layer 0"),
@@ -31,6 +30,16 @@ def test_what_is_not_there_is_refused_before_anything_is_measured(
     assert words in said
     assert said.count("\n") == 1
     assert set(checkpoints.rglob("[!.]*")) == before
+
+
+def test_explanations_that_are_not_there_are_refused(checkpoints: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--run_name", "temporal", "--checkpoints_path", str(checkpoints), "--explanation_path", "nowhere.json"]
+    for command in ("sequences", "align", "steer", "features"):
+        assert cli.main([command, *flags]) == 2
+        assert (
+            capsys.readouterr().err
+            == "tsae: nowhere.json: no such file; an explanations.json or a result of SAEBench is expected\n"
+        )
 
 
 def test_a_layer_that_a_run_from_elsewhere_contradicts_is_refused(

@@ -174,8 +174,14 @@ def test_all_splits_of_a_run_are_probed_once(config, checkpoints, monkeypatch):
         assert task["probes"][3]["balanced_accuracy"] > task["probes"][3]["shuffled_balanced_accuracy"]
         assert all(entry["accuracy_half_width"] is not None for entry in task["probes"])
     assert driver.is_done(config, RunFolder.of(checkpoints, "temporal"), "probe")
+    beside = {}
     monkeypatch.setattr("tsae.experiments.probe.measure", None)
+    monkeypatch.setattr(
+        "tsae.experiments.probe.draw",
+        lambda drawn, path: beside.update({drawn["split"]: [entry["split"] for entry in splits_beside(drawn, path)]}),
+    )
     experiment_stage(config, checkpoints, "temporal", "probe")
+    assert beside["high-level"][:2] == ["low-level", "all latents"]
 
 
 def test_the_residual_stream_is_probed_by_its_own_name(config, checkpoints, labelled_text):

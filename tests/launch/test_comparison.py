@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import re
+import urllib.parse
 
 import charts
 import pytest
@@ -121,18 +123,33 @@ def test_an_experiments_headline_is_a_measure_and_its_picture_is_on_the_page(noi
     point = noisy.points[0]
     run = noisy.run(point)
     results = {
-        "config_hash": driver.settings_hash(point.config, "probe", 0, None),
+        "config_hash": driver.settings_hash(point.config, "tsne", 0, None),
         "headline": {"semantics": 0.75, "syntax": None},
         "half_width_95": {"semantics": 0.02},
     }
-    run.result("probing_chunk0", "json").write_text(json.dumps(results))
-    run.result("probing_chunk0", "png").write_bytes(noisy.run(point).path.joinpath("ae.pt").read_bytes() + bytes(40))
+    run.result("tsne_chunk0", "json").write_text(json.dumps(results))
+    run.result("tsne_chunk0", "png").write_bytes(noisy.run(point).path.joinpath("ae.pt").read_bytes() + bytes(40))
     row = summarise(noisy).rows[0]
-    assert row.values["probing_chunk0/semantics"] == 0.75
-    assert row.half_width("probing_chunk0/semantics") == 0.02
-    assert "probing_chunk0/syntax" not in row.values
+    assert row.values["tsne_chunk0/semantics"] == 0.75
+    assert row.half_width("tsne_chunk0/semantics") == 0.02
+    assert "tsne_chunk0/syntax" not in row.values
     page = report.write_report(noisy).read_text()
-    assert f"{point.name}: probing_chunk0</figcaption>" in page
-    other = run.result("probing_chunk0", "json")
+    assert f"{point.name}: tsne_chunk0</figcaption>" in page
+    run.result("tsne_chunk0", "html").write_text("a page")
+    page = report.write_report(noisy)
+    (address,) = re.findall(r'tsne_chunk0 \(<a href="([^"]+)">interactive page</a>\)</figcaption>', page.read_text())
+    assert (page.parent / urllib.parse.unquote(address)).read_text() == "a page"
+    other = run.result("tsne_chunk0", "json")
     other.write_text(json.dumps({**results, "config_hash": "of other settings"}))
-    assert "probing_chunk0/semantics" not in summarise(noisy).rows[0].values
+    assert "tsne_chunk0/semantics" not in summarise(noisy).rows[0].values
+
+
+def test_the_probes_pictures_on_the_page_show_what_came_later(noisy, monkeypatch):
+    point = noisy.points[0]
+    result = noisy.run(point).result("probing_chunk0", "json")
+    result.write_text(json.dumps({"config_hash": driver.settings_hash(point.config, "probe", 0, None)}))
+    result.with_suffix(".png").write_bytes(bytes(40))
+    drawn = []
+    monkeypatch.setattr("tsae.experiments.probe.draw", lambda _, path: drawn.append(path))
+    report.write_report(noisy)
+    assert drawn == [result.with_suffix(".png")]

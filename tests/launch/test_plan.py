@@ -51,6 +51,16 @@ def test_stages_depend_on_what_they_read(plan_of):
     assert evaluate.depends_on == (harvest.key, train.key)
 
 
+def test_experiments_that_show_explanations_wait_for_them(plan_of):
+    experiments = ["sequences", "steer", "explain", "align", "features", "probe", "tsne"]
+    plan = plan_of(grid={"sae.k": [8]}, stages=["harvest", "train", *experiments])
+    (explain,) = (stage.key for stage in plan.stages if stage.kind == "explain")
+    waiting = {stage.kind for stage in plan.stages if explain in stage.depends_on}
+    assert waiting == {"sequences", "align", "steer", "features"}
+    unexplained = plan_of(grid={"sae.k": [8]}, stages=["harvest", "train", "steer"])
+    assert len(unexplained.stages[-1].depends_on) == 2
+
+
 def test_what_is_complete_is_skipped(plan_of):
     plan = plan_of(grid={"sae.k": [8, 16]})
     assert len(plan.unfinished()) == 5

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from typing import Any
 
@@ -35,6 +36,14 @@ def _with_label_name(row: Any, field: str | None, names: list[str] | None) -> An
     return {**row, field: names[row[field]]}
 
 
+def quiet_datasets() -> Any:
+    """The module `datasets`, which leaves it to us to say what is wrong."""
+    import datasets
+
+    datasets.logging.set_verbosity(logging.CRITICAL)
+    return datasets
+
+
 def open_dataset(
     source: str,
     split: str,
@@ -45,9 +54,9 @@ def open_dataset(
     setting: str = "data.source",
 ) -> Any:
     """One split of the dataset `source`, as a stream of rows. Raises TsaeError, naming the `setting` that chose it."""
-    import datasets
     from huggingface_hub import constants
 
+    datasets = quiet_datasets()
     last: Exception | None = None
     # `datasets` looks into its own cache when the hub is out of reach, but not into the hub's.
     snapshot = _snapshot(source, revision) if constants.HF_HUB_OFFLINE else None

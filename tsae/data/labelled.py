@@ -15,6 +15,8 @@ columns it has; `label`, `topic` and `category` do for a label too.
 from __future__ import annotations
 
 import csv
+import logging
+import os
 from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
@@ -23,6 +25,9 @@ from typing import Any, NamedTuple
 from tsae.data import hub
 from tsae.errors import TsaeError, suggestion
 from tsae.preemption import polled
+from tsae.progress import Progress
+
+log = logging.getLogger("tsae")
 
 
 class LabelledText(NamedTuple):
@@ -103,22 +108,32 @@ def labelled_texts(
             yield LabelledText(chosen, "chosen", group)
             yield LabelledText(rejected, "rejected", group)
         return
-    labels = _categories(categories, dataset) if schema.label == "title" else None
-    left = set(labels or ())
+    if schema.label == "title":
+        yield from _articles(rows, _categories(categories, dataset))
+        return
     for group, row in enumerate(rows):
         text, label = rows.text(row), rows.label(row)
-        if labels is not None:
-            left.discard(label or "")
-            label = labels.get(label or "")
         if text and label:
             yield LabelledText(text, label, group)
-        if labels is not None and not left:
-            return
 
 
 def response_pairs(dataset: str, *, subset: str | None = None, split: str | None = None) -> Iterator[ResponsePair]:
     """The pairs of a dataset with columns chosen and rejected, in its order. Raises TsaeError without those columns."""
     yield from _pairs(_Rows(dataset, subset, split))
+
+
+def _articles(rows: _Rows, labels: dict[str, str]) -> Iterator[LabelledText]:
+    """The articles with a label; a whole encyclopedia may have to be read for the last of them."""
+    progress, left = Progress(f"articles of {rows.dataset}", None, "articles"), set(labels)
+    for group, row in enumerate(rows):
+        text, title = rows.text(row), rows.label(row) or ""
+        left.discard(title)
+        if text and title in labels:
+            yield LabelledText(text, labels[title], group)
+        if not left:
+            return
+        progress.update(group + 1, found=len(labels) - len(left), wanted=len(labels))
+    log.warning("%s: %d articles of the table are not there, such as '%s'", rows.dataset, len(left), min(left))
 
 
 def _pairs(rows: _Rows) -> Iterator[ResponsePair]:
@@ -215,7 +230,7 @@ def _open(dataset: str, subset: str | None, split: str | None) -> Any:
         schema = SCHEMAS[named]
         options = {"subset": subset or schema.subset, "data_dir": schema.data_dir, "setting": "--dataset"}
         return hub.open_dataset(str(schema.source), split or schema.split, **options)  # type: ignore[arg-type]
-    path = Path(dataset).expanduser()
+    path = Path(os.path.expanduser(dataset))
     if path.is_file():
         return _open_file(path)
     if path.is_dir():
@@ -229,14 +244,12 @@ def _open(dataset: str, subset: str | None, split: str | None) -> Any:
 
 
 def _open_file(path: Path) -> Any:
-    import datasets
-
     compressed = path.suffix.lower() in COMPRESSED
     builder = BUILDERS.get((path.with_suffix("") if compressed else path).suffix.lower())
     if builder is None:
         raise TsaeError(f"--dataset {path}: files of this kind cannot be read; allowed: {', '.join(BUILDERS)}")
     try:
-        return datasets.load_dataset(builder, data_files=str(path), split="train", streaming=True)
+        return hub.quiet_datasets().load_dataset(builder, data_files=str(path), split="train", streaming=True)
     except Exception as error:  # each format reports damage in its own way
         if path.stat().st_size == 0:
             raise TsaeError(f"--dataset {path}: holds no rows") from None
@@ -246,10 +259,8 @@ def _open_file(path: Path) -> Any:
 
 def _first_split(folder: Path, subset: str | None) -> str:
     """`train`, or the first split of a folder in the hub's format that has none of that name."""
-    import datasets
-
     try:
-        splits = [str(split) for split in datasets.get_dataset_split_names(str(folder), subset)]
+        splits = [str(split) for split in hub.quiet_datasets().get_dataset_split_names(str(folder), subset)]
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise TsaeError(f"--dataset {folder}: no dataset in the hub's format is here: {reason}") from None
@@ -264,7 +275,7 @@ def _categories(path: str | None, dataset: str) -> dict[str, str]:
             "experiments.texts.categories"
         )
     try:
-        with open(Path(path).expanduser(), encoding="utf-8-sig", newline="") as stream:
+        with open(os.path.expanduser(path), encoding="utf-8-sig", newline="") as stream:
             table = csv.DictReader(stream)
             found = table.fieldnames or []
             for column in ("Article", "Category"):

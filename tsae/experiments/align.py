@@ -230,21 +230,22 @@ def _length_summary(lengths: np.ndarray) -> dict[str, Any]:
 
 
 def _scatter(found: Differences, tests: Tests, first: int, level: float) -> list[dict[str, Any]]:
-    """Each pair's difference against its length difference, for the largest latent of either label."""
+    """Each pair's difference against its length difference, for the largest latent of either label, or else of any."""
     length = found.lengths[:, 1] - found.lengths[:, 0]
+    largest: dict[str, int] = {}
+    for latent in _ranked(tests).tolist():
+        largest.setdefault(tests.label(latent, level), latent)
     shown = []
-    for label in (CONCEPT, LENGTH):
-        latent = next((latent for latent in _ranked(tests).tolist() if tests.label(latent, level) == label), None)
-        if latent is not None:
-            values = found.response[:, [latent]].toarray()[:, 0]
-            shown.append(
-                {
-                    "latent": latent + first,
-                    "label": label,
-                    "length_difference": " ".join(map(str, length.tolist())),
-                    "difference": " ".join(f"{value:.4g}" for value in values),
-                }
-            )
+    for label in [label for label in (CONCEPT, LENGTH) if label in largest] or list(largest)[:1]:
+        values = found.response[:, [largest[label]]].toarray()[:, 0]
+        shown.append(
+            {
+                "latent": largest[label] + first,
+                "label": label,
+                "length_difference": " ".join(map(str, length.tolist())),
+                "difference": " ".join(f"{value:.4g}" for value in values),
+            }
+        )
     return shown
 
 

@@ -33,6 +33,7 @@ def draw_figure(results: dict[str, Any], path: Path) -> None:
         _draw_differences(axes[0], rows, results)
         _draw_effects(axes[1], results)
         _draw_pairs(axes[2], results["scatter"])
+        axes[2].set_title(f"Pair by pair ({results['pairs']})")
 
 
 def write_table(results: dict[str, Any], path: Path) -> None:
@@ -73,7 +74,8 @@ def _draw_effects(axes: Axes, results: dict[str, Any]) -> None:
     axes.set_xlabel("correlation with the length difference")
     axes.set_ylabel("effect size (mean / standard deviation)")
     lengths = results["response_tokens"]
-    axes.set_title(f"{results['pairs']} pairs: {lengths['rejected']:.1f} against {lengths['chosen']:.1f} tokens")
+    sides = ", ".join(f"{side} {lengths[side]:.1f}" for side in ("rejected", "chosen"))
+    axes.set_title(f"Tokens: {sides}")
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=2, handletextpad=0.1, columnspacing=0.8)
 
 
@@ -92,9 +94,7 @@ def _draw_pairs(axes: Axes, scatter: list[dict[str, Any]]) -> None:
     axes.axvline(0, color="#666666", linewidth=0.8)
     axes.set_xlabel("response length in tokens, rejected − chosen")
     axes.set_ylabel("difference of the pair")
-    axes.set_title("Pair by pair")
-    if scatter:
-        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), markerscale=2, handletextpad=0.1)
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), markerscale=2, handletextpad=0.1)
 
 
 def _name(row: dict[str, Any]) -> str:

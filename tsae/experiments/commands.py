@@ -39,7 +39,7 @@ def add_commands(add: AddCommand) -> None:
             )
         if name == "probe":
             _option(parser, "protocol", choices=("disjoint", "reference"), help="reference: that of the released code")
-        if name != "explain":  # which writes explanations, and reads none
+        if experiment.explained:
             _option(
                 parser,
                 "explanation-path",

@@ -10,8 +10,9 @@ sweep's report shows under "headline" (and their half-widths under "half_width_9
 from __future__ import annotations
 
 import dataclasses
-import json
-from collections.abc import Sequence
+import logging
+import os
+from collections.abc import Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -26,6 +27,9 @@ if TYPE_CHECKING:
     from tsae.experiments.subject import Subject
 
 
+log = logging.getLogger("tsae")
+
+
 class Experiment(NamedTuple):
     """Where an experiment is, and what its files are called."""
 
@@ -36,16 +40,24 @@ class Experiment(NamedTuple):
     dense: bool
     """Whether it can be made for the residual stream itself."""
     help: str
+    explained: bool = False
+    """Whether its results show explanations of latents."""
+    compared: bool = False
+    """Whether its picture shows the results beside it, too, some of which are made later."""
 
 
 EXPERIMENTS = {
-    "probe": Experiment("probing", True, True, "probe feature activations for semantics, context and syntax"),
+    "probe": Experiment(
+        "probing", True, True, "probe feature activations for semantics, context and syntax", compared=True
+    ),
     "tsne": Experiment("tsne", True, True, "map feature activations with t-SNE, coloured by three labels"),
-    "sequences": Experiment("sequences", True, False, "follow latents over passages spliced into one context"),
-    "align": Experiment("alignment", True, False, "compare latents on chosen and rejected responses"),
-    "steer": Experiment("steering", True, False, "generate text while a latent is held up"),
+    "sequences": Experiment(
+        "sequences", True, False, "follow latents over passages spliced into one context", explained=True
+    ),
+    "align": Experiment("alignment", True, False, "compare latents on chosen and rejected responses", explained=True),
+    "steer": Experiment("steering", True, False, "generate text while a latent is held up", explained=True),
     "explain": Experiment("autointerp", False, False, "explain latents with a language model, and score that"),
-    "features": Experiment("features", False, False, "make one page with all latents of a run"),
+    "features": Experiment("features", False, False, "make one page with all latents of a run", explained=True),
 }
 """Command → experiment; the module has the command's name."""
 
@@ -78,23 +90,62 @@ def run(
     made = []
     for chunk in splits:
         path = run.result(_stem(config, name, chunk, checkpoint), "json")
-        if not _is_current(run, name, config, chunk, checkpoint) or _shows_other_explanations(path, subject):
+        current = _is_current(run, name, config, chunk, checkpoint)
+        if current and experiment.explained:
+            current = files.read_whole_json(path).get("explanations_hash") == explanations_hash(subject.explanations)
+        if not current:
             _make(name, subject, chunk)
+        else:
+            log.info("%s: complete already", path)
         made.append(str(path))
+    if experiment.compared:
+        for result in made:
+            draw_again(name, Path(result))
     return made
 
 
+def draw_again(name: str, path: Path) -> None:
+    """Draw the picture beside complete results, with what lies beside them now; in a folder that may be written."""
+    if os.access(path.parent, os.W_OK):
+        import_module(f"tsae.experiments.{name}").draw(files.read_whole_json(path), path.with_suffix(".png"))
+
+
 def is_done(config: RunConfig, run: RunFolder, name: str) -> bool:
-    """Whether the experiment's results for every split are here and complete; reads small files alone."""
+    """Whether the results for every split are complete and show the run's explanations; reads small files alone."""
+    from tsae.interop.explanations import find_explanations
+
     chunks: Sequence[int | None] = (None,)
     if EXPERIMENTS[name].splits:
         chunks = (0, 1, 2) if len(config.sae.group_sizes) > 1 and run.path.parent.name != BASELINE else (2,)
-    return all(_is_current(run, name, config, chunk, None) for chunk in chunks)
+    if not all(_is_current(run, name, config, chunk, None) for chunk in chunks):
+        return False
+    if not EXPERIMENTS[name].explained:
+        return True
+    found = find_explanations(run.path)
+    wanted = explanations_hash({} if found is None else files.read_whole_json(found))
+    paths = (run.result(_stem(config, name, chunk, None), "json") for chunk in chunks)
+    return all(files.read_whole_json(path).get("explanations_hash") == wanted for path in paths)
 
 
 def settings_hash(config: RunConfig, name: str, chunk: int | None, checkpoint: str | None) -> str:
     """What decides an experiment's results, as a hash."""
-    return schema.stable_hash([configuration.experiment_settings(config, name), chunk, checkpoint])
+    decisive = [configuration.experiment_settings(config, name), chunk, checkpoint]
+    return schema.stable_hash(decisive + _local_files(config, name))
+
+
+def explanations_hash(explanations: Mapping[Any, str]) -> str:
+    """What tells explanations by latent from others."""
+    return schema.stable_hash({str(latent): text for latent, text in explanations.items()})
+
+
+def _local_files(config: RunConfig, name: str) -> list[list[int]]:
+    """Size and time of the local files that an experiment reads its texts from: an edited file has other results."""
+    own = getattr(config.experiments, name)
+    passages = own.texts if name == "sequences" else ()
+    named = [getattr(own, "dataset", None), config.experiments.texts.categories, *passages]
+    paths = [os.path.expanduser(text) for text in named if text]
+    found = [os.stat(path) for path in paths if os.path.isfile(path)]
+    return [[status.st_size, status.st_mtime_ns] for status in found]
 
 
 def files_of(run: RunFolder, config: RunConfig, name: str) -> list[Path]:
@@ -111,7 +162,7 @@ def headlines(run: RunFolder, config: RunConfig) -> dict[str, tuple[float, float
     """Every complete experiment's headline numbers, `probing_chunk0/semantics` → (value, half-width of its interval)."""
     found: dict[str, tuple[float, float | None]] = {}
     for path in (path for name in EXPERIMENTS for path in files_of(run, config, name)):
-        results = json.loads(path.read_text())
+        results = files.read_whole_json(path)
         half = results.get("half_width_95", {})
         for measure, value in results.get("headline", {}).items():
             if value is not None:
@@ -129,6 +180,8 @@ def _make(name: str, subject: Subject, chunk: int | None) -> None:
         "subject": subject.description(),
         "settings": schema.to_plain(settings),
     }
+    if EXPERIMENTS[name].explained:
+        results["explanations_hash"] = explanations_hash(subject.explanations)
     if chunk is None:
         results |= module.measure(subject, settings)
     else:
@@ -155,16 +208,8 @@ def _stem(config: RunConfig, name: str, chunk: int | None, checkpoint: str | Non
 
 def _is_current(run: RunFolder, name: str, config: RunConfig, chunk: int | None, checkpoint: str | None) -> bool:
     path = run.result(_stem(config, name, chunk, checkpoint), "json")
-    if not path.exists():
-        return False
-    found = json.loads(path.read_text())
+    found = files.read_whole_json(path)
     return bool(found.get("config_hash") == settings_hash(config, name, chunk, checkpoint))
-
-
-def _shows_other_explanations(path: Path, subject: Subject) -> bool:
-    """Whether results say which explanations they show, and those are not the ones there are now."""
-    shown = json.loads(path.read_text()).get("explanations_hash")
-    return shown is not None and shown != subject.explanations_hash
 
 
 def with_dataset(config: RunConfig, name: str, dataset: str | None) -> RunConfig:

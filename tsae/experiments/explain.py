@@ -14,14 +14,13 @@ active on. Without a language model, an explanation is a rule over tokens (see t
 from __future__ import annotations
 
 import hashlib
-import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from tsae import config as configuration
-from tsae import preemption, schema
+from tsae import files, preemption, schema
 from tsae.errors import TsaeError
 from tsae.experiments.answers import open_backend
 from tsae.experiments.explain_examples import collect_examples, wanted_latents
@@ -132,14 +131,14 @@ class _Stages:
         """Refuse, before anything is paid for, to write over explanations that were not made here."""
         if not self.target.exists():
             return
-        summary = self._file("autointerp", "json")
-        recorded = json.loads(summary.read_text())["explanations"]["sha256"] if summary.exists() else None
+        summary = files.read_whole_json(self._file("autointerp", "json"))
+        recorded = summary.get("explanations", {}).get("sha256")
         made = {
             str(line["latent"]): line["explanation"]
             for line in read_lines(self._file("autointerp_explanations"))
             if "explanation" in line
         }
-        if _digest(self.target) != recorded and json.loads(self.target.read_text()) != made:
+        if _digest(self.target) != recorded and not (made and files.read_whole_json(self.target) == made):
             raise TsaeError(f"{self.target}: was not made by `tsae explain` and is left as it is; move it away first")
 
     def _file(self, name: str, suffix: str = "jsonl") -> Path:

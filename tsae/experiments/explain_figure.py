@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 SERIES = {"high": "high-level split", "low": "low-level split", "all": "all latents"}
+FEWEST = 3
+"""Latents of a stratum without which its mean is left out; the interval of two is wider than the figure."""
 
 
 def draw(results: dict[str, Any], path: Path) -> None:
@@ -37,7 +39,7 @@ def _by_rate(axes: Axes, results: dict[str, Any], scorer: str, splits: list[str]
     strata.sort(key=lambda name: float(name.split()[0]))
     for series, split in enumerate(splits):
         found = {entry["stratum"]: entry[scorer] for entry in results["by_rate"] if entry["split"] == split}
-        there = [index for index, name in enumerate(strata) if found.get(name, {}).get("mean") is not None]
+        there = [index for index, name in enumerate(strata) if found.get(name, {}).get("latents", 0) >= FEWEST]
         shift = 0.08 * (series - (len(splits) - 1) / 2)
         plotting.draw_interval(
             axes,

@@ -52,7 +52,6 @@ def measure(subject: Subject, settings: FeaturesConfig) -> dict[str, Any]:
         "tokens": firings.n_tokens,
         "sequences": len(firings.tokens),
         "explained": len(subject.explanations),
-        "explanations_hash": subject.explanations_hash,
         "rate_edges": RATE_EDGES,
         "splits": {name: _split(statistics, part) for name, part in _splits(subject).items()},
         **_headline(subject, statistics),
@@ -69,11 +68,6 @@ def write_page(subject: Subject, settings: FeaturesConfig, firings: Firings, sta
     largest = np.nan_to_num(statistics.largest, nan=1.0)
     examples = data.find_examples(firings, largest, settings, progress)
     explanations = subject.explanations
-    if explanations and max(explanations) >= firings.dict_size:
-        raise TsaeError(
-            f"explanations.json: explains latent {max(explanations)}, {subject.run.path} has {firings.dict_size}; "
-            "it is about another dictionary"
-        )
     about = subject.description() | {
         "tokens": firings.n_tokens,
         "groups": list(subject.dictionary.group_sizes),

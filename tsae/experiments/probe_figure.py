@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tsae import plotting
+from tsae import files, plotting
 from tsae.checkpoint import BASELINE
 
 if TYPE_CHECKING:
@@ -78,9 +77,9 @@ def runs_beside(results: dict[str, Any], path: Path) -> list[dict[str, Any]]:
 def _alike(results: dict[str, Any], paths: list[Path]) -> Iterator[dict[str, Any]]:
     """Results that were made on the same texts in the same way."""
     for path in paths:
-        if not path.is_file():
+        entry = files.read_whole_json(path)
+        if not entry:
             continue
-        entry = json.loads(path.read_text())
         alike = all(entry.get(key) == results[key] for key in ("settings", "experiment"))
         same = all(entry["subject"][key] == results["subject"][key] for key in ("model", "layer"))
         if alike and same and all(entry["texts"][key] == results["texts"][key] for key in ("dataset", "classes")):

@@ -140,7 +140,7 @@ def _named(text: str) -> tuple[str, str]:
         words = text.split()
         return " ".join(words[:4]) + (" …" if len(words) > 4 else ""), text
     try:
-        return Path(text).stem, Path(text).expanduser().read_text(encoding="utf-8")
+        return Path(text).stem, Path(os.path.expanduser(text)).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "not UTF-8 text"
         raise TsaeError(f"experiments.sequences.texts: {text}: cannot be read: {reason}") from None

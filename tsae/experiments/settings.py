@@ -69,7 +69,7 @@ class ProbeConfig:
     context_texts: int = 32
     """Texts told apart by the task `context`."""
     gap: int = 5
-    """Tokens between the training and the test tokens of a text in the task `context`."""
+    """Distance, in tokens, of a text's training tokens from its test tokens in the task `context`, at least."""
     test_share: float = 0.25
     """Share of texts, or in `context` of tokens, that probes are scored on."""
     seeds: int = 3

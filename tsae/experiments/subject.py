@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from tsae import schema
 from tsae.checkpoint import BASELINE, RunFolder, find_dictionary, load_dictionary
 from tsae.config import RunConfig
 from tsae.errors import TsaeError
@@ -104,6 +103,7 @@ class Subject:
         """Latent → explanation, from `--explanation_path` or the explanations.json of the run; empty without one.
 
         The explanations of the final weights are not those of an intermediate checkpoint, which has a file of its own.
+        Raises TsaeError for a file that cannot be read or explains latents that the dictionary does not have.
         """
         from tsae.interop.explanations import find_explanations, read_explanations
 
@@ -113,12 +113,13 @@ class Subject:
         elif found is None:
             own = self.run.result(f"explanations_step{self.checkpoint}", "json")
             found = own if own.is_file() else None
-        return {} if found is None else read_explanations(found)
-
-    @property
-    def explanations_hash(self) -> str:
-        """What tells these explanations from others."""
-        return schema.stable_hash({str(latent): text for latent, text in self.explanations.items()})
+        explanations = {} if found is None else read_explanations(found)
+        if explanations and max(explanations) >= self.dictionary.dict_size:
+            raise TsaeError(
+                f"{found}: explains latent {max(explanations)}, {self.run.path} has {self.dictionary.dict_size}; "
+                "it is about another dictionary"
+            )
+        return explanations
 
     def description(self) -> dict[str, Any]:
         """What results say of their subject."""

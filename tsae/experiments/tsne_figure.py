@@ -49,7 +49,8 @@ def _classes(axes: Axes, x: np.ndarray, y: np.ndarray, label: np.ndarray, names:
     ]
     shown = sorted(frequent[:NAMED])
     rest = ~np.isin(label, shown)
-    axes.scatter(x[rest], y[rest], s=5, color="#CCCCCC", linewidths=0)
+    left = "rarer or none" if len(frequent) > NAMED else "none"
+    axes.scatter(x[rest], y[rest], s=5, color="#CCCCCC", linewidths=0, label=left if rest.any() else None)
     for number, name in enumerate(shown):
         colour = plotting.PALETTE[number % len(plotting.PALETTE)]
         shape = SHAPES[number // len(plotting.PALETTE)]

@@ -15,13 +15,13 @@ PAGE = """<!doctype html>
 <style>
 body { font: 15px/1.45 system-ui, sans-serif; color: #222; margin: 1.2rem auto; max-width: 92rem; padding: 0 1rem; }
 h1 { font-size: 1.2rem; margin: 0; } h2 { font-size: 1rem; margin: .6rem 0 0; }
-.note { color: #555; font-size: .85rem; margin: .2rem 0; }
+.note { color: #555; font-size: .85rem; margin: .2rem 0; } section .note { min-height: 2.9em; }
 #panels { display: grid; grid-template-columns: repeat(auto-fit, minmax(20rem, 1fr)); gap: 1rem; }
 canvas { width: 100%; aspect-ratio: 1; border: 1px solid #ddd; display: block; cursor: crosshair; }
 .keys { line-height: 1.3; min-height: 3rem; }
 .keys button { font: inherit; font-size: .8rem; border: 1px solid transparent; background: none; padding: 0 .3rem; cursor: pointer; }
 .keys button.on { border-color: #333; } .keys i { display: inline-block; width: .7em; height: .7em; border-radius: 50%; margin-right: .25em; }
-#about { position: sticky; bottom: 0; background: #fffffff2; border-top: 1px solid #ddd; min-height: 6rem; padding: .4rem 0; }
+#about { position: sticky; bottom: 0; background: #fff; border-top: 1px solid #ddd; min-height: 6rem; padding: .4rem 0; }
 #words { white-space: pre-wrap; overflow-wrap: anywhere; } mark { background: #F2C230; padding: 0 1px; }
 </style>
 <h1>TITLE</h1>
