@@ -43,7 +43,7 @@ def lab(
         require("containers", False, "as root on Debian, tests/system/containers/install_tools.sh brings them")
     answer = subprocess.run([str(HERE / "install_tools.sh")], capture_output=True, text=True, check=False)
     if answer.returncode:
-        why = answer.stderr.strip().splitlines()[-1]
+        why = (answer.stderr.strip() or f"exit code {answer.returncode}").splitlines()[-1]
         say(f"NOT TESTED, no image was built: {why}")
         require("containers", False, f"buildah, podman and Apptainer cannot be installed here: {why}")
     lab = make_lab()
