@@ -91,8 +91,11 @@ def outside(begun: dict[str, Future[Any]]) -> dict[str, object]:
 
 @pytest.fixture(scope="session")
 def user(lab: Lab) -> Iterator[str]:
-    """The name of an ordinary user of this machine, with a home."""
+    """The name of an ordinary user of this machine, with a clone in its home."""
     home = lab.folder / "home"
+    run(["userdel", "--force", USER], check=False)  # left behind by an interrupted run
     run(["useradd", "--create-home", "--home-dir", str(home), USER])
+    shutil.copytree(lab.source, home / "clone")
+    run(["chown", "-R", f"{USER}:", str(home / "clone")])
     yield USER
     run(["userdel", "--remove", USER], check=False)

@@ -113,6 +113,8 @@ class Lab:
             copy(REPOSITORY / name, self.source / name)
         for name in BUILD_FILES:
             shutil.copy(REPOSITORY / name, self.source / name)
+        # As a clone is where nobody else may read: its files are not for everybody, but the image's must be.
+        run(["chmod", "-R", "go=", str(self.source)])
         with ThreadPoolExecutor() as pool:
             for made in [pool.submit(self.fetch_wheels), pool.submit(self.make_base)]:
                 made.result()

@@ -106,9 +106,10 @@ def test_apptainer_exec_gives_the_numbers_of_a_run_outside(
 ) -> None:
     del sif_build
     home = lab.folder / "home" / "runs"
+    clone = lab.folder / "home" / "clone"
     command = ["python", "launch/sweep.py", *QUICKSTART]
     with lab.timed("small quickstart in Apptainer"):
-        lab.apptainer("exec", *command, options=["--nv"], user=user, cwd=lab.source, variables={"TSAE_HOME": str(home)})
+        lab.apptainer("exec", *command, options=["--nv"], user=user, cwd=clone, variables={"TSAE_HOME": str(home)})
     assert results(home) == outside
     assert {path.owner() for path in home.rglob("*")} == {user}
 
