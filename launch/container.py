@@ -92,6 +92,8 @@ def _image(name: str) -> tuple[Literal["apptainer", "docker"], str]:
             f"--container {name}: no such file; `apptainer build {image.name} apptainer.def` makes one, and "
             "docker://owner/image:tag is fetched"
         )
+    if image.is_file() and (why := _complaint(["apptainer", "inspect", str(image)])):
+        raise TsaeError(f"--container {name}: apptainer cannot open it: {why}")
     return "apptainer", str(image)
 
 
@@ -123,10 +125,16 @@ def _pulled(name: str) -> Path:
     image.parent.mkdir(parents=True, exist_ok=True)
     unfinished = image.with_name(f".{image.name}.{os.getpid()}.tmp")
     pull = ["apptainer", "pull", str(unfinished), name]
-    answer = subprocess.run(pull, capture_output=True, text=True, check=False)
-    if answer.returncode:
+    if why := _complaint(pull):
         unfinished.unlink(missing_ok=True)
-        last = answer.stderr.strip().splitlines()
-        raise TsaeError(f"--container {name}: `{shlex.join(pull)}` failed: {last[-1] if last else 'no word of why'}")
+        raise TsaeError(f"--container {name}: `{shlex.join(pull)}` failed: {why}")
     unfinished.rename(image)
     return image
+
+
+def _complaint(command: Sequence[str]) -> str | None:
+    """Run `command`; the last line of why it failed, or None if it did not."""
+    answer = subprocess.run(command, capture_output=True, text=True, check=False)
+    if not answer.returncode:
+        return None
+    return (answer.stderr.strip() or "no word of why").splitlines()[-1]

@@ -26,6 +26,19 @@ MINIMUM_SHARED_MEMORY_GPUS = 256
 MINIMUM_FVE = 0.3  # fraction of variance explained after a few steps; without training it is below zero
 TEXT_MODULES = ("argparse", "collections", "inspect", "logging", "subprocess", "tarfile", "tempfile", "typing")
 EXTRAS = frozenset({"triton", "tensorboard", "wandb", "sae_lens"})
+# What no module of the package loads before it is needed.
+ON_DEMAND = (
+    "datasets",
+    "dotenv",
+    "huggingface_hub",
+    "matplotlib.pyplot",
+    "nnsight",
+    "sklearn.linear_model",
+    "submitit",
+    "transformers",
+    "zarr",
+    "zstandard",
+)
 SHARED_MEMORY = Path("/dev/shm")
 GPU_DEVICE = Path("/dev/nvidiactl")
 
@@ -52,15 +65,15 @@ def _one_line(error: Exception) -> str:
 
 
 def imports() -> str:
-    """Load every module of the package, and through them every dependency."""
+    """Load every module of the package, and the dependencies that it loads only when they are needed."""
     names = [module.name for module in pkgutil.walk_packages(tsae.__path__, "tsae.") if module.name != "tsae.__main__"]
     without = set()
-    for name in names:
+    for name in (*names, *ON_DEMAND):
         try:
             importlib.import_module(name)
         except ModuleNotFoundError as error:
             if error.name is None or error.name.partition(".")[0] not in EXTRAS:
-                raise TsaeError(f"{name} cannot be loaded: {error}") from None
+                raise TsaeError(f"{name} cannot be loaded: {error}; install tsae again") from None
             without.add(error.name.partition(".")[0])
     absent = f"; without {', '.join(sorted(without))}" if without else ""
     return f"{len(names)} modules of {Path(tsae.__file__).parent}{absent}"
@@ -77,7 +90,8 @@ def versions() -> str:
     ]
     if wrong:
         raise TsaeError(f"{', '.join(wrong)}; `pip install -c constraints.txt` brings the tested versions")
-    return f"{len(installed)} packages as pinned, torch {installed['torch']}, tsae {installed['tsae']}"
+    tsae_version = installed.get("tsae", "of a checkout, not installed")
+    return f"{len(installed)} packages as pinned, torch {installed['torch']}, tsae {tsae_version}"
 
 
 def _constraints() -> Path:
@@ -210,7 +224,7 @@ def writable_home() -> str:
 
 
 def shared_memory() -> str:
-    """See that processes of this machine have room to exchange data."""
+    """See that processes of this machine can exchange data, and have room for it."""
     import torch
 
     several = torch.cuda.is_available() and torch.cuda.device_count() > 1
@@ -220,6 +234,11 @@ def shared_memory() -> str:
     free = shutil.disk_usage(SHARED_MEMORY).free // 2**20
     if free < needed:
         raise TsaeError(f"{SHARED_MEMORY} has {free} MiB free, {needed} are needed; --shm-size=1g (Docker) gives more")
+    try:
+        with tempfile.TemporaryFile(dir=SHARED_MEMORY) as probe:
+            probe.write(b"tsae")
+    except OSError as error:
+        raise TsaeError(f"{SHARED_MEMORY}: user {os.getuid()} cannot write there ({error.strerror})") from None
     return f"{free} MiB free in {SHARED_MEMORY}"
 
 

@@ -136,11 +136,14 @@ def test_an_executor_that_cannot_use_the_image_is_refused(
 def test_what_is_not_there_is_one_line(programs: Path, tmp_path: Path) -> None:
     with pytest.raises(TsaeError, match="apptainer is not on PATH"):
         container("tsae.sif")
-    install(programs, "apptainer", "echo FATAL: no such host >&2; exit 1")
+    install(programs, "apptainer", "echo FATAL: in vain >&2; exit 1")
     with pytest.raises(TsaeError, match="no such file"):
+        container("tsae.sif")
+    (tmp_path / "tsae.sif").write_text("half an image")
+    with pytest.raises(TsaeError, match=r"tsae\.sif: apptainer cannot open it: FATAL: in vain"):
         container("tsae.sif")
     with pytest.raises(TsaeError, match="binds: /nowhere: no such folder"):
         container(str(tmp_path), binds=["/nowhere:/data"])
-    with pytest.raises(TsaeError, match="failed: FATAL: no such host"):
+    with pytest.raises(TsaeError, match="failed: FATAL: in vain"):
         container("docker://owner/image")
     assert not list((tmp_path / "home" / "containers").iterdir())

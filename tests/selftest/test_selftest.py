@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import re
+import subprocess
+import sys
+import tomllib
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -10,6 +15,9 @@ from tsae import selftest
 from tsae.cli import main
 from tsae.errors import TsaeError
 
+REPOSITORY = Path(__file__).parents[2]
+LOADED = "import sys; from tsae import selftest; selftest.imports(); print(*{name.partition('.')[0] for name in sys.modules})"
+
 
 def test_sound_installation_passes_every_check(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("TSAE_HOME", str(tmp_path / "new"))
@@ -17,6 +25,21 @@ def test_sound_installation_passes_every_check(tmp_path, monkeypatch, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert [line.split(":")[0] for line in lines[:-1]] == [f"ok      {name}" for name in selftest.CHECKS]
     assert list((tmp_path / "new").iterdir()) == []
+
+
+def test_imports_load_every_dependency():
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
+    names = {re.split(r"[^\w-]", requirement, maxsplit=1)[0] for requirement in project["dependencies"]}
+    answer = subprocess.run([sys.executable, "-c", LOADED], cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    distributions = metadata.packages_distributions()
+    loaded = {name.lower() for module in answer.stdout.split() for name in distributions.get(module, ())}
+    assert {name.lower() for name in names} - {name.replace("_", "-") for name in loaded} - loaded == set()
+
+
+def test_dependency_that_is_missing_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "submitit", None)
+    with pytest.raises(TsaeError, match="submitit cannot be loaded"):
+        selftest.imports()
 
 
 def test_failed_check_is_told_and_the_others_are_still_made(monkeypatch, capsys):
@@ -63,6 +86,10 @@ def test_too_little_shared_memory_is_a_failure(monkeypatch):
         selftest.shared_memory()
     monkeypatch.setattr(selftest, "SHARED_MEMORY", Path("/no/such/folder"))
     with pytest.raises(TsaeError, match="is missing"):
+        selftest.shared_memory()
+    monkeypatch.setattr(selftest, "MINIMUM_SHARED_MEMORY", 0)
+    monkeypatch.setattr(selftest, "SHARED_MEMORY", Path("/proc"))
+    with pytest.raises(TsaeError, match="cannot write there"):
         selftest.shared_memory()
 
 

@@ -43,7 +43,7 @@ def lab(
         require("containers", False, "as root on Debian, tests/system/containers/install_tools.sh brings them")
     answer = subprocess.run([str(HERE / "install_tools.sh")], capture_output=True, text=True, check=False)
     if answer.returncode:
-        why = answer.stderr.strip().splitlines()[-1]
+        why = (answer.stderr.strip() or f"exit code {answer.returncode}").splitlines()[-1]
         say(f"NOT TESTED, no image was built: {why}")
         require("containers", False, f"buildah, podman and Apptainer cannot be installed here: {why}")
     lab = make_lab()
@@ -91,8 +91,11 @@ def outside(begun: dict[str, Future[Any]]) -> dict[str, object]:
 
 @pytest.fixture(scope="session")
 def user(lab: Lab) -> Iterator[str]:
-    """The name of an ordinary user of this machine, with a home."""
+    """The name of an ordinary user of this machine, with a clone in its home."""
     home = lab.folder / "home"
+    run(["userdel", "--force", USER], check=False)  # left behind by an interrupted run
     run(["useradd", "--create-home", "--home-dir", str(home), USER])
+    shutil.copytree(lab.source, home / "clone")
+    run(["chown", "-R", f"{USER}:", str(home / "clone")])
     yield USER
     run(["userdel", "--remove", USER], check=False)

@@ -25,6 +25,8 @@ PATIENCE_SECONDS = 1800
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 USER = "tsae-test"
 OWNER = 4242
+# Docker's --read-only, which unlike podman's brings no writable /tmp along.
+READ_ONLY = ("--read-only", "--read-only-tmpfs=false")
 HASHED = ("ae.pt", "metrics.jsonl")
 # The README's first sweep, made small: every stage of it runs, on the same model and text.
 QUICKSTART = (
@@ -113,6 +115,8 @@ class Lab:
             copy(REPOSITORY / name, self.source / name)
         for name in BUILD_FILES:
             shutil.copy(REPOSITORY / name, self.source / name)
+        # As a clone is where nobody else may read: its files are not for everybody, but the image's must be.
+        run(["chmod", "-R", "go=", str(self.source)])
         with ThreadPoolExecutor() as pool:
             for made in [pool.submit(self.fetch_wheels), pool.submit(self.make_base)]:
                 made.result()

@@ -23,7 +23,8 @@ fi
 if ! apptainer version >/dev/null 2>&1; then
     stage=$(mktemp -d)
     mkdir -p "$stage"/{lists/partial,cache/archives/partial,debs,apptainer,libc} "$libc"
-    mirror=$(apt-get indextargets --format '$(REPO_URI)' 'Created-By: Packages' | grep -m1 -E '/debian/?$')
+    mirror=$(apt-get indextargets --format '$(REPO_URI)' 'Created-By: Packages' | grep -m1 -E '/debian/?$') ||
+        { echo "Apptainer is taken from Debian's mirror, and apt knows none" >&2; exit 1; }
     keyring=/usr/share/keyrings/debian-archive-keyring.gpg
     echo "deb [signed-by=$keyring] $mirror sid main" >"$stage/sources.list"
     # A package state of its own, so that nothing else ever comes from the unstable release.

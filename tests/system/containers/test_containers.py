@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from container_lab import COMMIT, OWNER, QUICKSTART, REPOSITORY, Lab, results, run
+from container_lab import COMMIT, OWNER, QUICKSTART, READ_ONLY, REPOSITORY, Lab, results, run
 
 CONTENT = """
 import json, os, shutil
@@ -26,6 +26,7 @@ rest = [path for path in folders if os.path.exists(path)]
 rest += [name for _, _, names in os.walk("/opt") for name in names if name.endswith((".whl", ".a", ".o"))]
 print(json.dumps({"packages": packages, "unneeded": tools + rest}))
 """
+PINS = "/opt/venv/share/tsae/constraints.txt"
 WHERE = "import sys, torch, tsae, plan; print(torch.__file__, tsae.__file__, plan.__file__, sys.flags.safe_path)"
 
 
@@ -72,7 +73,7 @@ def test_labels_tell_version_and_commit(lab: Lab, docker_build: str, sif_build: 
 def test_selftest_passes_offline_in_a_read_only_image(lab: Lab, docker_build: str) -> None:
     del docker_build
     home = owned_folder(lab, "selftest")
-    options = ["--read-only", "--network=none", "--env=HF_HUB_OFFLINE=1", f"--volume={home}:/runs"]
+    options = [*READ_ONLY, "--network=none", "--env=HF_HUB_OFFLINE=1", f"--volume={home}:/runs"]
     answer = lab.docker("selftest", options=options)
     assert "all 7 checks passed" in answer.stdout
     assert "packages as pinned" in answer.stdout
@@ -84,16 +85,20 @@ def test_sif_is_tested_when_it_is_built(sif_build: str) -> None:
 
 def test_selftest_says_what_is_wrong_and_exits_with_2(lab: Lab, docker_build: str) -> None:
     del docker_build
-    answer = lab.docker("selftest", options=["--read-only"], check=False)
+    pins = lab.folder / "other-pins.txt"
+    pins.write_text((REPOSITORY / "constraints.txt").read_text().replace("\nnumpy==", "\nnumpy==0."))
+    volumes = [f"--volume={pins}:{PINS}:ro", f"--volume={owned_folder(lab, 'closed')}:/runs:ro"]
+    answer = lab.docker("selftest", options=["--shm-size=16m", *volumes], check=False)
     assert answer.returncode == 2
-    assert "FAILED  TSAE_HOME:" in answer.stdout
-    assert "1 of 7 checks failed" in answer.stdout
+    failed = [line.split(":")[0] for line in answer.stdout.splitlines() if line.startswith("FAILED")]
+    assert failed == ["FAILED  versions", "FAILED  TSAE_HOME", "FAILED  shared memory"]
+    assert answer.stdout.endswith("3 of 7 checks failed\n")
 
 
 def test_docker_run_gives_the_numbers_of_a_run_outside(lab: Lab, docker_build: str, outside: dict[str, object]) -> None:
     del docker_build
     home = owned_folder(lab, "docker-runs")
-    options = ["--read-only", "--network=none", f"--volume={home}:/runs"]
+    options = [*READ_ONLY, "--network=none", f"--volume={home}:/runs"]
     with lab.timed("small quickstart in Docker"):
         lab.docker("launch/sweep.py", *QUICKSTART, options=options)
     assert results(home) == outside
@@ -106,9 +111,10 @@ def test_apptainer_exec_gives_the_numbers_of_a_run_outside(
 ) -> None:
     del sif_build
     home = lab.folder / "home" / "runs"
+    clone = lab.folder / "home" / "clone"
     command = ["python", "launch/sweep.py", *QUICKSTART]
     with lab.timed("small quickstart in Apptainer"):
-        lab.apptainer("exec", *command, options=["--nv"], user=user, cwd=lab.source, variables={"TSAE_HOME": str(home)})
+        lab.apptainer("exec", *command, options=["--nv"], user=user, cwd=clone, variables={"TSAE_HOME": str(home)})
     assert results(home) == outside
     assert {path.owner() for path in home.rglob("*")} == {user}
 
@@ -128,6 +134,21 @@ def test_docker_run_alone_is_the_quickstart_and_stops_when_asked(lab: Lab, docke
     assert process.wait() == 130
     # Root made the folder, as Docker does where it is missing: it was given to the image's own user.
     assert {path.stat().st_uid for path in home.rglob("*")} == {1000}
+
+
+def test_home_that_is_not_there_yet_is_made_by_the_owner_of_the_folder_around_it(lab: Lab, docker_build: str) -> None:
+    del docker_build
+    around = owned_folder(lab, "around")
+    options = ["--env=TSAE_HOME=/runs/a/b", f"--volume={around}:/runs"]
+    lab.docker("python", "-c", "import os; os.makedirs(os.environ['TSAE_HOME'])", options=options)
+    assert (around / "a" / "b").stat().st_uid == OWNER
+
+
+def test_work_without_a_mounted_folder_is_told_that_it_will_be_lost(lab: Lab, docker_build: str) -> None:
+    del docker_build
+    assert "no folder is mounted at /runs" in lab.docker("train", "--help").stderr
+    mounted = [f"--volume={owned_folder(lab, 'mounted')}:/runs"]
+    assert lab.docker("train", "--help", options=mounted).stderr == ""
 
 
 def test_user_option_decides_who_writes(lab: Lab, docker_build: str) -> None:
@@ -165,9 +186,11 @@ def test_unknown_command_is_one_of_tsae_and_fails(lab: Lab, docker_build: str) -
 
 def test_hub_is_not_asked_where_offline_is_wanted(lab: Lab, docker_build: str) -> None:
     del docker_build
-    answer = lab.docker("harvest", "sweeps/bases/pythia-160m.yaml", options=["--env=HF_HUB_OFFLINE=1"], check=False)
+    options = ["--env=HF_HUB_OFFLINE=1", f"--volume={owned_folder(lab, 'offline')}:/runs"]
+    answer = lab.docker("harvest", "sweeps/bases/pythia-160m.yaml", options=options, check=False)
     assert answer.returncode == 2
-    assert answer.stderr.startswith("tsae: ")
+    assert answer.stderr.startswith("tsae: model.name: EleutherAI/pythia-160m cannot be loaded")
+    assert "offline: run `hf download EleutherAI/pythia-160m`" in answer.stderr
     assert "Traceback" not in answer.stderr
 
 
