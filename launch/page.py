@@ -61,6 +61,10 @@ details summary { cursor: pointer; color: var(--accent); }
 
 LONG_TABLE = 40
 """Rows above which the summary scrolls in a box of its own."""
+WIDE = 1200
+"""Pixels of a picture that needs the page's whole width."""
+MOST_MISSING = 12
+"""Missing points that are named."""
 MOST_COLUMNS = 60
 """Points whose every measure fits into one table that a person would read."""
 
@@ -119,7 +123,9 @@ def _source(config: RunConfig) -> list[str]:
 def _missing(summary: Summary) -> str:
     if not summary.missing:
         return ""
-    points = "; ".join(f"{row.point.name} ({row.missing})" for row in summary.missing)
+    points = "; ".join(f"{row.point.name} ({row.missing})" for row in summary.missing[:MOST_MISSING])
+    more = len(summary.missing) - MOST_MISSING
+    points += f"; and {more} more, which table.csv names" if more > 0 else ""
     return f'<p class="missing"><b>Not in this report:</b> {html.escape(points)}.</p>'
 
 
@@ -159,7 +165,8 @@ def _cell(group: Group, measure: str) -> str:
     if half != half:
         return figures(mean, 3)
     # As many decimals as the value deserves, and enough to show the first digit of its interval.
-    first_digit = -math.floor(math.log10(half)) if half > 0 else 0
+    # What is left of a difference of equal numbers is rounding.
+    first_digit = -math.floor(math.log10(half)) if half > 1e-9 * abs(mean) else 0
     decimals = min(max(len(figures(mean, 3).partition(".")[2]), first_digit), 5)
     return f"{mean:.{decimals}f}<small>± {half:.{decimals}f}</small>"
 
@@ -205,8 +212,8 @@ def _difference(values: tuple[float, float, int] | None) -> str:
 
 
 def _figure(chart: Chart, path: Path, charts: int) -> str:
-    image, width, height = picture(path, chart.title)
-    panels = ' class="panels"' if width > 2.4 * height or charts == 1 else ""
+    image, width, _ = picture(path, chart.title)
+    panels = ' class="panels"' if width > WIDE or charts == 1 else ""
     return f"<figure{panels}>{image}<figcaption>{html.escape(chart.caption)}</figcaption></figure>"
 
 
