@@ -19,6 +19,8 @@ RANGED = (
     "probing_chunk0/semantics",
 )
 """Measures whose range is told, where a sweep has them."""
+MOST_NAMED = 3
+"""Settings of a baseline that are named."""
 
 
 def sentences(summary: Summary) -> list[str]:
@@ -59,11 +61,12 @@ def _splits(groups: list[Group]) -> str:
         certain += high + high_half < low - low_half
     if not known:
         return ""
-    where = "the one setting" if known == 1 else f"{smoother} of {known} settings"
-    verb = "is" if smoother or known > 1 else "is not"
-    return f"The high-level split {verb} smoother than the low-level one in {where}" + (
-        f", in {certain} of them with intervals that do not touch." if known > 1 else "."
-    )
+    if known == 1:
+        return f"The high-level split {'is' if smoother else 'is not'} smoother than the low-level one."
+    text = f"The high-level split is smoother than the low-level one in {smoother or 'none'} of {known} settings"
+    if smoother and bounded:
+        text += f", in {certain or 'none'} of them with intervals that do not touch"
+    return f"{text}."
 
 
 def _differences(summary: Summary) -> str:
@@ -79,8 +82,18 @@ def _differences(summary: Summary) -> str:
             parts.append(f"{label(measure)} is {' and '.join(filter(None, directions))}")
     if not parts:
         return ""
-    against = f"Of {len(found)} comparisons by seed (95 %)" if len(found) > 1 else "Compared by seed (95 %)"
-    return f"{against}: {'; '.join(parts)}."
+    against = f"with {_reference(summary)}, seed by seed (95 %)"
+    start = f"Of {len(found)} comparisons {against}" if len(found) > 1 else f"Compared {against}"
+    return f"{start}: {'; '.join(parts)}."
+
+
+def _reference(summary: Summary) -> str:
+    """What groups are compared with."""
+    wanted = summary.plan.sweep.config.report.baseline or {summary.x: summary.groups[0].value(summary.x)}
+    if len(wanted) > MOST_NAMED:
+        return "the baseline"
+    names = short_names(list(wanted))
+    return ", ".join(f"{names[key].replace('_', ' ')} {shown(value)}" for key, value in wanted.items())
 
 
 def _name(summary: Summary, group: Group) -> str:
