@@ -16,10 +16,11 @@ from tsae import plotting
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import Normalize
 
 SOURCES = frozenset({"model", "data", "synthetic"})
 """Sections that decide what activations are."""
+COLOURS = "viridis"
 MOST_NAMED = 10
 MOST_WITH_INTERVALS = 40
 LEAST_GROUPS = 3
@@ -46,6 +47,8 @@ def draw_trade_offs(summary: Summary, folder: Path) -> list[tuple[Chart, Path]]:
     known = [(pair, groups) for pair in TRADE_OFFS if len(groups := _with_both(summary, pair)) >= LEAST_GROUPS]
     if not known:
         return []
+    from matplotlib.cm import ScalarMappable
+
     path = folder / "trade_offs.png"
     axis = SweptAxis(summary.x, [group.value(summary.x) for group in summary.groups])
     named = len(known[0][1]) <= MOST_NAMED
@@ -53,7 +56,7 @@ def draw_trade_offs(summary: Summary, folder: Path) -> list[tuple[Chart, Path]]:
         for axes, (pair, groups) in zip(panels, known, strict=True):
             _draw(axes, summary, pair, groups, axis)
         if axis.is_ordered and _is_crowded(axis):
-            drawn.colorbar(_colour_map(axis), ax=panels, label=axis.label, shrink=0.9)
+            drawn.colorbar(ScalarMappable(_norm(axis), COLOURS), ax=panels, label=axis.label, shrink=0.9)
         elif not named and not _is_crowded(axis):
             drawn.legend(*panels[0].get_legend_handles_labels(), title=axis.label, loc="outside right upper")
     intervals = " with its 95 % intervals" if len(summary.groups) <= MOST_WITH_INTERVALS else ""
@@ -134,20 +137,21 @@ def _is_crowded(axis: SweptAxis) -> bool:
 
 def _look(axis: SweptAxis, value: Any) -> dict[str, Any]:
     """Colour and marker of a swept value."""
+    import matplotlib
+
     if not _is_crowded(axis):
         names = [shown(list(v) if isinstance(v, tuple) else v) for v in axis.values]
         number = names.index(shown(value))
         return {"color": plotting.PALETTE[number], "marker": plotting.MARKERS[number]}
     if axis.is_ordered:
-        colours = _colour_map(axis)
-        return {"color": colours.cmap(float(colours.norm(axis.position(value)))), "marker": "o"}
+        share = float(_norm(axis)(axis.position(value)))
+        return {"color": matplotlib.colormaps[COLOURS](share), "marker": "o"}
     return {"color": plotting.PALETTE[0], "marker": "o"}
 
 
-def _colour_map(axis: SweptAxis) -> ScalarMappable:
-    from matplotlib.cm import ScalarMappable
+def _norm(axis: SweptAxis) -> Normalize:
+    """Swept values as shares of the colour scale."""
     from matplotlib.colors import LogNorm, Normalize
 
     ends = [axis.position(value) for value in axis.values]
-    norm = LogNorm if axis.scale == "log" else Normalize
-    return ScalarMappable(norm(min(ends), max(ends)), "viridis")
+    return (LogNorm if axis.scale == "log" else Normalize)(min(ends), max(ends))
