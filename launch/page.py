@@ -64,7 +64,7 @@ LONG_TABLE = 40
 WIDE = 1200
 """Pixels of a picture that needs the page's whole width."""
 MOST_MISSING = 12
-"""Missing points that are named."""
+"""Points with a trouble that are named."""
 MOST_COLUMNS = 60
 """Points whose every measure fits into one table that a person would read."""
 
@@ -77,6 +77,7 @@ def render(summary: Summary, charts: list[tuple[Chart, Path]]) -> str:
         f"<h1>{title}</h1>",
         f'<p class="lead">{_lead(summary)}</p>',
         _missing(summary),
+        _unbalanced(summary),
         "".join(f"<p>{html.escape(sentence)}</p>" for sentence in sentences(summary)),
         "<h2>Summary</h2>",
         f'<div class="wide{" tall" if len(summary.groups) > LONG_TABLE else ""}">{_summary_table(summary)}</div>',
@@ -127,6 +128,17 @@ def _missing(summary: Summary) -> str:
     more = len(summary.missing) - MOST_MISSING
     points += f"; and {more} more, which table.csv names" if more > 0 else ""
     return f'<p class="missing"><b>Not in this report:</b> {html.escape(points)}.</p>'
+
+
+def _unbalanced(summary: Summary) -> str:
+    """Which trainings ended with a group that is silent or does almost everything."""
+    found = [row for row in summary.rows if row.imbalance]
+    if not found:
+        return ""
+    named = "; ".join(f"{row.point.name}: {row.imbalance}" for row in found[:MOST_MISSING])
+    more = f"; and {len(found) - MOST_MISSING} more" if len(found) > MOST_MISSING else ""
+    count = f"In {len(found)} of {len(summary.rows)} trainings a group of latents fell silent or took over:"
+    return f'<p class="missing"><b>{count}</b> {html.escape(named + more)}.</p>'
 
 
 def _interval_note(summary: Summary) -> str:

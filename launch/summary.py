@@ -14,6 +14,7 @@ from points import Point
 from sweepfile import shown
 
 from tsae.experiments.driver import headlines
+from tsae.training.metrics import last_imbalance
 
 SEED_AXES = ("training.seed", "data.seed")
 
@@ -29,6 +30,8 @@ class Row:
     """Headline numbers of the experiments: measure → value and half-width of its interval."""
     missing: str
     """Why there are no results, or nothing."""
+    imbalance: str = ""
+    """Which group of latents had fallen silent or taken over when training ended, or nothing."""
 
     @cached_property
     def values(self) -> dict[str, float]:
@@ -136,7 +139,7 @@ def _row(plan: Plan, point: Point) -> Row:
     run = plan.run(point)
     experiments = headlines(run, point.config)
     if run.is_evaluated(point.config):
-        return Row(point, run.read_results(), experiments, "")
+        return Row(point, run.read_results(), experiments, "", last_imbalance(run.metrics, point.config))
     if experiments and "evaluate" not in plan.sweep.config.stages:
         return Row(point, {}, experiments, "")
     return Row(point, {}, {}, "trained, not evaluated" if run.is_trained(point.config) else "not trained")

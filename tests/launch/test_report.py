@@ -158,3 +158,11 @@ def test_the_command_prints_the_table_and_the_path(seeded):
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[0].split()[:3] == ["point", "FVE", "all"]
     assert done.stdout.splitlines()[-1] == f"report: {report.page_path(seeded)}"
+
+
+def test_a_group_that_took_over_is_told_on_the_page(seeded):
+    point = seeded.points[0]
+    seeded.run(point).metrics.write_text(json.dumps({"step": 9, "share_0": 0.97, "share_1": 0.03}) + "\n")
+    page = report.write_report(seeded).read_text()
+    assert f"In 1 of {len(seeded.points)} trainings" in page
+    assert f"{point.name}: group 0 took over: it has 97.0% of the feature activations" in page
