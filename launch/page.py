@@ -69,8 +69,8 @@ MOST_COLUMNS = 60
 """Points whose every measure fits into one table that a person would read."""
 
 
-def render(summary: Summary, charts: list[tuple[Chart, Path]]) -> str:
-    """The whole page."""
+def render(summary: Summary, charts: list[tuple[Chart, Path]], claims: str = "") -> str:
+    """The whole page; `claims` is a section of it."""
     plan = summary.plan
     title = html.escape(plan.name)
     body = [
@@ -79,6 +79,7 @@ def render(summary: Summary, charts: list[tuple[Chart, Path]]) -> str:
         _missing(summary),
         _unbalanced(summary),
         "".join(f"<p>{html.escape(sentence)}</p>" for sentence in sentences(summary)),
+        claims,
         "<h2>Summary</h2>",
         f'<div class="wide{" tall" if len(summary.groups) > LONG_TABLE else ""}">{_summary_table(summary)}</div>',
         f'<p class="note">{_interval_note(summary)}</p>',

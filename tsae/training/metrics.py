@@ -68,8 +68,8 @@ def last_imbalance(path: Path, config: RunConfig) -> str:
         stream.seek(max(0, path.stat().st_size - LONGEST_LINE))
         lines = stream.read().splitlines()
     last = json.loads(lines[-1]) if lines else {}
-    shares = [last.get(f"share_{group}") for group in range(len(config.sae.fractions))]
-    return "" if None in shares else imbalance(shares, config)
+    names = [f"share_{group}" for group in range(len(config.sae.fractions))]
+    return imbalance([last[name] for name in names], config) if set(names) <= set(last) else ""
 
 
 class Metrics:
