@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from axis import SweptAxis
 from forest import draw_forest, suits
 from grids import EFFECTS, draw_effects, draw_heat_map, effects_caption, pair_of
-from measures import CHARTS, Chart, label
+from measures import CHARTS, Chart, label, shown_of
 from points import short_names
 from summary import Group, Summary
 from sweepfile import shown
@@ -68,7 +68,7 @@ def _draw_effects(summary: Summary, folder: Path) -> list[tuple[Chart, Path]]:
     pair = pair_of(summary)
     if len(summary.telling) > len(pair) > 0:
         names = " and ".join(short_names(summary.telling)[key].replace("_", " ") for key in pair)
-        lines = [(name, label(name)) for name in EFFECTS if name in summary.measures][:MOST_PAIRED_MEASURES]
+        lines = [(name, label(name)) for name in shown_of(EFFECTS, summary.measures)[:MOST_PAIRED_MEASURES]]
         path = folder / "pair.png"
         draw_heat_map(summary, "", lines, path, pair)
         caption = f"Mean over all other settings, for {names} together."

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from axis import SweptAxis
 from grids import EFFECTS, MOST_EFFECTS
-from measures import label
+from measures import label, shown_of
 from points import short_names
 from summary import Group, Summary
 from sweepfile import shown
@@ -30,7 +30,7 @@ def suits(summary: Summary, series: dict[str, list[Group]]) -> bool:
 
 def draw_forest(summary: Summary, series: dict[str, list[Group]], path: Path) -> str:
     """Write the figure: a panel for each measure, a colour for each swept value; returns its caption."""
-    measures = [name for name in EFFECTS if name in summary.measures][:MOST_EFFECTS]
+    measures = shown_of(EFFECTS, summary.measures)[:MOST_EFFECTS]
     first = _first(summary)
     rows = sorted(series.values(), key=lambda members: first not in members)
     axis = SweptAxis(summary.x, [group.value(summary.x) for group in summary.groups])

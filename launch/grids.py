@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from axis import SweptAxis
-from measures import figures, label
+from measures import figures, label, shown_of
 from points import short_names
 from summary import Group, Summary
 from sweepfile import shown
@@ -77,7 +77,7 @@ def _heat_map(axes: Axes, groups: dict[tuple[str, ...], list[Group]], measure: s
 
 def draw_effects(summary: Summary, path: Path) -> None:
     """A panel for each measure and setting: every group as a dot, and the mean over the groups that share a value."""
-    measures = [name for name in EFFECTS if name in summary.measures][:MOST_EFFECTS]
+    measures = shown_of(EFFECTS, summary.measures)[:MOST_EFFECTS]
     keys = summary.telling[:MOST_SETTINGS]
     size = (2.6 * len(keys) + 0.6, 2.1 * len(measures) + 0.4)
     with plotting.figure(path, len(measures), len(keys), size=size, sharey="row") as (_, panels):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from comparison import compare
-from measures import figures, label
+from measures import figures, label, shown_of
 from points import short_names
 from summary import Group, Summary
 from sweepfile import shown
@@ -33,7 +33,7 @@ def sentences(summary: Summary) -> list[str]:
 
 def _ranges(summary: Summary, groups: list[Group]) -> str:
     parts = []
-    for measure in RANGED:
+    for measure in shown_of(RANGED, summary.measures):
         known = [(mean, group) for group in groups if not math.isnan(mean := group.interval(measure)[0])]
         if not known:
             continue

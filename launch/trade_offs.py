@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from axis import SweptAxis
-from measures import Chart, label
+from measures import Chart, label, shown_of
 from points import short_names
 from summary import Group, Summary
 from sweepfile import shown
@@ -44,7 +44,8 @@ TRADE_OFFS = (
 
 def draw_trade_offs(summary: Summary, folder: Path) -> list[tuple[Chart, Path]]:
     """Write a figure of every trade-off that at least three groups have both measures of."""
-    known = [(pair, groups) for pair in TRADE_OFFS if len(groups := _with_both(summary, pair)) >= LEAST_GROUPS]
+    pairs = [TradeOff(pair.x, y, pair.x_sign) for pair in TRADE_OFFS for y in shown_of([pair.y], summary.measures)]
+    known = [(pair, groups) for pair in pairs if len(groups := _with_both(summary, pair)) >= LEAST_GROUPS]
     if not known:
         return []
     from matplotlib.cm import ScalarMappable

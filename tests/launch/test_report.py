@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import report
 from charts import SweptAxis, series_of
-from measures import figures
+from measures import figures, shown_of
 from summary import summarise
 
 from tsae import config as configuration
@@ -166,3 +166,13 @@ def test_a_group_that_took_over_is_told_on_the_page(seeded):
     page = report.write_report(seeded).read_text()
     assert f"In 1 of {len(seeded.points)} trainings" in page
     assert f"{point.name}: group 0 took over: it has 97.0% of the feature activations" in page
+
+
+def test_variance_is_pooled_over_tokens_where_the_truth_is_known():
+    names, known = (
+        ["frac_variance_explained", "l0"],
+        ["frac_variance_explained", "frac_variance_explained_pooled", "l0"],
+    )
+    assert shown_of(names, known) == names
+    assert shown_of(names, [*known, "truth_slow"]) == ["frac_variance_explained_pooled", "l0"]
+    assert shown_of(names, ["l0"]) == ["l0"]
