@@ -12,7 +12,6 @@ from grids import EFFECTS, draw_effects, draw_heat_map, effects_caption, pair_of
 from measures import CHARTS, Chart, label, shown_of
 from points import short_names
 from summary import Group, Summary
-from sweepfile import shown
 from trade_offs import draw_trade_offs
 
 from tsae import plotting
@@ -87,11 +86,9 @@ def _is_grid(summary: Summary, series: dict[str, list[Group]]) -> bool:
 
 def series_of(summary: Summary) -> dict[str, list[Group]]:
     """Groups that differ in the swept value alone, by what they share (with one series, that is nothing)."""
-    short = short_names(summary.telling)
     series: dict[str, list[Group]] = {}
     for group in summary.groups:
-        name = ", ".join(f"{short[key].replace('_', ' ')} {shown(group.value(key))}" for key in summary.telling[1:])
-        series.setdefault(name, []).append(group)
+        series.setdefault(summary.name(group, summary.telling[1:]), []).append(group)
     return series
 
 

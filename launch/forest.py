@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from axis import SweptAxis
 from grids import EFFECTS, MOST_EFFECTS
 from measures import label, shown_of
-from points import short_names
 from summary import Group, Summary
 from sweepfile import shown
 
@@ -44,7 +42,7 @@ def draw_forest(summary: Summary, series: dict[str, list[Group]], path: Path) ->
         if len(axis.values) > 1:
             drawn.legend(*panels[0].get_legend_handles_labels(), title=axis.label, loc="outside right upper")
     return (
-        f"Each row is one setting, named by what tells it from the first ({_named(summary, first, summary.telling[1:])}); "
+        f"Each row is one setting, named by what tells it from the first ({summary.name(first, summary.telling[1:])}); "
         "marks are means with their 95 % intervals."
     )
 
@@ -89,9 +87,4 @@ def _difference(summary: Summary, group: Group, first: Group) -> str:
     """The settings that were given, for one of the two, and differ; what only follows from a preset is left out."""
     given = dict.fromkeys([*group.axes, *first.axes])
     keys = [key for key in given if key in summary.telling[1:] and shown(group.value(key)) != shown(first.value(key))]
-    return _named(summary, group, keys) or "(the first)"
-
-
-def _named(summary: Summary, group: Group, keys: Sequence[str]) -> str:
-    short = short_names(summary.telling)
-    return ", ".join(f"{short[key].replace('_', ' ')} {shown(group.value(key))}" for key in keys)
+    return summary.name(group, keys) or "(the first)"

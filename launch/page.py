@@ -30,7 +30,7 @@ p { margin: 8px 0; max-width: 76ch; }
 .lead, figcaption, .note { color: var(--soft); }
 .note, figcaption { font-size: 13px; }
 .lead { max-width: none; }
-.missing { border-left: 3px solid #d55e00; background: #fff6f0; padding: 8px 14px; margin: 18px 0; font-size: 14px; }
+.missing { border-left: 3px solid #d55e00; background: #fff6f0; padding: 8px 14px; margin: 18px 0; font-size: 14px; overflow-wrap: anywhere; }
 code, pre { font: 12.5px/1.5 ui-monospace, "DejaVu Sans Mono", Menlo, monospace; }
 pre { background: #f7f7f7; padding: 12px 16px; overflow-x: auto; border-radius: 4px; }
 .wide { overflow-x: auto; }

@@ -19,6 +19,8 @@ RANGED = (
     "probing_chunk0/semantics",
 )
 """Measures whose range is told, where a sweep has them."""
+MOST_WORLDS = 6
+"""Kinds of activations that get a sentence each."""
 MOST_NAMED = 3
 """Settings of a baseline that are named."""
 
@@ -28,10 +30,14 @@ def sentences(summary: Summary) -> list[str]:
     groups = [group for group in summary.groups if any(not row.missing for row in group.rows)]
     if not groups:
         return []
-    return [text for text in (_ranges(summary, groups), _splits(groups), _differences(summary)) if text]
+    worlds = summary.worlds(groups)
+    if len(worlds) > MOST_WORLDS:
+        worlds = {"": groups}
+    ranges = [_ranges(summary, alike, f"{world}: " if len(worlds) > 1 else "") for world, alike in worlds.items()]
+    return [text for text in (*ranges, _splits(groups), _differences(summary)) if text]
 
 
-def _ranges(summary: Summary, groups: list[Group]) -> str:
+def _ranges(summary: Summary, groups: list[Group], world: str) -> str:
     parts = []
     for measure in shown_of(RANGED, summary.measures):
         known = [(mean, group) for group in groups if not math.isnan(mean := group.interval(measure)[0])]
@@ -41,11 +47,11 @@ def _ranges(summary: Summary, groups: list[Group]) -> str:
         if len(known) == 1 or figures(low, 3) == figures(high, 3):
             parts.append(f"{label(measure)} is {figures(high, 3)}")
         else:
+            names = [summary.name(group, summary.given(group)) for group in (worst, best)]
             parts.append(
-                f"{label(measure)} goes from {figures(low, 3)} ({_name(summary, worst)}) to {figures(high, 3)} "
-                f"({_name(summary, best)})"
+                f"{label(measure)} goes from {figures(low, 3)} ({names[0]}) to {figures(high, 3)} ({names[1]})"
             )
-    return "; ".join(parts) + "." if parts else ""
+    return f"{world}{'; '.join(parts)}." if parts else ""
 
 
 def _splits(groups: list[Group]) -> str:
@@ -94,8 +100,3 @@ def _reference(summary: Summary) -> str:
         return "the baseline"
     names = short_names(list(wanted))
     return ", ".join(f"{names[key].replace('_', ' ')} {shown(value)}" for key, value in wanted.items())
-
-
-def _name(summary: Summary, group: Group) -> str:
-    names = short_names(summary.telling)
-    return ", ".join(f"{names[key].replace('_', ' ')} {shown(group.value(key))}" for key in summary.telling)

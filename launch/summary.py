@@ -10,13 +10,15 @@ from typing import Any
 
 from measures import LABELS, scalars
 from plan import Plan
-from points import Point
+from points import Point, short_names
 from sweepfile import shown
 
 from tsae.experiments.driver import headlines
 from tsae.training.metrics import last_imbalance
 
 SEED_AXES = ("training.seed", "data.seed")
+SOURCES = frozenset({"model", "data", "synthetic"})
+"""Sections that decide what activations are."""
 
 
 @dataclass(frozen=True)
@@ -114,6 +116,24 @@ class Summary:
             if self._distinct([*telling, key]) > self._distinct(telling):
                 telling.append(key)
         return telling
+
+    def worlds(self, groups: Sequence[Group]) -> dict[str, list[Group]]:
+        """The groups by what their activations are, in words: those of different ones do not compete."""
+        keys = [key for key in self.telling if key.partition(".")[0] in SOURCES]
+        found: dict[str, list[Group]] = {}
+        for group in groups:
+            found.setdefault(self.name(group, keys), []).append(group)
+        return found
+
+    def name(self, group: Group, keys: Sequence[str]) -> str:
+        """A group in words, by its settings at `keys`."""
+        short = short_names(self.telling)
+        return ", ".join(f"{short[key].replace('_', ' ')} {shown(group.value(key))}" for key in keys)
+
+    def given(self, group: Group) -> list[str]:
+        """What tells a group from others, without what only follows from a preset and without what its activations are."""
+        telling = [key for key in self.telling if key.partition(".")[0] not in SOURCES]
+        return [key for key in telling if key in group.axes] or telling or self.telling
 
     def _distinct(self, keys: list[str]) -> int:
         return len({tuple(shown(group.value(key)) for key in keys) for group in self.groups})

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from axis import SweptAxis
 from measures import Chart, label, shown_of
-from points import short_names
 from summary import Group, Summary
 from sweepfile import shown
 
@@ -18,8 +17,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.colors import Normalize
 
-SOURCES = frozenset({"model", "data", "synthetic"})
-"""Sections that decide what activations are."""
 COLOURS = "viridis"
 MOST_NAMED = 10
 MOST_WITH_INTERVALS = 40
@@ -61,7 +58,7 @@ def draw_trade_offs(summary: Summary, folder: Path) -> list[tuple[Chart, Path]]:
         elif not named and not _is_crowded(axis):
             drawn.legend(*panels[0].get_legend_handles_labels(), title=axis.label, loc="outside right upper")
     intervals = " with its 95 % intervals" if len(summary.groups) <= MOST_WITH_INTERVALS else ""
-    own = ", for each kind of activations by itself" if len(worlds(summary, known[0][1])) > 1 else ""
+    own = ", for each kind of activations by itself" if len(summary.worlds(known[0][1])) > 1 else ""
     text = (
         f"Each mark is one setting{intervals}; the step line joins those that no other setting beats in both measures{own}. "
         "Smoothness: to the left is better; elsewhere to the right. Up is better."
@@ -76,15 +73,6 @@ def front(points: list[tuple[float, float]], x_sign: int) -> list[tuple[float, f
         if not best or y > best[-1][1]:
             best.append((x, y))
     return best[::-1]
-
-
-def worlds(summary: Summary, groups: list[Group]) -> list[list[int]]:
-    """Numbers of the groups that were trained on the same kind of activations: others do not compete with them."""
-    keys = [key for key in summary.telling if key.partition(".")[0] in SOURCES]
-    found: dict[tuple[str, ...], list[int]] = {}
-    for number, group in enumerate(groups):
-        found.setdefault(tuple(shown(group.value(key)) for key in keys), []).append(number)
-    return list(found.values())
 
 
 def _with_both(summary: Summary, pair: TradeOff) -> list[Group]:
@@ -117,13 +105,12 @@ def _draw(axes: Axes, summary: Summary, pair: TradeOff, groups: list[Group], axi
         )
         labelled.add(name)
     where: Literal["post", "pre"] = "post" if pair.x_sign > 0 else "pre"
-    for alike in worlds(summary, groups):
-        best = front([places[i] for i in alike], pair.x_sign)
+    for alike in summary.worlds(groups).values():
+        best = front([place for group, place in zip(groups, places, strict=True) if group in alike], pair.x_sign)
         axes.step(*zip(*best, strict=True), where=where, color="#555555", linewidth=1.1, zorder=1)
     if len(groups) <= MOST_NAMED:
-        short = short_names(summary.telling)
         for group, place in zip(groups, places, strict=True):
-            name = ", ".join(f"{short[key].replace('_', ' ')} {shown(group.value(key))}" for key in summary.telling)
+            name = summary.name(group, summary.telling)
             axes.annotate(name, place, xytext=(5, 4), textcoords="offset points", fontsize=7, color="#333333")
     axes.set_xlabel(f"{label(pair.x)} ({'more' if pair.x_sign > 0 else 'less'} is better)")
     axes.set_ylabel(label(pair.y))

@@ -14,7 +14,7 @@ from axis import SweptAxis
 from comparison import compare
 from prose import sentences
 from summary import summarise
-from trade_offs import front, worlds
+from trade_offs import front
 
 from tsae import config as configuration
 from tsae import schema
@@ -146,16 +146,18 @@ def test_many_values_of_a_setting_are_gathered_in_bins(plan_of):
 
 
 def test_settings_of_different_worlds_do_not_compete(plan_of):
-    grid = {"model.layer": [0, 1], "sae.k": [4, 8]}
-    summary = summarise(measured(plan_of(grid=grid), lambda _: (0.5, 0.1, 0.2)))
-    assert [
-        [summary.groups[i].value("model.layer") for i in alike] for alike in worlds(summary, list(summary.groups))
-    ] == [
-        [0, 0],
-        [1, 1],
-    ]
-    summary = summarise(measured(plan_of(grid={"sae.k": [4, 8]}), lambda _: (0.5, 0.1, 0.2)))
-    assert worlds(summary, list(summary.groups)) == [[0, 1]]
+    def values(point):
+        return 0.1 * point.config.model.layer + point.config.sae.k, 0.1, 0.2
+
+    summary = summarise(measured(plan_of(grid={"model.layer": [0, 1], "sae.k": [4, 8]}), values))
+    worlds = summary.worlds(summary.groups)
+    assert {world: [group.value("sae.k") for group in groups] for world, groups in worlds.items()} == {
+        "layer 0": [4, 8],
+        "layer 1": [4, 8],
+    }
+    assert sentences(summary)[1].startswith("layer 1: FVE all goes from 4.10 (k 4) to 8.10 (k 8)")
+    alone = summarise(measured(plan_of(grid={"sae.k": [4, 8]}), values))
+    assert list(alone.worlds(alone.groups)) == [""]
 
 
 def test_an_experiments_headline_is_a_measure_and_its_picture_is_on_the_page(noisy):
