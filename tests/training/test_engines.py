@@ -126,6 +126,22 @@ def test_a_temporal_sae_refuses_single_tokens() -> None:
         trainer("sparse", "temporal", {}, 64, 4, [0.2, 0.8]).step(torch.randn(24, 12, dtype=torch.float64))
 
 
+@pytest.mark.parametrize("preset", ["scale_free", "reference", "paper"])
+def test_without_weight_on_the_temporal_term_a_temporal_sae_is_a_matryoshka_sae(preset: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    batches = [torch.randn(24, 2, 12, dtype=torch.float64, generator=generator) for _ in range(6)]
+    objective = {"preset": preset, "temporal_alpha": 0.0}
+    one, other = (trainer("sparse", kind, objective, 64, 4, [0.2, 0.8]) for kind in ("temporal", "matryoshka"))
+    for batch in batches:
+        assert float(one.step(batch).loss) == float(other.step(batch).loss)
+    weights = zip(one.dictionary.parameters(), other.dictionary.parameters(), strict=True)
+    assert all(torch.equal(a, b) for a, b in weights)
+    some = trainer("sparse", "temporal", {**objective, "temporal_alpha": 0.1}, 64, 4, [0.2, 0.8])
+    for batch in batches:
+        some.step(batch)
+    assert not torch.equal(some.dictionary.W_enc, other.dictionary.W_enc)
+
+
 @pytest.mark.parametrize("engine", ["dense", "sparse"])
 def test_a_temporal_term_without_effect_is_refused(engine: str) -> None:
     twins = torch.randn(24, 1, 12, dtype=torch.float64).expand(24, 2, 12)
