@@ -23,6 +23,7 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
     "reference": {"preset": "reference"},
     "paper": {"preset": "paper"},
     "l1": {"preset": "reference", "temporal": "l1"},
+    "l2": {"preset": "reference", "temporal": "l2", "temporal_alpha": 1.0},
     "cosine with temperature": {"preset": "reference", "similarity": "cosine", "temperature": 0.1},
     "linear": {"preset": "reference", "temporal": "linear"},
     "linear cosine": {"temporal": "linear", "directions": "sum"},
@@ -99,6 +100,16 @@ def test_a_group_may_have_no_weight(engine: str) -> None:
     built = trainer(engine, "matryoshka", {"group_weights": [0, 1], "group_reduction": "sum"}, 64, 4, [0.2, 0.8])
     flat = trainer(engine, "batch_topk", {}, 64, 4, [0.2, 0.8])
     assert float(built.step(batch).loss) == pytest.approx(float(flat.step(batch).loss), rel=1e-12)
+
+
+def test_without_contrast_codes_are_pulled_together_by_their_squared_distance() -> None:
+    batch = torch.randn(24, 2, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    dense, sparse = (trainer(engine, "temporal", OBJECTIVES["l2"], 64, 4, [0.5, 0.5]) for engine in ("dense", "sparse"))
+    first, other = dense.step(batch), sparse.step(batch)
+    assert float(first.temp_loss) == pytest.approx(float(other.temp_loss), rel=1e-12)
+    for _ in range(30):
+        last = sparse.step(batch)
+    assert 0 < float(last.temp_loss) < 0.5 * float(first.temp_loss)
 
 
 def test_pairs_of_the_same_document_are_no_negatives_if_so_asked() -> None:
