@@ -20,8 +20,8 @@ from commandline import add_sweep_arguments, plan_of
 from plan import Plan
 from report import page_path
 
-from tsae import files
-from tsae.errors import TsaeError
+from tsae import environment, files
+from tsae.errors import TsaeError, os_error_line
 
 if TYPE_CHECKING:
     from summary import Row
@@ -209,6 +209,9 @@ def main(arguments: list[str] | None = None) -> int:
         print(as_text(plan, write_claims(plan)), end="")
     except TsaeError as error:
         print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"error: {os_error_line(error, environment.home())}", file=sys.stderr)
         return 2
     return 0
 

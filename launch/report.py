@@ -17,8 +17,8 @@ from commandline import add_sweep_arguments, plan_of
 from plan import Plan
 from sweepfile import shown
 
-from tsae import files, schema
-from tsae.errors import TsaeError
+from tsae import environment, files, schema
+from tsae.errors import TsaeError, os_error_line
 
 if TYPE_CHECKING:
     from summary import Summary
@@ -45,6 +45,9 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"report: {page}")
     except TsaeError as error:
         print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"error: {os_error_line(error, environment.home())}", file=sys.stderr)
         return 2
     return 0
 

@@ -10,11 +10,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import claims
 import pytest
 import report
 from charts import SweptAxis, series_of
 from measures import figures, shown_of
+from plan import make_plan
 from summary import summarise
+from sweepfile import load_sweep
 
 from tsae import config as configuration
 from tsae import schema
@@ -176,3 +179,16 @@ def test_variance_is_pooled_over_tokens_where_the_truth_is_known():
     assert shown_of(names, known) == names
     assert shown_of(names, [*known, "truth_slow"]) == ["frac_variance_explained_pooled", "l0"]
     assert shown_of(names, ["l0"]) == ["l0"]
+
+
+@pytest.mark.parametrize("command", [report.main, claims.main])
+def test_a_report_that_cannot_be_written_is_one_line(write_sweep, capsys, command):
+    path = write_sweep(file="kinds", grid={"sae.kind": ["temporal", "matryoshka"]})
+    folder = report.page_path(make_plan(load_sweep(path))).parent
+    folder.parent.mkdir(parents=True)
+    folder.write_text("in the way")
+    assert command([str(path)]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+    assert str(folder) in error
