@@ -12,6 +12,7 @@ from grids import EFFECTS, draw_effects, draw_heat_map, effects_caption, pair_of
 from measures import CHARTS, Chart, label, shown_of
 from points import short_names
 from summary import Group, Summary
+from sweepfile import shown
 from trade_offs import draw_trade_offs
 
 from tsae import plotting
@@ -39,7 +40,7 @@ def draw_charts(summary: Summary, folder: Path) -> list[tuple[Chart, Path]]:
         return []
     series = series_of(summary)
     drawn = []
-    if len(series) <= MOST_SERIES or len(summary.telling) == 2:
+    if len(series) <= MOST_SERIES or (len(summary.telling) == 2 and _fills_its_grid(summary)):
         axis = SweptAxis(summary.x, [row.point.value(summary.x) for row in summary.rows])
         for chart in CHARTS:
             known = [line for line in chart.lines if line[0] in summary.measures]
@@ -82,6 +83,12 @@ def _is_grid(summary: Summary, series: dict[str, list[Group]]) -> bool:
     axes = [SweptAxis(key, [group.value(key) for group in summary.groups]) for key in summary.telling]
     many = all(len(axis.values) >= LEAST_GRID and axis.is_ordered for axis in axes)
     return many or len(series) > MOST_SERIES
+
+
+def _fills_its_grid(summary: Summary) -> bool:
+    """Whether most combinations of the settings occur: of settings that were drawn, hardly any two meet."""
+    cells = math.prod(len({shown(group.value(key)) for group in summary.groups}) for key in summary.telling)
+    return 2 * len(summary.groups) >= cells
 
 
 def series_of(summary: Summary) -> dict[str, list[Group]]:

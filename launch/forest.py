@@ -21,7 +21,9 @@ MOST_ROWS = 40
 
 
 def suits(summary: Summary, series: dict[str, list[Group]]) -> bool:
-    """Whether the settings are a list rather than a grid, whose settings could be looked at one by one."""
+    """Whether the settings are a list: neither a grid nor drawn, which can be looked at one setting at a time."""
+    if summary.plan.sweep.config.random:
+        return False
     cells = math.prod(len({shown(group.value(key)) for group in summary.groups}) for key in summary.telling)
     return len(series) <= MOST_ROWS and len(summary.groups) < cells
 

@@ -11,7 +11,7 @@ from typing import Any
 from measures import LABELS, scalars
 from plan import Plan
 from points import Point, short_names
-from sweepfile import shown
+from sweepfile import flatten, shown
 
 from tsae.experiments.driver import headlines
 from tsae.training.metrics import last_imbalance
@@ -109,11 +109,16 @@ class Summary:
 
     @cached_property
     def telling(self) -> list[str]:
-        """Key paths that tell the groups apart, the swept one first; what follows from those before it is left out."""
+        """Key paths that tell the groups apart, the swept one first; what follows from those before it is left out.
+
+        A drawn setting follows from no other, although its neighbour's digits alone would do to tell the groups apart.
+        """
         keys = dict.fromkeys(key for group in self.groups for key in group.axes if key != self.x)
+        drawn = [f"{path}." for path, _ in flatten(self.plan.sweep.config.random)]
         telling = [self.x]
         for key in keys:
-            if self._distinct([*telling, key]) > self._distinct(telling):
+            is_drawn = any(path.startswith(f"{key}.") for path in drawn)
+            if is_drawn or self._distinct([*telling, key]) > self._distinct(telling):
                 telling.append(key)
         return telling
 

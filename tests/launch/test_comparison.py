@@ -132,6 +132,14 @@ def test_settings_that_were_named_one_by_one_get_a_row_each(plan_of, tmp_path):
     assert {chart.name for chart, _ in charts.draw_charts(summary, tmp_path)} == {"settings", "trade_offs"}
 
 
+@pytest.mark.parametrize("n", [12, 60])
+def test_drawn_settings_show_the_effect_of_each(plan_of, tmp_path, n):
+    draws = {"n": n, "seed": 0, "training.lr": {"log_uniform": [1e-4, 1e-2]}}
+    draws["objective.temporal_alpha"] = {"uniform": [0.0, 1.0]}
+    plan = measured(plan_of(random=draws), lambda point: (point.config.training.lr, 0.1, 0.2))
+    assert {chart.name for chart, _ in charts.draw_charts(summarise(plan), tmp_path)} == {"effects", "trade_offs"}
+
+
 def test_many_values_of_a_setting_are_gathered_in_bins(plan_of):
     draws = {"n": 60, "seed": 0, "training.lr": {"log_uniform": [1e-4, 1e-2]}, "sae.k": [8, 16]}
     summary = summarise(measured(plan_of(random=draws), lambda point: (point.config.training.lr, 0.1, 0.2)))
