@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from axis import SweptAxis
-from grids import draw_effects, draw_heat_map, effects_caption
-from measures import CHARTS, Chart
+from forest import draw_forest, suits
+from grids import EFFECTS, draw_effects, draw_heat_map, effects_caption, pair_of
+from measures import CHARTS, Chart, label, shown_of
 from points import short_names
 from summary import Group, Summary
 from sweepfile import shown
@@ -23,6 +24,7 @@ MOST_SERIES = 7
 """Series that one panel can show; the palette has no more colours."""
 LEAST_GRID = 4
 """Values of two ordered settings from which on a heat map shows more than lines."""
+MOST_PAIRED_MEASURES = 3
 LONG_LABEL = 32
 """Characters of a legend's entry that leave too little room for the axes beside it."""
 
@@ -30,15 +32,15 @@ LONG_LABEL = 32
 def draw_charts(summary: Summary, folder: Path) -> list[tuple[Chart, Path]]:
     """Write every figure that has data as a PNG into `folder`.
 
-    Measures are drawn as lines over the swept value; as heat maps over two settings with many values; and where there
-    are still more settings, as the effect of each. Trade-offs between measures follow.
+    Measures are drawn as lines over the swept value; as heat maps over two settings with many values; where there are
+    still more settings, as a row for each that was named, or as the effect of each. Trade-offs between measures follow.
     """
     measured = [row for row in summary.rows if not row.missing]
     if not measured:
         return []
     series = series_of(summary)
     drawn = []
-    if len(series) <= MOST_SERIES or len(summary.telling) == 2:
+    if len(series) <= MOST_SERIES or (len(summary.telling) == 2 and _fills_its_grid(summary)):
         axis = SweptAxis(summary.x, [row.point.value(summary.x) for row in summary.rows])
         for chart in CHARTS:
             known = [line for line in chart.lines if line[0] in summary.measures]
@@ -46,15 +48,32 @@ def draw_charts(summary: Summary, folder: Path) -> list[tuple[Chart, Path]]:
                 continue
             path = folder / f"{chart.name}.png"
             if _is_grid(summary, series):
-                draw_heat_map(summary, chart, known, path)
+                draw_heat_map(summary, chart.title, known, path)
             else:
                 _draw(chart, known, axis, series, path)
             drawn.append((chart, path))
+    elif suits(summary, series):
+        caption = draw_forest(summary, series, folder / "settings.png")
+        drawn.append((Chart("settings", "Settings", "", (), caption), folder / "settings.png"))
     else:
-        chart = Chart("effects", "What each setting does", "", (), effects_caption(summary))
-        draw_effects(summary, folder / "effects.png")
-        drawn.append((chart, folder / "effects.png"))
+        drawn += _draw_effects(summary, folder)
     return drawn + draw_trade_offs(summary, folder)
+
+
+def _draw_effects(summary: Summary, folder: Path) -> list[tuple[Chart, Path]]:
+    """The effect of each setting alone, and of two of them together."""
+    path = folder / "effects.png"
+    draw_effects(summary, path)
+    drawn = [(Chart("effects", "What each setting does", "", (), effects_caption(summary)), path)]
+    pair = pair_of(summary)
+    if len(summary.telling) > len(pair) > 0:
+        names = " and ".join(short_names(summary.telling)[key].replace("_", " ") for key in pair)
+        lines = [(name, label(name)) for name in shown_of(EFFECTS, summary.measures)[:MOST_PAIRED_MEASURES]]
+        path = folder / "pair.png"
+        draw_heat_map(summary, "", lines, path, pair)
+        caption = f"Mean over all other settings, for {names} together."
+        drawn.append((Chart("pair", f"{names} together", "", (), caption), path))
+    return drawn
 
 
 def _is_grid(summary: Summary, series: dict[str, list[Group]]) -> bool:
@@ -66,13 +85,17 @@ def _is_grid(summary: Summary, series: dict[str, list[Group]]) -> bool:
     return many or len(series) > MOST_SERIES
 
 
+def _fills_its_grid(summary: Summary) -> bool:
+    """Whether most combinations of the settings occur: of settings that were drawn, hardly any two meet."""
+    cells = math.prod(len({shown(group.value(key)) for group in summary.groups}) for key in summary.telling)
+    return 2 * len(summary.groups) >= cells
+
+
 def series_of(summary: Summary) -> dict[str, list[Group]]:
     """Groups that differ in the swept value alone, by what they share (with one series, that is nothing)."""
-    short = short_names(summary.telling)
     series: dict[str, list[Group]] = {}
     for group in summary.groups:
-        name = ", ".join(f"{short[key].replace('_', ' ')} {shown(group.value(key))}" for key in summary.telling[1:])
-        series.setdefault(name, []).append(group)
+        series.setdefault(summary.name(group, summary.telling[1:]), []).append(group)
     return series
 
 

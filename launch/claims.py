@@ -1,5 +1,7 @@
 """The paper's claims, judged on a sweep over kinds and seeds: `python launch/claims.py sweeps/claims.yaml`.
 
+The report of a sweep with `report.claims` holds them as well.
+
 Each claim is a difference, taken seed by seed, and the range in which it should lie. It holds if the whole 95 % interval
 of the mean difference does, fails if no part of it does, and is undecided otherwise.
 """
@@ -7,6 +9,7 @@ of the mean difference does, fails if no part of it does, and is undecided other
 from __future__ import annotations
 
 import argparse
+import html
 import math
 import sys
 from collections.abc import Sequence
@@ -17,12 +20,15 @@ from commandline import add_sweep_arguments, plan_of
 from plan import Plan
 from report import page_path
 
-from tsae import files
-from tsae.errors import TsaeError
+from tsae import environment, files
+from tsae.errors import TsaeError, os_error_line
 
 if TYPE_CHECKING:
     from summary import Row
 
+SMALL_BASE, DECIDING_BASE = "embedded", "pythia-160m"
+"""What a claim does on a tiny model says little of the paper's; this base decides."""
+HEAD = ("claim, of the T-SAE's high-level split", "difference", "95 % interval", "seeds", "")
 FVE_COST = 0.02
 """A small loss of explained variance; the largest in the paper's Table 1 is 0.01."""
 PROBE_MARGIN = 0.02
@@ -129,18 +135,45 @@ def _verdict(claim: Claim, differences: Sequence[float]) -> Verdict:
     return Verdict(claim.text, len(differences), mean, half, word)
 
 
-def table(verdicts: Sequence[Verdict]) -> str:
-    """The verdicts as Markdown."""
-    lines = [
-        "| claim, of the T-SAE's high-level split | difference | 95 % interval | seeds | |",
-        "|---|---:|---:|---:|---|",
+def as_text(plan: Plan, verdicts: Sequence[Verdict]) -> str:
+    """The verdicts as Markdown, and the command that decides what they leave open."""
+    lines = ["| " + " | ".join(HEAD) + " |", "|---|---:|---:|---:|---|"]
+    lines += ["| " + " | ".join(_cells(verdict)) + " |" for verdict in verdicts]
+    return "\n".join(lines) + "\n" + _outlook(plan, verdicts)
+
+
+def section(plan: Plan, verdicts: Sequence[Verdict]) -> str:
+    """The same as a section of the report's page."""
+    rows = [
+        f"<tr><td class=key>{text}</td><td>{difference}</td><td>{interval}</td><td>{seeds}</td><td class=key>{word}</td></tr>"
+        for text, difference, interval, seeds, word in (map(html.escape, _cells(verdict)) for verdict in verdicts)
     ]
-    for verdict in verdicts:
-        low, high = verdict.difference - verdict.half_width_95, verdict.difference + verdict.half_width_95
-        interval = "–" if math.isnan(verdict.half_width_95) else f"{low:+.3f} to {high:+.3f}"
-        difference = "–" if math.isnan(verdict.difference) else f"{verdict.difference:+.3f}"
-        lines.append(f"| {verdict.text} | {difference} | {interval} | {verdict.seeds} | {verdict.word} |")
-    return "\n".join(lines) + "\n"
+    head = "".join(f"<th{'' if i else ' class=key'}>{html.escape(name)}</th>" for i, name in enumerate(HEAD))
+    outlook = _outlook(plan, verdicts).strip()
+    return (
+        f"<h2>The paper's claims</h2><div class=wide><table><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody>"
+        '</table></div><p class="note">Differences between dictionaries of one seed: mean and 95 % interval over seeds '
+        "(Student's t). A claim holds if the whole interval lies where it should, fails if no part of it does, and is "
+        "undecided otherwise; the intervals are not corrected for their number.</p>"
+        + (f"<pre>{html.escape(outlook)}</pre>" if outlook else "")
+    )
+
+
+def _cells(verdict: Verdict) -> tuple[str, str, str, str, str]:
+    mean, half = verdict.difference, verdict.half_width_95
+    interval = "–" if math.isnan(half) else f"{mean - half:+.3f} to {mean + half:+.3f}"
+    return verdict.text, "–" if math.isnan(mean) else f"{mean:+.3f}", interval, str(verdict.seeds), verdict.word
+
+
+def _outlook(plan: Plan, verdicts: Sequence[Verdict]) -> str:
+    """The command that decides what did not hold on the small model; nothing if all did."""
+    open_ones = sum(verdict.word != "holds" for verdict in verdicts)
+    if not open_ones or plan.sweep.base_path.stem != SMALL_BASE:
+        return ""
+    return (
+        f"\n{open_ones} of {len(verdicts)} do not hold or stay open on this small model; what decides them:\n"
+        f"    python launch/sweep.py {plan.sweep.path} --base {DECIDING_BASE}\n"
+    )
 
 
 def write_claims(plan: Plan) -> list[Verdict]:
@@ -162,7 +195,7 @@ def write_claims(plan: Plan) -> list[Verdict]:
         {name: None if value != value else value for name, value in asdict(verdict).items()} for verdict in verdicts
     ]
     files.write_json(folder / "claims.json", {"sweep": plan.name, "claims": plain})
-    files.write_text(folder / "claims.md", table(verdicts))
+    files.write_text(folder / "claims.md", as_text(plan, verdicts))
     return verdicts
 
 
@@ -172,9 +205,13 @@ def main(arguments: list[str] | None = None) -> int:
     add_sweep_arguments(parser)
     given = parser.parse_intermixed_args(arguments)
     try:
-        print(table(write_claims(plan_of(given))), end="")
+        plan = plan_of(given)
+        print(as_text(plan, write_claims(plan)), end="")
     except TsaeError as error:
         print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"error: {os_error_line(error, environment.home())}", file=sys.stderr)
         return 2
     return 0
 

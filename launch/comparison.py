@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from measures import shown_of
 from summary import Group, Summary
 from sweepfile import shown
 
@@ -37,7 +38,7 @@ def compare(summary: Summary) -> list[Comparison]:
     References are the groups that `report.baseline` names, else those with the first of the swept values.
     """
     references = _references(summary)
-    measures = [name for name in MEASURES if name in summary.measures]
+    measures = shown_of(MEASURES, summary.measures)
     found = []
     for group in summary.groups:
         others = [reference for reference in references if reference is not group]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+FVE = "frac_variance_explained"
 LABELS = {
     "frac_variance_explained": ("FVE", "all"),
     "frac_variance_explained_high": ("FVE", "high only"),
@@ -132,6 +134,15 @@ PROBES = tuple(
     )
 )
 CHARTS = (*CHARTS, *PROBES)
+
+
+def shown_of(names: Sequence[str], available: Collection[str]) -> list[str]:
+    """Those of `names` that are available, with FVE pooled over all tokens where the truth is known.
+
+    The paper's FVE is a mean over contexts and misses what differs between them, which is where slow features show.
+    """
+    pooled = {FVE: f"{FVE}_pooled"} if any(name.startswith("truth_") for name in available) else {}
+    return [name for name in (pooled.get(name, name) for name in names) if name in available]
 
 
 def scalars(results: dict[str, Any]) -> dict[str, float]:

@@ -30,7 +30,7 @@ p { margin: 8px 0; max-width: 76ch; }
 .lead, figcaption, .note { color: var(--soft); }
 .note, figcaption { font-size: 13px; }
 .lead { max-width: none; }
-.missing { border-left: 3px solid #d55e00; background: #fff6f0; padding: 8px 14px; margin: 18px 0; font-size: 14px; }
+.missing { border-left: 3px solid #d55e00; background: #fff6f0; padding: 8px 14px; margin: 18px 0; font-size: 14px; overflow-wrap: anywhere; }
 code, pre { font: 12.5px/1.5 ui-monospace, "DejaVu Sans Mono", Menlo, monospace; }
 pre { background: #f7f7f7; padding: 12px 16px; overflow-x: auto; border-radius: 4px; }
 .wide { overflow-x: auto; }
@@ -61,19 +61,25 @@ details summary { cursor: pointer; color: var(--accent); }
 
 LONG_TABLE = 40
 """Rows above which the summary scrolls in a box of its own."""
+WIDE = 1200
+"""Pixels of a picture that needs the page's whole width."""
+MOST_MISSING = 12
+"""Points with a trouble that are named."""
 MOST_COLUMNS = 60
 """Points whose every measure fits into one table that a person would read."""
 
 
-def render(summary: Summary, charts: list[tuple[Chart, Path]]) -> str:
-    """The whole page."""
+def render(summary: Summary, charts: list[tuple[Chart, Path]], claims: str = "") -> str:
+    """The whole page; `claims` is a section of it."""
     plan = summary.plan
     title = html.escape(plan.name)
     body = [
         f"<h1>{title}</h1>",
         f'<p class="lead">{_lead(summary)}</p>',
         _missing(summary),
+        _unbalanced(summary),
         "".join(f"<p>{html.escape(sentence)}</p>" for sentence in sentences(summary)),
+        claims,
         "<h2>Summary</h2>",
         f'<div class="wide{" tall" if len(summary.groups) > LONG_TABLE else ""}">{_summary_table(summary)}</div>',
         f'<p class="note">{_interval_note(summary)}</p>',
@@ -119,8 +125,21 @@ def _source(config: RunConfig) -> list[str]:
 def _missing(summary: Summary) -> str:
     if not summary.missing:
         return ""
-    points = "; ".join(f"{row.point.name} ({row.missing})" for row in summary.missing)
+    points = "; ".join(f"{row.point.name} ({row.missing})" for row in summary.missing[:MOST_MISSING])
+    more = len(summary.missing) - MOST_MISSING
+    points += f"; and {more} more, which table.csv names" if more > 0 else ""
     return f'<p class="missing"><b>Not in this report:</b> {html.escape(points)}.</p>'
+
+
+def _unbalanced(summary: Summary) -> str:
+    """Which trainings ended with a group that is silent or does almost everything."""
+    found = [row for row in summary.rows if row.imbalance]
+    if not found:
+        return ""
+    named = "; ".join(f"{row.point.name}: {row.imbalance}" for row in found[:MOST_MISSING])
+    more = f"; and {len(found) - MOST_MISSING} more" if len(found) > MOST_MISSING else ""
+    count = f"In {len(found)} of {len(summary.rows)} trainings a group of latents fell silent or took over:"
+    return f'<p class="missing"><b>{count}</b> {html.escape(named + more)}.</p>'
 
 
 def _interval_note(summary: Summary) -> str:
@@ -159,7 +178,8 @@ def _cell(group: Group, measure: str) -> str:
     if half != half:
         return figures(mean, 3)
     # As many decimals as the value deserves, and enough to show the first digit of its interval.
-    first_digit = -math.floor(math.log10(half)) if half > 0 else 0
+    # What is left of a difference of equal numbers is rounding.
+    first_digit = -math.floor(math.log10(half)) if half > 1e-9 * abs(mean) else 0
     decimals = min(max(len(figures(mean, 3).partition(".")[2]), first_digit), 5)
     return f"{mean:.{decimals}f}<small>± {half:.{decimals}f}</small>"
 
@@ -205,8 +225,8 @@ def _difference(values: tuple[float, float, int] | None) -> str:
 
 
 def _figure(chart: Chart, path: Path, charts: int) -> str:
-    image, width, height = picture(path, chart.title)
-    panels = ' class="panels"' if width > 2.4 * height or charts == 1 else ""
+    image, width, _ = picture(path, chart.title)
+    panels = ' class="panels"' if width > WIDE or charts == 1 else ""
     return f"<figure{panels}>{image}<figcaption>{html.escape(chart.caption)}</figcaption></figure>"
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from comparison import compare
-from measures import figures, label
+from measures import figures, label, shown_of
 from points import short_names
 from summary import Group, Summary
 from sweepfile import shown
@@ -19,6 +19,10 @@ RANGED = (
     "probing_chunk0/semantics",
 )
 """Measures whose range is told, where a sweep has them."""
+MOST_WORLDS = 6
+"""Kinds of activations that get a sentence each."""
+MOST_NAMED = 3
+"""Settings of a baseline that are named."""
 
 
 def sentences(summary: Summary) -> list[str]:
@@ -26,12 +30,16 @@ def sentences(summary: Summary) -> list[str]:
     groups = [group for group in summary.groups if any(not row.missing for row in group.rows)]
     if not groups:
         return []
-    return [text for text in (_ranges(summary, groups), _splits(groups), _differences(summary)) if text]
+    worlds = summary.worlds(groups)
+    if len(worlds) > MOST_WORLDS:
+        worlds = {"": groups}
+    ranges = [_ranges(summary, alike, f"{world}: " if len(worlds) > 1 else "") for world, alike in worlds.items()]
+    return [text for text in (*ranges, _splits(groups), _differences(summary)) if text]
 
 
-def _ranges(summary: Summary, groups: list[Group]) -> str:
+def _ranges(summary: Summary, groups: list[Group], world: str) -> str:
     parts = []
-    for measure in RANGED:
+    for measure in shown_of(RANGED, summary.measures):
         known = [(mean, group) for group in groups if not math.isnan(mean := group.interval(measure)[0])]
         if not known:
             continue
@@ -39,11 +47,11 @@ def _ranges(summary: Summary, groups: list[Group]) -> str:
         if len(known) == 1 or figures(low, 3) == figures(high, 3):
             parts.append(f"{label(measure)} is {figures(high, 3)}")
         else:
+            names = [summary.name(group, summary.given(group)) for group in (worst, best)]
             parts.append(
-                f"{label(measure)} goes from {figures(low, 3)} ({_name(summary, worst)}) to {figures(high, 3)} "
-                f"({_name(summary, best)})"
+                f"{label(measure)} goes from {figures(low, 3)} ({names[0]}) to {figures(high, 3)} ({names[1]})"
             )
-    return "; ".join(parts) + "." if parts else ""
+    return f"{world}{'; '.join(parts)}." if parts else ""
 
 
 def _splits(groups: list[Group]) -> str:
@@ -59,11 +67,12 @@ def _splits(groups: list[Group]) -> str:
         certain += high + high_half < low - low_half
     if not known:
         return ""
-    where = "the one setting" if known == 1 else f"{smoother} of {known} settings"
-    verb = "is" if smoother or known > 1 else "is not"
-    return f"The high-level split {verb} smoother than the low-level one in {where}" + (
-        f", in {certain} of them with intervals that do not touch." if known > 1 else "."
-    )
+    if known == 1:
+        return f"The high-level split {'is' if smoother else 'is not'} smoother than the low-level one."
+    text = f"The high-level split is smoother than the low-level one in {smoother or 'none'} of {known} settings"
+    if smoother and bounded:
+        text += f", in {certain or 'none'} of them with intervals that do not touch"
+    return f"{text}."
 
 
 def _differences(summary: Summary) -> str:
@@ -79,10 +88,15 @@ def _differences(summary: Summary) -> str:
             parts.append(f"{label(measure)} is {' and '.join(filter(None, directions))}")
     if not parts:
         return ""
-    against = f"Of {len(found)} comparisons by seed (95 %)" if len(found) > 1 else "Compared by seed (95 %)"
-    return f"{against}: {'; '.join(parts)}."
+    against = f"with {_reference(summary)}, seed by seed (95 %)"
+    start = f"Of {len(found)} comparisons {against}" if len(found) > 1 else f"Compared {against}"
+    return f"{start}: {'; '.join(parts)}."
 
 
-def _name(summary: Summary, group: Group) -> str:
-    names = short_names(summary.telling)
-    return ", ".join(f"{names[key].replace('_', ' ')} {shown(group.value(key))}" for key in summary.telling)
+def _reference(summary: Summary) -> str:
+    """What groups are compared with."""
+    wanted = summary.plan.sweep.config.report.baseline or {summary.x: summary.groups[0].value(summary.x)}
+    if len(wanted) > MOST_NAMED:
+        return "the baseline"
+    names = short_names(list(wanted))
+    return ", ".join(f"{names[key].replace('_', ' ')} {shown(value)}" for key, value in wanted.items())

@@ -16,8 +16,8 @@ from commandline import add_sweep_arguments, plan_of
 from plan import Plan
 from sweepfile import shown
 
-from tsae import files, schema
-from tsae.errors import TsaeError
+from tsae import environment, files, schema
+from tsae.errors import TsaeError, os_error_line
 
 if TYPE_CHECKING:
     from summary import Summary
@@ -45,6 +45,9 @@ def main(arguments: list[str] | None = None) -> int:
     except TsaeError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except OSError as error:
+        print(f"error: {os_error_line(error, environment.home())}", file=sys.stderr)
+        return 2
     return 0
 
 
@@ -71,7 +74,7 @@ def write_report(plan: Plan) -> Path:
     page.parent.mkdir(parents=True, exist_ok=True)
     files.write_text(page.with_name("table.csv"), _csv(summary))
     files.write_text(page.with_name("table.md"), _markdown(summary))
-    files.write_text(page, render(summary, draw_charts(summary, page.parent)))
+    files.write_text(page, render(summary, draw_charts(summary, page.parent), _claims_section(plan)))
     points = [
         {
             "name": row.point.name,
@@ -84,6 +87,15 @@ def write_report(plan: Plan) -> Path:
     ]
     files.write_json(page.with_name("results.json"), {"sweep": plan.name, "made_from": state, "points": points})
     return page
+
+
+def _claims_section(plan: Plan) -> str:
+    """The verdicts as HTML, where the sweep asks for them."""
+    if not plan.sweep.config.report.claims:
+        return ""
+    from claims import section, write_claims
+
+    return section(plan, write_claims(plan))
 
 
 def short_table(plan: Plan) -> list[str]:

@@ -10,12 +10,15 @@ from typing import Any
 
 from measures import LABELS, scalars
 from plan import Plan
-from points import Point
-from sweepfile import shown
+from points import Point, short_names
+from sweepfile import flatten, shown
 
 from tsae.experiments.driver import headlines
+from tsae.training.metrics import last_imbalance
 
 SEED_AXES = ("training.seed", "data.seed")
+SOURCES = frozenset({"model", "data", "synthetic"})
+"""Sections that decide what activations are."""
 
 
 @dataclass(frozen=True)
@@ -29,6 +32,8 @@ class Row:
     """Headline numbers of the experiments: measure → value and half-width of its interval."""
     missing: str
     """Why there are no results, or nothing."""
+    imbalance: str = ""
+    """Which group of latents had fallen silent or taken over when training ended, or nothing."""
 
     @cached_property
     def values(self) -> dict[str, float]:
@@ -104,13 +109,36 @@ class Summary:
 
     @cached_property
     def telling(self) -> list[str]:
-        """Key paths that tell the groups apart, the swept one first; what follows from those before it is left out."""
+        """Key paths that tell the groups apart, the swept one first; what follows from those before it is left out.
+
+        A drawn setting follows from no other, although its neighbour's digits alone would do to tell the groups apart.
+        """
         keys = dict.fromkeys(key for group in self.groups for key in group.axes if key != self.x)
+        drawn = [f"{path}." for path, _ in flatten(self.plan.sweep.config.random)]
         telling = [self.x]
         for key in keys:
-            if self._distinct([*telling, key]) > self._distinct(telling):
+            is_drawn = any(path.startswith(f"{key}.") for path in drawn)
+            if is_drawn or self._distinct([*telling, key]) > self._distinct(telling):
                 telling.append(key)
         return telling
+
+    def worlds(self, groups: Sequence[Group]) -> dict[str, list[Group]]:
+        """The groups by what their activations are, in words: those of different ones do not compete."""
+        keys = [key for key in self.telling if key.partition(".")[0] in SOURCES]
+        found: dict[str, list[Group]] = {}
+        for group in groups:
+            found.setdefault(self.name(group, keys), []).append(group)
+        return found
+
+    def name(self, group: Group, keys: Sequence[str]) -> str:
+        """A group in words, by its settings at `keys`."""
+        short = short_names(self.telling)
+        return ", ".join(f"{short[key].replace('_', ' ')} {shown(group.value(key))}" for key in keys)
+
+    def given(self, group: Group) -> list[str]:
+        """What tells a group from others, without what only follows from a preset and without what its activations are."""
+        telling = [key for key in self.telling if key.partition(".")[0] not in SOURCES]
+        return [key for key in telling if key in group.axes] or telling or self.telling
 
     def _distinct(self, keys: list[str]) -> int:
         return len({tuple(shown(group.value(key)) for key in keys) for group in self.groups})
@@ -136,7 +164,7 @@ def _row(plan: Plan, point: Point) -> Row:
     run = plan.run(point)
     experiments = headlines(run, point.config)
     if run.is_evaluated(point.config):
-        return Row(point, run.read_results(), experiments, "")
+        return Row(point, run.read_results(), experiments, "", last_imbalance(run.metrics, point.config))
     if experiments and "evaluate" not in plan.sweep.config.stages:
         return Row(point, {}, experiments, "")
     return Row(point, {}, {}, "trained, not evaluated" if run.is_trained(point.config) else "not trained")

@@ -99,6 +99,10 @@ def _show_report(plan: Plan) -> None:
     if "report" in plan.sweep.config.stages:
         page = page_path(plan) if is_current(plan) else write_report(plan)
         print("\n".join(short_table(plan)))
+        if plan.sweep.config.report.claims:
+            from claims import as_text, write_claims
+
+            print(as_text(plan, write_claims(plan)), end="")
         print(f"report: {page}")
 
 

@@ -29,6 +29,8 @@ class ReportConfig:
     """Key path of the swept value on the horizontal axis; by default the first that varies and is not a seed."""
     baseline: dict[str, Any] = field(default_factory=dict)
     """Key path: value of the points that the others are compared with, seed by seed; by default those with the first swept value."""
+    claims: bool = False
+    """Judge the paper's claims, too; nothing but sae.kind and seeds may vary."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from axis import SweptAxis
-from measures import Chart, label
-from points import short_names
+from measures import Chart, label, shown_of
 from summary import Group, Summary
 from sweepfile import shown
 
@@ -16,8 +15,11 @@ from tsae import plotting
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.colors import Normalize
 
+COLOURS = "viridis"
 MOST_NAMED = 10
+MOST_WITH_INTERVALS = 40
 LEAST_GROUPS = 3
 
 
@@ -39,16 +41,27 @@ TRADE_OFFS = (
 
 def draw_trade_offs(summary: Summary, folder: Path) -> list[tuple[Chart, Path]]:
     """Write a figure of every trade-off that at least three groups have both measures of."""
-    known = [(pair, groups) for pair in TRADE_OFFS if len(groups := _with_both(summary, pair)) >= LEAST_GROUPS]
+    pairs = [TradeOff(pair.x, y, pair.x_sign) for pair in TRADE_OFFS for y in shown_of([pair.y], summary.measures)]
+    known = [(pair, groups) for pair in pairs if len(groups := _with_both(summary, pair)) >= LEAST_GROUPS]
     if not known:
         return []
+    from matplotlib.cm import ScalarMappable
+
     path = folder / "trade_offs.png"
-    with plotting.figure(path, columns=len(known), size=(4.6 * len(known), 3.5)) as (_, panels):
+    axis = SweptAxis(summary.x, [group.value(summary.x) for group in summary.groups])
+    named = len(known[0][1]) <= MOST_NAMED
+    with plotting.figure(path, columns=len(known), size=(4.6 * len(known), 3.5)) as (drawn, panels):
         for axes, (pair, groups) in zip(panels, known, strict=True):
-            _draw(axes, summary, pair, groups)
+            _draw(axes, summary, pair, groups, axis)
+        if axis.is_ordered and _is_crowded(axis):
+            drawn.colorbar(ScalarMappable(_norm(axis), COLOURS), ax=panels, label=axis.label, shrink=0.9)
+        elif not named and not _is_crowded(axis):
+            drawn.legend(*panels[0].get_legend_handles_labels(), title=axis.label, loc="outside right upper")
+    intervals = " with its 95 % intervals" if len(summary.groups) <= MOST_WITH_INTERVALS else ""
+    own = ", for each kind of activations by itself" if len(summary.worlds(known[0][1])) > 1 else ""
     text = (
-        "Each mark is one setting with its 95 % intervals; the step line joins those that no other setting beats in both "
-        "measures. Smoothness: to the left is better; elsewhere to the right. Up is better."
+        f"Each mark is one setting{intervals}; the step line joins those that no other setting beats in both measures{own}. "
+        "Smoothness: to the left is better; elsewhere to the right. Up is better."
     )
     return [(Chart("trade_offs", "Trade-offs", "", (), text), path)]
 
@@ -70,47 +83,63 @@ def _with_both(summary: Summary, pair: TradeOff) -> list[Group]:
     ]
 
 
-def _draw(axes: Axes, summary: Summary, pair: TradeOff, groups: list[Group]) -> None:
-    colours = _colours(summary, groups)
-    places = []
+def _draw(axes: Axes, summary: Summary, pair: TradeOff, groups: list[Group], axis: SweptAxis) -> None:
+    few = len(groups) <= MOST_WITH_INTERVALS
+    places, labelled = [], set()
     for group in groups:
         (x, x_half), (y, y_half) = group.interval(pair.x), group.interval(pair.y)
         places.append((x, y))
-        number = colours.get(shown(group.value(summary.x)), 0)
-        few = len(groups) <= 4 * MOST_NAMED
+        name = shown(group.value(summary.x))
         axes.errorbar(
             x,
             y,
             xerr=x_half if few and x_half == x_half else None,
             yerr=y_half if few and y_half == y_half else None,
-            color=plotting.PALETTE[number % len(plotting.PALETTE)],
-            marker=plotting.MARKERS[number % len(plotting.MARKERS)],
-            markersize=5 if few else 3,
+            **_look(axis, group.value(summary.x)),
+            markersize=5 if few else 4,
             markeredgecolor="white",
             markeredgewidth=0.5,
             elinewidth=0.8,
             linestyle="none",
+            label=None if name in labelled else name,
         )
-    best = front(places, pair.x_sign)
-    axes.step(
-        *zip(*best, strict=True), where="post" if pair.x_sign > 0 else "pre", color="#777777", linewidth=0.9, zorder=0
-    )
+        labelled.add(name)
+    where: Literal["post", "pre"] = "post" if pair.x_sign > 0 else "pre"
+    for alike in summary.worlds(groups).values():
+        best = front([place for group, place in zip(groups, places, strict=True) if group in alike], pair.x_sign)
+        axes.step(*zip(*best, strict=True), where=where, color="#555555", linewidth=1.1, zorder=1)
     if len(groups) <= MOST_NAMED:
-        short = short_names(summary.telling)
         for group, place in zip(groups, places, strict=True):
-            name = ", ".join(f"{short[key].replace('_', ' ')} {shown(group.value(key))}" for key in summary.telling)
+            name = summary.name(group, summary.telling)
             axes.annotate(name, place, xytext=(5, 4), textcoords="offset points", fontsize=7, color="#333333")
-    elif colours:
-        for value, number in colours.items():
-            marker = plotting.MARKERS[number % len(plotting.MARKERS)]
-            axes.plot([], [], marker=marker, linestyle="none", color=plotting.PALETTE[number], label=value)
-        axes.legend(title=SweptAxis(summary.x, []).label, loc="best", fontsize=7, title_fontsize=7)
     axes.set_xlabel(f"{label(pair.x)} ({'more' if pair.x_sign > 0 else 'less'} is better)")
     axes.set_ylabel(label(pair.y))
+    axes.locator_params(axis="x", nbins=6)
     axes.margins(0.12)
 
 
-def _colours(summary: Summary, groups: list[Group]) -> dict[str, int]:
-    """Swept value → number of its colour; nothing where there are more values than colours."""
-    values = list(dict.fromkeys(shown(group.value(summary.x)) for group in groups))
-    return {value: number for number, value in enumerate(values)} if len(values) <= len(plotting.PALETTE) else {}
+def _is_crowded(axis: SweptAxis) -> bool:
+    """Whether the swept setting has more values than there are colours that can be told apart."""
+    return len(axis.values) > len(plotting.PALETTE)
+
+
+def _look(axis: SweptAxis, value: Any) -> dict[str, Any]:
+    """Colour and marker of a swept value."""
+    import matplotlib
+
+    if not _is_crowded(axis):
+        names = [shown(list(v) if isinstance(v, tuple) else v) for v in axis.values]
+        number = names.index(shown(value))
+        return {"color": plotting.PALETTE[number], "marker": plotting.MARKERS[number]}
+    if axis.is_ordered:
+        share = float(_norm(axis)(axis.position(value)))
+        return {"color": matplotlib.colormaps[COLOURS](share), "marker": "o"}
+    return {"color": plotting.PALETTE[0], "marker": "o"}
+
+
+def _norm(axis: SweptAxis) -> Normalize:
+    """Swept values as shares of the colour scale."""
+    from matplotlib.colors import LogNorm, Normalize
+
+    ends = [axis.position(value) for value in axis.values]
+    return (LogNorm if axis.scale == "log" else Normalize)(min(ends), max(ends))

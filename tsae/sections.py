@@ -122,8 +122,8 @@ class ObjectiveConfig:
 
     preset: Literal["scale_free", "reference", "paper"] = "scale_free"
     """`scale_free`: ours, which means the same for activations of any scale; `reference`: what the authors' released code computes; `paper`: what the paper's equations say. Other keys override it."""
-    temporal: Literal["contrastive", "linear", "l1"] = "contrastive"
-    """Temporal term of a T-SAE: InfoNCE over the batch; `linear`: the mean similarity of all pairs of the batch minus that of the true pairs, without a logarithm; or the L1 distance of the two codes weighted by the inputs' cosine."""
+    temporal: Literal["contrastive", "linear", "l2", "l1"] = "contrastive"
+    """Temporal term of a T-SAE: InfoNCE over the batch; `linear`: the mean similarity of all pairs of the batch minus that of the true pairs, without a logarithm; `l2`: the squared distance of the two codes (the paper's ablation without contrast); `l1`: their L1 distance weighted by the inputs' cosine (the released code's other branch)."""
     temporal_alpha: float = 0.1
     """Weight of the temporal term."""
     similarity: Literal["dot", "cosine"] = "cosine"

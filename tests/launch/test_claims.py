@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import html
 import json
 
 import claims
 import pytest
+import report
 from claims import CLAIMS, Claim
+from plan import make_plan
 from summary import Row
+from sweepfile import load_sweep
 
 from tsae.errors import TsaeError
 
@@ -62,3 +66,15 @@ def test_the_command_writes_a_table_of_what_is_there(write_sweep, home, capsys):
 def test_other_axes_than_kind_and_seed_are_refused(plan_of):
     with pytest.raises(TsaeError, match=r"sae\.k varies"):
         claims.write_claims(plan_of(grid={"sae.kind": ["temporal", "matryoshka"], "sae.k": [4, 8]}))
+
+
+def test_the_report_holds_the_claims_and_what_decides_them(write_sweep, home):
+    grid = {"sae.kind": ["temporal", "matryoshka"], "training.seed": [0, 1]}
+    path = write_sweep(file="judged", grid=grid, report={"claims": True})
+    page = report.write_report(make_plan(load_sweep(path))).read_text()
+    assert all(html.escape(claim.text) in page for claim in CLAIMS)
+    assert f"python launch/sweep.py {path} --base pythia-160m" in page
+    assert list(home.glob("sweeps/*/report/claims.json"))
+    larger = report.write_report(make_plan(load_sweep(path, "pythia-160m"))).read_text()
+    assert "The paper's claims" in larger
+    assert "--base pythia-160m" not in larger

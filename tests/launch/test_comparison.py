@@ -8,8 +8,11 @@ import re
 import urllib.parse
 
 import charts
+import forest
+import grids
 import pytest
 import report
+from axis import SweptAxis
 from comparison import compare
 from prose import sentences
 from summary import summarise
@@ -88,7 +91,7 @@ def test_sentences_follow_from_the_numbers(noisy):
         "The high-level split is smoother than the low-level one in 2 of 2 settings, in 2 of them with intervals that "
         "do not touch."
     )
-    assert differences == "Compared by seed (95 %): FVE all is lower in 1."
+    assert differences == "Compared with temporal alpha 0, seed by seed (95 %): FVE all is lower in 1."
 
 
 def test_the_front_holds_what_nothing_beats_in_both():
@@ -104,7 +107,7 @@ def test_the_front_holds_what_nothing_beats_in_both():
         ({"sae.k": [4, 8, 16, 32], "sae.split_fraction": [0.1, 0.2, 0.3, 0.5]}, {"fve", "smoothness", "trade_offs"}),
         (
             {"sae.k": [4, 8, 16], "sae.split_fraction": [0.1, 0.2, 0.5], "objective.temporal_alpha": [0, 0.1, 1]},
-            {"effects", "trade_offs"},
+            {"effects", "pair", "trade_offs"},
         ),
     ],
 )
@@ -116,7 +119,55 @@ def test_figures_suit_the_number_of_swept_settings(plan_of, tmp_path, monkeypatc
     drawn = charts.draw_charts(summarise(plan), tmp_path)
     assert {chart.name for chart, _ in drawn} == figures
     assert all(path.read_bytes().startswith(b"\x89PNG") for _, path in drawn)
-    assert bool(grids) == (len(grid) == 2)
+    assert bool(grids) == (len(grid) > 1)
+
+
+def test_settings_that_were_named_one_by_one_get_a_row_each(plan_of, tmp_path):
+    plan = plan_of(
+        list=[{"objective.preset": "reference", "objective.temporal_alpha": alpha} for alpha in (0.1, 1.0)]
+        + [{"objective.preset": "scale_free"}]
+        + [{"sae.k": k} for k in range(4, 12)],
+        report={"x": "objective.preset", "baseline": {"objective.preset": "scale_free"}},
+    )
+    summary = summarise(measured(plan, lambda _: (0.5, 0.1, 0.2)))
+    assert forest.suits(summary, charts.series_of(summary))
+    assert {chart.name for chart, _ in charts.draw_charts(summary, tmp_path)} == {"settings", "trade_offs"}
+
+
+@pytest.mark.parametrize("n", [12, 60])
+def test_drawn_settings_show_the_effect_of_each(plan_of, tmp_path, n):
+    draws = {"n": n, "seed": 0, "training.lr": {"log_uniform": [1e-4, 1e-2]}}
+    draws["objective.temporal_alpha"] = {"uniform": [0.0, 1.0]}
+    plan = measured(plan_of(random=draws), lambda point: (point.config.training.lr, 0.1, 0.2))
+    assert {chart.name for chart, _ in charts.draw_charts(summarise(plan), tmp_path)} == {"effects", "trade_offs"}
+
+
+def test_many_values_of_a_setting_are_gathered_in_bins(plan_of):
+    draws = {"n": 60, "seed": 0, "training.lr": {"log_uniform": [1e-4, 1e-2]}, "sae.k": [8, 16]}
+    summary = summarise(measured(plan_of(random=draws), lambda point: (point.config.training.lr, 0.1, 0.2)))
+    levels = grids._levels(summary, SweptAxis("training.lr", [group.value("training.lr") for group in summary.groups]))
+    assert len(levels) == grids.BINS
+    assert sum(len(groups) for _, groups in levels) == 60
+    means = [grids._mean(groups, "frac_variance_explained") for _, groups in levels]
+    assert means == sorted(means)
+    assert all(groups[0].value("training.lr") <= place <= groups[-1].value("training.lr") for place, groups in levels)
+    few = grids._levels(summary, SweptAxis("sae.k", [group.value("sae.k") for group in summary.groups]))
+    assert [place for place, _ in few] == [8, 16]
+
+
+def test_settings_of_different_worlds_do_not_compete(plan_of):
+    def values(point):
+        return 0.1 * point.config.model.layer + point.config.sae.k, 0.1, 0.2
+
+    summary = summarise(measured(plan_of(grid={"model.layer": [0, 1], "sae.k": [4, 8]}), values))
+    worlds = summary.worlds(summary.groups)
+    assert {world: [group.value("sae.k") for group in groups] for world, groups in worlds.items()} == {
+        "layer 0": [4, 8],
+        "layer 1": [4, 8],
+    }
+    assert sentences(summary)[1].startswith("layer 1: FVE all goes from 4.10 (k 4) to 8.10 (k 8)")
+    alone = summarise(measured(plan_of(grid={"sae.k": [4, 8]}), values))
+    assert list(alone.worlds(alone.groups)) == [""]
 
 
 def test_an_experiments_headline_is_a_measure_and_its_picture_is_on_the_page(noisy):

@@ -10,11 +10,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import claims
 import pytest
 import report
 from charts import SweptAxis, series_of
-from measures import figures
+from measures import figures, shown_of
+from plan import make_plan
 from summary import summarise
+from sweepfile import load_sweep
 
 from tsae import config as configuration
 from tsae import schema
@@ -158,3 +161,34 @@ def test_the_command_prints_the_table_and_the_path(seeded):
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[0].split()[:3] == ["point", "FVE", "all"]
     assert done.stdout.splitlines()[-1] == f"report: {report.page_path(seeded)}"
+
+
+def test_a_group_that_took_over_is_told_on_the_page(seeded):
+    point = seeded.points[0]
+    seeded.run(point).metrics.write_text(json.dumps({"step": 9, "share_0": 0.97, "share_1": 0.03}) + "\n")
+    page = report.write_report(seeded).read_text()
+    assert f"In 1 of {len(seeded.points)} trainings" in page
+    assert f"{point.name}: group 0 took over: it has 97.0% of the feature activations" in page
+
+
+def test_variance_is_pooled_over_tokens_where_the_truth_is_known():
+    names, known = (
+        ["frac_variance_explained", "l0"],
+        ["frac_variance_explained", "frac_variance_explained_pooled", "l0"],
+    )
+    assert shown_of(names, known) == names
+    assert shown_of(names, [*known, "truth_slow"]) == ["frac_variance_explained_pooled", "l0"]
+    assert shown_of(names, ["l0"]) == ["l0"]
+
+
+@pytest.mark.parametrize("command", [report.main, claims.main])
+def test_a_report_that_cannot_be_written_is_one_line(write_sweep, capsys, command):
+    path = write_sweep(file="kinds", grid={"sae.kind": ["temporal", "matryoshka"]})
+    folder = report.page_path(make_plan(load_sweep(path))).parent
+    folder.parent.mkdir(parents=True)
+    folder.write_text("in the way")
+    assert command([str(path)]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+    assert str(folder) in error

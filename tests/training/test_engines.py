@@ -23,6 +23,7 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
     "reference": {"preset": "reference"},
     "paper": {"preset": "paper"},
     "l1": {"preset": "reference", "temporal": "l1"},
+    "l2": {"preset": "reference", "temporal": "l2", "temporal_alpha": 1.0},
     "cosine with temperature": {"preset": "reference", "similarity": "cosine", "temperature": 0.1},
     "linear": {"preset": "reference", "temporal": "linear"},
     "linear cosine": {"temporal": "linear", "directions": "sum"},
@@ -101,6 +102,16 @@ def test_a_group_may_have_no_weight(engine: str) -> None:
     assert float(built.step(batch).loss) == pytest.approx(float(flat.step(batch).loss), rel=1e-12)
 
 
+def test_without_contrast_codes_are_pulled_together_by_their_squared_distance() -> None:
+    batch = torch.randn(24, 2, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    dense, sparse = (trainer(engine, "temporal", OBJECTIVES["l2"], 64, 4, [0.5, 0.5]) for engine in ("dense", "sparse"))
+    first, other = dense.step(batch), sparse.step(batch)
+    assert float(first.temp_loss) == pytest.approx(float(other.temp_loss), rel=1e-12)
+    for _ in range(30):
+        last = sparse.step(batch)
+    assert 0 < float(last.temp_loss) < 0.5 * float(first.temp_loss)
+
+
 def test_pairs_of_the_same_document_are_no_negatives_if_so_asked() -> None:
     def loss(document: torch.Tensor | None, **objective: Any) -> float:
         generator = torch.Generator().manual_seed(0)
@@ -124,6 +135,22 @@ def test_pairs_of_the_same_document_are_no_negatives_if_so_asked() -> None:
 def test_a_temporal_sae_refuses_single_tokens() -> None:
     with pytest.raises(TsaeError, match="needs pairs"):
         trainer("sparse", "temporal", {}, 64, 4, [0.2, 0.8]).step(torch.randn(24, 12, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("preset", ["scale_free", "reference", "paper"])
+def test_without_weight_on_the_temporal_term_a_temporal_sae_is_a_matryoshka_sae(preset: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    batches = [torch.randn(24, 2, 12, dtype=torch.float64, generator=generator) for _ in range(6)]
+    objective = {"preset": preset, "temporal_alpha": 0.0}
+    one, other = (trainer("sparse", kind, objective, 64, 4, [0.2, 0.8]) for kind in ("temporal", "matryoshka"))
+    for batch in batches:
+        assert float(one.step(batch).loss) == float(other.step(batch).loss)
+    weights = zip(one.dictionary.parameters(), other.dictionary.parameters(), strict=True)
+    assert all(torch.equal(a, b) for a, b in weights)
+    some = trainer("sparse", "temporal", {**objective, "temporal_alpha": 0.1}, 64, 4, [0.2, 0.8])
+    for batch in batches:
+        some.step(batch)
+    assert not torch.equal(some.dictionary.W_enc, other.dictionary.W_enc)
 
 
 @pytest.mark.parametrize("engine", ["dense", "sparse"])

@@ -173,15 +173,29 @@ def _through_norm(unit: SparseCode, norms: Tensor, gradient: Tensor) -> Tensor:
 def weighted_l1(high: SparseCode, other: SparseCode, cosine: Tensor) -> TemporalTerm:
     """Mean over pairs of the L1 distance of codes [B, F0] times the cosine [B] of their inputs."""
     batch = len(high.offsets) - 1
-    own, theirs, keys, other_keys = high.rows, other.rows, _keys(high), _keys(other)
+    difference, reverse, alone = _differences(high, other)
+    weight, reverse_weight = cosine[high.rows] / batch, cosine[other.rows] / batch
+    distance = (difference.abs() * weight).sum() + (reverse.abs() * reverse_weight)[alone].sum()
+    return TemporalTerm(distance, difference.sign() * weight, reverse.sign() * reverse_weight)
+
+
+def squared_distance(high: SparseCode, other: SparseCode) -> TemporalTerm:
+    """Mean over pairs of the squared distance of codes [B, F0]."""
+    batch = len(high.offsets) - 1
+    difference, reverse, alone = _differences(high, other)
+    distance = difference.square().sum() + reverse[alone].square().sum()
+    return TemporalTerm(distance / batch, 2 * difference / batch, 2 * reverse / batch)
+
+
+def _differences(high: SparseCode, other: SparseCode) -> tuple[Tensor, Tensor, Tensor]:
+    """Each entry less its counterpart in the other code, for the entries of both; and which of the second the first lacks.
+
+    An entry that both codes hold is in both lists; it counts once, on the current side.
+    """
+    keys, other_keys = _keys(high), _keys(other)
     difference = high.values - _values_at(keys, other_keys, other.values)
     reverse = other.values - _values_at(other_keys, keys, high.values)
-    # An entry that both codes hold is in both lists; it counts once, on the current side.
-    alone = ~torch.isin(other_keys, keys, assume_unique=True)
-    distance = (difference.abs() * cosine[own]).sum() + (reverse.abs() * cosine[theirs])[alone].sum()
-    return TemporalTerm(
-        distance / batch, difference.sign() * cosine[own] / batch, reverse.sign() * cosine[theirs] / batch
-    )
+    return difference, reverse, ~torch.isin(other_keys, keys, assume_unique=True)
 
 
 def _keys(code: SparseCode) -> Tensor:

@@ -6,13 +6,22 @@ import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tsae.config import RunConfig
 from tsae.errors import TsaeError
-from tsae.training.trainer import Terms
+
+if TYPE_CHECKING:
+    from tsae.training.trainer import Terms
 
 FEWEST = 0.1
 """A group has collapsed when its share of the feature activations is less than this part of its share of the latents."""
+
+CROWDED = 0.3
+"""The high-level group of a T-SAE has taken over when all others' share is less than this part of theirs of the latents:
+what changes from token to token lives there, too, as in a Matryoshka SAE."""
+LONGEST_LINE = 4096
+"""Bytes that hold the last line of the file."""
 
 
 def measures_of(step: int, terms: Terms, config: RunConfig) -> dict[str, float]:
@@ -34,6 +43,33 @@ def collapsed(shares: Sequence[float], fractions: Sequence[float]) -> list[int]:
         for group, (share, fraction) in enumerate(zip(shares, fractions, strict=True))
         if share < FEWEST * fraction
     ]
+
+
+def imbalance(shares: Sequence[float], config: RunConfig) -> str:
+    """Which group fell silent or took over, given the groups' shares of the feature activations; nothing if none did."""
+    fractions = config.sae.fractions
+    silent = collapsed(shares, fractions)
+    if silent:
+        first, largest = silent[0], max(range(len(shares)), key=shares.__getitem__)
+        return (
+            f"group {largest} took over: it has {shares[largest]:.1%} of the feature activations, group {first} only "
+            f"{100 * shares[first]:.2g}% with {fractions[first]:.0%} of the latents"
+        )
+    if config.sae.kind == "temporal" and 1 - shares[0] < CROWDED * (1 - fractions[0]):
+        return f"group 0 took over: it has {shares[0]:.1%} of the feature activations with {fractions[0]:.0%} of the latents"
+    return ""
+
+
+def last_imbalance(path: Path, config: RunConfig) -> str:
+    """`imbalance` at the last line of a metrics.jsonl; nothing where there is none."""
+    if len(config.sae.fractions) == 1 or not path.exists():
+        return ""
+    with path.open("rb") as stream:
+        stream.seek(max(0, path.stat().st_size - LONGEST_LINE))
+        lines = stream.read().splitlines()
+    last = json.loads(lines[-1]) if lines else {}
+    names = [f"share_{group}" for group in range(len(config.sae.fractions))]
+    return imbalance([last[name] for name in names], config) if set(names) <= set(last) else ""
 
 
 class Metrics:

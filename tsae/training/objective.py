@@ -133,6 +133,8 @@ def objective(
             temporal = contrastive(*pair, weights, None if weights.same_document else document)
         elif weights.temporal == "linear":
             temporal = linear(*pair, weights)
+        elif weights.temporal == "l2":
+            temporal = squared_distance(*pair)
         else:
             temporal = weighted_l1(*pair, cosine_similarity(current, partner, dim=-1)) * weights.group_weights[0]
     loss = l2_loss + weights.auxk_alpha * auxk + weights.temporal_alpha * temporal
@@ -186,6 +188,12 @@ def _similarities(high: Tensor, other: Tensor, weights: Weights) -> Tensor:
     if weights.similarity == "cosine":
         high, other = (f / f.norm(dim=-1, keepdim=True).clamp_min(1e-8) for f in (high, other))
     return high @ other.T / weights.temperature
+
+
+@phase("contrast")
+def squared_distance(high: Tensor, other: Tensor) -> Tensor:
+    """Mean squared distance of high-level codes [B, F0]: the paper's ablation without contrast."""
+    return (high - other).square().sum(dim=-1).mean()
 
 
 @phase("contrast")

@@ -24,7 +24,7 @@ from tsae.reference import reference_config
 from tsae.store.layout import store_path
 from tsae.store.pairs import PairStream
 from tsae.store.reader import Store
-from tsae.training.metrics import Metrics, collapsed, measures_of
+from tsae.training.metrics import Metrics, imbalance, measures_of
 from tsae.training.random_state import random_state, set_random_state
 from tsae.training.resume import ResumeStates
 from tsae.training.tracking import make_accelerator, new_tracking
@@ -247,25 +247,23 @@ class _Training:
     def _log(self, step: int, terms: Terms) -> None:
         measures = measures_of(step, terms, self.config)
         self._metrics.append(measures)
-        self._warn_of_collapse(step, terms)
+        self._warn_of_imbalance(step, terms)
         self._accelerator.log({name: value for name, value in measures.items() if name != "step"}, step=step)
         rate = self._progress.rate(self.step) * self.config.training.batch_size
         self._progress.update(self.step, **{"tokens/s": rate}, **{name: measures[name] for name in SHOWN})
 
-    def _warn_of_collapse(self, step: int, terms: Terms) -> None:
-        """Say once that a group fell silent, or all others did; metrics.jsonl tells it at every line."""
-        shares, fractions = terms.group_shares.tolist(), self.config.sae.fractions
-        silent = collapsed(shares, fractions)
-        if not silent or self._warned or step < self.config.training.warmup:
+    def _warn_of_imbalance(self, step: int, terms: Terms) -> None:
+        """Say once that a group fell silent or took over; metrics.jsonl tells it at every line, a sweep's report the end."""
+        if self._warned or step < self.config.training.warmup:
             return
-        self._warned = True
-        log.warning(
-            "%s: step %d: group %s took over: it has %.1f%% of the feature activations, group %s only %.2g%% with %.0f%% "
-            "of the latents; the temporal term is too strong or its logits do not fit the activations' scale "
-            "(objective.temporal_alpha, objective.temperature, training.normalize)",
-            self.run.path.parent.name, step, shares.index(max(shares)), 100 * max(shares), silent[0],
-            100 * shares[silent[0]], 100 * fractions[silent[0]],
-        )  # fmt: skip
+        found = imbalance(terms.group_shares.tolist(), self.config)
+        if found:
+            self._warned = True
+            log.warning(
+                "%s: step %d: %s; the temporal term is too strong or too weak, or its logits do not fit the activations' "
+                "scale (objective.temporal_alpha, objective.temperature, training.normalize)",
+                self.run.path.parent.name, step, found,
+            )  # fmt: skip
 
     def _finish(self) -> None:
         self.wait()

@@ -25,7 +25,7 @@ from tsae.sae.dictionary import ThresholdDictionary
 from tsae.sae.row_select import top_k_codes
 from tsae.sae.select import GUESS_MARGIN, Encoder, Selection, batch_top_k_codes
 from tsae.sae.sparse import SparseCode, sampled_products, weighted_rows
-from tsae.training.contrast import TemporalTerm, contrast, weighted_l1
+from tsae.training.contrast import TemporalTerm, contrast, squared_distance, weighted_l1
 from tsae.training.engine import Encoded, Engine
 from tsae.training.global_select import global_top_k_codes
 from tsae.training.gradients import Gradients
@@ -163,13 +163,16 @@ class SparseEngine(Engine[ThresholdDictionary]):
         if weights.temporal is None or codes.partner is None or partner is None:
             return None
         other, _ = codes.partner.within(group)
-        if weights.temporal != "l1":
+        if weights.temporal in ("contrastive", "linear"):
             # Each process's term is a mean over the processes that it shares negatives with.
             scale = weights.direction_scale * self._negatives.world / self._group.world
             form = (weights.temporal, high, other, weights.similarity, weights.temperature)
             return contrast(*form, scale, self._negatives, document), other
-        term = weighted_l1(high, other, cosine_similarity(current, partner, dim=-1))
-        weight = weights.group_weights[0] / self._group.world
+        if weights.temporal == "l2":
+            term, weight = squared_distance(high, other), 1 / self._group.world
+        else:
+            term = weighted_l1(high, other, cosine_similarity(current, partner, dim=-1))
+            weight = weights.group_weights[0] / self._group.world
         return TemporalTerm(*(weight * part for part in term)), other
 
     @phase("aux-k")
