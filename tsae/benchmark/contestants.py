@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from tsae.benchmark import peers
@@ -110,5 +111,5 @@ class Floor:
 
     def step(self, batch: Tensor) -> None:
         """x @ W_enc in blocks of rows, large ones: the speed of a single product, without its memory."""
-        for x in batch[:, : self._halves].transpose(0, 1).flatten(0, 1).split(len(self._out)):
+        for x in rearrange(batch[:, : self._halves], "b half d -> (half b) d").split(len(self._out)):
             torch.mm(x.to(self._weight.dtype), self._weight, out=self._out[: len(x)])

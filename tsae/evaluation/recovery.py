@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from einops import rearrange, reduce
 from torch import Tensor
 
 RIDGE = 1e-3
@@ -101,7 +102,7 @@ def readout(features: Tensor, codes: Tensor) -> float:
         return float("nan")
     weights, offset = fit_readout(features, codes)
     half = len(features) // 2
-    y, x = features[half:].flatten(0, 1).double(), codes[half:].flatten(0, 1).double()
+    y, x = _by_token(features[half:]), _by_token(codes[half:])
     error = (y - x @ weights - offset).square().sum()
     total = (y - y.mean(0)).square().sum()
     return float(1 - error / total)
@@ -110,7 +111,7 @@ def readout(features: Tensor, codes: Tensor) -> float:
 def fit_readout(features: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
     """Ridge regression on the first half of the sequences: weights [F, n] and offset [n], float64."""
     half = len(features) // 2
-    y, x = features[:half].flatten(0, 1).double(), codes[:half].flatten(0, 1).double()
+    y, x = _by_token(features[:half]), _by_token(codes[:half])
     x_mean, y_mean = x.mean(0), y.mean(0)
     gram = (x - x_mean).T @ (x - x_mean)
     ridge = RIDGE * gram.diagonal().mean().clamp(min=1e-12)
@@ -118,9 +119,14 @@ def fit_readout(features: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
     return weights, y_mean - x_mean @ weights
 
 
+def _by_token(values: Tensor) -> Tensor:
+    """[S, L, n] → [S·L, n], float64."""
+    return rearrange(values, "s l n -> (s l) n").double()
+
+
 def autocorrelation(codes: Tensor) -> np.ndarray:
     """Correlation [F] of each latent of codes [S, L, F] with itself one token later; NaN where it is constant."""
-    now, then = codes[:, :-1].flatten(0, 1).double(), codes[:, 1:].flatten(0, 1).double()
+    now, then = _by_token(codes[:, :-1]), _by_token(codes[:, 1:])
     covariance = ((now - now.mean(0)) * (then - then.mean(0))).mean(0)
     spread = now.std(0, unbiased=False) * then.std(0, unbiased=False)
     return np.asarray(torch.where(spread > 0, covariance / spread, torch.nan).numpy())
@@ -161,7 +167,7 @@ def random_codes(x: Tensor, latents: int, active: float, seed: int = 0) -> Tenso
     """What an untrained dictionary of random directions gives: codes [S, L, latents] from x [S, L, D]."""
     generator = torch.Generator().manual_seed(seed)
     directions = torch.nn.functional.normalize(torch.randn(latents, x.shape[-1], generator=generator), dim=1)
-    return keep_most_active((x - x.flatten(0, 1).mean(0)) @ directions.T, active)
+    return keep_most_active((x - reduce(x, "s l d -> d", "mean")) @ directions.T, active)
 
 
 def groups_of(sizes: Sequence[int]) -> tuple[np.ndarray, ...]:
