@@ -39,7 +39,7 @@ def draw_forest(summary: Summary, series: dict[str, list[Group]], path: Path) ->
         for axes, measure in zip(panels, measures, strict=True):
             _panel(axes, rows, axis, measure)
             axes.set_xlabel(label(measure))
-        panels[0].set_yticks(range(len(rows)), [_difference(summary, members[0], first) for members in rows])
+        panels[0].set_yticks(range(len(rows)), [_difference(summary, members[0]) for members in rows])
         panels[0].set_ylim(len(rows) - 0.5, -0.5)
         if len(axis.values) > 1:
             drawn.legend(*panels[0].get_legend_handles_labels(), title=axis.label, loc="outside right upper")
@@ -74,19 +74,22 @@ def _panel(axes: Axes, rows: list[list[Group]], axis: SweptAxis, measure: str) -
         )
 
 
-def _first(summary: Summary) -> Group:
-    """What others are named after: a group of the report's baseline, else the first."""
-    wanted = summary.plan.sweep.config.report.baseline
+def _first(summary: Summary, like: Group | None = None) -> Group:
+    """What others are named after: a group of the report's baseline, else the first; with the swept value of `like`."""
+    wanted = dict(summary.plan.sweep.config.report.baseline)
+    if like is not None:
+        wanted.setdefault(summary.x, like.value(summary.x))
     agreeing = (
         group
         for group in summary.groups
         if all(shown(group.value(key)) == shown(value) for key, value in wanted.items())
     )
-    return next(agreeing, summary.groups[0])
+    return next(agreeing, summary.groups[0] if like is None else _first(summary))
 
 
-def _difference(summary: Summary, group: Group, first: Group) -> str:
+def _difference(summary: Summary, group: Group) -> str:
     """The settings that were given, for one of the two, and differ; what only follows from a preset is left out."""
+    first = _first(summary, group)
     given = dict.fromkeys([*group.axes, *first.axes])
-    keys = [key for key in given if key in summary.telling[1:] and shown(group.value(key)) != shown(first.value(key))]
+    keys = [key for key in given if key != summary.x and shown(group.value(key)) != shown(first.value(key))]
     return summary.name(group, keys) or "(the first)"

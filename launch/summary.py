@@ -132,7 +132,7 @@ class Summary:
 
     def name(self, group: Group, keys: Sequence[str]) -> str:
         """A group in words, by its settings at `keys`."""
-        short = short_names(self.telling)
+        short = short_names([*self.telling, *keys])
         return ", ".join(f"{short[key].replace('_', ' ')} {shown(group.value(key))}" for key in keys)
 
     def given(self, group: Group) -> list[str]:

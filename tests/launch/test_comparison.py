@@ -132,6 +132,8 @@ def test_settings_that_were_named_one_by_one_get_a_row_each(plan_of, tmp_path):
     summary = summarise(measured(plan, lambda _: (0.5, 0.1, 0.2)))
     assert forest.suits(summary, charts.series_of(summary))
     assert {chart.name for chart, _ in charts.draw_charts(summary, tmp_path)} == {"settings", "trade_offs"}
+    names = [forest._difference(summary, group) for group in summary.groups]
+    assert names[:4] == ["(the first)", "temporal alpha 1", "(the first)", "k 4"]
 
 
 @pytest.mark.parametrize("n", [12, 60])
