@@ -5,16 +5,18 @@ from __future__ import annotations
 import argparse
 import functools
 import os
+import re
 import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from tsae import config as configuration
 from tsae import preemption
 from tsae.benchmark.command import add_arguments as add_bench_arguments
 from tsae.environment import adopt_slurm_step, home, load_dotenv, process_count, process_rank
-from tsae.errors import TsaeError, os_error_line
+from tsae.errors import TsaeError, os_error_line, suggestion
 from tsae.experiments.commands import add_commands as add_experiment_commands
 from tsae.interop.commands import add_commands
 from tsae.validation import require_processes
@@ -57,8 +59,17 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return options
 
 
+class _Parser(argparse.ArgumentParser):
+    """Names the nearest of the choices where a word is none of them."""
+
+    def error(self, message: str) -> NoReturn:
+        wrong = re.search(r"invalid choice: '(.*)' \(choose from (.*)\)", message)
+        near = suggestion(wrong[1], re.findall(r"[\w-]+", wrong[2])) if wrong else ""
+        super().error(f"{message} {near}".rstrip())
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="tsae", description="Temporal Sparse Autoencoders: harvest, train, evaluate.")
+    parser = _Parser(prog="tsae", description="Temporal Sparse Autoencoders: harvest, train, evaluate.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     harvest = _command(commands, "harvest", _harvest, "read a language model's activations into a zarr store")
