@@ -92,4 +92,5 @@ def _difference(summary: Summary, group: Group) -> str:
     first = _first(summary, group)
     given = dict.fromkeys([*group.axes, *first.axes])
     keys = [key for key in given if key != summary.x and shown(group.value(key)) != shown(first.value(key))]
-    return summary.name(group, keys) or "(the first)"
+    own = [key for key in summary.plan.sweep.config.report.baseline if key in summary.telling and key != summary.x]
+    return summary.name(group, keys) or summary.name(group, own) or "(the first)"
