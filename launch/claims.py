@@ -17,8 +17,8 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
 from commandline import add_sweep_arguments, plan_of
+from made_from import page_path
 from plan import Plan
-from report import page_path
 
 from tsae import environment, files
 from tsae.errors import TsaeError, os_error_line

@@ -15,6 +15,7 @@ from typing import Any
 
 import yaml
 from chain import Chain
+from made_from import is_current
 from packing import pack
 from points import Point, expand
 from stage import KINDS, Stage
@@ -72,8 +73,6 @@ class Plan:
 
     def report(self) -> Stage | None:
         """The stage that writes the report, if the sweep lists it."""
-        from report import is_current
-
         if "report" not in self.sweep.config.stages:
             return None
         return self._chain.report(self.points, list(self.stages), lambda: is_current(self))

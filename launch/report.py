@@ -12,11 +12,13 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from claims import section, write_claims
 from commandline import add_sweep_arguments, plan_of
+from made_from import hash_of_results, page_path, record_path
 from plan import Plan
 from sweepfile import shown
 
-from tsae import environment, files, schema
+from tsae import environment, files
 from tsae.errors import TsaeError, os_error_line
 
 if TYPE_CHECKING:
@@ -51,24 +53,13 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def page_path(plan: Plan) -> Path:
-    """Where the page of a sweep lies."""
-    return plan.folder / "report" / "report.html"
-
-
-def is_current(plan: Plan) -> bool:
-    """Whether the report on disk shows the results that are there now."""
-    record = page_path(plan).with_name("results.json")
-    return page_path(plan).exists() and bool(files.read_whole_json(record).get("made_from") == _state(plan))
-
-
 def write_report(plan: Plan) -> Path:
     """Write results.json, table.md, table.csv, the figures and report.html; returns the path of the page."""
     from charts import draw_charts
     from page import render
     from summary import summarise
 
-    state = _state(plan)
+    state = hash_of_results(plan)
     summary = summarise(plan)
     page = page_path(plan)
     page.parent.mkdir(parents=True, exist_ok=True)
@@ -85,7 +76,7 @@ def write_report(plan: Plan) -> Path:
         }
         for row in summary.rows
     ]
-    files.write_json(page.with_name("results.json"), {"sweep": plan.name, "made_from": state, "points": points})
+    files.write_json(record_path(plan), {"sweep": plan.name, "made_from": state, "points": points})
     return page
 
 
@@ -93,8 +84,6 @@ def _claims_section(plan: Plan) -> str:
     """The verdicts as HTML, where the sweep asks for them."""
     if not plan.sweep.config.report.claims:
         return ""
-    from claims import section, write_claims
-
     return section(plan, write_claims(plan))
 
 
@@ -119,14 +108,6 @@ def _aligned(line: list[str], widths: list[int]) -> list[str]:
         line[0].ljust(widths[0]),
         *(cell.rjust(width) for cell, width in zip(line[1:], [*widths[1:], 0], strict=False)),
     ]
-
-
-def _state(plan: Plan) -> str:
-    """Hash of what the report is made from: the points, and which results are there."""
-    # Results are replaced as whole files, which changes their folder.
-    runs = [plan.run(point) for point in plan.points]
-    stamps = [path.stat().st_mtime_ns for run in runs for path in sorted(run.path.glob("*.json"))]
-    return schema.stable_hash([stamps, [point.name for point in plan.points], plan.sweep.path.read_text()])
 
 
 def _csv(summary: Summary) -> str:

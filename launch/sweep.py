@@ -15,6 +15,7 @@ from types import FrameType
 from typing import TYPE_CHECKING
 
 from commandline import add_sweep_arguments, sweep_of
+from made_from import is_current, page_path
 from plan import Plan, make_plan
 from sweepfile import BASES
 
@@ -94,7 +95,7 @@ def _run(given: argparse.Namespace) -> int:
 
 def _show_report(plan: Plan) -> None:
     """Print the short table and where the report is; write it first if a job has not."""
-    from report import is_current, page_path, short_table, write_report
+    from report import short_table, write_report
 
     if "report" in plan.sweep.config.stages:
         page = page_path(plan) if is_current(plan) else write_report(plan)

@@ -14,6 +14,7 @@ import claims
 import pytest
 import report
 from charts import SweptAxis, series_of
+from made_from import is_current, page_path
 from measures import figures, shown_of
 from plan import make_plan
 from summary import summarise
@@ -144,11 +145,11 @@ def test_swept_values_stand_where_they_can_be_told_apart(values, scale, position
 
 
 def test_the_report_is_current_until_a_result_changes(seeded):
-    assert not report.is_current(seeded)
+    assert not is_current(seeded)
     report.write_report(seeded)
-    assert report.is_current(seeded)
+    assert is_current(seeded)
     measured(seeded, seeded.points[0], 0.4)
-    assert not report.is_current(seeded)
+    assert not is_current(seeded)
 
 
 def test_numbers_are_short_and_readable():
@@ -160,7 +161,7 @@ def test_the_command_prints_the_table_and_the_path(seeded):
     command = [sys.executable, str(REPOSITORY / "launch" / "report.py"), str(seeded.sweep.path)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[0].split()[:3] == ["point", "FVE", "all"]
-    assert done.stdout.splitlines()[-1] == f"report: {report.page_path(seeded)}"
+    assert done.stdout.splitlines()[-1] == f"report: {page_path(seeded)}"
 
 
 def test_a_group_that_took_over_is_told_on_the_page(seeded):
@@ -184,7 +185,7 @@ def test_variance_is_pooled_over_tokens_where_the_truth_is_known():
 @pytest.mark.parametrize("command", [report.main, claims.main])
 def test_a_report_that_cannot_be_written_is_one_line(write_sweep, capsys, command):
     path = write_sweep(file="kinds", grid={"sae.kind": ["temporal", "matryoshka"]})
-    folder = report.page_path(make_plan(load_sweep(path))).parent
+    folder = page_path(make_plan(load_sweep(path))).parent
     folder.parent.mkdir(parents=True)
     folder.write_text("in the way")
     assert command([str(path)]) == 2
