@@ -182,7 +182,7 @@ class SteerConfig:
     """Whether the first position, BOS or the attention sink, is steered too."""
     prompts: tuple[str, ...] = ("We find",)
     """Prompts; the paper's is `We find`."""
-    text_prompts: int = 7
+    text_prompts: int = 20
     """Further prompts: openings of texts on any label that nothing else uses."""
     prompt_tokens: int = 8
     """Tokens of those."""
