@@ -208,7 +208,7 @@ def candidates(encoder: Encoder, x: Tensor, prepared: Prepared, guess: float) ->
 def _least_products(bias: Tensor, guess: float) -> Tensor:
     """What a product must exceed in each segment for it and any bias of the segment to exceed `guess` [segments].
 
-    Going through all products once more to add the biases would take a tenth of what making them takes.
+    Going through all products once more to add the biases would take some per cent of what making them takes.
     """
     padded = bias.new_full((-(-len(bias) // SEGMENT) * SEGMENT,), -torch.inf)
     padded[: len(bias)] = bias

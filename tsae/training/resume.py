@@ -117,7 +117,7 @@ class ResumeStates:
         first()
         folder = self.path / f"{PREFIX}{step}"
         checksum = _Checksum()
-        # The format's own checksums would take most of the time, and say nothing that this one does not.
+        # The format's own checksums would take a third of the time, and say nothing that this one does not.
         with torch_files.patch("save.compute_crc32", False):  # type: ignore[attr-defined]  # of this thread alone
             files.write_atomically(folder / "state.pt", lambda stream: torch.save(state, checksum.over(stream)))
         record = {"bytes": checksum.bytes, "crc32c": checksum.value, "belongs_to": self._belongs_to}
