@@ -9,6 +9,7 @@ RUN python3 -m venv /opt/installer
 FROM installer AS wheel
 WORKDIR /source
 COPY pyproject.toml README.md LICENSE constraints.txt ./
+COPY sweeps sweeps
 COPY tsae tsae
 RUN /opt/installer/bin/pip wheel --no-cache-dir --no-deps --wheel-dir /opt/wheel .
 

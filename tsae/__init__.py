@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from tsae.checkpoint import load_dictionary
-    from tsae.config import RunConfig
-    from tsae.errors import TsaeError
+    from tsae.config.run import RunConfig
     from tsae.evaluation.driver import evaluate
     from tsae.lm.model import load_language_model
+    from tsae.runtime.errors import TsaeError
     from tsae.store.harvest import harvest
     from tsae.store.pairs import PairStream
     from tsae.store.reader import Store
@@ -22,10 +22,10 @@ __version__ = "0.1.0"
 # Public names load on first use: `import tsae` and the command's --help must not wait for torch.
 _HOMES = {
     "PairStream": "tsae.store.pairs",
-    "RunConfig": "tsae.config",
+    "RunConfig": "tsae.config.run",
     "Store": "tsae.store.reader",
     "Trainer": "tsae.training.trainer",
-    "TsaeError": "tsae.errors",
+    "TsaeError": "tsae.runtime.errors",
     "evaluate": "tsae.evaluation.driver",
     "harvest": "tsae.store.harvest",
     "load_dictionary": "tsae.checkpoint",

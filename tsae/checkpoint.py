@@ -17,10 +17,11 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from tsae import config as configuration
-from tsae import files, schema
-from tsae.config import RunConfig
-from tsae.errors import TsaeError
+from tsae.config import run as configuration
+from tsae.config import schema
+from tsae.config.run import RunConfig
+from tsae.runtime import files
+from tsae.runtime.errors import TsaeError
 
 if TYPE_CHECKING:
     import torch

@@ -12,14 +12,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from tsae import config as configuration
-from tsae import preemption
-from tsae.benchmark.command import add_arguments as add_bench_arguments
-from tsae.environment import adopt_slurm_step, home, load_dotenv, process_count, process_rank
-from tsae.errors import TsaeError, os_error_line, suggestion
+from tsae.bench.command import add_arguments as add_bench_arguments
+from tsae.config import run as configuration
+from tsae.config.validation import require_processes
 from tsae.experiments.commands import add_commands as add_experiment_commands
 from tsae.interop.commands import add_commands
-from tsae.validation import require_processes
+from tsae.runtime import preemption
+from tsae.runtime.environment import adopt_slurm_step, home, load_dotenv, process_count, process_rank
+from tsae.runtime.errors import TsaeError, os_error_line, suggestion
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -214,7 +214,7 @@ def _settings(options: argparse.Namespace) -> None:
         return
     import yaml
 
-    from tsae.schema import to_plain
+    from tsae.config.schema import to_plain
 
     print(yaml.safe_dump(to_plain(configuration.load(options.config, options.overrides)), sort_keys=False), end="")
 
@@ -231,7 +231,7 @@ def _verify(options: argparse.Namespace) -> int:
 
 
 def _bench(options: argparse.Namespace) -> None:
-    from tsae.benchmark.command import run
+    from tsae.bench.command import run
 
     print(run(options))
 

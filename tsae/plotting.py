@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tsae import files
+from tsae.runtime import files
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -17,9 +17,9 @@ from importlib import metadata
 from pathlib import Path
 
 import tsae
-from tsae import files
-from tsae.environment import home
-from tsae.errors import TsaeError
+from tsae.runtime import files
+from tsae.runtime.environment import home
+from tsae.runtime.errors import TsaeError
 
 MINIMUM_SHARED_MEMORY = 32  # MiB; several GPUs exchange through it, and need more
 MINIMUM_SHARED_MEMORY_GPUS = 256
@@ -119,8 +119,8 @@ def _version(distribution: str) -> str | None:
 
 def pipeline() -> str:
     """Harvest, train and evaluate a tiny dictionary on the shipped language model, in a temporary folder."""
-    from tsae import config as configuration
     from tsae import stages
+    from tsae.config import run as configuration
 
     with tempfile.TemporaryDirectory(prefix="tsae-selftest-") as folder, contextlib.redirect_stderr(io.StringIO()):
         text = Path(folder) / "text.jsonl"

@@ -14,12 +14,12 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tsae import config as configuration
-from tsae import locks, preemption
 from tsae.checkpoint import RunFolder
-from tsae.config import RunConfig
-from tsae.environment import process_count, process_rank
-from tsae.validation import require_processes
+from tsae.config import run as configuration
+from tsae.config.run import RunConfig
+from tsae.config.validation import require_processes
+from tsae.runtime import locks, preemption
+from tsae.runtime.environment import process_count, process_rank
 
 if TYPE_CHECKING:
     from tsae.parallel.group import Group

@@ -12,12 +12,12 @@ from typing import Any
 import pytest
 import torch
 
-from tsae import config as configuration
-from tsae import schema
+from tsae.config import run as configuration
+from tsae.config import schema
 from tsae.data.synthetic import World
 from tsae.evaluation.ground_truth import compare
-from tsae.reference import REFERENCE_NAMES
 from tsae.sae.classes import from_state
+from tsae.sae.reference import REFERENCE_NAMES
 from tsae.training.trainer import Trainer
 
 BASE = schema.read_yaml(Path(__file__).parents[2] / "sweeps" / "bases" / "synthetic.yaml")

@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tsae import config as configuration
-from tsae import environment, schema
-from tsae.errors import TsaeError
-from tsae.sections import OBJECTIVE_PRESETS
+from tsae.config import run as configuration
+from tsae.config import schema
+from tsae.config.sections import OBJECTIVE_PRESETS
+from tsae.runtime import environment
+from tsae.runtime.errors import TsaeError
 
 
 def refused(tree: dict) -> str:
@@ -162,7 +163,7 @@ def test_help_names_every_setting_with_its_sentence() -> None:
 
 def test_dotenv_sets_what_is_not_set(tmp_path: Path) -> None:
     (tmp_path / ".env").write_text("TSAE_HOME=/from/dotenv\n")
-    code = "from tsae.environment import home, load_dotenv; load_dotenv(); print(home())"
+    code = "from tsae.runtime.environment import home, load_dotenv; load_dotenv(); print(home())"
 
     def printed(**extra: str) -> str:
         environment = {"PATH": "/usr/bin:/bin", **extra}
@@ -177,7 +178,7 @@ def test_dotenv_sets_what_is_not_set(tmp_path: Path) -> None:
 
 def test_help_and_configuration_load_nothing_heavy() -> None:
     code = (
-        "import sys, tsae.cli, tsae.stages, tsae.config\n"
+        "import sys, tsae.cli, tsae.stages, tsae.config.run\n"
         "tsae.cli._parser()\n"
         "print([m for m in ('torch', 'transformers', 'datasets', 'zarr', 'nnsight', 'sklearn') if m in sys.modules])"
     )

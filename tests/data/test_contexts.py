@@ -3,10 +3,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from tsae.config.sections import DataConfig
 from tsae.data.contexts import Contexts, make_contexts
 from tsae.data.documents import Document
-from tsae.errors import TsaeError
-from tsae.sections import DataConfig
+from tsae.runtime.errors import TsaeError
 
 PACKINGS = ("split", "truncate", "concat")
 

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from tsae.config.sections import DataConfig
 from tsae.data import embedded
 from tsae.data.documents import fingerprint, read_documents
-from tsae.errors import TsaeError
-from tsae.sections import DataConfig
+from tsae.runtime.errors import TsaeError
 
 
 @pytest.fixture

@@ -9,9 +9,9 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from tsae.config.sections import DataConfig
 from tsae.data.documents import Document, fingerprint, may_stop_early, read_documents
-from tsae.errors import TsaeError
-from tsae.sections import DataConfig
+from tsae.runtime.errors import TsaeError
 
 CARD = """---
 configs:

@@ -9,7 +9,7 @@ import pyarrow.parquet
 import pytest
 
 from tsae.data.labelled import LabelledText, ResponsePair, labelled_texts, response_pairs
-from tsae.errors import TsaeError
+from tsae.runtime.errors import TsaeError
 
 
 def write(path: Path, rows: list[dict[str, Any]]) -> str:

@@ -9,9 +9,9 @@ import pyarrow.parquet
 import pytest
 import zstandard
 
+from tsae.config.sections import DataConfig
 from tsae.data.documents import Document, fingerprint, read_documents
-from tsae.errors import TsaeError
-from tsae.sections import DataConfig
+from tsae.runtime.errors import TsaeError
 
 ROWS = [{"text": f"document {i} · naïve", "meta": {"set": "ab"[i % 2]}, "score": i} for i in range(5)]
 DOCUMENTS = [Document(row["text"], row["meta"]["set"]) for row in ROWS]

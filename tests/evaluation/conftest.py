@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from tsae import config as configuration
-from tsae.config import RunConfig
+from tsae.config import run as configuration
+from tsae.config.run import RunConfig
 
 
 @pytest.fixture

@@ -10,13 +10,13 @@ import pytest
 import torch
 
 from tsae import cli
-from tsae import config as configuration
 from tsae.checkpoint import RunFolder, load_dictionary
-from tsae.config import RunConfig
-from tsae.errors import TsaeError
+from tsae.config import run as configuration
+from tsae.config.run import RunConfig
 from tsae.evaluation import calibration
 from tsae.evaluation.calibration import calibrate
 from tsae.evaluation.driver import evaluate
+from tsae.runtime.errors import TsaeError
 from tsae.store.harvest import harvest
 from tsae.store.reader import Store
 from tsae.training.run import train

@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 import torch
 
-from tsae import config as configuration
-from tsae import files
 from tsae.checkpoint import RunFolder, save_dictionary
-from tsae.config import RunConfig
-from tsae.errors import TsaeError
+from tsae.config import run as configuration
+from tsae.config.run import RunConfig
 from tsae.evaluation.driver import evaluate
-from tsae.reference import reference_config
+from tsae.runtime import files
+from tsae.runtime.errors import TsaeError
 from tsae.sae.init import new_dictionary
+from tsae.sae.reference import reference_config
 from tsae.store.harvest import harvest
 from tsae.store.reader import Store
 

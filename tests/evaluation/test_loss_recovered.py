@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tsae.config import RunConfig
+from tsae.config.run import RunConfig
 from tsae.evaluation.loss_recovered import loss_results, replaced, sequence_losses
 from tsae.lm.model import LanguageModel, load_language_model
 

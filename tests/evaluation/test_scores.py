@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 import torch
 
-from tsae.errors import TsaeError
+from tsae.config.sections import SaeConfig
 from tsae.evaluation.held_out import runs
-from tsae.evaluation.intervals import mean_interval, ratio_interval
 from tsae.evaluation.results import summarise
 from tsae.evaluation.scores import Scores
+from tsae.evaluation.statistics import mean_interval, ratio_interval
+from tsae.runtime.errors import TsaeError
 from tsae.sae.dictionary import Dictionary
 from tsae.sae.init import new_dictionary
-from tsae.sections import SaeConfig
 
 LENGTHS = [9, 30, 17, 24]
 

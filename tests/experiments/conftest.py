@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from tsae import config as configuration
-from tsae.config import RunConfig
+from tsae.config import run as configuration
+from tsae.config.run import RunConfig
 from tsae.stages import harvest_stage, train_stage
 
 TOPICS = {"north": "ka lo", "east": "mi ru", "south": "se ta"}

@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 
-from tsae import config as configuration
 from tsae.checkpoint import RunFolder
-from tsae.config import RunConfig
-from tsae.errors import TsaeError
+from tsae.config import run as configuration
+from tsae.config.run import RunConfig
 from tsae.experiments import driver
+from tsae.runtime.errors import TsaeError
 
 ENDINGS = ("ba", "do", "fe", "gi", "nu")
 

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
+from tsae.config.experiments import AlignConfig
 from tsae.data.labelled import ResponsePair
-from tsae.errors import TsaeError
-from tsae.experiments import align_pairs
-from tsae.experiments.align_pairs import read_pairs, response_start
-from tsae.experiments.settings import AlignConfig
+from tsae.experiments.align import pairs as align_pairs
+from tsae.experiments.align.pairs import read_pairs, response_start
+from tsae.runtime.errors import TsaeError
 
 PROMPT = "\n\nHuman: Hello there\n\nAssistant: Hi.\n\nHuman: What now?\n\nAssistant:"
 

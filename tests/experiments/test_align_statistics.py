@@ -10,10 +10,10 @@ import pytest
 from scipy import stats
 from scipy.sparse import csr_array
 
-from tsae.experiments.align import CONCEPT, LENGTH, NOTHING, run_tests
-from tsae.experiments.align_means import Differences
-from tsae.experiments.align_statistics import bootstrap_means, false_discovery, length_test, paired_test
-from tsae.experiments.settings import AlignConfig
+from tsae.config.experiments import AlignConfig
+from tsae.experiments.align.experiment import CONCEPT, LENGTH, NOTHING, run_tests
+from tsae.experiments.align.means import Differences
+from tsae.experiments.align.statistics import bootstrap_means, false_discovery, length_test, paired_test
 
 PAIRS, LATENTS = 400, 60
 

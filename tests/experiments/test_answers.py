@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent))
-
-from chat_server import Server
-
-from tsae import preemption
-from tsae.errors import TsaeError
-from tsae.experiments import endpoint
-from tsae.experiments.answers import Answer, Prompt, open_backend
-from tsae.experiments.settings import AnswersConfig
+from tests.experiments.chat_server import Server
+from tsae.config.experiments import AnswersConfig
+from tsae.experiments.answers import endpoint
+from tsae.experiments.answers.ask import Answer, Prompt, open_backend
+from tsae.runtime import preemption
+from tsae.runtime.errors import TsaeError
 
 PROMPT = Prompt("You count.", "How many?", 16)
 WHERE = "experiments.explain.answers"

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from tsae import config as configuration
 from tsae.checkpoint import RunFolder
-from tsae.config import RunConfig
+from tsae.config import run as configuration
+from tsae.config.experiments import AlignConfig
+from tsae.config.run import RunConfig
 from tsae.experiments import driver
-from tsae.experiments.settings import AlignConfig
 
 
 @pytest.fixture

@@ -6,7 +6,6 @@ import dataclasses
 import json
 import re
 import shutil
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,20 +14,19 @@ import numpy as np
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent))
-
-from chat_server import Server
-
-from tsae import config as configuration
-from tsae import files
+from tests.experiments.chat_server import Server
 from tsae.checkpoint import RunFolder
 from tsae.cli import main
-from tsae.config import RunConfig
-from tsae.errors import TsaeError
-from tsae.experiments import driver, endpoint, explain
-from tsae.experiments.settings import AnswersConfig, ExplainConfig
-from tsae.experiments.subject import Subject
+from tsae.config import run as configuration
+from tsae.config.experiments import AnswersConfig, ExplainConfig
+from tsae.config.run import RunConfig
+from tsae.experiments import driver
+from tsae.experiments.answers import endpoint
+from tsae.experiments.explain import experiment as explain
+from tsae.experiments.shared.subject import Subject
 from tsae.interop.explanations import read_explanations
+from tsae.runtime import files
+from tsae.runtime.errors import TsaeError
 from tsae.stages import harvest_stage
 from tsae.store.reader import Store
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from tsae.experiments import explain_prompts as prompts
-from tsae.experiments.answers import Answer
-from tsae.experiments.explain_scores import balanced_accuracy, headline, summarise
-from tsae.experiments.explainers import DETECTION, FUZZING, TokenExplainer, tasks_of
-from tsae.experiments.firings import Firings
-from tsae.experiments.token_rules import TokenRules, describe
-from tsae.experiments.windows import cut, peaks
+from tsae.experiments.answers.ask import Answer
+from tsae.experiments.explain import prompts
+from tsae.experiments.explain.explainers import DETECTION, FUZZING, TokenExplainer, tasks_of
+from tsae.experiments.explain.scores import balanced_accuracy, headline, summarise
+from tsae.experiments.explain.token_rules import TokenRules, describe
+from tsae.experiments.shared.firings import Firings
+from tsae.experiments.shared.windows import cut, peaks
 
 LENGTH = 16
 

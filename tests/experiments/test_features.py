@@ -7,7 +7,6 @@ import multiprocessing
 import random
 import re
 import resource
-import sys
 import zlib
 from base64 import b64decode
 from collections.abc import Callable, Iterator
@@ -18,21 +17,18 @@ import numpy as np
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent))
-
-from chromium import Browser, find_chromium
-
-from tsae import config as configuration
-from tsae import files
+from tests.experiments.chromium import Browser, find_chromium
 from tsae.checkpoint import RunFolder, save_dictionary
 from tsae.cli import main
-from tsae.config import RunConfig
-from tsae.errors import TsaeError
+from tsae.config import run as configuration
+from tsae.config.experiments import FeaturesConfig
+from tsae.config.run import RunConfig
 from tsae.experiments import driver
-from tsae.experiments.settings import FeaturesConfig
 from tsae.interop.explanations import write_explanations
-from tsae.reference import reference_config
+from tsae.runtime import files
+from tsae.runtime.errors import TsaeError
 from tsae.sae.init import new_dictionary
+from tsae.sae.reference import reference_config
 from tsae.stages import experiment_stage, harvest_stage
 from tsae.store.reader import Store
 
@@ -72,8 +68,8 @@ def run(run_config: RunConfig, checkpoints: Path) -> RunFolder:
 
 
 def _most_active(config: RunConfig, run: RunFolder) -> list[int]:
-    from tsae.experiments.firings import collect
-    from tsae.experiments.subject import Subject
+    from tsae.experiments.shared.firings import collect
+    from tsae.experiments.shared.subject import Subject
 
     store = Store.open(harvest_stage(config), config)
     return np.argsort(-collect(Subject(config, run), store, range(50), "test").counts).tolist()

@@ -8,17 +8,17 @@ import numpy as np
 import pytest
 import torch
 
-from tsae import config as configuration
 from tsae.checkpoint import RunFolder
-from tsae.config import RunConfig
-from tsae.errors import TsaeError
+from tsae.config import run as configuration
+from tsae.config.run import RunConfig
 from tsae.evaluation.codes import active_code
 from tsae.evaluation.smoothness import smoothness
-from tsae.experiments import firings as firings_module
-from tsae.experiments.firings import Firings, collect
-from tsae.experiments.latents import latent_statistics, texts
-from tsae.experiments.subject import Subject
-from tsae.experiments.windows import any_per_document, cut, peaks, silent, spread, strongest_per_document
+from tsae.experiments.shared import firings as firings_module
+from tsae.experiments.shared.firings import Firings, collect
+from tsae.experiments.shared.latents import latent_statistics, texts
+from tsae.experiments.shared.subject import Subject
+from tsae.experiments.shared.windows import any_per_document, cut, peaks, silent, spread, strongest_per_document
+from tsae.runtime.errors import TsaeError
 from tsae.stages import harvest_stage, train_stage
 from tsae.store.reader import Store
 

@@ -11,16 +11,17 @@ import pytest
 import torch
 from scipy.sparse import csr_array
 
-from tsae import config as configuration
 from tsae.checkpoint import RunFolder
 from tsae.cli import main
-from tsae.config import RunConfig
-from tsae.errors import TsaeError
-from tsae.experiments import driver, probe_fit
-from tsae.experiments.probe import _refuse
-from tsae.experiments.probe_figure import runs_beside, splits_beside
-from tsae.experiments.probe_samples import Samples, split
-from tsae.experiments.settings import ProbeConfig, TextsConfig
+from tsae.config import run as configuration
+from tsae.config.experiments import ProbeConfig, TextsConfig
+from tsae.config.run import RunConfig
+from tsae.experiments import driver
+from tsae.experiments.probe import fit as probe_fit
+from tsae.experiments.probe.experiment import _refuse
+from tsae.experiments.probe.figure import runs_beside, splits_beside
+from tsae.experiments.probe.samples import Samples, split
+from tsae.runtime.errors import TsaeError
 from tsae.stages import experiment_stage
 
 CLASSES = 4
@@ -175,9 +176,9 @@ def test_all_splits_of_a_run_are_probed_once(config, checkpoints, monkeypatch):
         assert all(entry["accuracy_half_width"] is not None for entry in task["probes"])
     assert driver.is_done(config, RunFolder.of(checkpoints, "temporal"), "probe")
     beside = {}
-    monkeypatch.setattr("tsae.experiments.probe.measure", None)
+    monkeypatch.setattr("tsae.experiments.probe.experiment.measure", None)
     monkeypatch.setattr(
-        "tsae.experiments.probe.draw",
+        "tsae.experiments.probe.experiment.draw",
         lambda drawn, path: beside.update({drawn["split"]: [entry["split"] for entry in splits_beside(drawn, path)]}),
     )
     experiment_stage(config, checkpoints, "temporal", "probe")

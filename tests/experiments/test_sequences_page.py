@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent))
-
-from chromium import Browser, find_chromium
-
-from tsae.experiments.sequences_page import write_page
+from tests.experiments.chromium import Browser, find_chromium
+from tsae.experiments.sequences.page import write_page
 
 RESULTS = {
     "subject": {"run": "<run>"},

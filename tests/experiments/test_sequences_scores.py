@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from tsae.experiments.sequences_scores import (
+from tsae.experiments.sequences.scores import (
     boundary_lags,
     change_point_f1,
     leakage,
@@ -15,7 +15,7 @@ from tsae.experiments.sequences_scores import (
     score,
     top_latents,
 )
-from tsae.experiments.smooth_latents import SmoothnessCounts
+from tsae.experiments.shared.smooth_latents import SmoothnessCounts
 
 PASSAGE = np.repeat([0, 1, 2], [20, 30, 25])
 

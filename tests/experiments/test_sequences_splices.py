@@ -8,14 +8,8 @@ import numpy as np
 import pytest
 
 from tsae.data.labelled import LabelledText
-from tsae.errors import TsaeError
-from tsae.experiments.sequences_splices import (
-    draw_lengths,
-    draw_splice,
-    from_texts,
-    read_pool,
-    total_tokens,
-)
+from tsae.experiments.sequences.splices import draw_lengths, draw_splice, from_texts, read_pool, total_tokens
+from tsae.runtime.errors import TsaeError
 
 BOS = [99]
 

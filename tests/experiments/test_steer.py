@@ -9,14 +9,14 @@ from typing import Any
 import pytest
 import torch
 
-from tsae import config as configuration
 from tsae.checkpoint import RunFolder
-from tsae.config import RunConfig
-from tsae.errors import TsaeError
+from tsae.config import run as configuration
+from tsae.config.run import RunConfig
 from tsae.experiments import driver
-from tsae.experiments.steer_intervention import Rows, Steering
-from tsae.experiments.steer_measures import losses
-from tsae.experiments.subject import Subject
+from tsae.experiments.shared.subject import Subject
+from tsae.experiments.steer.intervention import Rows, Steering
+from tsae.experiments.steer.measures import losses
+from tsae.runtime.errors import TsaeError
 
 SMALL = {
     "bootstrap": 100,
@@ -168,8 +168,8 @@ def test_what_cannot_be_is_one_clear_line(
 
 def test_a_dead_latent_is_refused(config: RunConfig, checkpoints: Path) -> None:
     subject = Subject(config, RunFolder.of(checkpoints, "temporal"))
-    from tsae.experiments.steer_concepts import directions, divide
-    from tsae.experiments.texts import harvest_dataset
+    from tsae.experiments.shared.texts import harvest_dataset
+    from tsae.experiments.steer.concepts import directions, divide
 
     settings = config.experiments.steer
     texts = harvest_dataset(subject, settings.dataset)

@@ -12,23 +12,16 @@ import pytest
 import torch
 from scipy.sparse import csc_array
 
-from tsae.experiments.settings import AnswersConfig, SteerConfig
-from tsae.experiments.steer_concepts import Direction, choose_latents
-from tsae.experiments.steer_generation import Condition
-from tsae.experiments.steer_intervention import NO_LATENT, Rows, Steering
-from tsae.experiments.steer_judge import SYSTEM, judge
-from tsae.experiments.steer_measures import (
-    ConceptClassifier,
-    area,
-    coherence,
-    distinct,
-    pareto_front,
-    usable_interval,
-)
-from tsae.experiments.steer_scores import Curve, curves, doublings
+from tsae.config.experiments import AnswersConfig, SteerConfig
+from tsae.config.sections import SaeConfig
+from tsae.experiments.steer.concepts import Direction, choose_latents
+from tsae.experiments.steer.generation import Condition
+from tsae.experiments.steer.intervention import NO_LATENT, Rows, Steering
+from tsae.experiments.steer.judge import SYSTEM, judge
+from tsae.experiments.steer.measures import ConceptClassifier, area, coherence, distinct, pareto_front, usable_interval
+from tsae.experiments.steer.scores import Curve, curves, doublings
 from tsae.sae.inference import encode_sparse
 from tsae.sae.init import new_dictionary
-from tsae.sections import SaeConfig
 
 
 @pytest.fixture

@@ -10,13 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent))
-
-from tagged_sentences import train_pipeline
-
+from tests.experiments.tagged_sentences import train_pipeline
 from tsae.data.labelled import LabelledText
-from tsae.errors import TsaeError
-from tsae.experiments.tags import MARGIN, find_tagger, tags_of
+from tsae.experiments.shared.tags import MARGIN, find_tagger, tags_of
+from tsae.runtime.errors import TsaeError
 
 TEXT = "The old captain sings in a garden."
 PIECES = ["The", " o", "ld", " captain", " sings", " in", " a", " garden", "."]
@@ -57,7 +54,7 @@ def test_an_installed_pipeline_is_found_without_being_named(pipeline, tmp_path):
     (about / "entry_points.txt").write_text("[spacy_models]\nen_written_for_the_test = en_written_for_the_test\n")
     # spaCy looks for pipelines once a process, so another one has to find it.
     script = (
-        "from tsae.experiments.tags import find_tagger\n"
+        "from tsae.experiments.shared.tags import find_tagger\n"
         "for dataset in ('embedded', 'mmlu'):\n"
         f"    tagger = find_tagger('auto', dataset); print(tagger.name, next(tagger.spans([{TEXT!r}]))[2])\n"
     )

@@ -10,16 +10,16 @@ import numpy as np
 import pytest
 import torch
 
-from tsae import config as configuration
 from tsae.checkpoint import RunFolder, load_dictionary
-from tsae.config import RunConfig
+from tsae.config import run as configuration
+from tsae.config.experiments import TextsConfig
+from tsae.config.run import RunConfig
 from tsae.data.labelled import LabelledText
-from tsae.errors import TsaeError
-from tsae.experiments.choice import draw_texts
-from tsae.experiments.settings import TextsConfig
-from tsae.experiments.subject import Subject
-from tsae.experiments.texts import harvest_dataset, harvest_texts, texts_read
-from tsae.preemption import Preempted
+from tsae.experiments.shared.choice import draw_texts
+from tsae.experiments.shared.subject import Subject
+from tsae.experiments.shared.texts import harvest_dataset, harvest_texts, texts_read
+from tsae.runtime.errors import TsaeError
+from tsae.runtime.preemption import Preempted
 
 TEXTS = [LabelledText(text, label, group) for group, (text, label) in enumerate([("kaba lodo mife", "a"), ("ru", "b")])]
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,17 +12,14 @@ from scipy.sparse import csr_array, random_array
 from sklearn.metrics import silhouette_score
 from sklearn.metrics.pairwise import cosine_similarity
 
-sys.path.insert(0, str(Path(__file__).parent))
-
-from chromium import Browser, find_chromium
-
-from tsae import config as configuration
+from tests.experiments.chromium import Browser, find_chromium
 from tsae.checkpoint import RunFolder
-from tsae.config import RunConfig
-from tsae.errors import TsaeError
-from tsae.experiments.settings import TextsConfig, TsneConfig
-from tsae.experiments.tsne_page import write_page
-from tsae.experiments.tsne_space import draw_map, purity, silhouette, unit_rows
+from tsae.config import run as configuration
+from tsae.config.experiments import TextsConfig, TsneConfig
+from tsae.config.run import RunConfig
+from tsae.experiments.tsne.page import write_page
+from tsae.experiments.tsne.space import draw_map, purity, silhouette, unit_rows
+from tsae.runtime.errors import TsaeError
 from tsae.stages import experiment_stage
 
 RANDOM = np.random.default_rng(0)

@@ -10,13 +10,13 @@ import pytest
 import torch
 import yaml
 
-from tsae import config as configuration
-from tsae import schema
 from tsae.checkpoint import RunFolder, save_dictionary
-from tsae.files import write_json, write_text
-from tsae.reference import reference_config
+from tsae.config import run as configuration
+from tsae.config import schema
+from tsae.runtime.files import write_json, write_text
 from tsae.sae.classes import random_dictionary
 from tsae.sae.dictionary import Dictionary
+from tsae.sae.reference import reference_config
 
 ACTIVATION_DIM, DICT_SIZE = 16, 80
 

@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from tsae.checkpoint import load_dictionary
-from tsae.errors import TsaeError
 from tsae.interop.explanations import read_explanations
 from tsae.interop.export import export
+from tsae.runtime.errors import TsaeError
 from tsae.sae.classes import random_dictionary
 
 TRAINER = {

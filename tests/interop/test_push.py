@@ -17,8 +17,8 @@ from huggingface_hub import ModelCard
 
 from tsae.checkpoint import RunFolder, load_dictionary
 from tsae.cli import main
-from tsae.files import write_json
 from tsae.interop import sae_lens
+from tsae.runtime.files import write_json
 
 
 def test_a_dry_run_shows_a_folder_that_loads(make_run, tmp_path: Path, activations, capsys) -> None:

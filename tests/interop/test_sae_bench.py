@@ -10,10 +10,10 @@ import torch
 
 from tsae.checkpoint import RunFolder, save_dictionary
 from tsae.cli import main
-from tsae.errors import TsaeError
-from tsae.files import write_json
 from tsae.interop.explanations import from_sae_bench, read_explanations
 from tsae.interop.export import export
+from tsae.runtime.errors import TsaeError
+from tsae.runtime.files import write_json
 from tsae.sae.classes import random_dictionary
 
 LOADERS = {"MatryoshkaBatchTopKTrainer", "BatchTopKTrainer", "TopKTrainer", "StandardTrainer"}

@@ -11,10 +11,10 @@ from safetensors.torch import load_file
 
 from tsae.checkpoint import RunFolder, load_dictionary, save_dictionary
 from tsae.cli import main
-from tsae.errors import TsaeError
 from tsae.interop import sae_lens
 from tsae.interop.export import export
 from tsae.interop.formats import installed
+from tsae.runtime.errors import TsaeError
 from tsae.sae.classes import random_dictionary
 
 needs_sae_lens = pytest.mark.skipif(

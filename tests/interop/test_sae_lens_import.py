@@ -13,9 +13,9 @@ from torch import Tensor
 
 from tsae.checkpoint import RunFolder, load_dictionary, save_dictionary
 from tsae.cli import main
-from tsae.errors import TsaeError
-from tsae.files import write_json
 from tsae.interop import sae_lens
+from tsae.runtime.errors import TsaeError
+from tsae.runtime.files import write_json
 from tsae.sae.classes import random_dictionary
 
 D, F = 16, 80

@@ -9,9 +9,9 @@ import pytest
 import torch
 from transformers import Gemma2Config, Gemma2ForCausalLM, GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedModel
 
+from tsae.config.sections import ModelConfig
 from tsae.lm.embedded_text import train_tokenizer
 from tsae.lm.model import LanguageModel, load_language_model
-from tsae.sections import ModelConfig
 
 VOCABULARY = 320
 POSITIONS = 32

@@ -12,13 +12,13 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from tsae.errors import TsaeError
+from tsae.config.sections import DataConfig, ModelConfig
 from tsae.lm.embedded_lm import train_embedded_lm
 from tsae.lm.embedded_text import END, Rows, is_held_out, make_rows, ngram_losses
 from tsae.lm.model import load_language_model, load_tokenizer
 from tsae.lm.pretraining import Recipe, initial_model, learning_rate, mean_loss, summed_loss
 from tsae.lm.source import FOLDER, read_recipe
-from tsae.sections import DataConfig, ModelConfig
+from tsae.runtime.errors import TsaeError
 
 TOPICS = {
     "sea": [

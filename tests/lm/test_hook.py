@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from tsae.errors import TsaeError
 from tsae.lm.hook import find_blocks, hidden_of, with_hidden
+from tsae.runtime.errors import TsaeError
 
 
 class Block(nn.Module):

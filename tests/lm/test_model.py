@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from tsae.errors import TsaeError
+from tsae.config.sections import ModelConfig
 from tsae.lm.model import LanguageModel, load_language_model, load_tokenizer
-from tsae.sections import ModelConfig
+from tsae.runtime.errors import TsaeError
 
 Load = Callable[..., LanguageModel]
 Rows = tuple[Tensor, Tensor]

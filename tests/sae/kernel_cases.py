@@ -8,13 +8,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from tsae import config as configuration
+from tsae.config import run as configuration
 from tsae.sae.kernels import candidates, kernels_for
-from tsae.sae.row_select import top_k_codes
-from tsae.sae.screening import round_rows
-from tsae.sae.select import Encoder, batch_top_k_codes, entries_above
+from tsae.sae.selection.batch import Encoder, batch_top_k_codes, entries_above
+from tsae.sae.selection.dense import top_k
+from tsae.sae.selection.rows import top_k_codes
+from tsae.sae.selection.screens import round_rows
 from tsae.sae.sparse import ByLatent, SparseCode, add_rows, from_dense, sampled_products, segment_sums, weighted_rows
-from tsae.sae.topk import top_k
 from tsae.training.trainer import Trainer
 
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"

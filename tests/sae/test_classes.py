@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from tsae import files
 from tsae.checkpoint import RunFolder, load_dictionary, save_dictionary
+from tsae.runtime import files
 from tsae.sae.architectures import AutoEncoderTopK
 from tsae.sae.classes import CLASSES, from_state, random_dictionary
 

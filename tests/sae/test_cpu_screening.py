@@ -8,10 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tsae.sae import cpu_screening, select
-from tsae.sae.cpu_screening import CpuScreen, Memory, screens_on_cpu
-from tsae.sae.row_select import top_k_codes
-from tsae.sae.select import Encoder, batch_top_k_codes
+from tsae.sae.selection import batch as select
+from tsae.sae.selection import cpu_screens as cpu_screening
+from tsae.sae.selection.batch import Encoder, batch_top_k_codes
+from tsae.sae.selection.cpu_screens import CpuScreen, Memory, screens_on_cpu
+from tsae.sae.selection.rows import top_k_codes
 
 shapes = st.tuples(st.integers(1, 40), st.integers(1, 200), st.integers(1, 70), st.integers(0, 2**16))
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tsae.errors import TsaeError
+from tsae.config.sections import SaeConfig
+from tsae.runtime.errors import TsaeError
 from tsae.sae.inference import decode_latents, encode_sparse, reconstruct
 from tsae.sae.init import new_dictionary
-from tsae.sections import SaeConfig
 
 
 @pytest.mark.parametrize("kind", ["temporal", "batch_topk", "topk"])

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from tsae.checkpoint import load_dictionary
-from tsae.errors import TsaeError
+from tsae.runtime.errors import TsaeError
 from tsae.sae.classes import random_dictionary
 
 NAME = "TemporalMatryoshkaBatchTopKSAE"

@@ -10,11 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tsae.sae import select
-from tsae.sae.row_select import top_k_codes
-from tsae.sae.screening import Screen, round_rows
-from tsae.sae.select import Encoder, Selection, batch_top_k_codes
-from tsae.sae.topk import top_k
+from tsae.sae.selection import batch as select
+from tsae.sae.selection.batch import Encoder, Selection, batch_top_k_codes
+from tsae.sae.selection.dense import top_k
+from tsae.sae.selection.rows import top_k_codes
+from tsae.sae.selection.screens import Screen, round_rows
 
 Select = Callable[..., list[Selection]]
 

@@ -13,7 +13,7 @@ import pytest
 
 from tsae import selftest
 from tsae.cli import main
-from tsae.errors import TsaeError
+from tsae.runtime.errors import TsaeError
 
 REPOSITORY = Path(__file__).parents[2]
 LOADED = "import sys; from tsae import selftest; selftest.imports(); print(*{name.partition('.')[0] for name in sys.modules})"

@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 import torch
 
-from tsae import config as configuration
-from tsae.config import RunConfig
+from tsae.config import run as configuration
+from tsae.config.run import RunConfig
+from tsae.config.sections import StoreConfig
 from tsae.data.contexts import Contexts
-from tsae.sections import StoreConfig
 from tsae.store.harvest import harvest
 from tsae.store.reader import Store
 from tsae.store.writer import finalise, prepare, write_shard

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tsae.errors import TsaeError
+from tsae.runtime.errors import TsaeError
 from tsae.store.layout import StoreLayout
 from tsae.store.reader import Store
 from tsae.store.verify import verify

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 import torch
 
-from tsae.config import RunConfig
-from tsae.errors import TsaeError
+from tsae.config.run import RunConfig
 from tsae.lm.model import load_language_model
+from tsae.runtime.errors import TsaeError
 from tsae.store.harvest import harvest
 from tsae.store.layout import StoreLayout, is_harvested
 from tsae.store.reader import Store

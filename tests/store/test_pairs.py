@@ -10,7 +10,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tsae.errors import TsaeError
+from tsae.runtime.errors import TsaeError
 from tsae.store.pairs import PairStream
 from tsae.store.reader import Store
 

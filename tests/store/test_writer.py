@@ -15,9 +15,9 @@ import zarr
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tsae.config.sections import StoreConfig
 from tsae.data.contexts import Contexts
-from tsae.errors import TsaeError
-from tsae.sections import StoreConfig
+from tsae.runtime.errors import TsaeError
 from tsae.store import geometry
 from tsae.store.reader import Store
 from tsae.store.writer import finalise, prepare, write_shard

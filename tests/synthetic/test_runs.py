@@ -11,13 +11,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tsae import config as configuration
 from tsae.checkpoint import RunFolder
 from tsae.cli import main
-from tsae.config import RunConfig
+from tsae.config import run as configuration
+from tsae.config.run import RunConfig
 from tsae.data.synthetic import World
-from tsae.errors import TsaeError
 from tsae.evaluation.driver import evaluate
+from tsae.runtime.errors import TsaeError
 from tsae.store.harvest import harvest
 from tsae.store.layout import StoreLayout, store_path
 from tsae.store.reader import Store

@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tsae import config as configuration
+from tsae.config import run as configuration
 from tsae.data.synthetic import World
-from tsae.errors import TsaeError
+from tsae.runtime.errors import TsaeError
 
 
 def world(length: int = 32, seed: int = 0, **settings: Any) -> World:

@@ -5,20 +5,16 @@ from __future__ import annotations
 import json
 import multiprocessing
 import socket
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent))
-
-from dying import as_rank
-
-from tsae import config as configuration
-from tsae import schema
-from tsae.config import RunConfig
+from tests.system.dying import as_rank
+from tsae.config import run as configuration
+from tsae.config import schema
+from tsae.config.run import RunConfig
 from tsae.store.harvest import harvest
 
 PRELOADED = [

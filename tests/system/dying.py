@@ -17,11 +17,12 @@ from typing import Any, BinaryIO
 
 import torch
 
-from tsae import cli, preemption, stages
+from tsae import cli, stages
 from tsae.checkpoint import RunFolder
-from tsae.config import RunConfig
+from tsae.config.run import RunConfig
 from tsae.parallel import heart
 from tsae.parallel.meeting import together
+from tsae.runtime import preemption
 from tsae.training.resume import ResumeStates
 from tsae.training.run import train
 from tsae.training.trainer import Trainer

@@ -12,10 +12,9 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
-from dying import MOMENTS, train_and_die
-
+from tests.system.dying import MOMENTS, train_and_die
 from tsae.checkpoint import RunFolder
-from tsae.config import RunConfig
+from tsae.config.run import RunConfig
 from tsae.training.run import train
 
 KILLS = int(os.environ.get("TSAE_KILLS", "20"))

@@ -16,13 +16,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from dying import signalled
 
-from tsae import config as configuration
-from tsae import locks, preemption, stages
+from tests.system.dying import signalled
+from tsae import stages
 from tsae.checkpoint import RunFolder
-from tsae.config import RunConfig
-from tsae.errors import TsaeError
+from tsae.config import run as configuration
+from tsae.config.run import RunConfig
+from tsae.runtime import locks, preemption
+from tsae.runtime.errors import TsaeError
 from tsae.training.random_state import random_state, set_random_state
 from tsae.training.resume import ResumeStates
 from tsae.training.run import train

@@ -12,15 +12,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from dying import while_another_dies, with_old_files
 
-from tsae import config as configuration
-from tsae import preemption, schema
+from tests.system.dying import while_another_dies, with_old_files
 from tsae.checkpoint import RunFolder
-from tsae.config import RunConfig
-from tsae.environment import adopt_slurm_step, first_host
+from tsae.config import run as configuration
+from tsae.config import schema
+from tsae.config.run import RunConfig
 from tsae.evaluation.driver import evaluate
 from tsae.parallel import heart
+from tsae.runtime import preemption
+from tsae.runtime.environment import adopt_slurm_step, first_host
 from tsae.store.layout import StoreLayout
 from tsae.training.run import train
 

@@ -9,13 +9,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from tsae import config as configuration
 from tsae.checkpoint import RunFolder, load_dictionary
-from tsae.config import RunConfig
-from tsae.errors import TsaeError
+from tsae.config import run as configuration
+from tsae.config.run import RunConfig
 from tsae.evaluation.driver import evaluate
-from tsae.reference import REFERENCE_NAMES
+from tsae.runtime.errors import TsaeError
 from tsae.sae.classes import from_state
+from tsae.sae.reference import REFERENCE_NAMES
 from tsae.training.run import train
 from tsae.training.trainer import Trainer
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,12 +9,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-sys.path.insert(0, str(Path(__file__).parent))
-
-from recorded import record_gradients
-
-from tsae import config as configuration
-from tsae.errors import TsaeError
+from tests.training.recorded import record_gradients
+from tsae.config import run as configuration
+from tsae.runtime.errors import TsaeError
 from tsae.training.trainer import Trainer
 
 OBJECTIVES: dict[str, dict[str, Any]] = {

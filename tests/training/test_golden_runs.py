@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tsae import config as configuration
+from tsae.config import run as configuration
 from tsae.training.trainer import Trainer
 
 GOLDEN = Path(__file__).parents[1] / "golden"

@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from tsae import config as configuration
 from tsae.checkpoint import RunFolder, load_dictionary
-from tsae.config import RunConfig
-from tsae.errors import TsaeError
-from tsae.reference import REFERENCE_NAMES
+from tsae.config import run as configuration
+from tsae.config.run import RunConfig
+from tsae.runtime.errors import TsaeError
 from tsae.sae.classes import from_state
+from tsae.sae.reference import REFERENCE_NAMES
 from tsae.store.pairs import PairStream
 from tsae.store.reader import Store
 from tsae.training.run import train

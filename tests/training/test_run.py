@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from tsae import config as configuration
 from tsae.checkpoint import RunFolder, load_dictionary
-from tsae.config import RunConfig
-from tsae.errors import TsaeError
+from tsae.config import run as configuration
+from tsae.config.run import RunConfig
+from tsae.runtime.errors import TsaeError
 from tsae.store.harvest import harvest
 from tsae.training.run import train, train_together
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from tsae.config.sections import SaeConfig
 from tsae.sae.init import new_dictionary, normalise_rows
 from tsae.sae.sparse import ByLatent
-from tsae.sections import SaeConfig
 from tsae.training import gradients
 from tsae.training.gradients import DenseRows, RowSums, WholeGradient, whole_gradients
 from tsae.training.update import Adam, lay_out_by_latent, project_and_measure

@@ -15,14 +15,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.training.world_size_worker import MIDDLE, everything, work_together
 from tsae import cli
-from tsae import config as configuration
+from tsae.config import run as configuration
 from tsae.parallel.group import ALONE
-from tsae.reference import reference_config
-
-sys.path.insert(0, str(Path(__file__).parent))
-
-from world_size_worker import MIDDLE, everything, work_together
+from tsae.sae.reference import reference_config
 
 WORLDS = (2, 4)
 SHARDED = ("sharded", "sharded jump_relu")

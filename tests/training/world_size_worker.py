@@ -12,14 +12,14 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from recorded import record_gradients
 from torch import Tensor
 
-from tsae import config as configuration
+from tests.training.recorded import record_gradients
+from tsae.config import run as configuration
 from tsae.parallel.group import Group, Processes
-from tsae.sae.select import Encoder, batch_top_k_codes
-from tsae.training.global_select import global_top_k_codes
-from tsae.training.sparse_gradients import SparseGradients
+from tsae.sae.selection.batch import Encoder, batch_top_k_codes
+from tsae.sae.selection.global_batch import global_top_k_codes
+from tsae.training.sparse.gradients import SparseGradients
 from tsae.training.trainer import Terms, Trainer
 
 WORLDS = (4, 2)

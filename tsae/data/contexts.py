@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from tsae.config.sections import DataConfig
 from tsae.data.documents import Document, may_stop_early
 from tsae.data.tokens import TokenizedDocuments, starts_with_bos, tokenize
-from tsae.errors import TsaeError
-from tsae.sections import DataConfig
+from tsae.runtime.errors import TsaeError
 
 ROWS_AT_ONCE = 65_536
 

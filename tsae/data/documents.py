@@ -8,12 +8,12 @@ from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 
-from tsae import schema
+from tsae.config import schema
+from tsae.config.sections import DataConfig
 from tsae.data import embedded, hub, local
 from tsae.data.records import Document
-from tsae.errors import TsaeError
-from tsae.preemption import polled
-from tsae.sections import DataConfig
+from tsae.runtime.errors import TsaeError
+from tsae.runtime.preemption import polled
 
 __all__ = ["Document", "fingerprint", "may_stop_early", "read_documents"]
 

@@ -18,12 +18,12 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-from tsae import schema
+from tsae.config import schema
 from tsae.data import prose
-from tsae.environment import available_cores, home
-from tsae.errors import TsaeError
-from tsae.files import write_atomically
-from tsae.progress import Progress
+from tsae.runtime.environment import available_cores, home
+from tsae.runtime.errors import TsaeError
+from tsae.runtime.files import write_atomically
+from tsae.runtime.progress import Progress
 
 EXTRACTOR_VERSION = 3
 MIN_DOCUMENT = 200  # characters

@@ -6,9 +6,9 @@ import logging
 from collections.abc import Iterator
 from typing import Any
 
+from tsae.config.sections import DataConfig
 from tsae.data.records import Document, documents_of
-from tsae.errors import TsaeError
-from tsae.sections import DataConfig
+from tsae.runtime.errors import TsaeError
 
 
 def read_hub(data: DataConfig) -> Iterator[Document]:

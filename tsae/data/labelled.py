@@ -23,9 +23,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from tsae.data import hub
-from tsae.errors import TsaeError, suggestion
-from tsae.preemption import polled
-from tsae.progress import Progress
+from tsae.runtime.errors import TsaeError, suggestion
+from tsae.runtime.preemption import polled
+from tsae.runtime.progress import Progress
 
 log = logging.getLogger("tsae")
 
@@ -291,8 +291,8 @@ def _categories(path: str | None, dataset: str) -> dict[str, str]:
 
 def _embedded() -> Iterator[LabelledText]:
     """The embedded corpus from its end: what a run that stops at `data.max_tokens` has not read comes first."""
+    from tsae.config.sections import DataConfig
     from tsae.data.documents import read_documents
-    from tsae.sections import DataConfig
 
     documents = list(read_documents(DataConfig(source=EMBEDDED)))
     for group in polled(range(len(documents) - 1, -1, -1)):

@@ -8,9 +8,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
+from tsae.config.sections import DataConfig
 from tsae.data.records import Document, documents_of, missing_column
-from tsae.errors import TsaeError
-from tsae.sections import DataConfig
+from tsae.runtime.errors import TsaeError
 
 JSON_LINES = (".jsonl", ".ndjson", ".json")
 TABLES = (*JSON_LINES, ".parquet")

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
-from tsae.errors import TsaeError, suggestion
-from tsae.sections import DataConfig
+from tsae.config.sections import DataConfig
+from tsae.runtime.errors import TsaeError, suggestion
 
 
 class Document(NamedTuple):

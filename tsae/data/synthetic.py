@@ -10,10 +10,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from tsae.config import RunConfig
+from tsae.config.run import RunConfig
+from tsae.config.sections import DataConfig
+from tsae.config.synthetic import SyntheticConfig
 from tsae.data.contexts import Contexts
-from tsae.data.synthetic_settings import SyntheticConfig
-from tsae.sections import DataConfig
 
 VERSION = 1
 """Raised whenever the same settings give other numbers; part of a store's name."""

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from tsae.data.records import Document
-from tsae.progress import Progress
+from tsae.runtime.progress import Progress
 
 BATCH_CHARACTERS = 1_000_000
 

@@ -15,12 +15,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tsae import files
 from tsae.checkpoint import RunFolder, find_dictionary, load_dictionary, save_dictionary
-from tsae.config import RunConfig
-from tsae.errors import TsaeError
+from tsae.config.run import RunConfig
 from tsae.evaluation.held_out import held_out_batches, runs
-from tsae.progress import Progress
+from tsae.runtime import files
+from tsae.runtime.errors import TsaeError
+from tsae.runtime.progress import Progress
 from tsae.sae.architectures import AutoEncoderTopK
 from tsae.sae.dictionary import UNCALIBRATED, ThresholdDictionary
 from tsae.sae.inference import encode_sparse

@@ -8,12 +8,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from tsae import config as configuration
-from tsae import files, schema
 from tsae.checkpoint import RunFolder, load_dictionary
-from tsae.config import RunConfig
-from tsae.devices import own_device
-from tsae.errors import TsaeError
+from tsae.config import run as configuration
+from tsae.config import schema
+from tsae.config.run import RunConfig
 from tsae.evaluation import figure, ground_truth
 from tsae.evaluation.held_out import held_out_batches
 from tsae.evaluation.loss_recovered import SequenceLosses, loss_results, sequence_losses
@@ -21,7 +19,10 @@ from tsae.evaluation.results import plain, summarise
 from tsae.evaluation.scores import Scores
 from tsae.parallel.group import Group, in_turns
 from tsae.parallel.meeting import together
-from tsae.progress import Progress
+from tsae.runtime import files
+from tsae.runtime.devices import own_device
+from tsae.runtime.errors import TsaeError
+from tsae.runtime.progress import Progress
 from tsae.sae.dictionary import Dictionary
 from tsae.sae.inference import reconstruct
 from tsae.store.layout import store_path

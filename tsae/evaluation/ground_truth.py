@@ -14,15 +14,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tsae import files
 from tsae.checkpoint import RunFolder, load_dictionary
-from tsae.config import RunConfig
+from tsae.config.run import RunConfig
 from tsae.data.synthetic import Truth
-from tsae.errors import TsaeError
 from tsae.evaluation import recovery, truth_figure
 from tsae.evaluation.codes import active_code, split_ranges
 from tsae.evaluation.recovery import Split
 from tsae.evaluation.smoothness import smoothness
+from tsae.runtime import files
+from tsae.runtime.errors import TsaeError
 from tsae.sae.dictionary import Dictionary
 from tsae.store.layout import store_path
 from tsae.store.reader import Store

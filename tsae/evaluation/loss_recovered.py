@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tsae.evaluation.intervals import ratio_interval
+from tsae.evaluation.statistics import ratio_interval
 
 if TYPE_CHECKING:
     from tsae.lm.model import LanguageModel

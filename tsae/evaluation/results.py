@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from tsae.evaluation.intervals import mean_interval, ratio_interval
 from tsae.evaluation.scores import Scores
+from tsae.evaluation.statistics import mean_interval, ratio_interval
 
 SMOOTHNESS_NAMES = {
     "total_variation": "smoothness_tv",

@@ -13,14 +13,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tsae.errors import TsaeError
 from tsae.evaluation import reconstruction
 from tsae.evaluation.codes import ActiveCode, context_code, split_ranges
 from tsae.evaluation.smoothness import smoothness
 from tsae.parallel.group import Group, in_turns
+from tsae.runtime.errors import TsaeError
 from tsae.sae.dictionary import Dictionary
 from tsae.sae.inference import encode_sparse
-from tsae.sae.select import Encoder
+from tsae.sae.selection.batch import Encoder
 
 
 class _Context(NamedTuple):

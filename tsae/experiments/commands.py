@@ -7,13 +7,14 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from tsae import config as configuration
-from tsae import environment, schema
 from tsae.checkpoint import BASELINE, RunFolder, find_dictionary
-from tsae.config import RunConfig
-from tsae.errors import TsaeError, suggestion
+from tsae.config import run as configuration
+from tsae.config import schema
+from tsae.config.run import RunConfig
+from tsae.config.sections import ModelConfig
 from tsae.experiments.driver import EXPERIMENTS, with_dataset
-from tsae.sections import ModelConfig
+from tsae.runtime import environment
+from tsae.runtime.errors import TsaeError, suggestion
 
 FREE = ("model.device", "model.batch_size", "training.device")
 """Settings of a trained run that an experiment may change: where things run."""

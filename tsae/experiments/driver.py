@@ -17,14 +17,15 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from tsae import config as configuration
-from tsae import files, preemption, schema
 from tsae.checkpoint import BASELINE, RunFolder
-from tsae.config import RunConfig
-from tsae.errors import TsaeError
+from tsae.config import run as configuration
+from tsae.config import schema
+from tsae.config.run import RunConfig
+from tsae.runtime import files, preemption
+from tsae.runtime.errors import TsaeError
 
 if TYPE_CHECKING:
-    from tsae.experiments.subject import Subject
+    from tsae.experiments.shared.subject import Subject
 
 
 log = logging.getLogger("tsae")
@@ -76,7 +77,7 @@ def run(
     Raises TsaeError, before anything is measured, for a split that is not there, for explanations that cannot be read
     and for the dense baseline where only latents make sense.
     """
-    from tsae.experiments.subject import Subject
+    from tsae.experiments.shared.subject import Subject
 
     experiment = EXPERIMENTS[name]
     subject = Subject(config, run, checkpoint=checkpoint, explanation_path=explanations)
@@ -107,7 +108,7 @@ def run(
 def draw_again(name: str, path: Path) -> None:
     """Draw the picture beside complete results, with what lies beside them now; in a folder that may be written."""
     if os.access(path.parent, os.W_OK):
-        import_module(f"tsae.experiments.{name}").draw(files.read_whole_json(path), path.with_suffix(".png"))
+        import_module(f"tsae.experiments.{name}.experiment").draw(files.read_whole_json(path), path.with_suffix(".png"))
 
 
 def is_done(config: RunConfig, run: RunFolder, name: str) -> bool:
@@ -172,7 +173,7 @@ def headlines(run: RunFolder, config: RunConfig) -> dict[str, tuple[float, float
 
 def _make(name: str, subject: Subject, chunk: int | None) -> None:
     preemption.check()
-    module = import_module(f"tsae.experiments.{name}")
+    module = import_module(f"tsae.experiments.{name}.experiment")
     settings = getattr(subject.config.experiments, name)
     results: dict[str, Any] = {
         "experiment": name,
@@ -185,7 +186,7 @@ def _make(name: str, subject: Subject, chunk: int | None) -> None:
     if chunk is None:
         results |= module.measure(subject, settings)
     else:
-        from tsae.experiments.subject import SPLIT_NAMES
+        from tsae.experiments.shared.subject import SPLIT_NAMES
 
         results |= {"chunk": chunk, "split": "residual stream" if subject.is_dense else SPLIT_NAMES[chunk]}
         results |= module.measure(subject, settings, chunk)

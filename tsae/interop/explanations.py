@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from tsae.checkpoint import RunFolder, find_dictionary, load_dictionary
-from tsae.errors import TsaeError
-from tsae.files import write_json
 from tsae.interop.origin import read_json
+from tsae.runtime.errors import TsaeError
+from tsae.runtime.files import write_json
 
 
 def find_explanations(folder: Path) -> Path | None:

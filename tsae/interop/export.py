@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from tsae.checkpoint import RunFolder, find_dictionary, load_dictionary, save_dictionary
-from tsae.errors import TsaeError, suggestion
-from tsae.files import write_json
 from tsae.interop import sae_lens
 from tsae.interop.explanations import find_explanations, read_explanations, write_explanations
 from tsae.interop.folders import new_folder
 from tsae.interop.origin import Origin, origin_of
 from tsae.interop.portable import has_unit_rows, portable, recentred, state_dict, with_unit_rows
 from tsae.interop.sae_lens_config import TRAINERS
+from tsae.runtime.errors import TsaeError, suggestion
+from tsae.runtime.files import write_json
 from tsae.sae.classes import dictionary_class, from_state
 from tsae.sae.dictionary import Dictionary, ThresholdDictionary
 

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from tsae.errors import TsaeError
-from tsae.files import sync_folder
+from tsae.runtime.errors import TsaeError
+from tsae.runtime.files import sync_folder
 
 
 @contextmanager

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from tsae.checkpoint import load_dictionary
-from tsae.files import write_json
 from tsae.interop import sae_lens
 from tsae.interop.export import WRITERS, Source
 from tsae.interop.origin import Origin, read_json
 from tsae.interop.portable import Portable, encode, has_unit_rows, portable
 from tsae.interop.sae_lens_config import imported_config
+from tsae.runtime.files import write_json
 from tsae.sae.classes import CLASSES, random_dictionary
 from tsae.sae.dictionary import Dictionary, ThresholdDictionary
 

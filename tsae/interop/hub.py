@@ -9,13 +9,13 @@ from typing import Any
 import yaml
 
 from tsae.checkpoint import RunFolder, find_dictionary, save_dictionary
-from tsae.errors import TsaeError
-from tsae.files import write_json, write_text
+from tsae.config.schema import read_yaml
 from tsae.interop.card import card
 from tsae.interop.explanations import write_explanations
 from tsae.interop.export import WRITERS, Source, open_source
 from tsae.interop.folders import new_folder
-from tsae.schema import read_yaml
+from tsae.runtime.errors import TsaeError
+from tsae.runtime.files import write_json, write_text
 
 EXTRA_FORMATS = ("sae_lens", "sae_bench")
 

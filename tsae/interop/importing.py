@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from tsae.checkpoint import RunFolder, save_dictionary
-from tsae.errors import TsaeError
-from tsae.files import write_json
 from tsae.interop import sae_lens
 from tsae.interop.folders import new_folder
+from tsae.runtime.errors import TsaeError
+from tsae.runtime.files import write_json
 
 
 def import_folder(source: str | Path, out: str | Path) -> Path:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from tsae.checkpoint import RunFolder
-from tsae.errors import TsaeError
+from tsae.runtime.errors import TsaeError
 
 TRANSFORMER_LENS_PREFIXES = {"google/gemma-": "google/", "EleutherAI/pythia-": "EleutherAI/"}
 """Hub ids that TransformerLens calls by their second half. It knows other models by their hub id."""

@@ -14,9 +14,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tsae.errors import TsaeError
+from tsae.runtime.errors import TsaeError
 from tsae.sae.dictionary import UNCALIBRATED, Dictionary
-from tsae.sae.topk import top_k
+from tsae.sae.selection.dense import top_k
 
 NORM_TOLERANCE = 1e-5
 """Largest distance of a decoder row's norm from 1 that SAEBench still calls normalised."""

@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tsae.errors import TsaeError, suggestion
-from tsae.files import write_json
 from tsae.interop.origin import Origin, read_json
 from tsae.interop.portable import Portable, has_unit_rows, portable, recentred, state_dict, with_unit_rows
 from tsae.interop.sae_lens_config import imported_config, is_modern, modernised
+from tsae.runtime.errors import TsaeError, suggestion
+from tsae.runtime.files import write_json
 from tsae.sae.architectures import AutoEncoderTopK
 from tsae.sae.classes import CLASSES, from_state
 from tsae.sae.dictionary import Dictionary, ThresholdDictionary

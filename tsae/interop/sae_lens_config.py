@@ -5,10 +5,10 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from tsae.errors import TsaeError
 from tsae.interop.origin import TRANSFORMER_LENS_PREFIXES
-from tsae.reference import REFERENCE_NAMES
+from tsae.runtime.errors import TsaeError
 from tsae.sae.dictionary import Dictionary, ThresholdDictionary
+from tsae.sae.reference import REFERENCE_NAMES
 
 TRAINERS = {
     "AutoEncoder": "StandardTrainer",

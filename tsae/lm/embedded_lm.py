@@ -14,11 +14,11 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tsae import schema
-from tsae.errors import TsaeError
-from tsae.files import write_atomically, write_json
-from tsae.progress import Progress
-from tsae.sections import DataConfig
+from tsae.config import schema
+from tsae.config.sections import DataConfig
+from tsae.runtime.errors import TsaeError
+from tsae.runtime.files import write_atomically, write_json
+from tsae.runtime.progress import Progress
 
 if TYPE_CHECKING:
     from transformers import GPTNeoXForCausalLM, PreTrainedTokenizerFast

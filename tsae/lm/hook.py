@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from tsae.errors import TsaeError
-from tsae.sections import ModelConfig
+from tsae.config.sections import ModelConfig
+from tsae.runtime.errors import TsaeError
 
 
 def find_hook(module: nn.Module, model: ModelConfig, depth: int) -> str:

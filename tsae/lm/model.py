@@ -11,10 +11,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tsae.devices import own_device
-from tsae.errors import TsaeError
+from tsae.config.sections import ModelConfig
 from tsae.lm.source import check_layer, local_folder, weights_fingerprint
-from tsae.sections import ModelConfig
+from tsae.runtime.devices import own_device
+from tsae.runtime.errors import TsaeError
 
 if TYPE_CHECKING:
     import torch

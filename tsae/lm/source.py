@@ -7,8 +7,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from tsae.errors import TsaeError
-from tsae.sections import ModelConfig
+from tsae.config.sections import ModelConfig
+from tsae.runtime.errors import TsaeError
 
 EMBEDDED = "embedded"
 FOLDER = Path(__file__).parent / "embedded"

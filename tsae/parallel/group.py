@@ -16,8 +16,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from tsae import preemption
-from tsae.errors import TsaeError
+from tsae.runtime import preemption
+from tsae.runtime.errors import TsaeError
 
 Wait = Callable[[], None]
 Result = TypeVar("Result")

@@ -9,9 +9,9 @@ import threading
 import torch
 import torch.distributed as dist
 
-from tsae import preemption
-from tsae.errors import TsaeError
 from tsae.parallel.group import Group, lost
+from tsae.runtime import preemption
+from tsae.runtime.errors import TsaeError
 
 BEAT_SECONDS = 1.0
 GRACE_SECONDS = 10.0

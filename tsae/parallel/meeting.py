@@ -12,12 +12,12 @@ from typing import Any
 
 import torch.distributed as dist
 
-from tsae import preemption
-from tsae.environment import process_count
-from tsae.errors import TsaeError
-from tsae.locks import LockHeld
 from tsae.parallel.group import ALONE, Group, Processes, reason_of
 from tsae.parallel.heart import Heart
+from tsae.runtime import preemption
+from tsae.runtime.environment import process_count
+from tsae.runtime.errors import TsaeError
+from tsae.runtime.locks import LockHeld
 
 PATIENCE = timedelta(minutes=30)
 """How long a collective of the training waits for a process that lives."""

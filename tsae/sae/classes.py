@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tsae.errors import TsaeError, suggestion
+from tsae.runtime.errors import TsaeError, suggestion
 from tsae.sae.architectures import (
     AutoEncoder,
     AutoEncoderNew,

@@ -12,8 +12,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from tsae.errors import TsaeError
-from tsae.sae.topk import batch_top_k
+from tsae.runtime.errors import TsaeError
+from tsae.sae.selection.dense import batch_top_k
 
 UNCALIBRATED = -1.0
 

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from tsae.sae.dictionary import Dictionary, ThresholdDictionary
-from tsae.sae.row_select import top_k_codes
-from tsae.sae.select import Encoder, entries_above
+from tsae.sae.selection.batch import Encoder, entries_above
+from tsae.sae.selection.rows import top_k_codes
 from tsae.sae.sparse import SparseCode, from_dense, from_entries, weighted_rows
 
 

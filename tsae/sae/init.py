@@ -7,9 +7,9 @@ import math
 import torch
 from torch import Tensor
 
+from tsae.config.sections import SaeConfig
 from tsae.sae import architectures
 from tsae.sae.dictionary import Dictionary
-from tsae.sections import SaeConfig
 
 EPSILON = float(torch.finfo(torch.float32).eps)
 JUMP_RELU_THRESHOLD = 0.001

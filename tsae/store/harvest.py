@@ -13,11 +13,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tsae import config as configuration
-from tsae import locks, preemption
-from tsae.config import RunConfig
-from tsae.errors import TsaeError
-from tsae.progress import Progress
+from tsae.config import run as configuration
+from tsae.config.run import RunConfig
+from tsae.runtime import locks, preemption
+from tsae.runtime.errors import TsaeError
+from tsae.runtime.progress import Progress
 from tsae.store.layout import StoreLayout, content_hash, store_path
 
 if TYPE_CHECKING:

@@ -27,11 +27,12 @@ from typing import Any
 
 import numpy as np
 
-from tsae import config as configuration
-from tsae import files, schema
-from tsae.config import RunConfig
-from tsae.environment import home
-from tsae.errors import TsaeError
+from tsae.config import run as configuration
+from tsae.config import schema
+from tsae.config.run import RunConfig
+from tsae.runtime import files
+from tsae.runtime.environment import home
+from tsae.runtime.errors import TsaeError
 from tsae.store.geometry import Geometry, crc32c
 
 FORMAT = "tsae-activations"

@@ -19,10 +19,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tsae.errors import TsaeError
+from tsae.config.validation import parse_pair_rule
+from tsae.runtime.errors import TsaeError
 from tsae.store.memory import Recycled
 from tsae.store.reader import Store, uninitialised
-from tsae.validation import parse_pair_rule
 
 BLOCK_BYTES = 2_000_000
 FEWEST_BLOCKS = 64

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tsae.config import RunConfig
-from tsae.errors import TsaeError
+from tsae.config.run import RunConfig
+from tsae.runtime.errors import TsaeError
 from tsae.store.geometry import CRC_BYTES, crc32c
 from tsae.store.layout import StoreLayout
 from tsae.store.writer import TORCH_DTYPE

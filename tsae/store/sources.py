@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tsae.config import RunConfig
+from tsae.config.run import RunConfig
 from tsae.data.contexts import Contexts
 from tsae.store.layout import StoreLayout
 

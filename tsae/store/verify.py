@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from tsae.errors import TsaeError
-from tsae.progress import Progress
+from tsae.runtime.errors import TsaeError
+from tsae.runtime.progress import Progress
 from tsae.store.geometry import crc32c
 from tsae.store.layout import StoreLayout
 from tsae.store.reader import frame_problem

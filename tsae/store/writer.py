@@ -23,10 +23,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tsae import files, schema
-from tsae.errors import TsaeError
-from tsae.locks import started_at
-from tsae.sections import StoreConfig
+from tsae.config import schema
+from tsae.config.sections import StoreConfig
+from tsae.runtime import files
+from tsae.runtime.errors import TsaeError
+from tsae.runtime.locks import started_at
 from tsae.store import geometry as cutting
 from tsae.store import layout as layouts
 from tsae.store.geometry import Geometry, crc32c

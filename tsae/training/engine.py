@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from tsae.phases import phase
+from tsae.runtime.phases import phase
 from tsae.sae.dictionary import Dictionary, ThresholdDictionary
 from tsae.training.gradients import Gradients, whole_gradients
 from tsae.training.objective import Losses, Weights, encode_batch, objective

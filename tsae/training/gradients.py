@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import embedding_bag
 
-from tsae.phases import phase
+from tsae.runtime.phases import phase
 from tsae.sae.sparse import ByLatent
 
 CHUNK_BYTES, CUDA_CHUNK_BYTES = 4 * 2**20, 256 * 2**20

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tsae.config import RunConfig
-from tsae.errors import TsaeError
+from tsae.config.run import RunConfig
+from tsae.runtime.errors import TsaeError
 
 if TYPE_CHECKING:
     from tsae.training.trainer import Terms

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, cross_entropy
 
-from tsae.config import RunConfig, group_weights
+from tsae.config.run import RunConfig, group_weights
 from tsae.parallel.group import ALONE, Group
-from tsae.phases import phase
+from tsae.runtime.phases import phase
 from tsae.sae.dictionary import ThresholdDictionary
 
 EXCLUDED = -1e30

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from tsae.config import RunConfig
+from tsae.config.run import RunConfig
 from tsae.parallel.group import ALONE, Group
 from tsae.sae.dictionary import Dictionary
 from tsae.training import penalties

@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 from torch.utils.serialization import config as torch_files
 
-from tsae import files
-from tsae.errors import TsaeError
+from tsae.runtime import files
+from tsae.runtime.errors import TsaeError
 
 PREFIX = "step_"
 PIECE_BYTES = 2**23

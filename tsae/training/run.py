@@ -11,16 +11,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tsae import config as configuration
-from tsae import files, preemption, schema
 from tsae.checkpoint import RunFolder, save_dictionary
-from tsae.config import RunConfig, reading_settings
-from tsae.errors import TsaeError
+from tsae.config import run as configuration
+from tsae.config import schema
+from tsae.config.run import RunConfig, reading_settings
 from tsae.parallel.group import Group
 from tsae.parallel.meeting import together
-from tsae.progress import Progress
-from tsae.provenance import provenance
-from tsae.reference import reference_config
+from tsae.runtime import files, preemption
+from tsae.runtime.errors import TsaeError
+from tsae.runtime.progress import Progress
+from tsae.runtime.provenance import provenance
+from tsae.sae.reference import reference_config
 from tsae.store.layout import store_path
 from tsae.store.pairs import PairStream
 from tsae.store.reader import Store
@@ -39,7 +40,7 @@ def train(config: RunConfig, run: RunFolder) -> None:
     """Train the dictionary of `config` into `run`; continues what an earlier call left, does nothing when complete.
 
     Where several processes were started together, all call this; the first one writes the files.
-    Raises Preempted, its state saved, if the process is asked to leave meanwhile (see `tsae.preemption`).
+    Raises Preempted, its state saved, if the process is asked to leave meanwhile (see `tsae.runtime.preemption`).
     """
     train_together([(config, run)])
 
@@ -178,7 +179,7 @@ class _Training:
 
     def _open_files(self, store: Store, metrics_bytes: int) -> None:
         config, run = self.config, self.run
-        files.write_json(run.provenance, provenance(config, store=store.attributes))
+        files.write_json(run.provenance, provenance(config.training_hash, store=store.attributes))
         files.write_json(run.config_json, reference_config(config, store.activation_dim, self._trainer.scale))
         self._metrics = Metrics(run.metrics, offset=metrics_bytes)
 

@@ -8,10 +8,10 @@ from typing import Any
 
 from accelerate import Accelerator
 
-from tsae import schema
 from tsae.checkpoint import RunFolder
-from tsae.config import RunConfig
-from tsae.errors import TsaeError
+from tsae.config import schema
+from tsae.config.run import RunConfig
+from tsae.runtime.errors import TsaeError
 
 
 def new_tracking() -> dict[str, Any]:

@@ -7,22 +7,22 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from tsae.config import RunConfig
-from tsae.errors import TsaeError
+from tsae.config.run import RunConfig
+from tsae.config.sections import PENALTY_KINDS
+from tsae.config.validation import require_processes
 from tsae.parallel.group import ALONE, Group
-from tsae.reference import REFERENCE_NAMES
+from tsae.runtime.errors import TsaeError
 from tsae.sae.architectures import JumpReluAutoEncoder
 from tsae.sae.classes import from_state
 from tsae.sae.dictionary import Dictionary, ThresholdDictionary
 from tsae.sae.init import centre, geometric_median, new_dictionary
-from tsae.sections import PENALTY_KINDS
+from tsae.sae.reference import REFERENCE_NAMES
 from tsae.training.engine import DenseEngine, Engine
 from tsae.training.objective import Losses, Weights
 from tsae.training.penalty_engine import PenaltyEngine
 from tsae.training.sharding import OwnLatents, Shard
-from tsae.training.sparse_engine import SparseEngine
+from tsae.training.sparse.engine import SparseEngine
 from tsae.training.update import Adam, lay_out_by_latent, project_and_measure
-from tsae.validation import require_processes
 
 FIRST_MOMENT = {"jump_relu": 0.0, "gated": 0.0}
 """Adam's β₁ where the source of an objective departs from 0.9."""

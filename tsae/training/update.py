@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.optim.adam import adam
 
-from tsae.phases import phase
+from tsae.runtime.phases import phase
 from tsae.sae.dictionary import Dictionary
 from tsae.sae.init import normalise_rows
 from tsae.training.gradients import Gradient, Gradients, by_latent, chunks

@@ -12,9 +12,17 @@ from typing import Any
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent))
-
-from container_lab import COMMIT, HERE, QUICKSTART, REPOSITORY, USER, Lab, make_lab, results, run
+from tests.system.containers.container_lab import (
+    COMMIT,
+    HERE,
+    QUICKSTART,
+    REPOSITORY,
+    USER,
+    Lab,
+    make_lab,
+    results,
+    run,
+)
 
 TOOLS = ("mmdebstrap", "buildah", "podman", "runc", "apptainer")
 FINDINGS = pytest.StashKey[list[str]]()

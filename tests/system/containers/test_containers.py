@@ -10,7 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from container_lab import COMMIT, OWNER, QUICKSTART, READ_ONLY, REPOSITORY, Lab, results, run
+
+from tests.system.containers.container_lab import COMMIT, OWNER, QUICKSTART, READ_ONLY, REPOSITORY, Lab, results, run
 
 CONTENT = """
 import json, os, shutil

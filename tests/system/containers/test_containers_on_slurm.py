@@ -14,7 +14,8 @@ from typing import Any
 
 import pytest
 import yaml
-from container_lab import PATIENCE_SECONDS, REPOSITORY, Lab, run
+
+from tests.system.containers.container_lab import PATIENCE_SECONDS, REPOSITORY, Lab, run
 
 SLURM_LAB = REPOSITORY / "tests" / "system" / "slurm" / "lab"
 SLURM_CONF = Path(os.environ.get("LAB", "/run/tsae-slurm")) / "etc" / "slurm.conf"

@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,11 +16,10 @@ from typing import TYPE_CHECKING
 import pytest
 
 HERE = Path(__file__).parent
-sys.path[:0] = [str(HERE), str(HERE.parents[2] / "launch")]
 
 if TYPE_CHECKING:
-    from slurm_commands import CommandLine
-    from slurm_sweep import SweepOnSlurm
+    from tests.system.slurm.slurm_commands import CommandLine
+    from tests.system.slurm.slurm_sweep import SweepOnSlurm
 
 LAB = HERE / "lab"
 SLURM_CONF = Path(os.environ.get("LAB", "/run/tsae-slurm")) / "etc" / "slurm.conf"
@@ -45,7 +43,7 @@ def slurm(require: Callable[[str, bool, str], None], installs: Callable[[str], b
         assert answer.returncode == 0, answer.stderr
 
     with _variables():
-        from slurm_query import answers
+        from tsae.sweep.schedulers.slurm.query import answers
 
         ran = answers()
     lab("start")
@@ -66,8 +64,8 @@ def _variables(**more: str) -> Iterator[None]:
 @pytest.fixture
 def sweep(tmp_path: Path) -> Iterator[SweepOnSlurm]:
     """A sweep of one test; what is left of it in Slurm ends with the test."""
-    from slurm_query import cancel
-    from slurm_sweep import SweepOnSlurm
+    from tests.system.slurm.slurm_sweep import SweepOnSlurm
+    from tsae.sweep.schedulers.slurm.query import cancel
 
     with _variables(TSAE_HOME=str(tmp_path)):
         made = SweepOnSlurm(tmp_path)
@@ -78,7 +76,7 @@ def sweep(tmp_path: Path) -> Iterator[SweepOnSlurm]:
 @pytest.fixture
 def tiny(sweep: SweepOnSlurm) -> CommandLine:
     """The commands for a sweep of two points."""
-    from slurm_commands import CommandLine
+    from tests.system.slurm.slurm_commands import CommandLine
 
     sweep.folder = sweep.home / "sweeps" / "tiny-base"
     return CommandLine(sweep.home)
@@ -87,7 +85,7 @@ def tiny(sweep: SweepOnSlurm) -> CommandLine:
 @pytest.fixture(scope="session")
 def long_before(slurm: Callable[..., None], tmp_path_factory: pytest.TempPathFactory) -> SweepOnSlurm:
     """Jobs whose time is over after a minute: submitted before the first test, looked at by the last ones."""
-    from slurm_sweep import SweepOnSlurm
+    from tests.system.slurm.slurm_sweep import SweepOnSlurm
 
     del slurm
     home = tmp_path_factory.mktemp("long")
@@ -95,10 +93,14 @@ def long_before(slurm: Callable[..., None], tmp_path_factory: pytest.TempPathFac
     with _variables(TSAE_HOME=str(home)):
         made = SweepOnSlurm(home)
         made.submit(
-            made.stage("in time", "errands:count_up", counter, 450, 0.1, time="1m"),
-            made.stage("after", "errands:note", str(home / "after"), kind="evaluate", after=("in time",)),
+            made.stage("in time", "tests.system.slurm.errands:count_up", counter, 450, 0.1, time="1m"),
+            made.stage(
+                "after", "tests.system.slurm.errands:note", str(home / "after"), kind="evaluate", after=("in time",)
+            ),
         )
-        made.submit(made.stage("never", "errands:count_up", other, 7000, 0.1, time="1m"), max_restarts=0)
+        made.submit(
+            made.stage("never", "tests.system.slurm.errands:count_up", other, 7000, 0.1, time="1m"), max_restarts=0
+        )
     return made
 
 

@@ -9,10 +9,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-from tsae import preemption
-from tsae.environment import process_rank
-from tsae.files import write_json
-from tsae.locks import LockHeld
+from tsae.runtime import preemption
+from tsae.runtime.environment import process_rank
+from tsae.runtime.files import write_json
+from tsae.runtime.locks import LockHeld
 
 
 def note(_configs: str, path: str, seconds: float = 0.0) -> None:

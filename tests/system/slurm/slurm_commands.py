@@ -8,7 +8,8 @@ import sys
 from pathlib import Path
 
 import yaml
-from slurm_sweep import LAUNCH, tiny_run
+
+from tests.system.slurm.slurm_sweep import LAUNCH, tiny_run
 
 CLUSTER = {
     "defaults": {"partition": "main", "time": "10m", "cpus": 1, "mem": "2G"},

@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from attempt import Attempt, Submitted
-from cluster import Cluster
-from resources import StageResources
-from slurm import Submission
-from slurm_query import QueuedJob, queued
-from stage import Stage
 
-from tsae.job import read_state
+from tsae.runtime.job import read_state
+from tsae.sweep.attempt import Attempt, Submitted
+from tsae.sweep.cluster import Cluster
+from tsae.sweep.resources import StageResources
+from tsae.sweep.schedulers.slurm.query import QueuedJob, queued
+from tsae.sweep.schedulers.slurm.submit import Submission
+from tsae.sweep.stage import Stage
 
 HERE = Path(__file__).parent
 LAUNCH = HERE.parents[2] / "launch"
@@ -76,7 +76,7 @@ class SweepOnSlurm:
         """A fresh attempt whose jobs find the errands; `settings` are the cluster's."""
         points = {name: yaml.safe_dump(tree) for name, tree in (configs or {}).items()}
         attempt = Attempt.begin(self.folder, {"sweep.yaml": "name: tiny"}, points)
-        cluster = Cluster(environment={"PYTHONPATH": str(HERE), **(environment or {})}, **settings)
+        cluster = Cluster(environment={"PYTHONPATH": str(HERE.parents[2]), **(environment or {})}, **settings)
         return Submission(sweep_folder=self.folder, attempt=attempt, cluster=cluster)
 
     def submit(self, *stages: Stage, **settings: Any) -> dict[str, Submitted]:

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-from attempt import attempts, newest_jobs
-from slurm_query import cancel
-from slurm_sweep import SweepOnSlurm
 
-from tsae.errors import TsaeError
+from tests.system.slurm.slurm_sweep import SweepOnSlurm
+from tsae.runtime.errors import TsaeError
+from tsae.sweep.attempt import attempts, newest_jobs
+from tsae.sweep.schedulers.slurm.query import cancel
 
 HERE = Path(__file__).parent
-MODULES = [str(HERE), str(HERE.parents[2] / "launch")]
 
 
 def read(path: Path) -> Any:
@@ -28,18 +28,29 @@ def test_a_chain_runs_in_order_and_one_failure_costs_its_own_point_only(sweep: S
     """Three points: one is well, one fails in training, one dies without a word; the report comes after all."""
     notes = sweep.home / "notes"
     work: dict[str, tuple[Any, ...]] = {
-        "a": ("errands:note", str(notes / "train a"), 0.5),
-        "b": ("errands:fail", "no luck\ntoday"),
-        "c": ("errands:die",),
+        "a": ("tests.system.slurm.errands:note", str(notes / "train a"), 0.5),
+        "b": ("tests.system.slurm.errands:fail", "no luck\ntoday"),
+        "c": ("tests.system.slurm.errands:die",),
     }
-    harvest = sweep.stage("h", "errands:note", str(notes / "harvest"), kind="harvest")
+    harvest = sweep.stage("h", "tests.system.slurm.errands:note", str(notes / "harvest"), kind="harvest")
     trains = [sweep.stage(f"t{name}", *does, after=("h",)) for name, does in work.items()]
     evaluates = [
-        sweep.stage(f"e{name}", "errands:note", str(notes / f"e{name}"), kind="evaluate", after=("h", f"t{name}"))
+        sweep.stage(
+            f"e{name}",
+            "tests.system.slurm.errands:note",
+            str(notes / f"e{name}"),
+            kind="evaluate",
+            after=("h", f"t{name}"),
+        )
         for name in work
     ]
     report = sweep.stage(
-        "r", "errands:note", str(notes / "report"), kind="report", after=("ea", "eb", "ec"), after_failures=True
+        "r",
+        "tests.system.slurm.errands:note",
+        str(notes / "report"),
+        kind="report",
+        after=("ea", "eb", "ec"),
+        after_failures=True,
     )
     jobs = sweep.submit(harvest, *trains, *evaluates, report)
     assert len({entry.job.partition("_")[0] for entry in jobs.values()}) == 4
@@ -64,14 +75,16 @@ def test_a_chain_runs_in_order_and_one_failure_costs_its_own_point_only(sweep: S
 def test_an_array_never_runs_more_jobs_than_it_may_and_is_cut_where_the_cluster_says(
     sweep: SweepOnSlurm, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import slurm
+    from tsae.sweep.schedulers.slurm import submit as slurm
 
     known = slurm.limits()
     monkeypatch.setattr(slurm, "limits", lambda: slurm.Limits(known.cluster, 4))
     names = [f"s{number}" for number in range(6)]
-    stages = [sweep.stage(name, "errands:note", str(sweep.home / name), 0.7) for name in names]
+    stages = [sweep.stage(name, "tests.system.slurm.errands:note", str(sweep.home / name), 0.7) for name in names]
     later = [
-        sweep.stage(f"l{name}", "errands:note", str(sweep.home / f"l{name}"), kind="evaluate", after=(name,))
+        sweep.stage(
+            f"l{name}", "tests.system.slurm.errands:note", str(sweep.home / f"l{name}"), kind="evaluate", after=(name,)
+        )
         for name in names
     ]
     jobs = sweep.submit(*stages, *later, max_parallel=2)
@@ -88,9 +101,20 @@ def test_jobs_get_what_they_ask_for_and_keep_the_gpus_that_slurm_allots(sweep: S
     notes = [str(sweep.home / name) for name in "abc"]
     common = {"partition": "main", "extra": {"nodelist": "n1", "comment": "mine"}}
     jobs = sweep.submit(
-        sweep.stage("first", "errands:note", notes[0], 8.0, gpus=2, tasks=1, cpus=3, mem="1G", **common),
-        sweep.stage("second", "errands:note", notes[1], gpus=2, tasks=1, time="2h", gres="gpu:{gpus}", **common),
-        sweep.stage("third", "errands:note", notes[2], gpus=0, tasks=1, kind="harvest"),
+        sweep.stage(
+            "first", "tests.system.slurm.errands:note", notes[0], 8.0, gpus=2, tasks=1, cpus=3, mem="1G", **common
+        ),
+        sweep.stage(
+            "second",
+            "tests.system.slurm.errands:note",
+            notes[1],
+            gpus=2,
+            tasks=1,
+            time="2h",
+            gres="gpu:{gpus}",
+            **common,
+        ),
+        sweep.stage("third", "tests.system.slurm.errands:note", notes[2], gpus=0, tasks=1, kind="harvest"),
         environment={"MY_OWN": "a b"},
         setup=("export MY_SETUP=$((1 + 1))",),
     )
@@ -110,7 +134,7 @@ def test_jobs_get_what_they_ask_for_and_keep_the_gpus_that_slurm_allots(sweep: S
 
 def test_jobs_run_the_code_of_their_attempt_whatever_happens_to_the_checkout(sweep: SweepOnSlurm) -> None:
     note = sweep.home / "note"
-    jobs = sweep.submit(sweep.stage("s", "errands:note", str(note)))
+    jobs = sweep.submit(sweep.stage("s", "tests.system.slurm.errands:note", str(note)))
     sweep.wait_until_over()
     (attempt,) = attempts(sweep.folder)
     assert Path(read(note)["code"]) == attempt.code / "tsae" / "preemption.py"
@@ -122,8 +146,10 @@ def test_jobs_run_the_code_of_their_attempt_whatever_happens_to_the_checkout(swe
 
 
 def test_a_dry_run_shows_the_scripts_that_are_submitted(sweep: SweepOnSlurm) -> None:
-    stages = [sweep.stage(name, "errands:note", str(sweep.home / name)) for name in "ab"]
-    stages.append(sweep.stage("c", "errands:note", str(sweep.home / "c"), kind="evaluate", after=("a", "b")))
+    stages = [sweep.stage(name, "tests.system.slurm.errands:note", str(sweep.home / name)) for name in "ab"]
+    stages.append(
+        sweep.stage("c", "tests.system.slurm.errands:note", str(sweep.home / "c"), kind="evaluate", after=("a", "b"))
+    )
     submission = sweep.submission()
     texts = submission.texts(stages)
     submission.submit(stages)
@@ -147,9 +173,11 @@ def test_a_dry_run_shows_the_scripts_that_are_submitted(sweep: SweepOnSlurm) -> 
 def test_what_slurm_refuses_is_one_line_and_leaves_nothing_submitted(
     sweep: SweepOnSlurm, asked: dict[str, Any], words: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    good = sweep.stage("h", "errands:note", str(sweep.home / "h"), kind="harvest")
+    good = sweep.stage("h", "tests.system.slurm.errands:note", str(sweep.home / "h"), kind="harvest")
     with pytest.raises(TsaeError, match=words) as caught:
-        sweep.submit(good, sweep.stage("t", "errands:note", str(sweep.home / "t"), after=("h",), **asked))
+        sweep.submit(
+            good, sweep.stage("t", "tests.system.slurm.errands:note", str(sweep.home / "t"), after=("h",), **asked)
+        )
     assert "\n" not in str(caught.value)
     assert capfd.readouterr() == ("", "")
     # Slurm keeps a record of some jobs that it did not take.
@@ -162,8 +190,8 @@ def test_a_cancelled_job_stays_cancelled_and_others_are_left_alone(sweep: SweepO
     """Both count; the one that is cancelled saves its count, and is not queued again as a preempted one would be."""
     counters = [sweep.home / name for name in ("mine", "yours")]
     jobs = sweep.submit(
-        sweep.stage("mine", "errands:count_up", str(counters[0]), 1000),
-        sweep.stage("yours", "errands:count_up", str(counters[1]), 60),
+        sweep.stage("mine", "tests.system.slurm.errands:count_up", str(counters[0]), 1000),
+        sweep.stage("yours", "tests.system.slurm.errands:count_up", str(counters[1]), 60),
     )
     sweep.wait(lambda: sweep.state("mine") and sweep.state("yours"))
     cancel([jobs["mine"].job])
@@ -180,16 +208,15 @@ def test_a_sweep_can_be_submitted_from_inside_a_job(sweep: SweepOnSlurm) -> None
     script = sweep.home / "outer.py"
     script.write_text(
         f"""\
-import sys
-sys.path[:0] = {MODULES!r}
 from pathlib import Path
-from slurm_sweep import SweepOnSlurm
+from tests.system.slurm.slurm_sweep import SweepOnSlurm
 sweep = SweepOnSlurm(Path({str(sweep.home / "outer")!r}))
-sweep.submit(sweep.stage("inner", "errands:note", {str(inner)!r}, tasks=1, cpus=2))
+sweep.submit(sweep.stage("inner", "tests.system.slurm.errands:note", {str(inner)!r}, tasks=1, cpus=2))
 """
     )
     command = [sys.executable, str(script)]
-    subprocess.run(["srun", "--ntasks=1", "--cpus-per-task=5", "--mem=300M", *command], check=True)
+    environment = {**os.environ, "PYTHONPATH": str(HERE.parents[2])}
+    subprocess.run(["srun", "--ntasks=1", "--cpus-per-task=5", "--mem=300M", *command], env=environment, check=True)
     SweepOnSlurm(sweep.home / "outer").wait_until_over()
     seen = read(inner)["environment"]
     assert (seen["SLURM_CPUS_PER_TASK"], seen["SLURM_MEM_PER_NODE"]) == ("2", "200")
@@ -197,7 +224,7 @@ sweep.submit(sweep.stage("inner", "errands:note", {str(inner)!r}, tasks=1, cpus=
 
 def test_a_job_waits_while_another_process_works_on_its_output(sweep: SweepOnSlurm) -> None:
     free = sweep.home / "free"
-    jobs = sweep.submit(sweep.stage("s", "errands:wait_for_lock", str(free)))
+    jobs = sweep.submit(sweep.stage("s", "tests.system.slurm.errands:wait_for_lock", str(free)))
     log = Path(jobs["s"].log)
     sweep.wait(lambda: log.exists() and "somebody is working on it" in log.read_text())
     assert sweep.state("s")["state"] == "running"

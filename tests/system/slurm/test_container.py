@@ -10,9 +10,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from container import container
-from slurm_query import run
-from slurm_sweep import HERE, LAUNCH, SweepOnSlurm
+
+from tests.system.slurm.slurm_sweep import HERE, LAUNCH, SweepOnSlurm
+from tsae.sweep.container import container
+from tsae.sweep.schedulers.slurm.query import run
 
 
 @pytest.fixture
@@ -39,8 +40,8 @@ def test_a_job_in_an_image_is_queued_again_by_its_host_and_sees_what_it_needs(
     chosen = container(str(image), [HERE, LAUNCH.parent], binds=["/usr", sys.prefix, sys.base_prefix])
     jobs = dataclasses.replace(submission, container=chosen).submit(
         [
-            sweep.stage("count", "errands:count_up", str(counter), 30),
-            sweep.stage("note", "errands:note", str(note), kind="evaluate", after=("count",)),
+            sweep.stage("count", "tests.system.slurm.errands:count_up", str(counter), 30),
+            sweep.stage("note", "tests.system.slurm.errands:note", str(note), kind="evaluate", after=("count",)),
         ]
     )
     sweep.wait(lambda: sweep.state("count"))

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from slurm_query import run
-from slurm_sweep import SweepOnSlurm, tiny_run
 
-from tsae import config as configuration
+from tests.system.slurm.slurm_sweep import SweepOnSlurm, tiny_run
 from tsae.checkpoint import RunFolder
+from tsae.config import run as configuration
 from tsae.stages import harvest_stage
+from tsae.sweep.schedulers.slurm.query import run
 
 
 @pytest.fixture
@@ -49,11 +49,14 @@ def test_a_preempted_training_ends_with_the_bits_of_one_that_was_left_alone(
         arguments = [str(checkpoints), name]
         function = "tsae.stages:train_stage"
         if not name.startswith("undisturbed"):
-            function, arguments = "errands:train", [*arguments, str(sweep.home / f"{name} is under way")]
+            function, arguments = (
+                "tests.system.slurm.errands:train",
+                [*arguments, str(sweep.home / f"{name} is under way")],
+            )
         stages.append(sweep.stage(name, function, *arguments, config=name, **asked))
     for name in ("main", "grace"):
         note = str(sweep.home / f"{name} is evaluated")
-        stages.append(sweep.stage(f"e {name}", "errands:note", note, kind="evaluate", after=(name,)))
+        stages.append(sweep.stage(f"e {name}", "tests.system.slurm.errands:note", note, kind="evaluate", after=(name,)))
     submission = sweep.submission(configs=dict.fromkeys(shapes, config))
     jobs = {entry.stage: entry for entry in submission.submit(stages)}
     for name, node in (("main", "n1"), ("grace", "n2")):
@@ -85,7 +88,7 @@ def nodes() -> Iterator[Callable[..., None]]:
 def test_a_job_whose_node_is_lost_runs_on_another(sweep: SweepOnSlurm, nodes: Callable[..., None]) -> None:
     counter = sweep.home / "counter"
     nodes("n1", "drain")
-    sweep.submit(sweep.stage("s", "errands:count_up", str(counter), 40))
+    sweep.submit(sweep.stage("s", "tests.system.slurm.errands:count_up", str(counter), 40))
     sweep.wait(lambda: sweep.state("s").get("host") == "n2")
     nodes("n1", "resume")
     nodes("n2", "down")
@@ -98,7 +101,9 @@ def test_a_job_whose_node_is_lost_runs_on_another(sweep: SweepOnSlurm, nodes: Ca
 def test_one_job_of_an_array_is_queued_again_alone(sweep: SweepOnSlurm) -> None:
     """The last one, whose id is also that of the whole array; it is told to leave before it can listen, too."""
     names = ("first", "last")
-    jobs = sweep.submit(*[sweep.stage(name, "errands:count_up", str(sweep.home / name), 50) for name in names])
+    jobs = sweep.submit(
+        *[sweep.stage(name, "tests.system.slurm.errands:count_up", str(sweep.home / name), 50) for name in names]
+    )
     sweep.wait(lambda: all(sweep.state(name) for name in names))
     run("scancel", "--signal=USR2", jobs["last"].job)
     sweep.wait(lambda: sweep.state("last")["state"] == "preempted")
@@ -114,7 +119,7 @@ def test_a_job_that_is_asked_to_leave_before_it_listens_is_queued_again(sweep: S
     submission = sweep.submission()
     path = f"{slow_start}:{submission.cluster.environment['PYTHONPATH']}"
     submission.cluster.environment["PYTHONPATH"] = path
-    (job,) = submission.submit([sweep.stage("s", "errands:note", str(sweep.home / "s"))])
+    (job,) = submission.submit([sweep.stage("s", "tests.system.slurm.errands:note", str(sweep.home / "s"))])
     sweep.wait(lambda: sweep.queue()[job.job].state == "RUNNING")
     time.sleep(1)
     run("scancel", "--signal=USR2", job.job)
@@ -125,7 +130,7 @@ def test_a_job_that_is_asked_to_leave_before_it_listens_is_queued_again(sweep: S
 def test_a_failure_of_one_process_is_no_preemption_of_the_others(sweep: SweepOnSlurm) -> None:
     """Slurm asks the others to leave; the job is not queued again for that."""
     counter = sweep.home / "counter"
-    jobs = sweep.submit(sweep.stage("s", "errands:fail_in_one", str(counter), tasks=2))
+    jobs = sweep.submit(sweep.stage("s", "tests.system.slurm.errands:fail_in_one", str(counter), tasks=2))
     sweep.wait_until_over()
     assert sweep.queue()[jobs["s"].job].state == "FAILED"
     assert (sweep.state("s")["state"], sweep.state("s")["error"]) == ("failed", "ValueError: no luck in one")

@@ -13,11 +13,12 @@ from typing import Any
 
 import pytest
 import yaml
-from attempt import attempts
-from slurm_commands import CLUSTER, CommandLine
-from slurm_query import job_name
-from slurm_query import run as slurm_command
-from slurm_sweep import SweepOnSlurm
+
+from tests.system.slurm.slurm_commands import CLUSTER, CommandLine
+from tests.system.slurm.slurm_sweep import SweepOnSlurm
+from tsae.sweep.attempt import attempts
+from tsae.sweep.schedulers.slurm.query import job_name
+from tsae.sweep.schedulers.slurm.query import run as slurm_command
 
 
 def test_a_sweep_launched_twice_at_once_runs_once_on_two_nodes_and_can_be_extended_and_cancelled(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from slurm_sweep import SweepOnSlurm
+from tests.system.slurm.slurm_sweep import SweepOnSlurm
 
 
 def test_a_job_whose_time_is_over_goes_on_in_another_turn(long_before: SweepOnSlurm) -> None:

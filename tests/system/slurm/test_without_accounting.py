@@ -7,10 +7,10 @@ import os
 import signal
 from typing import Any
 
-from attempt import attempts
-from slurm_commands import CommandLine
-from slurm_query import run as slurm_command
-from slurm_sweep import SweepOnSlurm
+from tests.system.slurm.slurm_commands import CommandLine
+from tests.system.slurm.slurm_sweep import SweepOnSlurm
+from tsae.sweep.attempt import attempts
+from tsae.sweep.schedulers.slurm.query import run as slurm_command
 
 
 def test_a_job_that_dies_without_a_word_is_failed_without_accounting_and_when_ids_are_used_again(

@@ -1,0 +1,175 @@
+"""`tsae bench` at tiny sizes: that it measures what it says and writes it down; never how long anything takes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tsae.bench.rounds import Plan, measure
+from tsae.bench.shape import PRESETS, Shape, batches
+from tsae.cli import main
+from tsae.runtime.phases import phase, record
+
+TINY = ["-D", "16", "-F", "96", "-k", "4", "-B", "32", "--rounds", "3", "--warmup", "1", "--store-mb", "1"]
+STEP_PHASES = {"encoder product", "selection", "decode", "contrast", "weight gradients", "optimizer", "other"}
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The results of one run with growth, and where they are."""
+    folder = tmp_path_factory.mktemp("bench")
+    assert main(["bench", *TINY, "--growth", "2", "--growth-rounds", "1", "--out", str(folder)]) == 0
+    (path,) = folder.glob("*.json")
+    return {"path": path, **json.loads(path.read_text())}
+
+
+def test_writes_a_figure_beside_the_json(bench: dict[str, Any]) -> None:
+    assert bench["path"].with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+    assert bench["machine"]["torch"] == torch.__version__
+
+
+def test_compares_sparse_dense_and_floor_with_medians_and_spread(bench: dict[str, Any]) -> None:
+    contestants = {entry["name"]: entry for entry in bench["step"]["contestants"]}
+    assert list(contestants) == ["sparse", "sparse-float32", "sparse+state", "dense", "floor"]
+    for entry in contestants.values():
+        seconds, ratio = entry["seconds"], entry["ratio_to_sparse"]
+        assert len(seconds["rounds"]) == 3
+        assert 0 < seconds["lowest"] <= seconds["median"] <= seconds["highest"]
+        assert ratio["lowest"] <= ratio["highest"]
+        assert ratio["median"] == pytest.approx(seconds["median"] / contestants["sparse"]["seconds"]["median"])
+    assert contestants["sparse"]["encoded_per_second"] == pytest.approx(2 * contestants["sparse"]["pairs_per_second"])
+    weights = 2 * 16 * 96 + 16 + 96
+    assert contestants["sparse"]["state_bytes"] == 4 * 4 * weights
+
+
+def test_tells_what_a_resumable_state_costs(bench: dict[str, Any]) -> None:
+    seconds = {entry["name"]: entry["seconds"]["rounds"] for entry in bench["step"]["contestants"]}
+    ratios = [with_state / plain for with_state, plain in zip(seconds["sparse+state"], seconds["sparse"], strict=True)]
+    assert bench["resuming"]["every"] == 50
+    assert bench["resuming"]["share_of_step_time"]["highest"] == pytest.approx((max(ratios) - 1) / 50)
+    assert bench["resuming"]["resume_seconds"]["median"] > 0
+
+
+def test_several_processes_are_put_beside_one(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", *TINY, "--processes", "2", "--steps", "4", "--out", str(tmp_path)]) == 0
+    (path,) = tmp_path.glob("processes-*.json")
+    alone, plain, sharded = json.loads(path.read_text())["groups"]
+    for several in (plain, sharded):
+        assert several["processes"] == 2
+        assert several["loss"] == pytest.approx(alone["loss"], rel=1e-5)
+        assert min(several["bytes_handed"]) > several["gradient_bytes"]
+    assert sharded["state_bytes"] < 0.8 * plain["state_bytes"]
+    assert alone["state_bytes"] == pytest.approx(0.75 * plain["state_bytes"], rel=0.02)  # no gradients of matrices
+    assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+    assert "shard" in capfd.readouterr().out
+
+
+def test_bfloat16_is_that_of_the_encoder_product(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    arguments = [*TINY, "--dtype", "bfloat16", "--rounds", "1", "--store-mb", "0", "--out", str(tmp_path)]
+    assert main(["bench", *arguments]) == 0
+    (path,) = tmp_path.glob("*.json")
+    contestants = {entry["name"]: entry for entry in json.loads(path.read_text())["step"]["contestants"]}
+    assert "rounded to bfloat16" in contestants["sparse"]["algorithm"]
+    assert "in bfloat16" in contestants["floor"]["algorithm"]
+    assert "bfloat16" not in contestants["dense"]["algorithm"]
+    assert contestants["sparse"]["state_bytes"] == contestants["dense"]["state_bytes"]
+    assert "bfloat16" in capfd.readouterr().out
+
+
+def test_names_every_phase_of_both_paths(bench: dict[str, Any]) -> None:
+    for entry in bench["step"]["contestants"][:4]:
+        assert set(entry["phases"]) >= STEP_PHASES
+        assert all(entry["phases"][name] > 0 for name in STEP_PHASES)
+
+
+def test_measures_rates_and_growth(bench: dict[str, Any]) -> None:
+    assert all(bench["rates"][name]["median"] > 0 for name in bench["rates"] if name != "store_mb")
+    shapes = [record["shape"] for record in bench["growth"]]
+    assert [(shape["dict_size"], shape["batch_size"]) for shape in shapes] == [(96, 32), (192, 32), (96, 64)]
+
+
+def test_phases_sum_to_the_step_and_nested_time_counts_once() -> None:
+    ticks = iter(range(100))
+
+    @phase("inner")
+    def inner() -> None:
+        """Takes one tick."""
+
+    with record(lambda: next(ticks)) as times, phase("outer"):
+        inner()
+        inner()
+    # The clock is read at 0 and then at each border: outer, inner, inner's end, …
+    assert times.seconds == {"other": 2, "outer": 3, "inner": 2}
+
+
+def test_phases_sum_to_the_steps_of_every_contestant() -> None:
+    shape = Shape(activation_dim=16, dict_size=96, k=4, batch_size=32, dead=0.2)
+    result = measure(["sparse", "dense"], shape, Plan(rounds=2, warmup=2))
+    for entry in result.measured:
+        assert entry.median_phases()["aux-k"] > 0
+        for seconds, phases in zip(entry.seconds, entry.phases, strict=True):
+            assert sum(phases.values()) == pytest.approx(seconds, rel=0.3)
+
+
+def test_a_library_that_is_not_there_costs_one_line(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A module of that name that cannot be imported stands for one that is not installed.
+    (tmp_path / "sae_lens.py").write_text("raise ImportError('No module named sae_lens')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    arguments = ["bench", *TINY, "--store-mb", "0", "--out", str(tmp_path), "--against", "sae_lens"]
+    assert main(arguments) == 0
+    lines = [line for line in capfd.readouterr().out.splitlines() if "sae_lens" in line]
+    assert len(lines) == 1
+    assert "not installed here" in lines[0]
+    assert "--against sae_lens=" in lines[0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--against", "sae_lenz"], "did you mean 'sae_lens'?"),
+        (["--against", "sae_lens=/nowhere/python"], "is not a file"),
+        (["--kind", "temporl"], "temporal"),
+        (["-k", "1000"], "sae.k"),
+        (["--rounds", "0"], "at least 1"),
+        (["--warmup", "-1"], "at least 0"),
+        (["--device", "tpu"], "allowed: cpu, cuda, cuda:N"),
+        (["--device", "cuda:99"], "no such GPU"),
+        (["--dead", "1.5"], "share"),
+        (["--growth", "2,x"], "positive numbers"),
+        (["--processes", "2,1.5"], "whole numbers"),
+        (["--processes", "3"], "cannot be shared by 3 processes"),
+        (["--out", "/dev/null/results"], "/dev/null"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused_in_one_line(
+    arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["bench", *TINY, *arguments]) == 2
+    complaint = capsys.readouterr().err
+    assert said in complaint
+    assert complaint.count("\n") == 1
+
+
+def test_every_contestant_sees_the_same_batches() -> None:
+    shape = Shape(activation_dim=8, dict_size=64, k=2, batch_size=16)
+    for one, other in zip(batches(shape, 2), batches(shape, 2), strict=True):
+        assert torch.equal(one, other)
+    assert one.shape == (16, 2, 8)
+
+
+def test_presets_are_possible_runs() -> None:
+    for sizes in PRESETS.values():
+        assert Shape(**sizes).run_config("sparse").sae.dict_size == sizes["dict_size"]
+
+
+def test_the_command_line_does_not_load_torch() -> None:
+    code = "import sys, tsae.cli; tsae.cli._parser(); sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,0 +1,222 @@
+"""What `status.py` says of stages in every state; records and processes are real, schedulers are not needed."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import time
+from contextlib import contextmanager
+
+import pytest
+
+from tsae.runtime import files, job, locks
+from tsae.runtime.errors import TsaeError
+from tsae.sweep.attempt import Attempt, Submitted
+from tsae.sweep.overview import counts, log_texts, point_rows
+from tsae.sweep.queue.background import file_of, lock_of
+from tsae.sweep.queue.runner import Status
+from tsae.sweep.status import status_lines
+from tsae.sweep.survey import Standing, Survey, slurm_seconds
+
+
+@pytest.fixture
+def plan(plan_of):
+    """Two points that share a harvest."""
+    return plan_of(grid={"sae.k": [8, 16]})
+
+
+@pytest.fixture
+def attempt(plan):
+    """A launch that gave all stages to a local queue."""
+    made = Attempt.begin(plan.folder, {}, {})
+    common = {"cluster": None, "submitted": time.time(), "executor": "local", "attempt": made.stamp}
+    made.add_jobs(
+        Submitted(stage=stage.key, label=stage.label, job="1", log=f"{stage.kind}.log", **common)
+        for stage in plan.stages
+    )
+    return made
+
+
+def queue_says(attempt, *told):
+    files.write_json(file_of(attempt), {stage.key: status.plain() for stage, status in told})
+
+
+def record(stage, attempt, **state):
+    files.write_json(job.state_path(stage.record), {"attempt": attempt.stamp, "host": os.uname().nodename, **state})
+
+
+def states(plan):
+    standings = Survey(plan).standings(plan.stages)
+    return {stage.label: standings[stage.key].state for stage in plan.stages if stage.kind == "train"}
+
+
+@contextmanager
+def a_process():
+    with subprocess.Popen(["sleep", "600"]) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def test_nobody_was_asked(plan):
+    assert set(states(plan).values()) == {"waiting"}
+
+
+def test_a_live_queue_has_what_waits_and_what_runs(plan, attempt):
+    one, other = (stage for stage in plan.stages if stage.kind == "train")
+    queue_says(attempt, (one, Status("running", began=time.time())), (other, Status()))
+    with locks.hold(lock_of(attempt), "queue"):
+        assert states(plan) == {one.label: "running", other.label: "queued"}
+    assert states(plan) == {one.label: "interrupted", other.label: "waiting"}
+
+
+def test_a_job_outlives_its_killed_queue_until_it_ends_itself(plan, attempt):
+    train = next(stage for stage in plan.stages if stage.kind == "train")
+    with a_process() as process:
+        running = Status("running", began=time.time(), pid=process.pid, pid_started=locks.started_at(process.pid))
+        queue_says(attempt, (train, running))
+        record(train, attempt, state="running", started=time.time())
+        assert states(plan)[train.label] == "running"
+    assert states(plan)[train.label] == "interrupted"
+
+
+def test_a_reused_process_id_is_no_life(plan, attempt):
+    train = next(stage for stage in plan.stages if stage.kind == "train")
+    with a_process() as process:
+        queue_says(attempt, (train, Status("running", began=time.time(), pid=process.pid, pid_started="1")))
+        assert states(plan)[train.label] == "interrupted"
+
+
+def test_a_failure_is_told_with_its_last_line_and_blocks_what_needs_it(plan, attempt):
+    train, other = (stage for stage in plan.stages if stage.kind == "train")
+    queue_says(attempt, (train, Status("failed", error="it broke", began=1.0, ended=61.0, log="a.log")))
+    record(train, attempt, state="failed", error="it broke", started=1.0, ended=61.0)
+    standings = Survey(plan).standings(plan.stages)
+    assert standings[train.key].error == "it broke"
+    evaluations = {stage.subject: standings[stage.key].state for stage in plan.stages if stage.kind == "evaluate"}
+    assert evaluations == {train.subject: "blocked", other.subject: "waiting"}
+    lines = point_rows(plan, plan.stages, standings, 200)
+    row = next(i for i, line in enumerate(lines) if line.startswith(train.subject))
+    assert lines[row].split()[1:] == ["train", "failed", os.uname().nodename, "1:00"]
+    assert [line.strip() for line in lines[row + 1 : row + 3]] == ["it broke", "log: a.log"]
+
+
+def test_the_record_of_an_earlier_launch_says_nothing_of_this_one(plan, attempt):
+    train = next(stage for stage in plan.stages if stage.kind == "train")
+    record(train, attempt, state="failed", error="long ago")
+    assert states(plan)[train.label] == "failed"
+    again = Attempt.begin(plan.folder, {}, {})
+    entry = next(entry for entry in attempt.jobs() if entry.stage == train.key)
+    again.add_jobs([Submitted(**{**vars(entry), "attempt": again.stamp})])
+    assert states(plan)[train.label] == "waiting"
+
+
+def test_where_slurm_does_not_answer_the_jobs_words_are_shown_and_said_to_be_no_more(
+    plan, attempt, monkeypatch, tmp_path
+):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    entries = attempt.jobs()
+    again = Attempt.begin(plan.folder, {}, {})
+    again.add_jobs(Submitted(**{**vars(entry), "executor": "slurm", "attempt": again.stamp}) for entry in entries)
+    one, other = (stage for stage in plan.stages if stage.kind == "train")
+    record(one, again, state="running", started=time.time())
+    with pytest.raises(TsaeError, match="squeue: not found"):
+        states(plan)  # a launch must know
+    survey = Survey(plan, without_slurm=True)
+    standings = survey.standings(plan.stages)
+    assert [standings[stage.key].state for stage in (one, other)] == ["running", "queued"]
+    assert "Slurm does not answer (squeue: not found" in status_lines(plan, 200)[0][2]
+
+
+def test_a_damaged_record_counts_as_none_and_a_damaged_list_of_jobs_is_one_line(plan, attempt):
+    train = next(stage for stage in plan.stages if stage.kind == "train")
+    queue_says(attempt, (train, Status("interrupted", began=1.0)))
+    record(train, attempt, state="failed")
+    assert states(plan)[train.label] == "failed"
+    job.state_path(train.record).write_text('{"state": "fai')
+    assert states(plan)[train.label] == "interrupted"
+    (attempt.folder / "jobs.json").write_text("[{")
+    with pytest.raises(TsaeError, match=r"jobs\.json: damaged.*scancel --name=tsae\.little"):
+        states(plan)
+
+
+def test_what_another_process_works_on_runs(plan):
+    train = next(stage for stage in plan.stages if stage.kind == "train")
+    with locks.hold(train.lock, "train"):
+        assert states(plan)[train.label] == "running"
+
+
+def test_counts_name_only_states_that_occur(plan):
+    standings = {stage.key: Standing("done") for stage in plan.stages}
+    assert [line.split() for line in counts(plan.stages, standings)] == [
+        ["stage", "done"],
+        ["harvest", "1/1"],
+        ["train", "2/2"],
+        ["evaluate", "2/2"],
+    ]
+    standings[plan.stages[1].key] = Standing("preempted")
+    assert [line.split() for line in counts(plan.stages, standings)][::2] == [
+        ["stage", "done", "preempted"],
+        ["train", "1/2", "1"],
+    ]
+
+
+def test_a_running_point_shows_how_far_and_how_fast(plan):
+    train = next(stage for stage in plan.stages if stage.kind == "train")
+    progress = {"stage": train.label, "done": 400, "total": 2000, "unit": "steps", "rate": 4.0}
+    files.write_json(train.progress, {**progress, "message": "tokens/s 16384 loss 0.3", "time": time.time()})
+    standings = {stage.key: Standing("waiting") for stage in plan.stages}
+    standings[train.key] = Standing("running", "n7", time.time() - 100)
+    row = next(line for line in point_rows(plan, plan.stages, standings, 200) if line.startswith(train.subject))
+    assert row.split() == [train.subject, "train", "running", "n7", "1:40", "400/2000", "steps", "16.4k", "tokens/s"]
+
+
+@pytest.mark.parametrize("width", [60, 80, 120])
+def test_lines_fit_the_terminal_and_names_are_never_cut(plan_of, width):
+    seeds, rules = [0, 1], ["previous", "within:8"]
+    grid = {"training.pair_rule": rules, "objective.temporal_alpha": [0.1, 0.25], "training.seed": seeds}
+    plan = plan_of(grid=grid)
+    standings = {stage.key: Standing("running", "node-0017", time.time() - 90000) for stage in plan.stages}
+    lines = point_rows(plan, plan.stages, standings, width)
+    assert all(len(line) <= width for line in lines)
+    assert all(any(line.startswith(point.name) for line in lines) for point in plan.points)
+
+
+def test_of_many_points_those_that_need_a_look_come_first_and_the_rest_is_counted(plan_of):
+    plan = plan_of(grid={"sae.k": list(range(1, 101))})
+    standings = {stage.key: Standing("done") for stage in plan.stages}
+    last = [stage for stage in plan.stages if stage.kind == "train"][-1]
+    standings[last.key] = Standing("failed", error="it broke")
+    lines = point_rows(plan, plan.stages, standings, 100)
+    assert lines[1].startswith(last.subject)
+    assert lines[-1] == "... and 60 more: 60 done (--all shows them)"
+    assert len(point_rows(plan, plan.stages, standings, 100, everything=True)) > 100
+
+
+def test_logs_are_shown_from_their_end(plan, tmp_path):
+    train, other = (stage for stage in plan.stages if stage.kind == "train")
+    log = tmp_path / "a.log"
+    log.write_text("\n".join(f"line {number}" for number in range(100)))
+    lines = log_texts([train, other], {train.key: Standing("failed", log=str(log)), other.key: Standing("waiting")})
+    assert lines[0] == f"== {train.label}: failed; the end of {log}"
+    assert lines[-2:] == ["line 99", f"== {other.label}: waiting, no log"]
+
+
+def test_progress_of_an_earlier_attempt_is_not_shown(plan):
+    train = next(stage for stage in plan.stages if stage.kind == "train")
+    train.progress.parent.mkdir(parents=True)
+    train.progress.write_text(json.dumps({"stage": train.label, "done": 1, "total": 2, "unit": "steps", "time": 5.0}))
+    standings = {stage.key: Standing("running", since=time.time()) for stage in plan.stages}
+    assert not any("steps" in line for line in point_rows(plan, plan.stages, standings, 200))
+
+
+def test_slurm_s_times_are_understood():
+    assert [slurm_seconds(text) for text in ("0:07", "3:04", "2:03:04", "1-02:03:04", "INVALID")] == [
+        7,
+        184,
+        7384,
+        93784,
+        0,
+    ]

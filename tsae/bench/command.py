@@ -1,0 +1,206 @@
+"""The options of `tsae bench` and what it does, in order: rates, the step, growth; then JSON and a figure."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+from tsae.bench.shape import DTYPES, PRESETS, Shape
+from tsae.runtime import files
+from tsae.runtime.environment import home
+from tsae.runtime.errors import TsaeError, suggestion
+
+OWN = ("sparse", "sparse-float32", "sparse+state", "dense", "floor")
+GROWING = ("sparse", "dense", "floor")
+LIBRARIES = ("sae_lens", "sparsify", "dictionary_learning")
+GROWTH = "0.25,0.5,2,4"
+SMOOTHNESS_ROUNDS = 50
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options."""
+    parser.add_argument("--preset", choices=sorted(PRESETS), default="embedded", help="sizes of a known model's run")
+    parser.add_argument("--activation-dim", "-D", type=int, metavar="D", help="width of the activations")
+    parser.add_argument("--dict-size", "-F", type=int, metavar="F", help="latents")
+    parser.add_argument("--k", "-k", type=int, help="active latents per token")
+    parser.add_argument("--batch-size", "-B", type=int, metavar="B", help="pairs (or tokens) per step")
+    parser.add_argument("--kind", default="temporal", help="sae.kind of a run")
+    parser.add_argument(
+        "--dtype",
+        choices=DTYPES,
+        default="float32",
+        help="of weights and activations; bfloat16: of the encoder product of `sparse` and `floor` alone",
+    )
+    parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N")
+    parser.add_argument("--dead", type=float, default=0.0, help="share of dead latents, so that aux-k has work")
+    parser.add_argument("--against", default="", metavar="LIBRARY[=PYTHON],…", help=f"of {', '.join(LIBRARIES)}")
+    parser.add_argument("--rounds", type=int, default=7, help="interleaved rounds")
+    parser.add_argument("--warmup", type=int, default=3, help="steps before the first round")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument(
+        "--clock", choices=("cpu", "wall"), help="processor or wall time (default: cpu with one thread, else wall)"
+    )
+    parser.add_argument(
+        "--growth", nargs="?", const=GROWTH, default="", metavar="FACTORS", help=f"also F, then B, times {GROWTH}"
+    )
+    parser.add_argument("--growth-rounds", type=int, default=3)
+    parser.add_argument(
+        "--processes", default="", metavar="1,2,4", help="instead of all that: the same training by so many processes"
+    )
+    parser.add_argument("--steps", type=int, default=60, help="how long those train")
+    parser.add_argument("--store-mb", type=int, default=256, help="size of the store that is read; 0: no rates")
+    parser.add_argument("--out", type=Path, help="folder for JSON and figure (default: TSAE_HOME/benchmarks)")
+
+
+def run(options: argparse.Namespace) -> Path:
+    """Measure, print tables, write `<shape>.json` and `<shape>.png`; return the JSON's path. Raises TsaeError."""
+    shape, factors = _shape(options), _numbers("--growth", options.growth, GROWTH)
+    against, interpreters = _libraries(options.against)
+    _check(options, shape)
+    folder = options.out or home() / "benchmarks"
+    if options.processes:
+        return _run_groups(options, shape, folder)
+    _make(folder)
+    from tsae.bench import figure, report, saving
+    from tsae.bench.rounds import Plan, measure
+
+    clock = options.clock or ("cpu" if options.threads == 1 else "wall")
+    plan = Plan(
+        rounds=options.rounds, warmup=options.warmup, threads=options.threads, clock=clock, interpreters=interpreters
+    )
+    results: dict[str, Any] = {"rates": None, "step": None, "growth": []}
+    if options.store_mb:
+        results["rates"] = _rates(shape, options)
+        print(report.rates_table(results["rates"]), flush=True)
+    results["step"] = report.record_of(shape, plan, measure(OWN, shape, plan, against))
+    print(report.table(results["step"]), flush=True)
+    results["resuming"] = {**saving.cost(results["step"]), "resume_seconds": _resume_seconds(shape, options)}
+    print(saving.line(results["resuming"]), flush=True)
+    if factors:
+        short = dataclasses.replace(plan, rounds=options.growth_rounds, warmup=2)
+        others = [report.record_of(size, short, measure(GROWING, size, short)) for size in _sizes(shape, factors)]
+        results["growth"] = [results["step"], *others]
+        print(report.growth_table(results["growth"]), flush=True)
+    results["machine"] = report.machine(shape.device)
+    path: Path = folder / f"{shape.name}.json"
+    files.write_json(path, results)
+    figure.draw(path.with_suffix(".png"), results)
+    return path
+
+
+def _make(folder: Path) -> None:
+    """The folder of the results, before what takes minutes."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if not os.access(folder, os.W_OK):
+        raise TsaeError(f"--out {folder}: nothing may be written there; name another folder")
+
+
+def _run_groups(options: argparse.Namespace, shape: Shape, folder: Path) -> Path:
+    from tsae.bench import groups, groups_figure, report
+
+    worlds = _numbers("--processes", options.processes, "1,2,4")
+    if not all(world == int(world) for world in worlds):
+        raise TsaeError(f"--processes: {options.processes!r} is not a list of whole numbers such as 1,2,4")
+    _make(folder)
+    records = groups.measure(shape, sorted({1, *map(int, worlds)}), options.steps, options.threads)
+    print(groups.table(records), flush=True)
+    results = {"shape": shape.as_dict(), "groups": records, "machine": report.machine(shape.device)}
+    path = folder / f"processes-{shape.name}.json"
+    files.write_json(path, results)
+    groups_figure.draw(path.with_suffix(".png"), results)
+    return path
+
+
+def _shape(options: argparse.Namespace) -> Shape:
+    sizes = dict(PRESETS[options.preset])
+    sizes.update({name: getattr(options, name) for name in sizes if getattr(options, name) is not None})
+    return Shape(**sizes, kind=options.kind, dtype=options.dtype, device=options.device, dead=options.dead)
+
+
+def _libraries(given: str) -> tuple[list[str], dict[str, str]]:
+    """Names of libraries, and the interpreters of those that have one of their own."""
+    names, interpreters = [], {}
+    for part in filter(None, given.split(",")):
+        name, equals, python = part.strip().partition("=")
+        if name not in LIBRARIES:
+            raise TsaeError(
+                f"--against: {name!r} is not known; {suggestion(name, LIBRARIES)}known: {', '.join(LIBRARIES)}"
+            )
+        if equals and not Path(python).is_file():
+            raise TsaeError(f"--against: {python} is not a file; name the Python interpreter that has {name}")
+        names.append(name)
+        if equals:
+            interpreters[name] = python
+    return names, interpreters
+
+
+def _check(options: argparse.Namespace, shape: Shape) -> None:
+    """Refuse what cannot be measured, before anything starts."""
+    shape.run_config("sparse")
+    for name in ("activation_dim", "rounds", "threads", "growth_rounds", "steps"):
+        value = getattr(shape, name, None) or getattr(options, name)
+        if value < 1:
+            raise TsaeError(f"--{name.replace('_', '-')} {value} is impossible; it must be at least 1")
+    if not 0 <= shape.dead < 1:
+        raise TsaeError(f"--dead {shape.dead} is impossible; a share in [0, 1) is allowed")
+    for name in ("warmup", "store_mb"):
+        if getattr(options, name) < 0:
+            raise TsaeError(f"--{name.replace('_', '-')} {getattr(options, name)} is impossible; it must be at least 0")
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", shape.device):
+        raise TsaeError(f"--device {shape.device} is not known; allowed: cpu, cuda, cuda:N")
+    if shape.device != "cpu":
+        import torch
+
+        if int(shape.device.partition(":")[2] or 0) >= torch.cuda.device_count():
+            raise TsaeError(f"--device {shape.device}: torch sees no such GPU here; use --device cpu")
+
+
+def _resume_seconds(shape: Shape, options: argparse.Namespace) -> dict[str, float]:
+    from tsae.bench import saving
+    from tsae.bench.report import spread
+
+    return spread(saving.resume_seconds(shape, options.rounds))
+
+
+def _rates(shape: Shape, options: argparse.Namespace) -> dict[str, Any]:
+    import torch
+
+    from tsae.bench import reading
+    from tsae.bench.report import spread
+
+    torch.set_num_threads(options.threads)
+    pairs = reading.read_rates(shape, options.store_mb, options.rounds)
+    return {
+        "store_mb": options.store_mb,
+        "store_pairs_per_second": spread(pairs.store),
+        "memmap_pairs_per_second": spread(pairs.memmap),
+        "harvest_tokens_per_second": spread(reading.harvest_rate(shape.device, options.rounds)),
+        "smoothness_seconds_per_context": spread(reading.smoothness_cost(shape, SMOOTHNESS_ROUNDS)),
+    }
+
+
+def _numbers(option: str, given: str, example: str) -> list[float]:
+    try:
+        numbers = [float(part) for part in given.split(",") if part.strip()]
+    except ValueError:
+        numbers = [0.0]
+    if not all(number > 0 for number in numbers):
+        raise TsaeError(f"{option}: {given!r} is not a list of positive numbers such as {example}")
+    return numbers
+
+
+def _sizes(shape: Shape, factors: list[float]) -> list[Shape]:
+    """The shape with other dictionaries, then with other batches. Raises TsaeError for sizes that cannot be."""
+    sizes = [
+        Shape(**{**shape.as_dict(), name: int(getattr(shape, name) * factor)})
+        for name in ("dict_size", "batch_size")
+        for factor in factors
+        if factor != 1
+    ]
+    for size in sizes:
+        size.run_config("sparse")
+    return sizes

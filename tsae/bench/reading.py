@@ -1,0 +1,137 @@
+"""How fast activations arrive: pairs from a store against rows of a plain memory map, and the harvest itself."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from tsae.bench.shape import Shape
+from tsae.config.sections import ModelConfig, StoreConfig
+from tsae.data.contexts import Contexts
+from tsae.runtime.progress import Progress
+from tsae.store.pairs import PairStream
+from tsae.store.reader import Store
+from tsae.store.writer import finalise, prepare, write_shard
+
+CONTEXT = 128
+LM_SEQUENCES = 64
+SMOOTHNESS_WARMUP = 5
+PERSISTENCE = 0.55
+
+
+class Reading(NamedTuple):
+    """Rates of one round after the other; the files are in the page cache."""
+
+    store: list[float]
+    """Pairs per second of PairStream: checksums, mixing and widening to float32 included."""
+    memmap: list[float]
+    """Pairs per second of random rows of a memory map of the same numbers, widened as well."""
+
+
+def read_rates(shape: Shape, megabytes: int, rounds: int) -> Reading:
+    """Pairs per wall second of whole epochs of a temporary bfloat16 store of about `megabytes`, a quarter of it in
+    memory at a time, and of as many random rows of a memory map, in turns."""
+    with tempfile.TemporaryDirectory(prefix="tsae-bench-") as folder:
+        store = _write_store(Path(folder), shape, megabytes)
+        batch, pool = min(shape.batch_size, len(store.train) * CONTEXT // 8), max(1, len(store.train) // 4)
+        stream = PairStream(store, "previous", batch, 0, skip_positions=1, pool_sequences=pool)
+        steps = stream.steps_per_epoch
+        flat = np.memmap(Path(folder) / "flat", np.uint16, mode="r").reshape(-1, shape.activation_dim)
+        ways = (stream.iterate(0, (rounds + 1) * steps), _random_rows(flat, batch))
+        rates: tuple[list[float], ...] = ([], [])
+        for _ in range(rounds + 1):
+            for way, found in zip(ways, rates, strict=True):
+                began = time.perf_counter()
+                for _ in range(steps):
+                    next(way)
+                found.append(steps * batch / (time.perf_counter() - began))
+        # The first round fills the pool and the page cache.
+        return Reading(*(found[1:] for found in rates))
+
+
+def _write_store(folder: Path, shape: Shape, megabytes: int) -> Store:
+    sequences = max(64, megabytes * 10**6 // (2 * CONTEXT * shape.activation_dim))
+    document = np.repeat(np.arange(sequences, dtype=np.int32)[:, None], CONTEXT, axis=1)
+    document[:, 0] = -1
+    contexts = Contexts(
+        tokens=np.zeros((sequences, CONTEXT), np.int32),
+        lengths=np.full(sequences, CONTEXT, np.int32),
+        document=document,
+        label=np.full(sequences, -1, np.int32),
+        label_names=(),
+        heldout=0,
+        fingerprint="bench",
+    )
+    layout = prepare(folder / "store", contexts, shape.activation_dim, store=StoreConfig(shard_mb=64))
+    generator = torch.Generator().manual_seed(0)
+    shards = layout.geometry.shards
+    progress = Progress("writing the store that is read", shards, "shards")
+    with open(folder / "flat", "wb") as flat:
+        for shard in range(shards):
+            rows = len(layout.geometry.sequences_of(shard))
+            block = torch.randn(rows, CONTEXT, shape.activation_dim, generator=generator).bfloat16()
+            write_shard(layout, shard, [block])
+            flat.write(block.view(torch.uint16).numpy().tobytes())
+            progress.update(shard + 1)
+    finalise(layout)
+    return Store.open(layout.path)
+
+
+def _random_rows(flat: np.ndarray, batch: int) -> Iterator[torch.Tensor]:
+    """Pairs [B, 2, D] of random neighbours without end, as the simplest loader would read them."""
+    random = np.random.default_rng(0)
+    while True:
+        rows = random.integers(1, len(flat), batch)
+        pairs = np.stack([flat[rows], flat[rows - 1]], axis=1)
+        yield torch.from_numpy(pairs).view(torch.bfloat16).float()
+
+
+def harvest_rate(device: str, rounds: int) -> list[float]:
+    """Tokens per wall second of the embedded language model up to its hook point; no text, no store."""
+    from tsae.lm.model import load_language_model
+
+    lm = load_language_model(ModelConfig(device=device))
+    tokens = torch.randint(lm.vocabulary, (LM_SEQUENCES, CONTEXT), generator=torch.Generator().manual_seed(0))
+    lengths = torch.full((LM_SEQUENCES,), CONTEXT)
+    rates = []
+    for _ in range(rounds + 1):
+        began = time.perf_counter()
+        # The transfer waits for a GPU to be done.
+        lm.read(tokens, lengths).cpu()
+        rates.append(tokens.numel() / (time.perf_counter() - began))
+    return rates[1:]
+
+
+def smoothness_cost(shape: Shape, rounds: int) -> list[float]:
+    """Seconds of processor time for all smoothness measures, of all splits, of one context's sparse code."""
+    from tsae.evaluation.codes import context_code, split_ranges
+    from tsae.evaluation.smoothness import smoothness
+    from tsae.sae.sparse import from_dense
+
+    code = from_dense(_persistent_codes(shape.dict_size, min(shape.k, shape.dict_size // 2)))
+    x = torch.randn(CONTEXT, shape.activation_dim, generator=torch.Generator().manual_seed(0))
+    ranges = split_ranges(shape.run_config("sparse").sae.group_sizes)
+    seconds = []
+    for _ in range(rounds + SMOOTHNESS_WARMUP):
+        began = time.process_time()
+        smoothness(context_code(code, slice(0, CONTEXT)), x, ranges)
+        seconds.append(time.process_time() - began)
+    return seconds[SMOOTHNESS_WARMUP:]
+
+
+def _persistent_codes(dict_size: int, k: int) -> torch.Tensor:
+    """[L, F] codes of k active latents, each of which stays on for about two tokens."""
+    random = np.random.default_rng(0)
+    f, active = torch.zeros(CONTEXT, dict_size), np.zeros(0, int)
+    for position in range(CONTEXT):
+        kept = active[random.random(len(active)) < PERSISTENCE]
+        others = np.setdiff1d(random.choice(dict_size, 2 * k, replace=False), kept)
+        active = np.concatenate([kept, random.permutation(others)[: k - len(kept)]])
+        f[position, active] = torch.from_numpy(random.random(k, np.float32)) + 0.5
+    return f

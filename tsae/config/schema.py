@@ -1,0 +1,266 @@
+"""Plain mappings to frozen dataclasses: typed, refused with one line, documented from the source.
+
+A field's documentation is the string literal that follows it; `describe` turns a dataclass into the
+text of `--help`, so the help cannot drift from the code.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import hashlib
+import inspect
+import itertools
+import json
+import math
+import textwrap
+import types
+from collections.abc import Iterator, Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+import yaml
+
+from tsae.runtime.errors import TsaeError, suggestion
+
+T = TypeVar("T")
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """YAML's safe loader, which refuses a key that stands twice in one mapping: the first would be lost."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
+                if key.value in seen:
+                    raise yaml.constructor.ConstructorError(None, None, f"'{key.value}' stands twice", key.start_mark)
+                seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """The mapping in a YAML file. Raises TsaeError if it is missing, malformed or not a mapping."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "not UTF-8 text"
+        raise TsaeError(f"{path}: cannot be read: {reason}") from None
+    try:
+        loaded = yaml.load(text, _UniqueKeys)  # a SafeLoader
+    except (ValueError, RecursionError) as error:
+        raise TsaeError(f"{path}: not valid YAML: {str(error).splitlines()[0]}") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f" line {mark.line + 1}:" if mark else ""
+        raise TsaeError(f"{path}:{line} not valid YAML: {getattr(error, 'problem', error)}") from None
+    if not isinstance(loaded, dict):
+        raise TsaeError(f"{path}: a mapping of settings is expected, found {kind_of(loaded)}")
+    return loaded
+
+
+def parse_overrides(assignments: list[str]) -> dict[str, Any]:
+    """`["sae.k=40"]` → `{"sae": {"k": 40}}`; values are read as YAML."""
+    tree: dict[str, Any] = {}
+    for assignment in assignments:
+        path, equals, text = assignment.partition("=")
+        if not equals or not path:
+            raise TsaeError(f"command line: '{assignment}': an override has the form section.key=value")
+        try:
+            value = yaml.safe_load(text) if text else None
+        except (yaml.YAMLError, ValueError, RecursionError):
+            raise TsaeError(f"command line: {path}: '{text[:60]}' is not a YAML value") from None
+        merge_into(tree, nested(path, value))
+    return tree
+
+
+def nested(path: str, value: Any) -> dict[str, Any]:
+    """`("a.b", 1)` → `{"a": {"b": 1}}`."""
+    for key in reversed(path.split(".")):
+        value = {key: value}
+    return value
+
+
+def merge_into(base: dict[str, Any], extra: Mapping[str, Any]) -> dict[str, Any]:
+    """Lay `extra` over `base` in place, section by section; anything but a mapping replaces."""
+    for key, value in extra.items():
+        if isinstance(value, Mapping) and isinstance(base.get(key), dict):
+            merge_into(base[key], value)
+        else:
+            base[key] = dict(value) if isinstance(value, Mapping) else value
+    return base
+
+
+def build(cls: type[T], mapping: Any, where: str, path: str = "") -> T:
+    """A `cls` from `mapping`; `where` (a file) and `path` (the key path so far) go into errors."""
+    if not isinstance(mapping, Mapping):
+        raise TsaeError(f"{where}: {path or 'the file'}: a mapping is expected, found {kind_of(mapping)}")
+    hints = type_hints(cls)  # type: ignore[arg-type]
+    names = [field.name for field in dataclasses.fields(cls)]  # type: ignore[arg-type]
+    values = {}
+    for key, value in mapping.items():
+        dotted = f"{path}.{key}" if path else str(key)
+        if key not in names:
+            raise TsaeError(f"{where}: {dotted}: unknown key; {suggestion(key, names)}allowed: {', '.join(names)}")
+        values[key] = convert(hints[key], value, where, dotted)
+    return cls(**values)
+
+
+def convert(hint: Any, value: Any, where: str, path: str) -> Any:
+    """`value` as the type `hint`, or a TsaeError that says what is allowed."""
+    if dataclasses.is_dataclass(hint):
+        return build(hint, value, where, path)  # type: ignore[arg-type]
+    origin = get_origin(hint)
+    if origin in (types.UnionType, Union):
+        return _convert_union(hint, value, where, path)
+    if origin is Literal:
+        allowed = [str(option) for option in get_args(hint)]
+        if value is False and "no" in allowed:
+            return "no"  # YAML 1.1 reads it as a truth value
+        if value not in get_args(hint):
+            raise TsaeError(
+                f"{where}: {path}: {value!r} is not allowed; {suggestion(value, allowed)}allowed: {', '.join(allowed)}"
+            )
+        return value
+    if origin is tuple:
+        if not isinstance(value, (list, tuple)):
+            raise TsaeError(f"{where}: {path}: a list is expected, found {kind_of(value)}")
+        item = get_args(hint)[0]
+        return tuple(convert(item, v, where, f"{path}[{i}]") for i, v in enumerate(value))
+    if origin is dict:
+        if not isinstance(value, Mapping):
+            raise TsaeError(f"{where}: {path}: a mapping is expected, found {kind_of(value)}")
+        return dict(value)
+    return _convert_scalar(hint, value, where, path)
+
+
+def _convert_union(hint: Any, value: Any, where: str, path: str) -> Any:
+    options = get_args(hint)
+    if value is None and type(None) in options:
+        return None
+    failures = []
+    for option in options:
+        if option is type(None):
+            continue
+        try:
+            return convert(option, value, where, path)
+        except TsaeError as error:
+            failures.append(error)
+    raise failures[0]
+
+
+def _convert_scalar(hint: Any, value: Any, where: str, path: str) -> Any:
+    if hint is Any:
+        return value
+    if hint is float and not isinstance(value, bool):
+        # YAML 1.1 reads 3e-4 as a string; nobody who writes it means one.
+        try:
+            number = float(value)
+        except (TypeError, ValueError):
+            number = math.nan
+        if math.isfinite(number):
+            return number
+    elif hint is int and isinstance(value, (int, float)) and not isinstance(value, bool):
+        if math.isfinite(value) and value == int(value):
+            return int(value)
+    elif hint in (bool, str) and isinstance(value, hint):
+        return value
+    expected = {float: "a number", int: "a whole number", bool: "true or false", str: "text"}[hint]
+    raise TsaeError(f"{where}: {path}: {expected} is expected, found {kind_of(value)}")
+
+
+def kind_of(value: Any) -> str:
+    """`value` in the words of a YAML author."""
+    if value is None:
+        return "nothing"
+    if isinstance(value, Mapping):
+        return "a mapping"
+    if isinstance(value, (list, tuple)):
+        return "a list"
+    return repr(value)
+
+
+def to_plain(config: Any) -> dict[str, Any]:
+    """A config dataclass as YAML-ready dicts, lists and scalars."""
+    # `dataclasses.asdict` copies every scalar deeply, which a sweep of a thousand points would wait for.
+    names = _names(type(config))  # type: ignore[arg-type]
+    plain: dict[str, Any] = {name: _plain(getattr(config, name)) for name in names}
+    return plain
+
+
+@cache
+def _names(cls: type) -> tuple[str, ...]:
+    return tuple(field.name for field in dataclasses.fields(cls))
+
+
+def _plain(value: Any) -> Any:
+    if value is None or isinstance(value, (str, int, float)):
+        return value
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else to_plain(value)
+
+
+@cache
+def type_hints(cls: type) -> dict[str, Any]:
+    """Field name → its type."""
+    return get_type_hints(cls)
+
+
+def stable_hash(plain: Any, length: int = 12) -> str:
+    """Hex digest of a JSON-able value, independent of key order, process and machine."""
+    text = json.dumps(plain, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:length]
+
+
+@cache
+def field_docs(cls: type) -> dict[str, str]:
+    """Field name → the string literal that follows the field in the source of `cls`."""
+    body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0].body  # type: ignore[attr-defined]
+    docs = {}
+    for field, doc in itertools.pairwise(body):
+        if (
+            isinstance(field, ast.AnnAssign)
+            and isinstance(field.target, ast.Name)
+            and isinstance(doc, ast.Expr)
+            and isinstance(doc.value, ast.Constant)
+        ):
+            docs[field.target.id] = inspect.cleandoc(str(doc.value.value))
+    return docs
+
+
+def describe(cls: type, path: str = "") -> Iterator[str]:
+    """Lines of `--help`: every key path with its type, default and documentation."""
+    hints = get_type_hints(cls)
+    for field in dataclasses.fields(cls):
+        dotted = f"{path}.{field.name}" if path else field.name
+        hint = hints[field.name]
+        if dataclasses.is_dataclass(hint):
+            yield f"\n{dotted}: {(hint.__doc__ or '').splitlines()[0]}"
+            yield from describe(hint, dotted)  # type: ignore[arg-type]
+            continue
+        default = field.default
+        if default is dataclasses.MISSING:
+            default = field.default_factory() if field.default_factory is not dataclasses.MISSING else "required"
+        yield f"  {dotted} ({type_name(hint)}; default {_shown(default)})"
+        yield textwrap.indent(textwrap.fill(field_docs(cls)[field.name], 96), "      ")
+
+
+def _shown(default: Any) -> str:
+    if default is None:
+        return "none"
+    return json.dumps(default) if isinstance(default, (bool, tuple, list, dict)) else str(default)
+
+
+def type_name(hint: Any) -> str:
+    """A type in the words of a YAML author: `a|b`, `number`, `list of number`."""
+    origin = get_origin(hint)
+    if origin in (types.UnionType, Union):
+        return " or ".join(type_name(option) for option in get_args(hint))
+    if origin is Literal:
+        return "|".join(str(option) for option in get_args(hint))
+    if origin is tuple:
+        return f"list of {type_name(get_args(hint)[0])}"
+    names = {float: "number", int: "integer", bool: "true|false", str: "text", type(None): "none"}
+    return names.get(hint, "mapping")

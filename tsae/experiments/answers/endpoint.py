@@ -1,0 +1,181 @@
+"""An OpenAI-compatible endpoint: several requests at a time, and patience with one that is busy or stumbles."""
+
+from __future__ import annotations
+
+import json
+import queue
+import random
+import threading
+import urllib.error
+import urllib.parse
+import urllib.request
+from collections.abc import Iterator, Sequence
+from email.message import Message
+from http.client import HTTPException
+from typing import TYPE_CHECKING
+
+from tsae.experiments.answers.ask import Answer, Prompt, key_of
+from tsae.runtime import preemption
+from tsae.runtime.errors import TsaeError
+
+if TYPE_CHECKING:
+    from tsae.config.experiments import AnswersConfig
+
+HOPELESS = {401: "the key is refused", 403: "the key may not do this", 404: "there is no such address or model"}
+"""Answers that every other request would get as well."""
+PASSING = frozenset({408, 409, 425, 429})
+"""Statuses below 500 after which another attempt may succeed."""
+FIRST_WAIT, LONGEST_WAIT = 1.0, 60.0  # seconds
+
+
+class Endpoint:
+    """Answers prompts through POST <base_url>/chat/completions."""
+
+    def __init__(self, settings: AnswersConfig, where: str) -> None:
+        address = urllib.parse.urlsplit(str(settings.base_url))
+        if address.scheme not in ("http", "https") or not address.netloc:
+            raise TsaeError(
+                f"{where}.base_url: {settings.base_url!r} is no address; one such as http://localhost:8000/v1 is expected"
+            )
+        self._settings, self._url = settings, f"{str(settings.base_url).rstrip('/')}/chat/completions"
+        self._opener = _opener()
+        self._failed_in_a_row = 0
+        self._stop = threading.Event()
+        self._hopeless: str | None = None
+
+    def ask(self, prompts: Sequence[Prompt]) -> Iterator[tuple[int, Answer]]:
+        """Index and answer of each prompt, as they come in.
+
+        Raises TsaeError for a refused key, an unknown model, and an endpoint that answers nothing at all.
+        """
+        self._stop = threading.Event()
+        waiting: queue.SimpleQueue[int] = queue.SimpleQueue()
+        for index in range(len(prompts)):
+            waiting.put(index)
+        answered: queue.Queue[tuple[int, Answer]] = queue.Queue()
+        for _ in range(min(self._settings.concurrency, len(prompts))):
+            # Daemons: a process that was asked to leave must not wait for the slowest request.
+            threading.Thread(target=self._work, args=(prompts, waiting, answered), daemon=True).start()
+        try:
+            for _ in prompts:
+                yield self._next(answered)
+        finally:
+            self._stop.set()
+
+    def _next(self, answered: queue.Queue[tuple[int, Answer]]) -> tuple[int, Answer]:
+        while True:
+            preemption.check()
+            try:
+                index, answer = answered.get(timeout=0.2)
+            except queue.Empty:
+                continue
+            if self._hopeless is not None and answer.text is None:
+                raise TsaeError(f"{self._url}: {self._hopeless}")
+            self._failed_in_a_row = 0 if answer.failure is None else self._failed_in_a_row + 1
+            if self._failed_in_a_row > 2 * self._settings.concurrency:
+                raise TsaeError(
+                    f"{self._url}: {self._failed_in_a_row} requests in a row failed, the last one: {answer.failure}; "
+                    "answers so far are kept, and the same command continues"
+                )
+            return index, answer
+
+    def _work(
+        self,
+        prompts: Sequence[Prompt],
+        waiting: queue.SimpleQueue[int],
+        answered: queue.Queue[tuple[int, Answer]],
+    ) -> None:
+        stop = self._stop
+        while not stop.is_set():
+            try:
+                index = waiting.get_nowait()
+            except queue.Empty:
+                return
+            answered.put((index, self._answer(prompts[index], stop)))
+
+    def _answer(self, prompt: Prompt, stop: threading.Event) -> Answer:
+        """One prompt's answer, after as many attempts as it takes and the settings allow."""
+        failure = ""
+        for attempt in range(self._settings.tries):
+            try:
+                return Answer(self._request(prompt))
+            except urllib.error.HTTPError as error:
+                with error:
+                    failure = f"HTTP {error.code} {_reason(error)}".strip()
+                    asked_to_wait = _seconds(error.headers)
+                if error.code in HOPELESS:
+                    self._give_up(error.code, failure)
+                    return Answer(None, failure)
+                if error.code < 500 and error.code not in PASSING:
+                    return Answer(None, failure)
+            except TimeoutError:
+                failure, asked_to_wait = f"no answer within {self._settings.timeout:g} s", 0.0
+            except (OSError, HTTPException) as error:
+                failure, asked_to_wait = f"connection failed: {getattr(error, 'reason', None) or error!r}", 0.0
+            except ValueError as error:
+                failure, asked_to_wait = f"the answer is not what the protocol says: {error}", 0.0
+            if attempt + 1 < self._settings.tries:
+                wait = max(asked_to_wait, FIRST_WAIT * 2**attempt * random.uniform(0.5, 1.0))
+                if stop.wait(min(wait, LONGEST_WAIT)):
+                    break
+        return Answer(None, f"{failure} (after {self._settings.tries} attempts)")
+
+    def _request(self, prompt: Prompt) -> str:
+        """One attempt. Raises ValueError for an answer that is no JSON or lacks the text."""
+        body = {
+            "model": self._settings.model,
+            "messages": [{"role": "system", "content": prompt.system}, {"role": "user", "content": prompt.user}],
+            "max_tokens": prompt.max_tokens,
+            "temperature": 0,
+        }
+        request = urllib.request.Request(
+            self._url, json.dumps(body).encode(), {"Content-Type": "application/json", "Accept": "application/json"}
+        )
+        key = key_of(self._settings)
+        if key is not None:
+            request.add_unredirected_header("Authorization", f"Bearer {key}")
+        with self._opener.open(request, timeout=self._settings.timeout) as response:
+            answer = json.loads(response.read())
+        try:
+            text = answer["choices"][0]["message"]["content"]
+        except (KeyError, IndexError, TypeError):
+            raise ValueError("no choices[0].message.content in it") from None
+        if not isinstance(text, str):
+            raise ValueError("choices[0].message.content is no text")
+        return text
+
+    def _give_up(self, status: int, failure: str) -> None:
+        variable = self._settings.key_variable
+        about_key = f"the key is read from {variable}, which is {'set' if key_of(self._settings) else 'not set'}"
+        remedy = f"the model is called {self._settings.model!r} here" if status == 404 else about_key
+        self._hopeless = f"{HOPELESS[status]} ({failure}); {remedy}"
+
+
+def _opener() -> urllib.request.OpenerDirector:
+    """What urllib does by default, but for redirects: one would make a GET of the question, or take the key elsewhere."""
+    opener = urllib.request.OpenerDirector()
+    for kind in ("ProxyHandler", "HTTPHandler", "HTTPSHandler", "HTTPDefaultErrorHandler", "HTTPErrorProcessor"):
+        opener.add_handler(getattr(urllib.request, kind)())
+    return opener
+
+
+def _reason(error: urllib.error.HTTPError) -> str:
+    """What the endpoint says of an error, on one short line."""
+    try:
+        text = error.read(2000).decode(errors="replace")
+    except OSError:
+        return str(error.reason)
+    try:
+        message = json.loads(text)["error"]
+        text = message["message"] if isinstance(message, dict) else str(message)
+    except (ValueError, KeyError, TypeError):
+        text = text or str(error.reason)
+    return " ".join(str(text).split())[:200]
+
+
+def _seconds(headers: Message) -> float:
+    """Retry-After where it is a number of seconds, else 0."""
+    try:
+        return max(0.0, float(headers.get("Retry-After") or 0))
+    except ValueError:
+        return 0.0

@@ -1,0 +1,182 @@
+"""`tsae explain`: what latents respond to, in words, and how well the words predict held-out activations (autointerp).
+
+Three stages, each with a file of its own beside the run, so that an interrupted one continues:
+
+    autointerp_examples.jsonl       texts with true activations (see explain_examples)
+    autointerp_explanations.jsonl   one explanation, or the reason why there is none, per latent
+    autointerp_scores.jsonl         verdicts and scores per latent
+    explanations.json               {"<latent>": "<explanation>"}, for every other experiment and program
+
+Detection asks whether the latent is active in a text; fuzzing, whether the marked tokens of a text are those that it is
+active on. Without a language model, an explanation is a rule over tokens (see token_rules), scored in the same way.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from tsae.config import run as configuration
+from tsae.config import schema
+from tsae.config.experiments import ExplainConfig
+from tsae.experiments.answers.ask import open_backend
+from tsae.experiments.explain.examples import collect_examples, wanted_latents
+from tsae.experiments.explain.explainers import Explainer, ModelExplainer, Record, TokenExplainer, tasks_of
+from tsae.experiments.explain.figure import draw
+from tsae.experiments.explain.scores import balanced_accuracy, headline, summarise
+from tsae.experiments.shared.journal import Journal, read_lines
+from tsae.experiments.shared.subject import Subject
+from tsae.interop.explanations import write_explanations
+from tsae.runtime import files, preemption
+from tsae.runtime.errors import TsaeError
+from tsae.runtime.progress import Progress
+
+__all__ = ["draw", "measure"]
+
+VERSION = 1
+"""Of the stages' files and the prompts; raised when either changes."""
+LATENTS_AT_ONCE = 16
+
+
+def measure(subject: Subject, settings: ExplainConfig) -> dict[str, Any]:
+    """Explain latents, score the explanations and write explanations.json; the summary of all scores.
+
+    Raises TsaeError for settings that cannot work, for an explanations.json that came from elsewhere, and where no
+    latent can be explained.
+    """
+    for name, least in (("sequences", 1), ("window", 2), ("examples", 1), ("tests", 1), ("seed", 0), ("latents", 1)):
+        value = getattr(settings, name)
+        if value is not None and value < least:
+            raise TsaeError(f"experiments.explain.{name}: {value} is impossible; at least {least}")
+    stages = _Stages(subject, settings)
+    stages.require_own_explanations()
+    explainer: Explainer = TokenExplainer()
+    if settings.answers.backend != "none":
+        explainer = ModelExplainer(open_backend(settings.answers, "experiments.explain.answers"))
+    about = stages.examples()
+    explained = stages.explanations(about, explainer)
+    digest = stages.write_explanations(explained)
+    scores = stages.scores(about, explained, explainer)
+    results = summarise(about, scores)
+    shown, half = headline(results)
+    return {
+        "explained_by": explainer.name,
+        "explanations": {"file": stages.target.name, "sha256": digest},
+        "latents": _counts(about, explained, scores),
+        **results,
+        "headline": shown,
+        "half_width_95": half,
+    }
+
+
+class _Stages:
+    """The stages' files of one run, or of one of its checkpoints."""
+
+    def __init__(self, subject: Subject, settings: ExplainConfig) -> None:
+        self._subject, self._settings = subject, settings
+        self._suffix = "" if subject.checkpoint is None else f"_step{subject.checkpoint}"
+        self.target = self._file("explanations", "json")
+        read = {name: getattr(settings, name) for name in ("sequences", "window", "examples", "tests", "seed")}
+        trained = configuration.training_settings(subject.config)
+        self._examples_hash = schema.stable_hash([VERSION, trained, subject.checkpoint, read, wanted_latents(settings)])
+        answers = settings.answers
+        self._answers_hash = schema.stable_hash([self._examples_hash, answers.backend, answers.model])
+
+    def examples(self) -> list[Record]:
+        """A record of every latent; complete or not there."""
+        journal = Journal(self._file("autointerp_examples"), "examples", self._examples_hash)
+        if len(journal.records) < self._subject.dictionary.dict_size:
+            journal.replace(collect_examples(self._subject, self._settings))
+        return [journal.records[latent] for latent in sorted(journal.records)]
+
+    def explanations(self, about: Sequence[Record], explainer: Explainer) -> dict[int, str]:
+        """Latent → explanation; what failed in an earlier attempt is tried again."""
+        journal = Journal(self._file("autointerp_explanations"), "explanations", self._answers_hash)
+        drawn = [record for record in about if "rule" in record]
+        for block in self._blocks(drawn, journal, "explanations"):
+            made = zip(block, explainer.explain(block), strict=True)
+            journal.add(*({"latent": record["latent"]} | _outcome(*found) for record, found in made))
+        records = [journal.records[record["latent"]] for record in drawn]
+        explained = {record["latent"]: record["explanation"] for record in records if "explanation" in record}
+        if not explained:
+            most = Counter(record["failure"] for record in records).most_common(1)[0][0]
+            raise TsaeError(f"{journal.path}: none of {len(records)} latents could be explained; mostly: {most}")
+        return explained
+
+    def scores(self, about: Sequence[Record], explained: dict[int, str], explainer: Explainer) -> dict[int, Record]:
+        """Latent → its scores; what was not answered in an earlier attempt is asked again."""
+        journal = Journal(self._file("autointerp_scores"), "scores", self._answers_hash)
+        drawn = [record for record in about if record["latent"] in explained]
+        for block in self._blocks(drawn, journal, "scores"):
+            tasks = [
+                task for record in block for task in tasks_of(record, explained[record["latent"]], self._settings.seed)
+            ]
+            scored: dict[int, Record] = {record["latent"]: {"latent": record["latent"]} for record in block}
+            for task, (verdicts, reasons) in zip(tasks, explainer.judge(tasks), strict=True):
+                record = scored[task.record["latent"]]
+                record[task.scorer] = balanced_accuracy([item.truth for item in task.items], verdicts)
+                if reasons:
+                    record["failure"] = reasons[0]
+            journal.add(*scored.values())
+        return journal.records
+
+    def write_explanations(self, explained: dict[int, str]) -> str:
+        """Write explanations.json; its digest."""
+        write_explanations(self.target, explained)
+        return _digest(self.target)
+
+    def require_own_explanations(self) -> None:
+        """Refuse, before anything is paid for, to write over explanations that were not made here."""
+        if not self.target.exists():
+            return
+        summary = files.read_whole_json(self._file("autointerp", "json"))
+        recorded = summary.get("explanations", {}).get("sha256")
+        made = {
+            str(line["latent"]): line["explanation"]
+            for line in read_lines(self._file("autointerp_explanations"))
+            if "explanation" in line
+        }
+        if _digest(self.target) != recorded and not (made and files.read_whole_json(self.target) == made):
+            raise TsaeError(f"{self.target}: was not made by `tsae explain` and is left as it is; move it away first")
+
+    def _file(self, name: str, suffix: str = "jsonl") -> Path:
+        stem, _, stage = name.partition("_")
+        return self._subject.run.result(f"{stem}{self._suffix}{'_' if stage else ''}{stage}", suffix)
+
+    def _blocks(self, drawn: Sequence[Record], journal: Journal, stage: str) -> Iterator[list[Record]]:
+        """Latents without a flawless record, a few at a time."""
+        open_ = [record for record in drawn if "failure" in journal.records.get(record["latent"], {"failure": ""})]
+        run = self._subject.run
+        progress = Progress(f"explain {self._subject.name}: {stage}", len(drawn), "latents", run.progress)
+        done = len(drawn) - len(open_)
+        for start in preemption.polled(range(0, len(open_), LATENTS_AT_ONCE)):
+            block = open_[start : start + LATENTS_AT_ONCE]
+            yield block
+            done += len(block)
+            progress.update(done)
+
+
+def _outcome(explanation: str, failure: str) -> Record:
+    return {"explanation": explanation} if explanation else {"failure": failure}
+
+
+def _counts(about: Sequence[Record], explained: dict[int, str], scores: dict[int, Record]) -> dict[str, Any]:
+    """How many latents there are, and what became of those without a score."""
+    drawn = [record["latent"] for record in about if "rule" in record]
+    reasons = Counter(record["failure"] for record in about if "failure" in record)
+    reasons["no explanation in the answer"] = len(drawn) - len(explained)
+    reasons["some verdicts are missing"] = sum("failure" in scores.get(latent, {}) for latent in explained)
+    return {
+        "all": len(about),
+        "drawn": len(drawn),
+        "explained": len(explained),
+        "scored": sum(scores.get(latent, {}).get("detection", {}).get("score") is not None for latent in explained),
+        "failures": {reason: count for reason, count in reasons.most_common() if count},
+    }
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()

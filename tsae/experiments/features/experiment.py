@@ -1,0 +1,165 @@
+"""`tsae features`: one HTML page with all latents of a run, which needs no network, no server and nothing beside it.
+
+features.html       table of latents, their histograms and examples
+features.png/.json  firing rates and smoothness by split
+"""
+
+from __future__ import annotations
+
+import base64
+import html
+from collections.abc import Mapping
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tsae.config.experiments import FeaturesConfig
+from tsae.experiments.features import data
+from tsae.experiments.features.figure import draw
+from tsae.experiments.shared.firings import Firings, collect
+from tsae.experiments.shared.journal import read_lines
+from tsae.experiments.shared.latents import LatentStatistics, latent_statistics
+from tsae.experiments.shared.subject import Subject
+from tsae.experiments.shared.token_text import token_texts
+from tsae.runtime import files
+from tsae.runtime.errors import TsaeError
+from tsae.runtime.progress import Progress
+from tsae.store.layout import store_path
+from tsae.store.reader import Store
+
+__all__ = ["draw", "measure"]
+
+RATE_EDGES = [10 ** (power / 4) for power in range(-24, 1)]
+"""Bins of firing rates: four to a factor of ten, from a millionth to 1."""
+HIGH_LEVEL, LOW_LEVEL, ALL = "high-level", "low-level", "all"
+
+
+def measure(subject: Subject, settings: FeaturesConfig) -> dict[str, Any]:
+    """Write the page; the figures of the latents, binned by firing rate.
+
+    Raises TsaeError for a synthetic world, settings that cannot work, and a store without text.
+    """
+    _check(subject, settings)
+    store = Store.open(store_path(subject.config), subject.config)
+    # The order of the store is random: its beginning is a sample of all documents.
+    firings = collect(subject, store, range(min(settings.sequences, store.n_sequences)), "features")
+    statistics = latent_statistics(firings)
+    page = write_page(subject, settings, firings, statistics)
+    return {
+        "page": page.name,
+        "tokens": firings.n_tokens,
+        "sequences": len(firings.tokens),
+        "explained": len(subject.explanations),
+        "rate_edges": RATE_EDGES,
+        "splits": {name: _split(statistics, part) for name, part in _splits(subject).items()},
+        **_headline(subject, statistics),
+    }
+
+
+def write_page(subject: Subject, settings: FeaturesConfig, firings: Firings, statistics: LatentStatistics) -> Path:
+    """Write the page of latents; its path."""
+    from tsae.lm.model import load_tokenizer
+
+    used, types = np.unique(firings.tokens.reshape(-1), return_inverse=True)
+    strings = token_texts(load_tokenizer(subject.config.model), used.tolist())
+    progress = Progress(f"features {subject.name}: examples", firings.dict_size, "latents", subject.run.progress)
+    largest = np.nan_to_num(statistics.largest, nan=1.0)
+    examples = data.find_examples(firings, largest, settings, progress)
+    explanations = subject.explanations
+    about = subject.description() | {
+        "tokens": firings.n_tokens,
+        "groups": list(subject.dictionary.group_sizes),
+        "strings": [strings[token] for token in used.tolist()],
+        "explanations": [explanations.get(latent) for latent in range(firings.dict_size)],
+        "rate_edges": RATE_EDGES,
+    }
+    arrays = {
+        **data.columns(statistics, subject.dictionary.group_sizes, _detection(subject, explanations)),
+        "histogram": data.histograms(firings, largest),
+        "top_tokens": data.top_tokens(firings, types.reshape(-1)),
+        "text": types.reshape(-1).astype(np.uint16 if len(used) <= 1 << 16 else np.uint32),
+        **{f"example_{name}": array for name, array in examples._asdict().items()},
+    }
+    suffix = "" if subject.checkpoint is None else f"_step{subject.checkpoint}"
+    path = subject.run.result(f"features{suffix}", "html")
+    files.write_text(path, render(subject.name, data.pack(about, arrays)))
+    return path
+
+
+def render(name: str, packed: bytes) -> str:
+    """The page around a packed block."""
+    template = resources.files(__package__).joinpath("page.html").read_text(encoding="utf-8")
+    return template.replace("@TITLE@", html.escape(name)).replace("@DATA@", base64.b64encode(packed).decode())
+
+
+def _check(subject: Subject, settings: FeaturesConfig) -> None:
+    if subject.config.is_synthetic:
+        raise TsaeError(f"{subject.run.path}: was trained on a synthetic world, which has no text to show")
+    for name, least in (("sequences", 1), ("examples", 1), ("before", 0), ("after", 0)):
+        if getattr(settings, name) < least:
+            raise TsaeError(f"experiments.features.{name}: {getattr(settings, name)} is impossible; at least {least}")
+    if settings.before + settings.after >= data.LONGEST:
+        raise TsaeError(
+            f"experiments.features.before and after: {settings.before} and {settings.after} are impossible; "
+            f"an example has at most {data.LONGEST} tokens"
+        )
+
+
+def _detection(subject: Subject, explanations: Mapping[int, str]) -> dict[int, float]:
+    """Latent → detection score, of those explanations on the page that `tsae explain` made and scored."""
+    suffix = "" if subject.checkpoint is None else f"_step{subject.checkpoint}"
+    made, scored = (
+        read_lines(subject.run.result(f"autointerp{suffix}_{stage}", "jsonl")) for stage in ("explanations", "scores")
+    )
+    texts = {line["latent"]: line["explanation"] for line in made if "explanation" in line}
+    return {
+        line["latent"]: line["detection"]["score"]
+        for line in scored
+        if "latent" in line
+        and line["detection"]["score"] is not None
+        and line["latent"] in explanations
+        and texts.get(line["latent"]) == explanations[line["latent"]]
+    }
+
+
+def _splits(subject: Subject) -> dict[str, slice]:
+    groups = subject.dictionary.group_slices
+    if len(groups) < 2:
+        return {ALL: groups[0]}
+    return {HIGH_LEVEL: groups[0], LOW_LEVEL: slice(groups[0].stop, subject.dictionary.dict_size)}
+
+
+def _split(statistics: LatentStatistics, part: slice) -> dict[str, Any]:
+    """Latents of a split by firing rate: how many, and the quartiles of their smoothness and persistence."""
+    rate = statistics.rate[part]
+    level = np.searchsorted(RATE_EDGES, rate, side="right") - 1
+    count = np.bincount(level[(level >= 0) & (rate > 0)].clip(0, len(RATE_EDGES) - 2), minlength=len(RATE_EDGES) - 1)
+    quartiles = {
+        name: [_quartiles(getattr(statistics, name)[part][level == bin_]) for bin_ in range(len(RATE_EDGES) - 1)]
+        for name in ("smoothness", "persistence")
+    }
+    return {"latents": len(rate), "silent": int((rate == 0).sum()), "count": count.tolist(), **quartiles}
+
+
+def _quartiles(values: np.ndarray) -> list[float] | None:
+    """Quartiles of a few latents; None of fewer than five."""
+    values = values[~np.isnan(values)]
+    return np.quantile(values, [0.25, 0.5, 0.75]).tolist() if len(values) >= 5 else None
+
+
+def _headline(subject: Subject, statistics: LatentStatistics) -> dict[str, Any]:
+    """Means over the latents that fire, with half-widths over latents."""
+    from tsae.evaluation.statistics import mean_interval
+
+    shown, half = {}, {}
+    for split, part in {ALL: slice(None), **_splits(subject)}.items():
+        fires = np.flatnonzero(statistics.rate[part] > 0)
+        for name in ("persistence", "smoothness"):
+            column = getattr(statistics, name)[part][fires]
+            mean, width = mean_interval(column, np.arange(len(column)))
+            if not np.isnan(mean):
+                key = name if split == ALL else f"{name}_{split.removesuffix('-level')}"
+                shown[key], half[key] = mean, width
+    return {"headline": shown, "half_width_95": {key: width for key, width in half.items() if not np.isnan(width)}}

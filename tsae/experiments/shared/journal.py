@@ -1,0 +1,67 @@
+"""A stage's records as JSON lines, added while it works: a stage that is interrupted continues after its last record."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from tsae.runtime import files
+
+Record = dict[str, Any]
+
+
+class Journal:
+    """Records by latent in a file whose first line says which settings they were made with.
+
+    A file of other settings is begun anew. The unfinished last line of a process that was killed is dropped.
+    """
+
+    def __init__(self, path: Path, stage: str, settings_hash: str) -> None:
+        self.path = path
+        self._head = {"stage": stage, "hash": settings_hash}
+        self.records: dict[int, Record] = {}
+        lines = read_lines(path)
+        if lines and lines[0] == self._head:
+            self.records = {int(record["latent"]): record for record in lines[1:]}
+        if path.exists():
+            self._write()
+
+    def add(self, *records: Record) -> None:
+        """Append records, and have them on disk."""
+        if not self.path.exists():
+            self._write()
+        with open(self.path, "ab") as stream:
+            for record in records:
+                self.records[int(record["latent"])] = record
+                stream.write(_line(record))
+            files.sync_stream(stream)
+
+    def replace(self, records: Iterable[Record]) -> None:
+        """Have these records instead, all of them or none."""
+        self.records = {int(record["latent"]): record for record in records}
+        self._write()
+
+    def _write(self) -> None:
+        """The file without what does not belong to it."""
+        content = b"".join(map(_line, [self._head, *self.records.values()]))
+        if not self.path.exists() or self.path.read_bytes() != content:
+            files.write_atomically(self.path, lambda stream: stream.write(content))
+
+
+def read_lines(path: Path) -> list[Record]:
+    """The whole lines of a journal, its head first; none if there is no file."""
+    if not path.exists():
+        return []
+    lines = []
+    for line in path.read_bytes().splitlines():
+        try:
+            lines.append(json.loads(line))
+        except ValueError:
+            break
+    return [line for line in lines if isinstance(line, dict)]
+
+
+def _line(record: Record) -> bytes:
+    return (json.dumps(record, ensure_ascii=False) + "\n").encode()

@@ -1,0 +1,134 @@
+"""What an experiment is about: a dictionary, or the dense residual stream, and the language model it reads."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from tsae.checkpoint import BASELINE, RunFolder, find_dictionary, load_dictionary
+from tsae.config.run import RunConfig
+from tsae.runtime.errors import TsaeError
+from tsae.sae.dictionary import Dictionary
+from tsae.sae.inference import encode_sparse
+from tsae.sae.selection.batch import Encoder
+from tsae.sae.sparse import SparseCode
+
+if TYPE_CHECKING:
+    from tsae.lm.model import LanguageModel
+
+HIGH, LOW, BOTH = 0, 1, 2
+"""The splits that `--chunk` names: group 0, all other groups, everything."""
+
+SPLIT_NAMES = {HIGH: "high-level", LOW: "low-level", BOTH: "all latents"}
+
+
+class Subject:
+    """A trained dictionary with its language model, or the model's dense activations alone.
+
+    Experiments read activations [N, D] as the language model gives them, and see feature activations of one split at
+    a time. Nothing is loaded before it is used.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        run: RunFolder,
+        *,
+        checkpoint: str | None = None,
+        explanation_path: Path | None = None,
+    ) -> None:
+        self.config, self.run, self.checkpoint, self._explanation_path = config, run, checkpoint, explanation_path
+        self.name = run.path.parent.name if run.path.name.startswith("trainer_") else run.path.name
+        self._encoder = Encoder()
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether this is the residual stream itself (`--run_name baseline_model`)."""
+        return self.name == BASELINE
+
+    @cached_property
+    def dictionary(self) -> Dictionary:
+        """The dictionary, on the device that training uses. Raises TsaeError for the dense baseline."""
+        if self.is_dense:
+            raise TsaeError(
+                f"--run_name {BASELINE}: the residual stream has no latents; this needs a trained dictionary"
+            )
+        return load_dictionary(find_dictionary(self.run.path), self.device, self.checkpoint)[0]
+
+    @property
+    def device(self) -> torch.device:
+        """Where codes are computed."""
+        wanted = self.config.training.device
+        return torch.device("cuda" if wanted == "auto" and torch.cuda.is_available() else "cpu")
+
+    @cached_property
+    def language_model(self) -> LanguageModel:
+        """The language model that the dictionary was trained on."""
+        if self.config.is_synthetic:
+            raise TsaeError(f"{self.run.path}: was trained on a synthetic world, which has no text to experiment with")
+        from tsae.lm.model import load_language_model
+
+        return load_language_model(self.config.model)
+
+    @property
+    def chunks(self) -> tuple[int, ...]:
+        """The splits there are: all three where latents are grouped, else everything."""
+        grouped = not self.is_dense and len(self.dictionary.group_sizes) > 1
+        return (HIGH, LOW, BOTH) if grouped else (BOTH,)
+
+    def latents(self, chunk: int) -> slice:
+        """The latents of a split among the F (of the dense baseline: the dimensions). Raises TsaeError without it."""
+        if self.is_dense:
+            return slice(0, self.language_model.activation_dim)
+        groups = self.dictionary.group_slices
+        if chunk == BOTH:
+            return slice(0, self.dictionary.dict_size)
+        if len(groups) < 2:
+            raise TsaeError(
+                f"--chunk {chunk}: {type(self.dictionary).__name__} has one group of latents; 2 (all) is expected"
+            )
+        return groups[0] if chunk == HIGH else slice(groups[0].stop, self.dictionary.dict_size)
+
+    def codes(self, x: Tensor) -> SparseCode:
+        """Feature activations of activations x [N, D], all latents, on the CPU, without a dense [N, F] tensor."""
+        code = encode_sparse(self.dictionary, x.to(self.device, torch.float32), self._encoder)
+        return SparseCode(code.offsets.cpu(), code.latents.cpu(), code.values.cpu(), code.dict_size)
+
+    @cached_property
+    def explanations(self) -> dict[int, str]:
+        """Latent → explanation, from `--explanation_path` or the explanations.json of the run; empty without one.
+
+        The explanations of the final weights are not those of an intermediate checkpoint, which has a file of its own.
+        Raises TsaeError for a file that cannot be read or explains latents that the dictionary does not have.
+        """
+        from tsae.interop.explanations import find_explanations, read_explanations
+
+        found = self._explanation_path
+        if found is None and self.checkpoint is None:
+            found = find_explanations(self.run.path)
+        elif found is None:
+            own = self.run.result(f"explanations_step{self.checkpoint}", "json")
+            found = own if own.is_file() else None
+        explanations = {} if found is None else read_explanations(found)
+        if explanations and max(explanations) >= self.dictionary.dict_size:
+            raise TsaeError(
+                f"{found}: explains latent {max(explanations)}, {self.run.path} has {self.dictionary.dict_size}; "
+                "it is about another dictionary"
+            )
+        return explanations
+
+    def description(self) -> dict[str, Any]:
+        """What results say of their subject."""
+        about: dict[str, Any] = {
+            "run": self.name,
+            "model": self.config.model.name,
+            "layer": self.config.model.layer,
+            "checkpoint": self.checkpoint,
+        }
+        if not self.is_dense:
+            about |= {"dict_class": type(self.dictionary).__name__, "dict_size": self.dictionary.dict_size}
+        return about

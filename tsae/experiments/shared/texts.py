@@ -1,0 +1,260 @@
+"""Activations of labelled texts: harvested once per language model, layer and texts, shared by all that read them.
+
+    texts = harvest_dataset(subject, "embedded")              # the texts that `experiments.texts` asks for
+    texts = harvest_texts(subject, [LabelledText(…), …], 128) # or any others
+    x = texts.read([0, 5])                                    # activations [n, L, D]
+    f = texts.features(subject, rows, positions)              # feature activations of single tokens
+
+One text is one sequence of at most `context_length` tokens. The activations are kept as a store under
+TSAE_HOME/stores, named after the model, the hook point and a hash of the tokens; a harvest that was killed continues.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tsae.config import schema
+from tsae.config.run import RunConfig
+from tsae.data.contexts import Contexts
+from tsae.data.labelled import EMBEDDED, LabelledText
+from tsae.data.tokens import encodable, starts_with_bos
+from tsae.experiments.shared.choice import draw_texts
+from tsae.experiments.shared.subject import Subject
+from tsae.lm.model import load_tokenizer
+from tsae.lm.source import weights_fingerprint
+from tsae.runtime import locks, preemption
+from tsae.runtime.environment import home
+from tsae.runtime.errors import TsaeError
+from tsae.runtime.progress import Progress
+from tsae.store.layout import StoreLayout, store_path
+from tsae.store.reader import Store
+from tsae.store.writer import finalise, prepare, write_shard
+
+if TYPE_CHECKING:
+    from scipy.sparse import csr_array
+
+WAIT_SECONDS = 1.0
+TOKENS_AT_ONCE = 8192
+
+
+@dataclass(frozen=True)
+class TextActivations:
+    """S texts, cut to at most L tokens, and their activations."""
+
+    texts: tuple[LabelledText, ...]
+    tokens: np.ndarray
+    """[S, L] int32, padded on the right."""
+    lengths: np.ndarray
+    """[S] int32: tokens of each text that were read, BOS included."""
+    offsets: np.ndarray
+    """[S, L, 2] int32: first character of each token in its text and the one after its last; 0, 0 for BOS and padding."""
+    label: np.ndarray
+    """[S] int32: index into `label_names`."""
+    label_names: tuple[str, ...]
+    valid: np.ndarray
+    """[S, L] bool: tokens of the text, without the `data.skip_positions` first positions."""
+    store: Store
+
+    @property
+    def group(self) -> np.ndarray:
+        """[S] int64: texts of one group belong together and never stand on both sides of a split."""
+        return np.array([text.group for text in self.texts], np.int64)
+
+    def read(self, rows: Sequence[int] | np.ndarray) -> Tensor:
+        """Activations [n, L, D] float32 of the texts `rows`; meaningless at padding."""
+        return self.store.read(rows).float()
+
+    def token(self, row: int, position: int) -> str:
+        """The characters of one token, as they stand in the text."""
+        first, end = self.offsets[row, position]
+        return self.texts[row].text[first:end]
+
+    def features(self, subject: Subject, rows: np.ndarray, positions: np.ndarray) -> csr_array | np.ndarray:
+        """Feature activations of N tokens, in their order: sparse [N, F], or of the dense baseline [N, D] float32."""
+        from scipy.sparse import csr_array, vstack
+
+        order = np.argsort(rows, kind="stable")
+        back = np.argsort(order, kind="stable")
+        parts: list[Any] = []
+        for x in preemption.polled(self._tokens(rows[order], positions[order])):
+            if subject.is_dense:
+                parts.append(x.numpy())
+            else:
+                code = subject.codes(x)
+                shape = (len(x), code.dict_size)
+                entries = (code.values.numpy(), code.latents.numpy(), code.offsets.numpy())
+                parts.append(csr_array(entries, shape=shape))
+        return np.concatenate(parts)[back] if subject.is_dense else vstack(parts, format="csr")[back]
+
+    def _tokens(self, rows: np.ndarray, positions: np.ndarray) -> Iterator[Tensor]:
+        """Activations [n, D] of tokens of ascending texts, a bounded number of texts at a time."""
+        step = max(1, TOKENS_AT_ONCE // self.tokens.shape[1])
+        wanted = np.unique(rows)
+        for start in range(0, len(wanted), step):
+            batch = wanted[start : start + step]
+            first, end = np.searchsorted(rows, batch[0]), np.searchsorted(rows, batch[-1], side="right")
+            place = torch.from_numpy(np.searchsorted(batch, rows[first:end]))
+            yield self.read(batch)[place, torch.from_numpy(positions[first:end].astype(np.int64))]
+
+
+def harvest_dataset(subject: Subject, dataset: str) -> TextActivations:
+    """The texts of `dataset` that `experiments.texts` asks for, the same for every experiment and run."""
+    wanted = subject.config.experiments.texts
+    return harvest_texts(subject, draw_texts(dataset, wanted), wanted.context_length)
+
+
+def harvest_texts(subject: Subject, texts: Sequence[LabelledText], context_length: int) -> TextActivations:
+    """Activations of `texts`, each cut to `context_length` tokens; read by the language model only if not kept already.
+
+    Raises TsaeError for a text without tokens and for activations that are not finite.
+    """
+    config = subject.config
+    if not texts:
+        raise TsaeError("labelled texts: none were given")
+    if config.is_synthetic:
+        raise TsaeError(f"{subject.run.path}: was trained on a synthetic world, which has no text to experiment with")
+    texts = [text._replace(text=encodable(text.text)) for text in texts]
+    tokens, lengths, offsets = _tokenise(texts, config, context_length)
+    names = tuple(sorted({text.label for text in texts}))
+    label = np.array([names.index(text.label) for text in texts], np.int32)
+    position = np.arange(context_length)
+    real = (position < lengths[:, None]) & (offsets[..., 1] > offsets[..., 0])
+    document = np.where(real, np.arange(len(texts), dtype=np.int32)[:, None], -1).astype(np.int32)
+    contexts = Contexts(
+        tokens, lengths, document, label, names, 0, hashlib.sha256(tokens.tobytes() + lengths.tobytes()).hexdigest()
+    )
+    store = _harvest(subject, contexts)
+    valid = real & (position >= config.data.skip_positions)
+    return TextActivations(tuple(texts), tokens, lengths, offsets, label, names, valid, store)
+
+
+def _tokenise(
+    texts: Sequence[LabelledText], config: RunConfig, context_length: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Tokens [S, L], lengths [S] and character offsets [S, L, 2] of texts."""
+    tokenizer = load_tokenizer(config.model)
+    with_bos = config.data.bos == "always" or (config.data.bos == "auto" and starts_with_bos(tokenizer))
+    if with_bos and tokenizer.bos_token_id is None:
+        raise TsaeError("data.bos: the tokenizer has no BOS token; auto or never are possible")
+    first = int(with_bos)
+    tokens = np.zeros((len(texts), context_length), np.int32)
+    lengths = np.zeros(len(texts), np.int32)
+    offsets = np.zeros((len(texts), context_length, 2), np.int32)
+    tokens[:, :first] = tokenizer.bos_token_id if with_bos else 0
+    for row, text in enumerate(preemption.polled(texts)):
+        found = tokenizer(
+            text.text,
+            add_special_tokens=False,
+            split_special_tokens=True,
+            return_offsets_mapping=True,
+            verbose=False,
+        )
+        ids = found["input_ids"][: context_length - first]
+        if not ids:
+            raise TsaeError(f"text {row} ({text.label}): has no tokens; leave empty texts out")
+        lengths[row] = first + len(ids)
+        tokens[row, first : lengths[row]] = ids
+        offsets[row, first : lengths[row]] = found["offset_mapping"][: len(ids)]
+    return tokens, lengths, offsets
+
+
+def _harvest(subject: Subject, contexts: Contexts) -> Store:
+    """The store of these contexts' activations; what another process is harvesting is waited for."""
+    key = _key(subject.config, contexts)
+    layout = StoreLayout(_path(subject.config, key))
+    lock = layout.path.with_name(f"{layout.path.name}.harvest.lock")
+    while not (layout.exists() and layout.is_whole()):
+        try:
+            with locks.hold(lock, str(layout.path)):
+                if not (layout.exists() and layout.is_whole()):
+                    _write(subject, layout, contexts, key)
+        except locks.LockHeld:
+            time.sleep(WAIT_SECONDS)
+            preemption.check()
+    return Store.open(layout.path)
+
+
+def _write(subject: Subject, layout: StoreLayout, contexts: Contexts, key: str) -> None:
+    """Whatever is missing of the store."""
+    lm = subject.language_model
+    length = contexts.tokens.shape[1]
+    if lm.max_length is not None and length > lm.max_length:
+        raise TsaeError(
+            f"experiments.texts.context_length: {length} is impossible; {subject.config.model.name} has {lm.max_length} positions"
+        )
+    packages = ("tsae", "zarr", "torch", "transformers", "nnsight")
+    attributes = {
+        "config_hash": key,
+        "model": lm.identity,
+        "packages": {name: version(name) for name in packages},
+    }
+    prepare(layout.path, contexts, lm.activation_dim, store=subject.config.store, attributes=attributes)
+    if layout.attributes["complete"]:
+        layout.set_attributes(complete=False)
+    progress = Progress("harvest of labelled texts", len(contexts.lengths), "texts", layout.progress)
+    for shard in range(layout.geometry.shards):
+        if not layout.is_written(shard):
+            write_shard(layout, shard, _activations(subject, contexts, layout.geometry.sequences_of(shard), progress))
+    finalise(layout)
+    layout.progress.unlink(missing_ok=True)
+
+
+def _activations(subject: Subject, contexts: Contexts, rows: range, progress: Progress) -> Iterator[Tensor]:
+    lm, step = subject.language_model, subject.config.model.batch_size
+    for start in preemption.polled(range(rows.start, rows.stop, step)):
+        batch = slice(start, min(start + step, rows.stop))
+        tokens, lengths = (torch.from_numpy(array[batch]).long() for array in (contexts.tokens, contexts.lengths))
+        if start == 0:
+            lm.verify_hook(tokens, lengths)
+        yield lm.read(tokens, lengths)
+        progress.update(batch.stop)
+
+
+def _key(config: RunConfig, contexts: Contexts) -> str:
+    """Hash of all that decides the activations: language model, hook point, precision and tokens."""
+    model = schema.to_plain(config.model)
+    del model["device"], model["batch_size"]
+    return schema.stable_hash([model, weights_fingerprint(config.model), config.store.dtype, contexts.fingerprint])
+
+
+def _path(config: RunConfig, key: str) -> Path:
+    model = Path(config.model.name.rstrip("/")).name
+    hook = config.model.hook_point or f"layer{config.model.layer}"
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", f"texts-{model}-{hook}")
+    return home() / "stores" / f"{name[:80]}-{key}"
+
+
+def texts_read(subject: Subject, texts: TextActivations, dataset: str) -> dict[str, Any]:
+    """What results say of their texts; `seen_in_training` is None where the run's store is not at hand."""
+    return {
+        "dataset": dataset,
+        "texts": len(texts.texts),
+        "classes": {name: int((texts.label == i).sum()) for i, name in enumerate(texts.label_names)},
+        "tokens": int(texts.valid.sum()),
+        "seen_in_training": _seen_in_training(subject, texts, dataset),
+    }
+
+
+def _seen_in_training(subject: Subject, texts: TextActivations, dataset: str) -> int | None:
+    """How many of the embedded corpus's documents, whose groups are their numbers, the dictionary was trained on."""
+    config = subject.config
+    if subject.is_dense:
+        return 0
+    if not dataset == config.data.source == EMBEDDED:
+        return None
+    layout = StoreLayout(store_path(config))
+    if not layout.exists():
+        return None
+    trained = np.unique(layout.document[: layout.geometry.sequences - layout.heldout])
+    return int(np.isin(texts.group, trained).sum())

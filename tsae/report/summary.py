@@ -1,0 +1,198 @@
+"""The results of a sweep, gathered from its run folders, averaged over seeds and compared seed by seed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache, cached_property
+from typing import Any
+
+from tsae.experiments.driver import headlines
+from tsae.report.measures import LABELS, scalars
+from tsae.sweep.plan import Plan
+from tsae.sweep.points import Point, short_names
+from tsae.sweep.sweepfile import flatten, shown
+from tsae.training.metrics import last_imbalance
+
+SEED_AXES = ("training.seed", "data.seed")
+SOURCES = frozenset({"model", "data", "synthetic"})
+"""Sections that decide what activations are."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One point and its results."""
+
+    point: Point
+    results: dict[str, Any]
+    """Content of eval_results.json; empty while the point is missing."""
+    experiments: dict[str, tuple[float, float | None]]
+    """Headline numbers of the experiments: measure → value and half-width of its interval."""
+    missing: str
+    """Why there are no results, or nothing."""
+    imbalance: str = ""
+    """Which group of latents had fallen silent or taken over when training ended, or nothing."""
+
+    @cached_property
+    def values(self) -> dict[str, float]:
+        """Measure → value."""
+        return scalars(self.results) | {name: value for name, (value, _) in self.experiments.items()}
+
+    def half_width(self, measure: str) -> float:
+        """Half-width of the run's own 95 % interval, NaN where none was estimated."""
+        own = self.results.get("half_width_95", {}).get(measure)
+        own = self.experiments[measure][1] if measure in self.experiments else own
+        return math.nan if own is None else float(own)
+
+    @property
+    def seed(self) -> tuple[Any, ...]:
+        """What tells this point from others of its group."""
+        return tuple(self.point.value(key) for key in SEED_AXES)
+
+
+@dataclass(frozen=True)
+class Group:
+    """The points that differ in nothing but their seed."""
+
+    axes: dict[str, Any]
+    rows: tuple[Row, ...]
+
+    def value(self, key: str) -> Any:
+        """The setting at `key`, which the points share."""
+        return self.rows[0].point.value(key)
+
+    def interval(self, measure: str) -> tuple[float, float]:
+        """Mean over the seeds that have results, and the half-width of its 95 % interval.
+
+        With one seed, the half-width is the run's own over held-out documents. NaN stands for what is not known.
+        """
+        found = [row.values[measure] for row in self.rows if measure in row.values]
+        if not found:
+            return math.nan, math.nan
+        if len(found) == 1:
+            return found[0], next(row for row in self.rows if measure in row.values).half_width(measure)
+        return student_interval(found)
+
+    def difference(self, reference: Group, measure: str) -> tuple[float, float, int]:
+        """Mean over shared seeds of this group's value less the reference's, half-width of its 95 % interval, seeds."""
+        theirs = {row.seed: row.values[measure] for row in reference.rows if measure in row.values}
+        found = [
+            row.values[measure] - theirs[row.seed] for row in self.rows if measure in row.values and row.seed in theirs
+        ]
+        if len(found) < 2:
+            return math.nan, math.nan, len(found)
+        return *student_interval(found), len(found)
+
+
+@dataclass(frozen=True)
+class Summary:
+    """All that the report shows."""
+
+    plan: Plan
+    x: str
+    """Key path of the value on the horizontal axis."""
+    rows: tuple[Row, ...]
+    groups: tuple[Group, ...]
+
+    @property
+    def missing(self) -> list[Row]:
+        """Points without results."""
+        return [row for row in self.rows if row.missing]
+
+    @property
+    def measures(self) -> list[str]:
+        """Every measure that any point has, the summary's first."""
+        names = dict.fromkeys(name for row in self.rows for name in row.values)
+        return [name for name in (*LABELS, *(name for name in names if name not in LABELS)) if name in names]
+
+    @cached_property
+    def telling(self) -> list[str]:
+        """Key paths that tell the groups apart, the swept one first; what follows from those before it is left out.
+
+        A drawn setting follows from no other, although its neighbour's digits alone would do to tell the groups apart.
+        """
+        keys = dict.fromkeys(key for group in self.groups for key in group.axes if key != self.x)
+        drawn = [f"{path}." for path, _ in flatten(self.plan.sweep.config.random)]
+        telling = [self.x]
+        for key in keys:
+            is_drawn = any(path.startswith(f"{key}.") for path in drawn)
+            if is_drawn or self._distinct([*telling, key]) > self._distinct(telling):
+                telling.append(key)
+        return telling
+
+    def worlds(self, groups: Sequence[Group]) -> dict[str, list[Group]]:
+        """The groups by what their activations are, in words: those of different ones do not compete."""
+        keys = [key for key in self.telling if key.partition(".")[0] in SOURCES]
+        found: dict[str, list[Group]] = {}
+        for group in groups:
+            found.setdefault(self.name(group, keys), []).append(group)
+        return found
+
+    def name(self, group: Group, keys: Sequence[str]) -> str:
+        """A group in words, by its settings at `keys`."""
+        short = short_names([*self.telling, *keys])
+        return ", ".join(f"{short[key].replace('_', ' ')} {shown(group.value(key))}" for key in keys)
+
+    def given(self, group: Group) -> list[str]:
+        """What tells a group from others, without what only follows from a preset and without what its activations are."""
+        telling = [key for key in self.telling if key.partition(".")[0] not in SOURCES]
+        return [key for key in telling if key in group.axes] or telling or self.telling
+
+    def _distinct(self, keys: list[str]) -> int:
+        return len({tuple(shown(group.value(key)) for key in keys) for group in self.groups})
+
+    @property
+    def seeds(self) -> int:
+        """The largest number of seeds with results in one group."""
+        return max((sum(not row.missing for row in group.rows) for group in self.groups), default=0)
+
+
+def summarise(plan: Plan) -> Summary:
+    """Read the results of every point of `plan`; points that are not there yet are kept as missing."""
+    rows = tuple(_row(plan, point) for point in plan.points)
+    x = _swept_key(plan)
+    groups: dict[str, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(str(_shared_axes(row.point, x)), []).append(row)
+    found = tuple(Group(_shared_axes(members[0].point, x), tuple(members)) for members in groups.values())
+    return Summary(plan, x, rows, found)
+
+
+def _row(plan: Plan, point: Point) -> Row:
+    run = plan.run(point)
+    experiments = headlines(run, point.config)
+    if run.is_evaluated(point.config):
+        return Row(point, run.read_results(), experiments, "", last_imbalance(run.metrics, point.config))
+    if experiments and "evaluate" not in plan.sweep.config.stages:
+        return Row(point, {}, experiments, "")
+    return Row(point, {}, {}, "trained, not evaluated" if run.is_trained(point.config) else "not trained")
+
+
+def _swept_key(plan: Plan) -> str:
+    """The axis that the sweep's report names, else the first that varies and is not a seed, else the first."""
+    named = plan.sweep.config.report.x
+    if named:
+        return named
+    keys = dict.fromkeys(key for point in plan.points for key in point.axes)
+    varying = [key for key in keys if len({shown(point.value(key)) for point in plan.points}) > 1]
+    return next(iter([*(key for key in varying if key not in SEED_AXES), *varying, *keys]))
+
+
+def _shared_axes(point: Point, x: str) -> dict[str, Any]:
+    return {key: value for key, value in point.axes.items() if key == x or key not in SEED_AXES}
+
+
+def student_interval(values: Sequence[float]) -> tuple[float, float]:
+    """Mean of at least two values and the half-width of its 95 % interval (Student's t)."""
+    mean = sum(values) / len(values)
+    deviation = math.sqrt(sum((value - mean) ** 2 for value in values) / (len(values) - 1))
+    return mean, student_quantile(len(values) - 1) * deviation / math.sqrt(len(values))
+
+
+@cache
+def student_quantile(degrees: int) -> float:
+    """The 97.5 % quantile of Student's t."""
+    from scipy.stats import t
+
+    return float(t.ppf(0.975, degrees))

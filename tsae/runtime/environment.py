@@ -1,0 +1,93 @@
+"""Where things land (`TSAE_HOME`) and the variables that a `.env` file brings."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+from tsae.runtime.errors import TsaeError
+
+FIRST_PORT, PORTS = 20000, 12000
+"""Where processes that Slurm started meet, by their job's number; below the ports that systems give away."""
+
+
+def load_dotenv() -> None:
+    """Read the nearest `.env` (working directory or a parent); variables already set win.
+
+    Must run before huggingface_hub is imported: it reads HF_HOME at import time.
+    """
+    import dotenv
+
+    path = dotenv.find_dotenv(usecwd=True)
+    try:
+        dotenv.load_dotenv(path, override=False)
+    except UnicodeDecodeError:
+        raise TsaeError(f"{path}: not UTF-8 text; a .env file holds lines such as HF_HOME=/folder") from None
+
+
+def home() -> Path:
+    """The folder under which stores/, checkpoints/ and sweeps/ live: `TSAE_HOME`, or `./runs`."""
+    return Path(os.environ.get("TSAE_HOME") or "runs").expanduser().absolute()
+
+
+def available_cores() -> int:
+    """CPU cores this process may use, as the scheduler or the container set them."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def process_rank() -> int:
+    """Which of the processes started together this one is (torchrun's RANK); 0 if it is alone."""
+    return _whole("RANK", 0, process_count() - 1)
+
+
+def process_count() -> int:
+    """How many processes were started together (torchrun's WORLD_SIZE)."""
+    return _whole("WORLD_SIZE", 1, None)
+
+
+def local_rank() -> int:
+    """Which of the processes on this machine this one is (torchrun's LOCAL_RANK); 0 if it is alone."""
+    return _whole("LOCAL_RANK", 0, process_count() - 1)
+
+
+def _whole(name: str, least: int, most: int | None) -> int:
+    """A whole number that torchrun sets, by default the `least` one. Raises TsaeError for anything else."""
+    if most == 0:
+        return 0  # alone, whatever an outer launcher left behind
+    text = os.environ.get(name) or str(least)
+    if not text.isdecimal() or int(text) < least or (most is not None and int(text) > most):
+        allowed = f"at least {least}" if most is None else f"{least} to {most}"
+        raise TsaeError(
+            f"{name}: {text!r}: a whole number, {allowed}, is expected; torchrun and srun set it themselves"
+        )
+    return int(text)
+
+
+def adopt_slurm_step() -> None:
+    """Where `srun` alone started several of this process, say so in torchrun's variables; set ones win.
+
+    Only inside a step: a job's batch script, and a shell that salloc opened, see the job's tasks but are none of them.
+    """
+    step = os.environ.get("SLURM_STEP_ID", "")
+    tasks = int(os.environ.get("SLURM_STEP_NUM_TASKS") or 1)
+    place = ("SLURM_JOB_ID", "SLURM_PROCID", "SLURM_LOCALID", "SLURM_STEP_NODELIST")
+    if "WORLD_SIZE" in os.environ or tasks == 1 or not step.isdigit() or not all(name in os.environ for name in place):
+        return
+    job = os.environ["SLURM_JOB_ID"]
+    meeting = {
+        "RANK": os.environ["SLURM_PROCID"],
+        "WORLD_SIZE": str(tasks),
+        "LOCAL_RANK": os.environ["SLURM_LOCALID"],
+        "MASTER_ADDR": first_host(os.environ["SLURM_STEP_NODELIST"]),
+        "MASTER_PORT": str(FIRST_PORT + (int(job) * 7 + int(step)) % PORTS),
+    }
+    for name, value in meeting.items():
+        os.environ.setdefault(name, value)
+
+
+def first_host(nodes: str) -> str:
+    """The first of the hosts that Slurm writes as `n[3-5,8],m1`."""
+    outside = re.match(r"(?:\[[^\]]*\]|[^,\[])*", nodes)
+    assert outside is not None  # every part of the expression may be empty
+    return re.sub(r"\[([^\],-]*)[^\]]*\]", r"\1", outside.group())

@@ -1,0 +1,219 @@
+"""A stage as a job: what Slurm, a local queue or a debugger runs, and the record that a job keeps of itself.
+
+The record is a folder with one file, state.json, whole at every moment. Schedulers are asked only whether a job lives;
+what became of it is what it wrote itself. Importing this module is cheap: a job that waits or is refused loads no torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import socket
+import sys
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from tsae.runtime import files, preemption
+from tsae.runtime.environment import adopt_slurm_step, process_count, process_rank
+from tsae.runtime.errors import TsaeError
+from tsae.runtime.locks import LockHeld
+
+MOST_RESTARTS = "TSAE_MOST_RESTARTS"
+"""Names the variable that bounds how often one job may be started again."""
+FAILED = 200
+"""Exit code of a stage that failed on Slurm. `srun` ends with the highest code of all processes, so a failure of one must
+be above the codes of those that leave because of it: `REQUEUE`, and 143 where SIGTERM ends them."""
+WAIT_SECONDS = 5.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Call:
+    """A stage to run: a function by name with plain arguments, and where the record goes."""
+
+    record: str
+    """Folder of state.json."""
+    function: str
+    """`module:name`."""
+    arguments: Sequence[Any]
+    label: str
+    """For people: `train split_fraction=0.2`."""
+    attempt: str = ""
+    """Stamp of the launch that asked for it."""
+    executor: str = "debug"
+    """slurm, local or debug."""
+    processes: int = 1
+    """How many processes do it together."""
+    log: str | None = None
+    """File that holds the output; Slurm's is known to the job."""
+
+    def save(self, path: Path) -> None:
+        """Write it as JSON, for `python -m tsae.runtime.job`."""
+        files.write_json(path, asdict(self))
+
+    @classmethod
+    def load(cls, path: str | Path) -> Call:
+        """The call in a JSON file."""
+        return cls(**json.loads(Path(path).read_text()))
+
+
+def run_stage(call: Call) -> None:
+    """Run the stage, as one process of its group where several were started, and keep its record.
+
+    Waits while another process works on the same output. Raises what the stage raises, `Preempted` among it.
+    """
+    adopt_slurm_step()
+    first = process_rank() == 0
+    record = Record(Path(call.record), _identity(call))
+    try:
+        with preemption.watched():
+            _require_restarts_left()
+            _require_company(call)
+            if first:
+                record.write("running")
+            _leaving_when_asked(lambda: _when_free(_resolved(call.function), call.arguments))
+    except preemption.Preempted:
+        if not first:
+            # The first process may still be writing, and Slurm would kill it if this one ended with another code.
+            sys.exit(0)
+        record.write("preempted")
+        raise
+    except Exception as error:
+        record.write("failed", error=_line(error))
+        raise
+    if first:
+        record.write("done")
+
+
+def run_on_slurm(call: Call) -> None:
+    """`run_stage` for submitit, which would end a process that fails with code 1."""
+    try:
+        run_stage(call)
+    except Exception as error:
+        # Its line is in the record already; the whole of it goes to the log, and the code tells the batch script.
+        traceback.print_exception(error)
+        sys.exit(FAILED)
+
+
+class Record:
+    """state.json of one stage: who works on it or worked on it last, and how that ended."""
+
+    def __init__(self, folder: Path, identity: dict[str, Any]) -> None:
+        self._path = state_path(folder)
+        self._state = {**identity, "started": time.time()}
+
+    def write(self, state: str, error: str = "") -> None:
+        """Enter `state`: running, done, failed or preempted. Of several processes that fail the first one tells why."""
+        known = read_state(self._path.parent) or {}
+        same = all(known.get(name) == self._state[name] for name in ("attempt", "restarts"))
+        if state != "done" and same and known["state"] == "failed":
+            return
+        ended = None if state == "running" else time.time()
+        files.write_json(self._path, {"state": state, **self._state, "ended": ended, "error": error})
+
+
+def state_path(record: Path) -> Path:
+    """Where the record in folder `record` lies."""
+    return record / "state.json"
+
+
+def read_state(record: Path) -> dict[str, Any] | None:
+    """What the stage's last job said of itself, or None if none has started, or what it said cannot be read."""
+    return files.read_whole_json(state_path(record)) or None
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """`python -m tsae.runtime.job CALL.json`: 0 when the stage is complete, 1 when it failed, 75 when it was preempted."""
+    (path,) = sys.argv[1:] if arguments is None else arguments
+    try:
+        run_stage(Call.load(path))
+    except TsaeError as error:
+        traceback.print_exc()
+        print(f"tsae: {error}", file=sys.stderr)
+        return 1
+    except preemption.Preempted as preempted:
+        print(f"tsae: {preempted}", file=sys.stderr)
+        return preemption.REQUEUE
+    return 0
+
+
+def _identity(call: Call) -> dict[str, Any]:
+    job, log = str(os.getpid()), call.log
+    if call.executor == "slurm":
+        from submitit import JobEnvironment
+
+        environment = JobEnvironment()
+        job, log = environment.job_id, str(environment.paths.stdout)
+    return {
+        "stage": call.label,
+        "executor": call.executor,
+        "job": job,
+        "cluster": os.environ.get("SLURM_CLUSTER_NAME"),
+        "attempt": call.attempt,
+        "restarts": int(os.environ.get("SLURM_RESTART_COUNT", "0")),
+        "host": os.environ.get("SLURMD_NODENAME") or socket.gethostname(),
+        "pid": os.getpid(),
+        "gpus": os.environ.get("CUDA_VISIBLE_DEVICES"),
+        "log": log,
+    }
+
+
+def _require_restarts_left() -> None:
+    restarts, most = int(os.environ.get("SLURM_RESTART_COUNT", "0")), os.environ.get(MOST_RESTARTS)
+    if most is not None and restarts > int(most):
+        raise TsaeError(
+            f"was preempted or out of time {restarts} times, more than max_restarts: {most} of the cluster's file "
+            "allows; the same command goes on from the last state"
+        )
+
+
+def _require_company(call: Call) -> None:
+    if process_count() != call.processes:
+        raise TsaeError(
+            f"{call.label}: {call.processes} processes were asked for and {process_count()} started; "
+            "something between Slurm and Python has put them into groups of their own"
+        )
+
+
+def _leaving_when_asked(work: Callable[[], None]) -> None:
+    """Do `work`; what fails once the job was asked to leave, as collectives do whose peer has left, is no failure of it."""
+    try:
+        work()
+    except Exception as error:
+        if not preemption.requested():
+            raise
+        traceback.print_exc()
+        raise preemption.Preempted from error
+
+
+def _when_free(function: Callable[..., object], arguments: Sequence[Any]) -> None:
+    """Call the stage; while another process holds its lock, wait and try again: what that one completes is not redone."""
+    while True:
+        try:
+            function(*arguments)
+            return
+        except LockHeld as held:
+            print(f"waiting: {held}", file=sys.stderr, flush=True)
+        until = time.monotonic() + WAIT_SECONDS
+        while time.monotonic() < until:
+            preemption.check()
+            time.sleep(0.2)
+
+
+def _line(error: Exception) -> str:
+    words = " ".join(str(error).split())
+    return words if isinstance(error, TsaeError) else f"{type(error).__name__}: {words}"
+
+
+def _resolved(name: str) -> Callable[..., object]:
+    module, _, attribute = name.partition(":")
+    function: Callable[..., object] = getattr(importlib.import_module(module), attribute)
+    return function
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,123 @@
+"""What the reference implementation calls things: its classes, and the keys of its config.json."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tsae.config.run import RunConfig, group_weights
+from tsae.config.sections import GROUPED_KINDS, PENALTY_KINDS
+
+REFERENCE_NAMES = {
+    "temporal": ("TemporalMatryoshkaBatchTopKTrainer", "TemporalMatryoshkaBatchTopKSAE"),
+    "matryoshka": ("MatryoshkaBatchTopKTrainer", "MatryoshkaBatchTopKSAE"),
+    "batch_topk": ("BatchTopKTrainer", "BatchTopKSAE"),
+    "topk": ("TopKTrainer", "AutoEncoderTopK"),
+    "jump_relu": ("JumpReluTrainer", "JumpReluAutoEncoder"),
+    "gated": ("GatedSAETrainer", "GatedAutoEncoder"),
+    "standard": ("StandardTrainer", "AutoEncoder"),
+    "standard_april": ("StandardTrainerAprilUpdate", "AutoEncoderNew"),
+}
+"""Kind → the reference's trainer class and dictionary class."""
+
+
+def reference_config(config: RunConfig, activation_dim: int, norm_factor: float = 1.0) -> dict[str, Any]:
+    """The content of config.json: every key the reference's scripts read, and those it forgot to write.
+
+    `norm_factor` is what activations were divided by in training; the files are for raw activations all the same.
+    """
+    kind = config.sae.kind
+    trainer = _common_keys(config, activation_dim) | {"norm_factor": norm_factor}
+    trainer |= _penalty_keys(config) if kind in PENALTY_KINDS else _selection_keys(config, activation_dim)
+    if kind in GROUPED_KINDS:
+        trainer |= _group_keys(config)
+    if kind == "temporal":
+        trainer |= _temporal_keys(config)
+    return {"trainer": trainer, "buffer": _buffer_keys(config, activation_dim)}
+
+
+def _common_keys(config: RunConfig, activation_dim: int) -> dict[str, Any]:
+    sae, training = config.sae, config.training
+    trainer_class, dict_class = REFERENCE_NAMES[sae.kind]
+    return {
+        "trainer_class": trainer_class,
+        "dict_class": dict_class,
+        "lr": training.lr or 2e-4 / (sae.dict_size / 16384) ** 0.5,
+        "steps": training.steps,
+        "warmup_steps": training.warmup,
+        "decay_start": training.decay_start,
+        "seed": training.seed,
+        "activation_dim": activation_dim,
+        "dict_size": sae.dict_size,
+        "device": "cpu",
+        "layer": config.model.layer,
+        "lm_name": config.data.source if config.is_synthetic else config.model.name,
+        "wandb_name": dict_class,
+        "submodule_name": config.model.hook_point or f"resid_post_layer_{config.model.layer}",
+        # The reference leaves these out although they decide the result.
+        "dead_feature_threshold": training.dead_after,
+        "pair_rule": training.pair_rule,
+        "bias_lr": config.bias_lr,
+    }
+
+
+def _selection_keys(config: RunConfig, activation_dim: int) -> dict[str, Any]:
+    """Of kinds that select the largest activations."""
+    return {
+        "k": config.sae.k,
+        "reconstruction": config.objective.reconstruction,
+        "auxk_alpha": config.objective.auxk_alpha,
+        "top_k_aux": activation_dim // 2,
+        "threshold_beta": config.training.threshold_beta,
+        "threshold_start_step": config.training.threshold_start,
+        "selection": config.training.selection,
+    }
+
+
+def _penalty_keys(config: RunConfig) -> dict[str, Any]:
+    """Of kinds that are sparse because of a penalty; an L1 weight of none was adjusted to reach the target."""
+    objective, warmup = config.objective, config.objective.sparsity_warmup_steps
+    keys = {
+        "target_l0": objective.target_l0 or config.sae.k,
+        "sparsity_warmup_steps": config.training.warmup if warmup is None else warmup,
+    }
+    if config.sae.kind != "jump_relu":
+        return {**keys, "l1_penalty": objective.sparsity_penalty}
+    weight = 1.0 if objective.sparsity_penalty is None else objective.sparsity_penalty
+    return {**keys, "sparsity_penalty": weight, "bandwidth": objective.bandwidth}
+
+
+def _group_keys(config: RunConfig) -> dict[str, Any]:
+    return {
+        "group_fractions": list(config.sae.fractions),
+        "group_weights": list(group_weights(config)),
+        "group_sizes": list(config.sae.group_sizes),
+        "group_reduction": config.objective.group_reduction,
+    }
+
+
+def _temporal_keys(config: RunConfig) -> dict[str, Any]:
+    objective, rule = config.objective, config.training.pair_rule
+    return {
+        "temporal": {"previous": "p", "random": "r"}.get(rule, rule),
+        "temp_alpha": objective.temporal_alpha,
+        "contrastive": objective.temporal == "contrastive",
+        "similarity": objective.similarity,
+        "temperature": objective.temperature,
+        "same_document": objective.same_document,
+        "directions": objective.directions,
+        "negatives": config.training.negatives,
+    }
+
+
+def _buffer_keys(config: RunConfig, activation_dim: int) -> dict[str, Any]:
+    return {
+        "d_submodule": activation_dim,
+        "io": "out",
+        "n_ctxs": config.training.pool_sequences,
+        "ctx_len": config.data.context_length,
+        "refresh_batch_size": config.model.batch_size,
+        "out_batch_size": config.training.batch_size,
+        "device": "cpu",
+        "dataset": config.data.source,
+        "skip_positions": config.data.skip_positions,
+    }

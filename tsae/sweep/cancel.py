@@ -1,0 +1,87 @@
+"""Ending what runs or waits of one sweep, wherever a launch of it put that, and nothing else."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable, Container
+from contextlib import suppress
+from pathlib import Path
+
+from tsae.runtime import locks
+from tsae.sweep.attempt import Attempt, attempts
+from tsae.sweep.queue.background import lock_of, read_queue
+from tsae.sweep.schedulers.slurm import query as slurm_query
+
+PATIENCE_SECONDS = 30.0
+
+
+def cancel(sweep_folder: Path) -> list[str]:
+    """End the sweep's Slurm jobs and its queues on this machine; a line for each thing done or left."""
+    lines = []
+    for attempt in attempts(sweep_folder):
+        owner = locks.owner(lock_of(attempt))
+        if owner is not None and not owner.is_here:
+            lines.append(f"a queue runs on {owner.host}; cancel it there")
+            continue
+        tasks = read_queue(attempt).values()
+        groups = {task.pid: task.pid_started for task in tasks if task.state == "running" and task.pid}
+        if owner is not None:
+            waiting = sum(task.state == "waiting" for task in tasks)
+            os.kill(owner.pid, signal.SIGTERM)
+            _wait_until(lambda pid=owner.pid, started=owner.started: locks.started_at(pid) != started)  # type: ignore[misc]
+            lines.append(f"ended a local queue with {len(groups)} running and {waiting} waiting stages")
+        lines += [f"ended process {pid}" for pid, started in groups.items() if _end_orphans(pid, started)]
+    if any(_has_been_on_slurm(attempt) for attempt in attempts(sweep_folder)):
+        alive = _end_slurm_jobs(sweep_folder)
+        if alive:
+            lines.append(f"cancelled {alive} Slurm job{'s' if alive > 1 else ''}")
+    return lines
+
+
+def undo_half_submissions(sweep_folder: Path) -> None:
+    """Cancel the jobs of launches that did not come to their end: some are held, others missing or known to nobody.
+
+    For whoever holds the sweep's launch lock, so that no other launcher is at work.
+    """
+    halves = [attempt for attempt in attempts(sweep_folder) if attempt.submitting.exists()]
+    if not halves:
+        return
+    wholes = [attempt for attempt in attempts(sweep_folder) if not attempt.submitting.exists()]
+    _end_slurm_jobs(sweep_folder, {entry.job for attempt in wholes for entry in attempt.jobs()})
+    for attempt in halves:
+        attempt.submitting.unlink()
+
+
+def _has_been_on_slurm(attempt: Attempt) -> bool:
+    return attempt.submitting.exists() or any(entry.executor == "slurm" for entry in attempt.jobs())
+
+
+def _end_slurm_jobs(sweep_folder: Path, but: Container[str] = ()) -> int:
+    """Cancel all live jobs that bear the sweep's name, known to an attempt or not, `but` those; how many there were."""
+    queued = slurm_query.queued(sweep_folder)
+    alive = sorted(job for job, seen in queued.items() if seen.alive and job not in but)
+    slurm_query.cancel(alive)
+    return len(alive)
+
+
+def _end_orphans(pid: int, started: str) -> bool:
+    """End the processes of a job whose queue is gone; whether there were any."""
+    if locks.started_at(pid) != started:
+        return False
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        with suppress(ProcessLookupError):
+            os.killpg(pid, number)
+        if _wait_until(lambda: locks.started_at(pid) != started):
+            break
+    return True
+
+
+def _wait_until(reached: Callable[[], bool]) -> bool:
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while not reached():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.05)
+    return True

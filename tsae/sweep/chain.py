@@ -1,0 +1,172 @@
+"""The stages of one point, in the order harvest → train → evaluate and experiments; packing and merging come after."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from tsae import stages
+from tsae.checkpoint import RunFolder
+from tsae.config import run as configuration
+from tsae.config import schema
+from tsae.config.run import RunConfig
+from tsae.experiments import driver
+from tsae.experiments.driver import EXPERIMENTS
+from tsae.runtime import environment
+from tsae.runtime.errors import TsaeError
+from tsae.sweep.points import Point
+from tsae.sweep.resources import StageResources
+from tsae.sweep.stage import Stage
+from tsae.sweep.sweepfile import Sweep, file_name
+
+
+class Chain:
+    """Makes the stages of the points of one sweep, and knows the folders that belong to it."""
+
+    def __init__(self, sweep: Sweep) -> None:
+        self.sweep = sweep
+        home = environment.home()
+        self.folder = home / "sweeps" / sweep.folder_name
+        self.checkpoints = home / "checkpoints" / sweep.folder_name
+        self._runs: dict[str, RunFolder] = {}
+
+    def run(self, point: Point) -> RunFolder:
+        """Where `point` is trained and measured."""
+        if point.name not in self._runs:  # a thousand points ask for theirs several times
+            self._runs[point.name] = RunFolder.of(self.checkpoints, point.name)
+        return self._runs[point.name]
+
+    def harvests(self, point: Point) -> list[Stage]:
+        """The harvest that `point` reads, as so many jobs as the sweep asks for."""
+        config, resources = point.config, self.sweep.config.resources.harvest
+        store, jobs = stages.store_path(config), resources.jobs or 1
+        if jobs < 1:
+            raise TsaeError(f"{self.sweep.path}: resources.harvest.jobs: {jobs} is impossible; it must be at least 1")
+        is_done = partial(stages.is_harvested, config)
+        return [
+            self._stage(
+                kind="harvest",
+                content=[str(store)] if jobs == 1 else [str(store), job, jobs],
+                subject=store.name if jobs == 1 else f"{store.name} {job + 1} of {jobs}",
+                function="tsae.stages:harvest_stage",
+                point=point,
+                arguments=(job, jobs),
+                progress=stages.harvest_progress(store),
+                lock=stages.harvest_lock(store, job, jobs),
+                resources=resources,
+                on_gpu=config.model.device != "cpu",
+                is_done=is_done if jobs == 1 else partial(_share_is_harvested, config, store, job, jobs),
+            )
+            for job in range(jobs)
+        ]
+
+    def of(self, point: Point, harvests: list[Stage]) -> list[Stage]:
+        """Everything after the harvest; what the sweep does not list is left out and must be done already."""
+        config, run = point.config, self.run(point)
+        read = tuple(stage.key for stage in harvests)
+        train = self._on_run(point, "train", config.training_hash, read, lambda: run.is_trained(config))
+        inputs = (*read, train.key)
+        evaluate = self._on_run(point, "evaluate", config.evaluation_hash, inputs, lambda: run.is_evaluated(config))
+        chain = {"train": train, "evaluate": evaluate}
+        listed = [name for name in EXPERIMENTS if name in self.sweep.config.stages]
+        for name in sorted(listed, key=lambda name: name != "explain"):
+            explained = EXPERIMENTS[name].explained and "explain" in listed
+            settings = schema.stable_hash(configuration.experiment_settings(config, name))
+            before = (*inputs, chain["explain"].key) if explained else inputs
+            chain[name] = self._on_run(point, name, settings, before, partial(driver.is_done, config, run, name))
+        return [stage for kind, stage in chain.items() if kind in self.sweep.config.stages]
+
+    def report(self, points: tuple[Point, ...], after: list[Stage], is_done: Callable[[], bool]) -> Stage:
+        """The stage that writes the report of `points` once all of `after` have ended."""
+        key = schema.stable_hash(["report", str(self.folder), [point.name for point in points]])
+        return Stage(
+            kind="report",
+            key=key,
+            subject=self.sweep.folder_name,
+            function="tsae.sweep.last:report_stage",
+            config=None,
+            arguments=(list(self.sweep.overrides), self.sweep.folder_name),
+            points=(),
+            depends_on=tuple(stage.key for stage in after),
+            record=self.folder / "stages" / f"report-{key[:8]}",
+            progress=self.folder / "report" / "progress.json",
+            lock=self.folder / "report.lock",
+            resources=self.sweep.config.resources.report,
+            on_gpu=False,
+            is_done=is_done,
+            after_failures=True,
+        )
+
+    def _on_run(
+        self,
+        point: Point,
+        kind: str,
+        settings: str,
+        depends_on: tuple[str, ...],
+        is_done: Callable[[], bool],
+    ) -> Stage:
+        run = self.run(point)
+        experiment = kind in EXPERIMENTS
+        return self._stage(
+            kind=kind,
+            content=[str(run.path), settings],
+            subject=point.name,
+            function="tsae.stages:experiment_stage" if experiment else f"tsae.stages:{kind}_stage",
+            point=point,
+            arguments=(str(self.checkpoints), point.name, *((kind,) if experiment else ())),
+            depends_on=depends_on,
+            progress=run.progress,
+            lock=stages.run_lock(run, kind),
+            resources=self.sweep.config.resources.of(kind),
+            on_gpu=point.config.training.device != "cpu",
+            is_done=is_done,
+        )
+
+    def _stage(
+        self,
+        *,
+        kind: str,
+        content: list[Any],
+        subject: str,
+        function: str,
+        point: Point,
+        arguments: tuple[Any, ...],
+        progress: Path,
+        lock: Path,
+        resources: StageResources,
+        on_gpu: bool,
+        is_done: Callable[[], bool],
+        depends_on: tuple[str, ...] = (),
+    ) -> Stage:
+        key = schema.stable_hash([kind, *content])
+        return Stage(
+            kind=kind,
+            key=key,
+            subject=subject,
+            function=function,
+            config=point.name,
+            arguments=arguments,
+            points=(point.name,),
+            depends_on=depends_on,
+            record=self.folder / "stages" / f"{file_name(f'{kind}-{subject}')}-{key[:8]}",
+            progress=progress,
+            lock=lock,
+            resources=resources,
+            on_gpu=on_gpu,
+            is_done=is_done,
+        )
+
+
+def _share_is_harvested(config: RunConfig, store: Path, job: int, jobs: int) -> bool:
+    """Whether one job's share is written; if all shares are but nobody declared the store complete, none is done."""
+    from tsae.store.layout import StoreLayout
+
+    if stages.is_harvested(config):
+        return True
+    layout = StoreLayout(store)
+    if not layout.exists():
+        return False
+    written = [layout.is_written(shard) for shard in range(layout.geometry.shards)]
+    return all(written[job::jobs]) and not all(written)

@@ -1,0 +1,65 @@
+"""What a site adds to every sweep: ~/.config/tsae/cluster.yaml, or the file that `--cluster` names."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tsae.config import schema
+from tsae.runtime.errors import TsaeError
+from tsae.sweep.resources import Resources, StageResources, laid_over
+
+TOGETHER = ("harvest", "train", "evaluate")
+"""Stages that several processes share, one for each GPU if nothing else is said; the others take one."""
+DEFAULT = Path("~/.config/tsae/cluster.yaml")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cluster(Resources):
+    """A site's defaults; what a sweep says about its own resources comes first."""
+
+    defaults: StageResources = field(default_factory=StageResources)
+    """Resources of every stage, below those of its own kind."""
+    max_parallel: int | None = None
+    """Most jobs of one array that run at the same time; by default as many as Slurm lets run."""
+    max_restarts: int = 100
+    """How often one job may be queued again after preemption, time-outs and lost nodes before it counts as failed."""
+    signal_seconds: int = 120
+    """Notice that a job gets before its time is over, in which it saves its state."""
+    setup: tuple[str, ...] = ()
+    """Lines of shell that each job runs first, such as `module load cuda`."""
+    environment: dict[str, str] = field(default_factory=dict)
+    """Variables for each job, such as NCCL_SOCKET_IFNAME."""
+    container: str | None = None
+    """Image that jobs run in, as `--container` takes it."""
+    binds: tuple[str, ...] = ()
+    """Folders that a container needs beside TSAE_HOME, HF_HOME and the data: `/scratch` or `/scratch:/data`."""
+
+    def resources_of(self, kind: str, asked: StageResources) -> StageResources:
+        """What a stage of `kind` gets: what the sweep asks for, else the site's for that kind, else its defaults."""
+        resources = laid_over(laid_over(asked, self.of(kind)), self.defaults)
+        if kind in TOGETHER or resources.tasks is not None:
+            return resources
+        return dataclasses.replace(resources, tasks=1)
+
+
+def load_cluster(path: Path | None = None) -> Cluster:
+    """The site's defaults in `path`, or in the usual place if there is such a file.
+
+    Raises TsaeError for a missing `path`, an unknown key and a value that cannot be.
+    """
+    chosen = path or DEFAULT.expanduser()
+    if path is None and not chosen.exists():
+        return Cluster()
+    cluster = schema.build(Cluster, schema.read_yaml(chosen), str(chosen))
+    cluster.check(f"{chosen}: ")
+    cluster.defaults.check(f"{chosen}: defaults")
+    for name, value, least in (
+        ("max_parallel", cluster.max_parallel, 1),
+        ("max_restarts", cluster.max_restarts, 0),
+        ("signal_seconds", cluster.signal_seconds, 1),
+    ):
+        if value is not None and value < least:
+            raise TsaeError(f"{chosen}: {name}: {value} is too small; at least {least} is expected")
+    return cluster

@@ -1,0 +1,140 @@
+"""Jobs inside an image: the command that goes before `python`, for Apptainer (clusters, laptops) and Docker (laptops)."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from tsae.runtime import environment
+from tsae.runtime.errors import TsaeError
+
+PYTHON = "python3"
+PASSED_ON = re.compile(
+    r"(TSAE|HF|SLURM|SUBMITIT|NCCL|CUDA|NVIDIA|OMP|MKL|OPENBLAS|PYTHON|WANDB|TORCH)_?\w*|MASTER_(ADDR|PORT)|RANK|WORLD_SIZE|LOCAL_RANK|LOCAL_WORLD_SIZE|NUMEXPR_NUM_THREADS|TOKENIZERS_PARALLELISM|MPLBACKEND|OPENAI_API_KEY|(?i:(HTTPS?|ALL|NO)_PROXY)"
+)
+"""Variables that a Docker container gets; Apptainer's gets all."""
+
+
+@dataclass(frozen=True)
+class Container:
+    """An image and what of this machine is seen inside it."""
+
+    runtime: Literal["apptainer", "docker"]
+    image: str
+    """Path of a .sif file or folder, or a name in a registry."""
+    binds: tuple[str, ...]
+    """Folders, each at its own place or as `here:there`."""
+
+    def command(self, extra: Mapping[str, str] | None = None, gpus: bool = True) -> list[str]:
+        """What goes before the arguments of python; `extra` variables are set inside."""
+        # An image may name places of its own, where results would be lost and models fetched for each job.
+        hub = _hub_cache() if _hub_cache().exists() else environment.home() / "huggingface"
+        places = {"TSAE_HOME": str(environment.home()), "HF_HOME": str(hub)}
+        variables = {"PYTHONNOUSERSITE": "1", **places, **(extra or {})}
+        return self._apptainer(variables, gpus) if self.runtime == "apptainer" else self._docker(variables, gpus)
+
+    def _apptainer(self, variables: Mapping[str, str], gpus: bool) -> list[str]:
+        # `env`, because Apptainer cuts the values of its own --env at commas. No --cleanenv or --containall: the job's
+        # place in Slurm, and its GPUs, are told by variables.
+        command = ["env", *(f"APPTAINERENV_{name}={value}" for name, value in variables.items())]
+        command += ["apptainer", "exec", *(["--nv"] if gpus else []), "--pwd", os.getcwd()]
+        for here, there in self._bound():
+            # In quotes, because a path may have commas and --bind takes none.
+            command += ["--mount", f'type=bind,"source={here}","destination={there}"']
+        return [*command, self.image, PYTHON]
+
+    def _docker(self, variables: Mapping[str, str], gpus: bool) -> list[str]:
+        user = f"{os.getuid()}:{os.getgid()}"
+        command = ["docker", "run", "--rm", "--init", "--network=host", "--ipc=host", f"--user={user}"]
+        command += ["--gpus=all"] if gpus else []
+        command += [f"--workdir={os.getcwd()}", "--entrypoint=", "--env=HOME=/tmp"]
+        command += [f"--volume={here}:{there}" for here, there in self._bound()]
+        passed = sorted(name for name in os.environ if PASSED_ON.fullmatch(name))
+        command += [f"--env={name}" for name in passed if name not in variables]
+        command += [f"--env={name}={value}" for name, value in variables.items()]
+        return [*command, self.image, PYTHON]
+
+    def _bound(self) -> list[tuple[str, str]]:
+        return [(here, there or here) for here, _, there in (bind.partition(":") for bind in self.binds)]
+
+
+def container(name: str, places: Iterable[str | Path] = (), binds: Sequence[str] = ()) -> Container:
+    """The image that `--container` or the YAML names.
+
+    `tsae.sif`: Apptainer; `docker://owner/image:tag`: Apptainer if there is one, else Docker; `docker:image`: Docker,
+    with an image that it has. TSAE_HOME, HF_HOME, the working directory and `places` (data, the code's copy) are bound,
+    and `binds` besides. Raises TsaeError for an image or a folder that is not there, and without the program.
+    """
+    runtime, image = _image(name)
+    return Container(runtime, image, tuple(_binds([_hub_cache(), Path.cwd(), *places], binds)))
+
+
+def _image(name: str) -> tuple[Literal["apptainer", "docker"], str]:
+    """Who runs it, and its path or name."""
+    if name.startswith("docker:") and not (name.startswith("docker://") and shutil.which("apptainer")):
+        if shutil.which("docker") is None:
+            raise TsaeError(f"--container {name}: neither apptainer nor docker is on PATH")
+        return "docker", name.removeprefix("docker:").removeprefix("//")
+    if shutil.which("apptainer") is None:
+        raise TsaeError(f"--container {name}: apptainer is not on PATH")
+    if name.startswith("docker://"):
+        return "apptainer", str(_pulled(name))
+    image = Path(os.path.abspath(Path(name).expanduser()))
+    if not image.exists():
+        raise TsaeError(
+            f"--container {name}: no such file; `apptainer build {image.name} apptainer.def` makes one, and "
+            "docker://owner/image:tag is fetched"
+        )
+    if image.is_file() and (why := _complaint(["apptainer", "inspect", str(image)])):
+        raise TsaeError(f"--container {name}: apptainer cannot open it: {why}")
+    return "apptainer", str(image)
+
+
+def _binds(places: Iterable[str | Path], asked: Sequence[str]) -> list[str]:
+    """TSAE_HOME and every folder that is there once, without those below another; asked ones must exist."""
+    for bind in asked:
+        here = bind.partition(":")[0]
+        if not Path(here).exists():
+            raise TsaeError(f"binds: {here}: no such folder")
+    # Not Path.exists, which raises for what is too long to be a path, as a text is.
+    there = [environment.home(), *(place for place in places if os.path.exists(place))]
+    existing = sorted({str(Path(place).expanduser().absolute()) for place in there})
+    kept: list[str] = []
+    for place in existing:
+        if not any(Path(place).is_relative_to(above) for above in kept):
+            kept.append(place)
+    return [*kept, *asked]
+
+
+def _hub_cache() -> Path:
+    return Path(os.environ.get("HF_HOME") or "~/.cache/huggingface").expanduser().absolute()
+
+
+def _pulled(name: str) -> Path:
+    """The image of a registry as a file under TSAE_HOME, fetched once: compute nodes may have no way out."""
+    image = environment.home() / "containers" / (re.sub(r"[^\w.-]+", "-", name.removeprefix("docker://")) + ".sif")
+    if image.exists():
+        return image
+    image.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = image.with_name(f".{image.name}.{os.getpid()}.tmp")
+    pull = ["apptainer", "pull", str(unfinished), name]
+    if why := _complaint(pull):
+        unfinished.unlink(missing_ok=True)
+        raise TsaeError(f"--container {name}: `{shlex.join(pull)}` failed: {why}")
+    unfinished.rename(image)
+    return image
+
+
+def _complaint(command: Sequence[str]) -> str | None:
+    """Run `command`; the last line of why it failed, or None if it did not."""
+    answer = subprocess.run(command, capture_output=True, text=True, check=False)
+    if not answer.returncode:
+        return None
+    return (answer.stderr.strip() or "no word of why").splitlines()[-1]

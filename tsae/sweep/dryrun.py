@@ -1,0 +1,94 @@
+"""What a launch would do, in words: points, stages and why they run or not, GPU-hours, and Slurm's scripts."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+from tsae.sweep.attempt import Attempt
+from tsae.sweep.cluster import Cluster, load_cluster
+from tsae.sweep.launcher import Choice, Options, choose, container_for, resolve
+from tsae.sweep.plan import Plan
+from tsae.sweep.resources import StageResources
+from tsae.sweep.schedulers.slurm import query as slurm_query
+from tsae.sweep.schedulers.slurm.submit import UNKNOWN_CLUSTER, Submission
+from tsae.sweep.stage import Stage
+from tsae.sweep.sweepfile import shown
+
+
+def dry_run(plan: Plan, options: Options) -> list[str]:
+    """The lines; nothing is written and nothing is started."""
+    answers = slurm_query.answers()
+    executor = options.executor if options.executor == "slurm" else resolve(options.executor)
+    on_slurm = executor == "slurm"
+    site = load_cluster(options.cluster) if on_slurm or options.cluster else Cluster()
+    choice = choose(plan, executor, options.retry_failed)
+    image = container_for(plan, options, site if on_slurm else Cluster(), executor)
+    report = plan.report()
+    stages = [*choice.start, *([report] if report and choice.start else [])]
+    lines = [f"{plan.name}: {len(plan.points)} points", *_points(plan), ""]
+    lines += [f"{len(plan.stages)} stages, {len(choice.start)} to run", *_stages(plan, choice), ""]
+    lines += _cost(choice.start, site)
+    if on_slurm and stages:
+        attempt = Attempt(plan.folder / "attempts" / time.strftime("%Y%m%d-%H%M%S"))
+        submission = Submission(
+            sweep_folder=plan.folder,
+            attempt=attempt,
+            cluster=site,
+            container=image,
+            max_parallel=plan.sweep.config.max_parallel,
+            alive=choice.alive,
+        )
+        for text in submission.texts(stages, slurm_query.limits() if answers else UNKNOWN_CLUSTER):
+            lines += ["", "----- sbatch", text.rstrip(), "-----", ""]
+    return [*lines, f"results: {plan.folder}", "dry run: nothing was started"]
+
+
+def table(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Rows as aligned lines."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return [
+        "  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    ]
+
+
+def _points(plan: Plan) -> list[str]:
+    axes = list(dict.fromkeys(key for point in plan.points for key in point.axes))
+    rows = [["point", *axes]]
+    rows += [[point.name, *(shown(point.value(key)) for key in axes)] for point in plan.points]
+    return table(rows)
+
+
+def _stages(plan: Plan, choice: Choice) -> list[str]:
+    verdicts = {stage.key: "to run" for stage in choice.start}
+    for stage in choice.left:
+        verdicts[stage.key] = f"left alone: {choice.standings[stage.key].state}"
+    for stage in choice.failed:
+        verdicts[stage.key] = f"failed, not tried again without --retry-failed: {choice.standings[stage.key].error}"
+    for stage in choice.blocked:
+        verdicts[stage.key] = "blocked: needs one that failed or that another executor has"
+    for stage in choice.start:
+        standing = choice.standings[stage.key]
+        if standing.state not in ("waiting", "blocked"):
+            verdicts[stage.key] += f", {standing.state} before" if standing.state in ("failed", "interrupted") else ""
+            verdicts[stage.key] += f"; {standing.state} on {standing.node}" if standing.state == "running" else ""
+    rows = [["stage", "subject", "points", "state"]]
+    for stage in plan.stages:
+        verdict = verdicts.get(stage.key) or (
+            "complete" if stage.is_done() else "not needed: what reads it is complete"
+        )
+        rows.append([stage.kind, stage.subject, str(len(stage.points)), verdict])
+    return table(rows)
+
+
+def _cost(stages: Sequence[Stage], site: Cluster) -> list[str]:
+    """GPU-hours that the time limits allow at most."""
+    hours, unlimited = 0.0, 0
+    for stage in stages:
+        resources: StageResources = site.resources_of(stage.kind, stage.resources)
+        gpus = (resources.gpus or 0) * (resources.nodes or 1)
+        if gpus and resources.minutes is None:
+            unlimited += 1
+        hours += gpus * (resources.minutes or 0) / 60
+    rest = f", and {unlimited} GPU stages without a time limit" if unlimited else ""
+    return [f"GPU-hours asked for: {hours:g}{rest}"]

@@ -1,0 +1,228 @@
+"""A launch: decides under a lock what is missing and whose it is, and gives it to an executor."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tsae.config import schema
+from tsae.runtime import locks
+from tsae.runtime.errors import TsaeError
+from tsae.sweep.attempt import Attempt
+from tsae.sweep.cancel import undo_half_submissions
+from tsae.sweep.cluster import Cluster, load_cluster
+from tsae.sweep.container import Container
+from tsae.sweep.container import container as container_of
+from tsae.sweep.plan import Plan
+from tsae.sweep.queue import local
+from tsae.sweep.queue.display import Terminal
+from tsae.sweep.queue.runner import Task
+from tsae.sweep.schedulers.slurm import query as slurm_query
+from tsae.sweep.schedulers.slurm.submit import Submission
+from tsae.sweep.stage import Stage
+from tsae.sweep.survey import LIVE, Standing, Survey
+
+WAIT_SECONDS = 0.2
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What the command line says beside the sweep."""
+
+    executor: str
+    cluster: Path | None = None
+    container: str | None = None
+    retry_failed: bool = False
+    detach: bool = False
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The unfinished stages, by what becomes of them now."""
+
+    start: tuple[Stage, ...]
+    """To start, or to watch until a queue that has them is done with them."""
+    own: tuple[Stage, ...]
+    """Those of `start` that nobody has."""
+    left: tuple[Stage, ...]
+    """Running or queued by another launch: left alone."""
+    failed: tuple[Stage, ...]
+    """Failed before, and not to be tried again."""
+    blocked: tuple[Stage, ...]
+    """Need one that failed, or one that another executor has."""
+    standings: dict[str, Standing]
+
+    @property
+    def alive(self) -> dict[str, str]:
+        """Stage key → Slurm's job, of what is left alone."""
+        return {stage.key: self.standings[stage.key].job for stage in self.left if self.standings[stage.key].job}
+
+
+def choose(plan: Plan, executor: str, retry_failed: bool) -> Choice:
+    """What becomes of each unfinished stage; nothing is started."""
+    unfinished = plan.unfinished()
+    standings = Survey(plan).standings(unfinished)
+    start: list[Stage] = []
+    own: list[Stage] = []
+    left: list[Stage] = []
+    failed: list[Stage] = []
+    blocked: list[Stage] = []
+    out_of_reach: set[str] = set()
+    for stage in unfinished:
+        standing = standings[stage.key]
+        if standing.state == "failed" and not retry_failed:
+            failed.append(stage)
+            out_of_reach.add(stage.key)
+        elif standing.state in LIVE and standing.executor not in ("", executor):
+            left.append(stage)
+            out_of_reach.add(stage.key)
+        elif any(key in out_of_reach for key in stage.depends_on):
+            blocked.append(stage)
+            out_of_reach.add(stage.key)
+        elif standing.state in LIVE and standing.executor:
+            # Slurm needs no launcher; a local queue watches, so that it can take over what another one leaves.
+            (left if executor == "slurm" else start).append(stage)
+        else:
+            start.append(stage)
+            own.append(stage)
+    return Choice(tuple(start), tuple(own), tuple(left), tuple(failed), tuple(blocked), standings)
+
+
+@dataclass(frozen=True)
+class Launched:
+    """What a launch came to."""
+
+    choice: Choice
+    broken: tuple[Task, ...] = ()
+    """Stages that did not come to their end while it was watched."""
+    submitted: int = 0
+    """Stages that were given to Slurm, or to a queue that nobody follows."""
+
+
+def launch(plan: Plan, options: Options) -> Launched:
+    """Start what is missing; locally, follow it to its end unless `detach` is asked for."""
+    executor = resolve(options.executor)
+    site = load_cluster(options.cluster) if executor == "slurm" or options.cluster else Cluster()
+    with _launch_lock(plan):
+        undo_half_submissions(plan.folder)
+        choice = choose(plan, executor, options.retry_failed)
+        if not choice.start:
+            return Launched(choice)
+        image = container_for(plan, options, site if executor == "slurm" else Cluster(), executor)
+        stages = [*choice.start, *(stage for stage in [plan.report()] if stage)]
+        # A local queue may have to take over what another one has now.
+        attempt = _begin(plan, choice.start, image)
+        if executor == "slurm":
+            return Launched(choice, submitted=_submit(plan, stages, attempt, site, image, choice))
+        own = [*choice.own, *stages[len(choice.start) :]]
+        terminal = Terminal()
+        if executor == "local":
+            queue = local.start(plan, stages, own, attempt, image)
+        terminal.say(_headline(plan, choice, attempt))
+    if executor == "debug":
+        return Launched(choice, tuple(local.run_here(plan, stages, attempt, terminal)))
+    if options.detach:
+        return Launched(choice, submitted=len(choice.own))
+    return Launched(choice, tuple(local.follow(stages, attempt, queue, terminal)))
+
+
+def resolve(executor: str) -> str:
+    """`auto` as slurm or local. Raises TsaeError where Slurm is asked for and does not answer."""
+    if executor == "auto":
+        return "slurm" if slurm_query.answers() else "local"
+    if executor == "slurm" and not slurm_query.answers():
+        raise TsaeError(
+            "--executor slurm: no controller answers `scontrol ping`; --executor local runs on this machine"
+        )
+    return executor
+
+
+@contextmanager
+def _launch_lock(plan: Plan) -> Iterator[None]:
+    """One launcher of a sweep at a time decides what is missing; the next one sees what it has started."""
+    path, waits = plan.folder / "launch.lock", False
+    while True:
+        holding = locks.hold(path, f"launch {plan.name}")
+        try:
+            holding.__enter__()
+            break
+        except locks.LockHeld as held:
+            # Said once; an owner on another machine that was killed counts as alive for two minutes.
+            if not waits:
+                print(f"waiting: {held}", file=sys.stderr)
+            waits = True
+            time.sleep(WAIT_SECONDS)
+    try:
+        yield
+    finally:
+        holding.__exit__(None, None, None)
+
+
+def _begin(plan: Plan, stages: Sequence[Stage], image: Container | None) -> Attempt:
+    points = plan.config_texts(list(stages))
+    return Attempt.begin(plan.folder, plan.sources(), points, image.image if image else None)
+
+
+def container_for(plan: Plan, options: Options, site: Cluster, executor: str) -> Container | None:
+    """The image that the jobs run in, if any: the command line's, else the sweep's, else the site's.
+
+    Whatever the points' settings name and is there is seen inside. Raises TsaeError where `executor` cannot use it.
+    """
+    if executor == "debug":
+        if options.container:
+            raise TsaeError("--executor debug runs in this process, not in a container; --executor local starts one")
+        return None
+    name = options.container or plan.sweep.config.container or site.container
+    if name is None:
+        return None
+    named = {text for point in plan.points for text in _texts(schema.to_plain(point.config))}
+    image = container_of(name, sorted(named), site.binds)
+    if executor == "slurm" and image.runtime == "docker":
+        raise TsaeError(
+            f"--container {name}: jobs of Slurm run in Apptainer, not in Docker; "
+            "`apptainer build tsae.sif docker-daemon:IMAGE:TAG` turns an image of Docker into a file"
+        )
+    return image
+
+
+def _texts(plain: Any) -> Iterator[str]:
+    """Every text in a tree of settings."""
+    if isinstance(plain, str):
+        yield plain
+    elif isinstance(plain, dict | list):
+        for part in plain.values() if isinstance(plain, dict) else plain:
+            yield from _texts(part)
+
+
+def _submit(
+    plan: Plan, stages: Sequence[Stage], attempt: Attempt, site: Cluster, image: Container | None, choice: Choice
+) -> int:
+    submission = Submission(
+        sweep_folder=plan.folder,
+        attempt=attempt,
+        cluster=site,
+        container=image,
+        max_parallel=plan.sweep.config.max_parallel,
+        alive=choice.alive,
+    )
+    jobs = submission.submit(stages)
+    arrays: dict[str, list[str]] = {}
+    for entry in jobs:
+        arrays.setdefault(entry.job.partition("_")[0], []).append(entry.label)
+    for number, labels in arrays.items():
+        more = f" and {len(labels) - 1} more" if len(labels) > 1 else ""
+        print(f"job {number}: {labels[0]}{more}", file=sys.stderr)
+    return len(jobs)
+
+
+def _headline(plan: Plan, choice: Choice, attempt: Attempt) -> str:
+    complete = len(plan.stages) - len(choice.start) - len(choice.failed) - len(choice.blocked) - len(choice.left)
+    return (
+        f"{plan.name}: {len(plan.points)} points, {len(choice.start)} stages to run, {complete} complete; "
+        f"logs in {attempt.folder / 'logs'}"
+    )

@@ -1,0 +1,165 @@
+"""The words and tables of `status.py`."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from tsae.sweep.plan import Plan
+from tsae.sweep.queue.display import duration, read_progress
+from tsae.sweep.stage import KINDS, Stage
+from tsae.sweep.survey import STATES, Standing
+
+NOTABLE = ("failed", "interrupted", "running", "preempted", "queued", "blocked", "waiting", "done")
+"""States by what a person wants to see first."""
+WITH_LOG = ("failed", "interrupted", "running", "preempted")
+MOST_ROWS = 40
+LOG_LINES = 30
+COLUMNS = ("point", "stage", "state", "node", "elapsed", "progress", "rate")
+
+Standings = Mapping[str, Standing]
+
+
+def headline(plan: Plan, stages: Sequence[Stage], standings: Standings) -> list[str]:
+    """What is looked at, and how far it is."""
+    done = sum(standings[stage.key].state == "done" for stage in stages)
+    return [
+        f"{plan.name}: {len(plan.points)} points, {done} of {len(stages)} stages done   {time.strftime('%H:%M:%S')}",
+        f"in {plan.folder}",
+    ]
+
+
+def counts(stages: Sequence[Stage], standings: Standings) -> list[str]:
+    """One line for each kind of stage: how many are in which state; states that occur nowhere are left out."""
+    found: dict[str, Counter[str]] = {}
+    for stage in stages:
+        found.setdefault(stage.kind, Counter())[standings[stage.key].state] += 1
+    columns = [state for state in STATES if state == "done" or any(counter[state] for counter in found.values())]
+    rows = [["stage", *columns]]
+    for kind in sorted(found, key=KINDS.index):
+        counter = found[kind]
+        rows.append([kind, f"{counter['done']}/{counter.total()}", *(str(counter[s] or "") for s in columns[1:])])
+    return _aligned(rows, right=range(1, len(rows[0])))
+
+
+def point_rows(
+    plan: Plan, stages: Sequence[Stage], standings: Standings, width: int, everything: bool = False
+) -> list[str]:
+    """One line for each point, with its log below while it runs, and its error if it has one.
+
+    Harvests, which many points share, and the report have lines of their own until they are done.
+    """
+    shown = _shown(plan, stages, standings)
+    if len(shown) > MOST_ROWS and not everything:
+        shown.sort(key=lambda entry: NOTABLE.index(entry[2].state))
+    hidden = [] if everything else shown[MOST_ROWS:]
+    shown = shown[: len(shown) - len(hidden)]
+    rows = [list(COLUMNS), *([name, *_cells(stage, standing)] for name, stage, standing in shown)]
+    table = _fitting(rows, width)
+    lines = table[0]
+    for below, (_, _, standing) in zip(table[1:], shown, strict=True):
+        lines += below
+        if standing.error:
+            lines.append(f"    {standing.error}")
+        if standing.log and standing.state in WITH_LOG:
+            lines.append(f"    log: {_relative(standing.log, plan.folder)}")
+    if hidden:
+        states = Counter(standing.state for _, _, standing in hidden)
+        rest = ", ".join(f"{states[state]} {state}" for state in STATES if states[state])
+        lines.append(f"... and {len(hidden)} more: {rest} (--all shows them)")
+    return lines
+
+
+def log_texts(stages: Sequence[Stage], standings: Standings) -> list[str]:
+    """The end of each stage's log, under its path."""
+    lines: list[str] = []
+    for stage in stages:
+        standing = standings[stage.key]
+        path = Path(standing.log) if standing.log else None
+        if path is None or not path.is_file():
+            lines.append(f"== {stage.label}: {standing.state}, no log")
+            continue
+        lines.append(f"== {stage.label}: {standing.state}; the end of {path}")
+        lines += path.read_text(errors="replace").splitlines()[-LOG_LINES:]
+    return lines
+
+
+def _shown(plan: Plan, stages: Sequence[Stage], standings: Standings) -> list[tuple[str, Stage, Standing]]:
+    """Name, stage and standing of each line: shared stages that are not done, and the most telling stage of each point."""
+    shared = [stage for stage in stages if stage.kind in ("harvest", "report") and standings[stage.key].state != "done"]
+    own: dict[str, list[Stage]] = {point.name: [] for point in plan.points}
+    for stage in stages:
+        for point in stage.points if stage.kind != "harvest" else ():
+            own[point].append(stage)
+    found = [(stage.subject, stage, standings[stage.key]) for stage in shared if stage.kind == "harvest"]
+    for point, members in own.items():
+        if members:
+            stage = _most_telling(members, standings)
+            found.append((point, stage, standings[stage.key]))
+    return found + [(stage.kind, stage, standings[stage.key]) for stage in shared if stage.kind == "report"]
+
+
+def _most_telling(stages: Sequence[Stage], standings: Standings) -> Stage:
+    """The first in the most notable state; of a point that is complete, the last."""
+    return min(
+        reversed(stages) if all(standings[stage.key].state == "done" for stage in stages) else stages,
+        key=lambda stage: NOTABLE.index(standings[stage.key].state),
+    )
+
+
+def _cells(stage: Stage, standing: Standing) -> list[str]:
+    elapsed = ""
+    if standing.since is not None and (standing.until is not None or standing.state == "running"):
+        elapsed = duration(max(0.0, (standing.until or time.time()) - standing.since))
+    progress, rate = _progress(stage, standing) if standing.state in ("running", "preempted") else ("", "")
+    return [stage.kind, standing.state, standing.node, elapsed, progress, rate]
+
+
+def _progress(stage: Stage, standing: Standing) -> tuple[str, str]:
+    """`200/800 steps` and `12.5k tokens/s`, of what the stage's progress file says."""
+    record = read_progress(stage, standing.since or 0.0)
+    if not record or str(record.get("stage", "")).split(" ")[0] != stage.kind:
+        return "", ""
+    reached = f"{_short(record['done'])}/{_short(record['total'])}" if record.get("total") else _short(record["done"])
+    rate, unit = float(record.get("rate") or 0.0), str(record["unit"])
+    words = str(record.get("message", "")).split()
+    if "tokens/s" in words[:-1]:
+        rate, per = float(words[words.index("tokens/s") + 1]), "tokens"
+    else:
+        per = unit
+    return f"{reached} {unit}", f"{_short(rate)} {per}/s" if rate else ""
+
+
+def _short(number: float) -> str:
+    """`800`, `12.5k`, `1.2M`."""
+    for size, letter in ((1e9, "G"), (1e6, "M"), (1e4, "k")):
+        if number >= size:
+            return f"{number / (1e3 if letter == 'k' else size):.3g}{letter}"
+    return f"{number:.3g}" if isinstance(number, float) and number < 1000 else f"{number:.0f}"
+
+
+def _fitting(rows: list[list[str]], width: int) -> list[list[str]]:
+    """Each row as one aligned line without columns that are empty; where that is too wide, names stand above the rest."""
+    rows = [[row[i] for i in range(len(COLUMNS)) if i == 0 or any(other[i] for other in rows[1:])] for row in rows]
+    lines = _aligned(rows)
+    if max(map(len, lines)) <= width:
+        return [[line] for line in lines]
+    rest = _aligned([row[1:] for row in rows])
+    return [[row[0], f"  {line}"] for row, line in zip(rows, rest, strict=True)]
+
+
+def _aligned(rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> list[str]:
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return [
+        "  ".join(
+            cell.rjust(width) if i in right else cell.ljust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]
+
+
+def _relative(log: str, folder: Path) -> str:
+    return str(Path(log).relative_to(folder)) if Path(log).is_relative_to(folder) else log

@@ -1,0 +1,153 @@
+"""From a sweep to the stages that make its points; nothing here writes or starts anything.
+
+sweep file ─► points (one validated run each) ─► stages (harvest → train → evaluate, experiments → report), identical
+ones merged
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from functools import cache, cached_property
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from tsae.checkpoint import RunFolder
+from tsae.config import run as configuration
+from tsae.config import schema
+from tsae.runtime.errors import TsaeError
+from tsae.sweep.chain import Chain
+from tsae.sweep.made_from import is_current
+from tsae.sweep.packing import pack
+from tsae.sweep.points import Point, expand
+from tsae.sweep.stage import KINDS, Stage
+from tsae.sweep.sweepfile import Sweep
+
+SWEEP_FILE, BASE_FILE = "sweep.yaml", "base.yaml"
+"""A launch's copies of the sweep and of its base."""
+FEEDING = ("harvest", "train")
+"""Stages that are there for what follows them; they run on their own account only if nothing follows."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All points and stages of a sweep, and the folders that belong to it."""
+
+    sweep: Sweep
+    points: tuple[Point, ...]
+    stages: tuple[Stage, ...]
+    """All but the report, in an order in which they can run."""
+
+    @property
+    def name(self) -> str:
+        """Sweep, base and overrides in one word."""
+        return self.sweep.folder_name
+
+    @cached_property
+    def _chain(self) -> Chain:
+        return Chain(self.sweep)
+
+    @property
+    def folder(self) -> Path:
+        """Where the sweep keeps its launches, records and report."""
+        return self._chain.folder
+
+    def run(self, point: Point) -> RunFolder:
+        """Where `point` is trained and measured."""
+        return self._chain.run(point)
+
+    def unfinished(self) -> list[Stage]:
+        """Stages to run: not done, and asked for by the user or by a stage that has to run itself."""
+        listed = {stage.kind for stage in self.stages}
+        asked = listed - set(FEEDING) or {max(listed, key=KINDS.index)}
+        needed: list[Stage] = []
+        wanted: set[str] = set()
+        for stage in reversed(self.stages):
+            if (stage.kind in asked or stage.key in wanted) and not stage.is_done():
+                needed.append(stage)
+                wanted.update(stage.depends_on)
+        return needed[::-1]
+
+    def report(self) -> Stage | None:
+        """The stage that writes the report, if the sweep lists it."""
+        if "report" not in self.sweep.config.stages:
+            return None
+        return self._chain.report(self.points, list(self.stages), lambda: is_current(self))
+
+    def sources(self) -> dict[str, str]:
+        """The files from which this can be planned again, by name: the sweep, and the base that it was laid over."""
+        found = {SWEEP_FILE: self.sweep.path, BASE_FILE: self.sweep.base_path}
+        return {name: path.read_text(encoding="utf-8") for name, path in found.items()}
+
+    def config_texts(self, stages: list[Stage]) -> dict[str, str]:
+        """The resolved configuration of each point that `stages` read, as YAML."""
+        named = [[stage.config] if isinstance(stage.config, str) else stage.config or [] for stage in stages]
+        wanted = {name for names in named for name in names}
+        return {point.name: _as_yaml(point.config) for point in self.points if point.name in wanted}
+
+
+def make_plan(sweep: Sweep) -> Plan:
+    """Points and stages of `sweep`. Raises TsaeError for every setting that cannot work, before anything starts."""
+    points, chain = expand(sweep), Chain(sweep)
+    table: dict[str, Stage] = {}
+    needed_by: dict[str, list[str]] = {}
+    harvests: dict[str, list[Stage]] = {}
+    checked: set[str] = set()
+    for point in points:
+        _refuse_impossible(chain, point, checked)
+        # The name of a store takes a look at the text's sources; once for each distinct store is enough.
+        source = schema.stable_hash([configuration.store_settings(point.config), point.config.store.path])
+        if source not in harvests:
+            harvests[source] = chain.harvests(point)
+        own = harvests[source] if "harvest" in sweep.config.stages else []
+        for stage in (*own, *chain.of(point, harvests[source])):
+            table.setdefault(stage.key, stage)
+            needed_by.setdefault(stage.key, []).append(point.name)
+    merged = [dataclasses.replace(stage, points=tuple(needed_by[key])) for key, stage in table.items()]
+    ordered = sorted(merged, key=lambda stage: KINDS.index(stage.kind))
+    return Plan(sweep, points, tuple(pack(points, ordered)))
+
+
+def _as_yaml(config: configuration.RunConfig) -> str:
+    return "".join(_section_as_yaml(json.dumps({name: part})) for name, part in schema.to_plain(config).items())
+
+
+@cache
+def _section_as_yaml(section: str) -> str:
+    """Points of a sweep have most sections in common, and writing YAML is slow."""
+    dumper = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
+    text: str = yaml.dump(json.loads(section), Dumper=dumper, sort_keys=False)
+    return text
+
+
+def _refuse_impossible(chain: Chain, point: Point, checked: set[str]) -> None:
+    """Refuse what only the model or the disk can tell: a layer that is not there, a folder of another run.
+
+    Points that agree in their model share one look at it; `checked` remembers which.
+    """
+    from tsae.lm.source import check_layer
+
+    model = schema.stable_hash(schema.to_plain(point.config.model))
+    if model not in checked:
+        check_layer(point.config.model, f"{chain.sweep.path}: {point.name}")
+        checked.add(model)
+    run = chain.run(point)
+    if run.training_hash() in (None, point.config.training_hash):
+        return
+    wanted = configuration.training_settings(point.config)
+    here = configuration.training_settings(run.load_config())
+    raise TsaeError(
+        f"{run.path}: holds a run of another configuration ({_first_difference(here, wanted)}); "
+        "give this sweep another name with --name, or remove the folder"
+    )
+
+
+def _first_difference(there: dict[str, Any], here: dict[str, Any]) -> str:
+    for section, values in here.items():
+        for key, value in values.items():
+            if there.get(section, {}).get(key) != value:
+                return f"{section}.{key} is {there.get(section, {}).get(key)} there, {value} here"
+    return "made by another version of tsae"

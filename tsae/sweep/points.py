@@ -1,0 +1,180 @@
+"""A sweep's points: the product of its axes, each a validated run with a name of its own."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import itertools
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, get_type_hints
+
+from tsae.config import run as configuration
+from tsae.config import schema
+from tsae.config.run import RunConfig
+from tsae.config.sections import ObjectiveConfig
+from tsae.runtime.errors import TsaeError, suggestion
+from tsae.sweep.draws import draw_points
+from tsae.sweep.sweepfile import Sweep, file_name, flatten, lay_over, shown, unflatten
+
+
+@dataclass(frozen=True)
+class Point:
+    """One run of a sweep."""
+
+    name: str
+    """Run name, from the swept values: `split_fraction=0.2,seed=0`."""
+    axes: dict[str, Any]
+    """Key path → value, of what the sweep varies."""
+    config: RunConfig
+
+    def value(self, key: str) -> Any:
+        """The setting at key path `key`, swept in this point or not."""
+        found: Any = self.config
+        for name in key.split("."):
+            found = getattr(found, name)
+        return found.preset if isinstance(found, ObjectiveConfig) else found
+
+
+def expand(sweep: Sweep) -> tuple[Point, ...]:
+    """All points in the order of the file. Raises TsaeError for unknown axes, bad values and duplicates."""
+    choices = [_grid(sweep), _zipped(sweep), _listed(sweep), _drawn(sweep)]
+    _refuse_overlap(sweep, choices)
+    rows = [_merged(parts) for parts in itertools.product(*choices)]
+    short = short_names([key for row in rows for key in row])
+    points = []
+    for row in rows:
+        name = file_name(",".join(f"{short[key]}={shown(value)}" for key, value in row.items()) or "run")
+        settings = copy.deepcopy(sweep.settings)
+        lay_over(settings, unflatten(row))
+        config = configuration.from_mapping(settings, f"{sweep.path}: {name}" if row else str(sweep.path))
+        points.append(Point(name, row, config))
+    _refuse_duplicates(sweep, points)
+    x = sweep.config.report.x
+    if x is not None and x not in short:
+        raise TsaeError(f"{sweep.path}: report.x: {x} is not swept; {suggestion(x, short)}allowed: {', '.join(short)}")
+    return tuple(points)
+
+
+def short_names(keys: list[str]) -> dict[str, str]:
+    """Key path → its last component, or the whole path where that is ambiguous."""
+    distinct = list(dict.fromkeys(keys))
+    last = Counter(key.rpartition(".")[2] for key in distinct)
+    return {key: key.rpartition(".")[2] if last[key.rpartition(".")[2]] == 1 else key for key in distinct}
+
+
+def key_paths(cls: type = RunConfig, path: str = "") -> Iterator[str]:
+    """Every setting of a run as a key path."""
+    hints = get_type_hints(cls)
+    for field in dataclasses.fields(cls):
+        dotted = f"{path}.{field.name}" if path else field.name
+        if dataclasses.is_dataclass(hints[field.name]):
+            yield from key_paths(hints[field.name], dotted)
+        else:
+            yield dotted
+
+
+@cache
+def _known_axes() -> tuple[str, ...]:
+    return (*key_paths(), "objective")
+
+
+def _grid(sweep: Sweep) -> list[dict[str, Any]]:
+    axes = _axes(sweep, "grid", sweep.config.grid)
+    return [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
+
+
+def _zipped(sweep: Sweep) -> list[dict[str, Any]]:
+    axes = _axes(sweep, "zip", sweep.config.zip)
+    if not axes:
+        return [{}]
+    lengths = {key: len(values) for key, values in axes.items()}
+    if len(set(lengths.values())) > 1:
+        found = ", ".join(f"{key} has {length}" for key, length in lengths.items())
+        raise TsaeError(f"{sweep.path}: zip: lists of one length are expected; {found}")
+    return [dict(zip(axes, values, strict=True)) for values in zip(*axes.values(), strict=True)]
+
+
+def _listed(sweep: Sweep) -> list[dict[str, Any]]:
+    rows = [dict(flatten(row)) for row in sweep.config.list]
+    for number, row in enumerate(rows):
+        for key in row:
+            _refuse_unknown(sweep, f"list[{number}]", key)
+    return rows or [{}]
+
+
+def _drawn(sweep: Sweep) -> list[dict[str, Any]]:
+    if not sweep.config.random:
+        return [{}]
+    where = f"{sweep.path}: random"
+    tree = dict(sweep.config.random)
+    count, seed = (schema.convert(int, tree.pop(name, None), where, name) for name in ("n", "seed"))
+    if count < 1:
+        raise TsaeError(f"{where}: n: {count} is impossible; it must be at least 1")
+    axes: dict[str, Any] = {}
+    known = _known_axes()
+    for key, value in flatten(tree):
+        setting, _, way = key.rpartition(".")
+        axis, choice = (setting, {way: value}) if setting in known else (key, value)
+        _refuse_unknown(sweep, "random", axis)
+        axes[axis] = choice
+    if not axes:
+        raise TsaeError(
+            f"{where}: no axis besides n and seed; for example training.lr: {{log_uniform: [1.0e-4, 1.0e-2]}}"
+        )
+    return draw_points(axes, count, seed, where)
+
+
+def _axes(sweep: Sweep, part: str, tree: Mapping[str, Any]) -> dict[str, list[Any]]:
+    axes = dict(flatten(tree))
+    for key, values in axes.items():
+        _refuse_unknown(sweep, part, key)
+        if not isinstance(values, list):
+            raise TsaeError(f"{sweep.path}: {part}.{key}: a list of values is expected, found {schema.kind_of(values)}")
+        if not values:
+            raise TsaeError(f"{sweep.path}: {part}.{key}: the list is empty; at least one value is expected")
+    return axes
+
+
+def _refuse_overlap(sweep: Sweep, choices: list[list[dict[str, Any]]]) -> None:
+    if not any(row for rows in choices for row in rows):
+        raise TsaeError(f"{sweep.path}: grid: empty, and so are zip, list and random; name at least one axis")
+    seen: dict[str, str] = {}
+    for part, rows in zip(("grid", "zip", "list", "random"), choices, strict=True):
+        for key in dict.fromkeys(key for row in rows for key in row):
+            if key in seen:
+                raise TsaeError(f"{sweep.path}: {part}.{key}: {seen[key]} varies it too; it may be in one of them")
+            seen[key] = part
+
+
+def _refuse_unknown(sweep: Sweep, part: str, key: str) -> None:
+    known = _known_axes()
+    if key in known:
+        return
+    last = key.rpartition(".")[2]
+    same = [path for path in known if path.rpartition(".")[2] == last]
+    hint = f"did you mean '{same[0]}'? " if len(same) == 1 else suggestion(key, known)
+    raise TsaeError(f"{sweep.path}: {part}.{key}: no such axis; {hint}an axis is a setting such as sae.k")
+
+
+def _merged(parts: tuple[dict[str, Any], ...]) -> dict[str, Any]:
+    merged: dict[str, Any] = {}
+    for part in parts:
+        merged.update(part)
+    return merged
+
+
+def _refuse_duplicates(sweep: Sweep, points: list[Point]) -> None:
+    names: dict[str, Point] = {}
+    contents: dict[str, Point] = {}
+    for point in points:
+        content = point.config.evaluation_hash + schema.stable_hash(schema.to_plain(point.config.experiments))
+        for table, key in ((names, point.name), (contents, content)):
+            if key in table:
+                raise TsaeError(
+                    f"{sweep.path}: the points '{table[key].name}' and '{point.name}' are the same run; "
+                    "each combination may occur once"
+                )
+            table[key] = point

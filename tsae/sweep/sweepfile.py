@@ -1,0 +1,177 @@
+"""A sweep's YAML: typed, checked, and laid over its base."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from tsae.config import run as configuration
+from tsae.config import schema
+from tsae.config.sections import DataConfig
+from tsae.runtime.errors import TsaeError, suggestion
+from tsae.sweep.resources import Resources
+
+StageKind = Literal[
+    "harvest", "train", "evaluate", "probe", "tsne", "sequences", "align", "steer", "explain", "features", "report"
+]
+SWEEPS = Path(__file__).resolve().parents[1] / "sweeps"
+"""The shipped sweeps: package data, and in a checkout a link to the folder beside the package."""
+BASES = SWEEPS / "bases"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportConfig:
+    """What the report shows."""
+
+    x: str | None = None
+    """Key path of the swept value on the horizontal axis; by default the first that varies and is not a seed."""
+    baseline: dict[str, Any] = field(default_factory=dict)
+    """Key path: value of the points that the others are compared with, seed by seed; by default those with the first swept value."""
+    claims: bool = False
+    """Judge the paper's claims, too; nothing but sae.kind and seeds may vary."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepConfig:
+    """A sweep: the product of `grid`, `zip`, `list` and `random` over a base configuration."""
+
+    name: str | None = None
+    """Name of the sweep; by default the name of its file."""
+    base: str = "embedded"
+    """Name of a file in sweeps/bases, or a path to a run's YAML."""
+    grid: dict[str, Any] = field(default_factory=dict)
+    """Key path: list of values. Every combination is a point."""
+    zip: dict[str, Any] = field(default_factory=dict)
+    """Key path: list of values, all of one length, which vary together."""
+    list: tuple[dict[str, Any], ...] = ()
+    """Explicit points: one mapping of key path to value for each."""
+    random: dict[str, Any] = field(default_factory=dict)
+    """`n` points, drawn by `seed`; every other key is a key path with a list to choose from, or `uniform`, `log_uniform` or `integers` with its bounds."""
+    overrides: dict[str, Any] = field(default_factory=dict)
+    """Settings that differ from the base in every point."""
+    stages: tuple[StageKind, ...] = ("harvest", "train", "evaluate", "report")
+    """What to do; experiments of the paper may be among it."""
+    resources: Resources = field(default_factory=Resources)
+    """What the jobs of each stage may use."""
+    max_parallel: int | None = None
+    """Jobs that run at the same time, at most: of this sweep on one machine, of each of its arrays on Slurm."""
+    container: str | None = None
+    """Image that the jobs run in, as for --container."""
+    report: ReportConfig = field(default_factory=ReportConfig)
+    """Axes of the report."""
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """A sweep's file together with what the command line made of it."""
+
+    path: Path
+    config: SweepConfig
+    settings: dict[str, Any]
+    """Base and overrides as one tree of a RunConfig, without the swept values."""
+    folder_name: str
+    """Names its folders under TSAE_HOME: the sweep, its base and the overrides that change results."""
+    base_path: Path
+    overrides: tuple[str, ...]
+    """As they were given on the command line."""
+
+
+def load_sweep(
+    path: str | Path, base: str | None = None, overrides: list[str] | None = None, name: str | None = None
+) -> Sweep:
+    """The sweep in `path` on `base` (else its own) with `section.key=value` overrides."""
+    path = Path(path)
+    tree = schema.read_yaml(path)
+    config = schema.build(SweepConfig, tree, str(path))
+    if not config.stages or set(config.stages) <= {"report"}:
+        raise TsaeError(f"{path}: stages: nothing to run; allowed: {', '.join(get_args(StageKind))}")
+    if config.max_parallel is not None and config.max_parallel < 1:
+        raise TsaeError(f"{path}: max_parallel: {config.max_parallel} is impossible; it must be at least 1")
+    config.resources.check(f"{path}: resources.")
+    base_path = find_base(base or config.base, path, "--base" if base else f"{path}: base")
+    settings = schema.read_yaml(base_path)
+    configuration.from_mapping(settings, str(base_path))
+    own = unflatten(config.overrides)
+    configuration.from_mapping(own, f"{path}: overrides", partial=True)
+    lay_over(settings, own)
+    extra = schema.parse_overrides(overrides or [])
+    configuration.from_mapping(extra, "command line", partial=True)
+    _refuse_swept(config, extra, path)
+    lay_over(settings, extra)
+    folder = name or "-".join([config.name or path.stem, base_path.stem]) + _override_suffix(extra)
+    return Sweep(path, config, settings, file_name(folder), base_path, tuple(overrides or ()))
+
+
+def find_base(name: str, sweep: Path, where: str) -> Path:
+    """The YAML of base `name`: a path (from here or beside the sweep), or a name in sweeps/bases."""
+    candidates = [Path(name), sweep.parent / name, sweep.parent / "bases" / f"{name}.yaml", BASES / f"{name}.yaml"]
+    for candidate in candidates:
+        if candidate.is_file():
+            return candidate
+    known = sorted(path.stem for path in BASES.glob("*.yaml"))
+    raise TsaeError(
+        f"{where}: there is no base '{name}'; {suggestion(name, known)}allowed: {', '.join(known)}, or a YAML file"
+    )
+
+
+def lay_over(settings: dict[str, Any], extra: Mapping[str, Any]) -> None:
+    """Lay `extra` over `settings` in place; a preset's name stands for the section it fills, and replaces it."""
+    if isinstance(settings.get("objective"), str):
+        settings["objective"] = {"preset": settings["objective"]}
+    extra = dict(extra)
+    if isinstance(extra.get("objective"), str):
+        settings["objective"] = {"preset": extra.pop("objective")}
+    schema.merge_into(settings, extra)
+
+
+def flatten(tree: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
+    """`{"sae": {"k": 1}}` and `{"sae.k": 1}` → `("sae.k", 1)`."""
+    for key, value in tree.items():
+        dotted = f"{path}.{key}" if path else str(key)
+        if isinstance(value, Mapping):
+            yield from flatten(value, dotted)
+        else:
+            yield dotted, value
+
+
+def unflatten(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """A tree of sections from any mix of nested and dotted keys."""
+    sections: dict[str, Any] = {}
+    for path, value in flatten(tree):
+        schema.merge_into(sections, schema.nested(path, value))
+    return sections
+
+
+def file_name(text: str, longest: int = 150) -> str:
+    """`text` as the name of a file or folder: portable characters, bounded length, still unique."""
+    clean = re.sub(r"[^\w.,=+-]+", "-", text).strip("-.") or "sweep"
+    if len(clean) <= longest:
+        return clean
+    return f"{clean[:longest]}-{schema.stable_hash(text, 8)}"
+
+
+def shown(value: Any) -> str:
+    """A setting's value as it reads in names and tables."""
+    if isinstance(value, (list, tuple)):
+        return "+".join(shown(item) for item in value)
+    if isinstance(value, bool) or value is None:
+        return {True: "true", False: "false", None: "none"}[value]
+    return f"{value:g}" if isinstance(value, float) and float(f"{value:g}") == value else str(value)
+
+
+def _refuse_swept(config: SweepConfig, extra: Mapping[str, Any], path: Path) -> None:
+    swept = {key for part in (config.grid, config.zip, config.random, *config.list) for key, _ in flatten(part)}
+    for key, _ in flatten(extra):
+        if key in swept:
+            raise TsaeError(f"command line: {key}: {path} sweeps it; edit the sweep's values there instead")
+
+
+def _override_suffix(extra: Mapping[str, Any]) -> str:
+    """Names the overrides that change results, so that they get folders of their own."""
+    runs = (configuration.RunConfig(data=DataConfig(source=source)) for source in ("embedded", "synthetic"))
+    counted = {key for run in runs for key, _ in flatten(configuration.evaluation_settings(run))}
+    parts = [f"{key}={shown(value)}" for key, value in flatten(extra) if key in counted or key == "objective"]
+    return "".join(f",{part}" for part in parts)
