@@ -188,7 +188,7 @@ def test_a_job_that_cannot_even_begin_is_a_failure_with_the_last_words_of_its_lo
 
 @pytest.mark.parametrize(("bound", "state"), [(2, "done"), (1, "failed")])
 def test_a_preempted_job_runs_again_up_to_a_bound(stage, queue_of, tmp_path, monkeypatch, bound, state):
-    monkeypatch.setattr("runner.MOST_PREEMPTIONS", bound)
+    monkeypatch.setattr("tsae.sweep.queue.runner.MOST_PREEMPTIONS", bound)
     script = "echo + >> $log; test $(wc -l < $log) -gt 2 && touch $out || { kill -USR2 $PPID; exit 1; }"
     queue = queue_of([stage("job", script)])
     queue.run()

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from tsae.sweep.points import short_names
-from tsae.sweep.sweepfile import shown
+from tsae.config.points import short_names, shown
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -7,14 +7,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tsae import plotting
+from tsae.config.points import short_names, shown
 from tsae.report.axis import SweptAxis
 from tsae.report.forest import draw_forest, suits
 from tsae.report.grids import EFFECTS, draw_effects, draw_heat_map, effects_caption, pair_of
 from tsae.report.measures import CHARTS, Chart, label, shown_of
 from tsae.report.summary import Group, Summary
 from tsae.report.trade_offs import draw_trade_offs
-from tsae.sweep.points import short_names
-from tsae.sweep.sweepfile import shown
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -12,13 +12,13 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tsae.config.points import shown
 from tsae.report.claims import section, write_claims
 from tsae.runtime import environment, files
 from tsae.runtime.errors import TsaeError, os_error_line
 from tsae.sweep.commandline import add_sweep_arguments, plan_of
 from tsae.sweep.made_from import hash_of_results, page_path, record_path
 from tsae.sweep.plan import Plan
-from tsae.sweep.sweepfile import shown
 
 if TYPE_CHECKING:
     from tsae.report.summary import Summary

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from tsae.config.points import shown
 from tsae.report.measures import shown_of
 from tsae.report.summary import Group, Summary
-from tsae.sweep.sweepfile import shown
 
 MEASURES = (
     "frac_variance_explained",

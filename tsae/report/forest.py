@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tsae import plotting
+from tsae.config.points import shown
 from tsae.report.axis import SweptAxis
 from tsae.report.grids import EFFECTS, MOST_EFFECTS
 from tsae.report.measures import label, shown_of
 from tsae.report.summary import Group, Summary
-from tsae.sweep.sweepfile import shown
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -9,11 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tsae import plotting
+from tsae.config.points import short_names, shown
 from tsae.report.axis import SweptAxis
 from tsae.report.measures import figures, label, shown_of
 from tsae.report.summary import Group, Summary
-from tsae.sweep.points import short_names
-from tsae.sweep.sweepfile import shown
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

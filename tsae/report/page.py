@@ -10,14 +10,13 @@ from pathlib import Path
 
 import yaml
 
+from tsae.config.points import short_names, shown
 from tsae.config.run import RunConfig
 from tsae.report.comparison import Comparison, compare
 from tsae.report.measures import LABELS, Chart, figures, label
 from tsae.report.pictures import experiments_section, picture
 from tsae.report.summary import Group, Summary
 from tsae.report.text import sentences
-from tsae.sweep.points import short_names
-from tsae.sweep.sweepfile import shown
 
 STYLE = """
 :root { color-scheme: light; --ink: #1c1c1c; --soft: #5f6368; --line: #dcdcdc; --accent: #0072b2; }

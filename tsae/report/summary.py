@@ -8,11 +8,10 @@ from dataclasses import dataclass
 from functools import cache, cached_property
 from typing import Any
 
+from tsae.config.points import Point, flatten, short_names, shown
 from tsae.experiments.driver import headlines
 from tsae.report.measures import LABELS, scalars
 from tsae.sweep.plan import Plan
-from tsae.sweep.points import Point, short_names
-from tsae.sweep.sweepfile import flatten, shown
 from tsae.training.metrics import last_imbalance
 
 SEED_AXES = ("training.seed", "data.seed")

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import math
 
+from tsae.config.points import short_names, shown
 from tsae.report.comparison import compare
 from tsae.report.measures import figures, label, shown_of
 from tsae.report.summary import Group, Summary
-from tsae.sweep.points import short_names
-from tsae.sweep.sweepfile import shown
 
 RANGED = (
     "frac_variance_explained",

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from tsae import plotting
+from tsae.config.points import shown
 from tsae.report.axis import SweptAxis
 from tsae.report.measures import Chart, label, shown_of
 from tsae.report.summary import Group, Summary
-from tsae.sweep.sweepfile import shown
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

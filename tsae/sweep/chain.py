@@ -11,15 +11,15 @@ from tsae import stages
 from tsae.checkpoint import RunFolder
 from tsae.config import run as configuration
 from tsae.config import schema
+from tsae.config.points import Point, file_name
 from tsae.config.run import RunConfig
 from tsae.experiments import driver
 from tsae.experiments.driver import EXPERIMENTS
 from tsae.runtime import environment
 from tsae.runtime.errors import TsaeError
-from tsae.sweep.points import Point
 from tsae.sweep.resources import StageResources
 from tsae.sweep.stage import Stage
-from tsae.sweep.sweepfile import Sweep, file_name
+from tsae.sweep.sweepfile import Sweep
 
 
 class Chain:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 
+from tsae.config.points import shown
 from tsae.sweep.attempt import Attempt
 from tsae.sweep.cluster import Cluster, load_cluster
 from tsae.sweep.launcher import Choice, Options, choose, container_for, resolve
@@ -13,7 +14,6 @@ from tsae.sweep.resources import StageResources
 from tsae.sweep.schedulers.slurm import query as slurm_query
 from tsae.sweep.schedulers.slurm.submit import UNKNOWN_CLUSTER, Submission
 from tsae.sweep.stage import Stage
-from tsae.sweep.sweepfile import shown
 
 
 def dry_run(plan: Plan, options: Options) -> list[str]:

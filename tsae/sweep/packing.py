@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 
 from tsae.config import run as configuration
 from tsae.config import schema
-from tsae.sweep.points import Point
+from tsae.config.points import Point
 from tsae.sweep.stage import Stage
 
 

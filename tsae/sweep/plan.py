@@ -18,11 +18,12 @@ import yaml
 from tsae.checkpoint import RunFolder
 from tsae.config import run as configuration
 from tsae.config import schema
+from tsae.config.points import Point
 from tsae.runtime.errors import TsaeError
 from tsae.sweep.chain import Chain
 from tsae.sweep.made_from import is_current
 from tsae.sweep.packing import pack
-from tsae.sweep.points import Point, expand
+from tsae.sweep.points import expand
 from tsae.sweep.stage import KINDS, Stage
 from tsae.sweep.sweepfile import Sweep
 

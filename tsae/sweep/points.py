@@ -3,39 +3,17 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import itertools
-from collections import Counter
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from functools import cache
-from typing import Any, get_type_hints
+from typing import Any
 
 from tsae.config import run as configuration
 from tsae.config import schema
-from tsae.config.run import RunConfig
-from tsae.config.sections import ObjectiveConfig
+from tsae.config.points import Point, file_name, flatten, key_paths, short_names, shown, unflatten
 from tsae.runtime.errors import TsaeError, suggestion
 from tsae.sweep.draws import draw_points
-from tsae.sweep.sweepfile import Sweep, file_name, flatten, lay_over, shown, unflatten
-
-
-@dataclass(frozen=True)
-class Point:
-    """One run of a sweep."""
-
-    name: str
-    """Run name, from the swept values: `split_fraction=0.2,seed=0`."""
-    axes: dict[str, Any]
-    """Key path → value, of what the sweep varies."""
-    config: RunConfig
-
-    def value(self, key: str) -> Any:
-        """The setting at key path `key`, swept in this point or not."""
-        found: Any = self.config
-        for name in key.split("."):
-            found = getattr(found, name)
-        return found.preset if isinstance(found, ObjectiveConfig) else found
+from tsae.sweep.sweepfile import Sweep, lay_over
 
 
 def expand(sweep: Sweep) -> tuple[Point, ...]:
@@ -56,24 +34,6 @@ def expand(sweep: Sweep) -> tuple[Point, ...]:
     if x is not None and x not in short:
         raise TsaeError(f"{sweep.path}: report.x: {x} is not swept; {suggestion(x, short)}allowed: {', '.join(short)}")
     return tuple(points)
-
-
-def short_names(keys: list[str]) -> dict[str, str]:
-    """Key path → its last component, or the whole path where that is ambiguous."""
-    distinct = list(dict.fromkeys(keys))
-    last = Counter(key.rpartition(".")[2] for key in distinct)
-    return {key: key.rpartition(".")[2] if last[key.rpartition(".")[2]] == 1 else key for key in distinct}
-
-
-def key_paths(cls: type = RunConfig, path: str = "") -> Iterator[str]:
-    """Every setting of a run as a key path."""
-    hints = get_type_hints(cls)
-    for field in dataclasses.fields(cls):
-        dotted = f"{path}.{field.name}" if path else field.name
-        if dataclasses.is_dataclass(hints[field.name]):
-            yield from key_paths(hints[field.name], dotted)
-        else:
-            yield dotted
 
 
 @cache

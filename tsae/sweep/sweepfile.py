@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from tsae.config import run as configuration
 from tsae.config import schema
+from tsae.config.points import file_name, flatten, shown, unflatten
 from tsae.config.sections import DataConfig
+from tsae.report.settings import ReportConfig
 from tsae.runtime.errors import TsaeError, suggestion
 from tsae.sweep.resources import Resources
 
@@ -20,18 +21,6 @@ StageKind = Literal[
 SWEEPS = Path(__file__).resolve().parents[1] / "sweeps"
 """The shipped sweeps: package data, and in a checkout a link to the folder beside the package."""
 BASES = SWEEPS / "bases"
-
-
-@dataclass(frozen=True, kw_only=True)
-class ReportConfig:
-    """What the report shows."""
-
-    x: str | None = None
-    """Key path of the swept value on the horizontal axis; by default the first that varies and is not a seed."""
-    baseline: dict[str, Any] = field(default_factory=dict)
-    """Key path: value of the points that the others are compared with, seed by seed; by default those with the first swept value."""
-    claims: bool = False
-    """Judge the paper's claims, too; nothing but sae.kind and seeds may vary."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,41 +114,6 @@ def lay_over(settings: dict[str, Any], extra: Mapping[str, Any]) -> None:
     if isinstance(extra.get("objective"), str):
         settings["objective"] = {"preset": extra.pop("objective")}
     schema.merge_into(settings, extra)
-
-
-def flatten(tree: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
-    """`{"sae": {"k": 1}}` and `{"sae.k": 1}` → `("sae.k", 1)`."""
-    for key, value in tree.items():
-        dotted = f"{path}.{key}" if path else str(key)
-        if isinstance(value, Mapping):
-            yield from flatten(value, dotted)
-        else:
-            yield dotted, value
-
-
-def unflatten(tree: Mapping[str, Any]) -> dict[str, Any]:
-    """A tree of sections from any mix of nested and dotted keys."""
-    sections: dict[str, Any] = {}
-    for path, value in flatten(tree):
-        schema.merge_into(sections, schema.nested(path, value))
-    return sections
-
-
-def file_name(text: str, longest: int = 150) -> str:
-    """`text` as the name of a file or folder: portable characters, bounded length, still unique."""
-    clean = re.sub(r"[^\w.,=+-]+", "-", text).strip("-.") or "sweep"
-    if len(clean) <= longest:
-        return clean
-    return f"{clean[:longest]}-{schema.stable_hash(text, 8)}"
-
-
-def shown(value: Any) -> str:
-    """A setting's value as it reads in names and tables."""
-    if isinstance(value, (list, tuple)):
-        return "+".join(shown(item) for item in value)
-    if isinstance(value, bool) or value is None:
-        return {True: "true", False: "false", None: "none"}[value]
-    return f"{value:g}" if isinstance(value, float) and float(f"{value:g}") == value else str(value)
 
 
 def _refuse_swept(config: SweepConfig, extra: Mapping[str, Any], path: Path) -> None:
