@@ -57,10 +57,10 @@ def cancel_sweep(given: argparse.Namespace) -> int:
 
 def report(plan: Plan) -> None:
     """`tsae report`: write it, and print the short table and where the page is."""
-    from tsae.report.command import short_table, write_report
+    from tsae.report.write import short_table, write_report
 
-    page = write_report(plan)
-    print("\n".join(short_table(plan)))
+    page = write_report(plan.compared)
+    print("\n".join(short_table(plan.compared)))
     print(f"report: {page}")
 
 
@@ -68,7 +68,7 @@ def claims(plan: Plan) -> None:
     """`tsae claims`: write the verdicts, and print them."""
     from tsae.report.claims import as_text, write_claims
 
-    print(as_text(plan, write_claims(plan)), end="")
+    print(as_text(plan.compared, write_claims(plan.compared)), end="")
 
 
 def run(plan: Plan, options: Options, status: str) -> int:
@@ -94,16 +94,15 @@ def run(plan: Plan, options: Options, status: str) -> int:
 
 def _show_report(plan: Plan) -> None:
     """Print the short table and where the report is; write it first if a job has not."""
-    from tsae.report.command import short_table, write_report
-    from tsae.sweep.made_from import is_current, page_path
+    from tsae.report.write import short_table, write_report
 
     if "report" in plan.sweep.config.stages:
-        page = page_path(plan) if is_current(plan) else write_report(plan)
-        print("\n".join(short_table(plan)))
+        page = plan.compared.page if plan.compared.is_current() else write_report(plan.compared)
+        print("\n".join(short_table(plan.compared)))
         if plan.sweep.config.report.claims:
             from tsae.report.claims import as_text, write_claims
 
-            print(as_text(plan, write_claims(plan)), end="")
+            print(as_text(plan.compared, write_claims(plan.compared)), end="")
         print(f"report: {page}")
 
 

@@ -12,9 +12,8 @@ from typing import TYPE_CHECKING
 
 from tsae.config.points import shown
 from tsae.report.claims import section, write_claims
+from tsae.report.compared import Compared
 from tsae.runtime import files
-from tsae.sweep.made_from import hash_of_results, page_path, record_path
-from tsae.sweep.plan import Plan
 
 if TYPE_CHECKING:
     from tsae.report.summary import Summary
@@ -29,19 +28,19 @@ SHORT_COLUMNS = (
 )
 
 
-def write_report(plan: Plan) -> Path:
+def write_report(compared: Compared) -> Path:
     """Write results.json, table.md, table.csv, the figures and report.html; returns the path of the page."""
     from tsae.report.charts import draw_charts
     from tsae.report.page import render
     from tsae.report.summary import summarise
 
-    state = hash_of_results(plan)
-    summary = summarise(plan)
-    page = page_path(plan)
+    state = compared.hash_of_results()
+    summary = summarise(compared)
+    page = compared.page
     page.parent.mkdir(parents=True, exist_ok=True)
     files.write_text(page.with_name("table.csv"), _csv(summary))
     files.write_text(page.with_name("table.md"), _markdown(summary))
-    files.write_text(page, render(summary, draw_charts(summary, page.parent), _claims_section(plan)))
+    files.write_text(page, render(summary, draw_charts(summary, page.parent), _claims_section(compared)))
     points = [
         {
             "name": row.point.name,
@@ -52,23 +51,23 @@ def write_report(plan: Plan) -> Path:
         }
         for row in summary.rows
     ]
-    files.write_json(record_path(plan), {"sweep": plan.name, "made_from": state, "points": points})
+    files.write_json(compared.record, {"sweep": compared.name, "made_from": state, "points": points})
     return page
 
 
-def _claims_section(plan: Plan) -> str:
+def _claims_section(compared: Compared) -> str:
     """The verdicts as HTML, where the sweep asks for them."""
-    if not plan.sweep.config.report.claims:
+    if not compared.settings.claims:
         return ""
-    return section(plan, write_claims(plan))
+    return section(compared, write_claims(compared))
 
 
-def short_table(plan: Plan) -> list[str]:
+def short_table(compared: Compared) -> list[str]:
     """A few measures of each point, for the terminal."""
     from tsae.report.measures import figures, label
     from tsae.report.summary import summarise
 
-    summary = summarise(plan)
+    summary = summarise(compared)
     columns = [name for name in SHORT_COLUMNS if name in summary.measures]
     cells = [["point", *(label(name) for name in columns)]]
     for row in summary.rows:
