@@ -15,7 +15,7 @@ from typing import Any
 from tsae.config import schema, validation
 from tsae.config.experiments import ExperimentsConfig
 from tsae.config.sections import (
-    KINDS,
+    KIND_SETTINGS,
     OBJECTIVE_PRESETS,
     DataConfig,
     EvaluationConfig,
@@ -82,7 +82,7 @@ class RunConfig:
     @property
     def _relative_errors(self) -> bool:
         """Whether reconstruction errors are divided by the variance."""
-        return self.objective.reconstruction == "variance" and not KINDS[self.sae.kind].penalised
+        return self.objective.reconstruction == "variance" and not KIND_SETTINGS[self.sae.kind].penalised
 
     @property
     def is_synthetic(self) -> bool:

@@ -96,7 +96,7 @@ class KindSettings:
     """It encodes by the threshold that training tracks."""
 
 
-KINDS = {
+KIND_SETTINGS = {
     "temporal": KindSettings(grouped=True, temporal=True, needs_threshold=True),
     "matryoshka": KindSettings(grouped=True, needs_threshold=True),
     "batch_topk": KindSettings(needs_threshold=True),
@@ -106,14 +106,14 @@ KINDS = {
     "standard": KindSettings(penalised=True),
     "standard_april": KindSettings(penalised=True),
 }
-"""The kinds of SAE; `tsae.sae.kinds` has the class of each, and how it is trained."""
+"""The kinds of SAE; `tsae.sae.kinds.KINDS` has the class of each, and how it is trained."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SaeConfig:
     """The dictionary."""
 
-    kind: Annotated[str, OneOf(KINDS)] = "temporal"
+    kind: Annotated[str, OneOf(KIND_SETTINGS)] = "temporal"
     """`temporal`: T-SAE; `matryoshka`: the same nested groups without the temporal term; `batch_topk`: one group; `topk`: k for every token; `jump_relu`, `gated`; `standard`: ReLU and L1; `standard_april`: the same as of Anthropic's April 2024 update."""
     dict_size: int = 16384
     """Number of latents (F)."""
@@ -127,7 +127,7 @@ class SaeConfig:
     @property
     def fractions(self) -> tuple[float, ...]:
         """Share of the latents of each group; they sum to 1."""
-        if not KINDS[self.kind].grouped:
+        if not KIND_SETTINGS[self.kind].grouped:
             return (1.0,)
         return self.group_fractions or (self.split_fraction, 1.0 - self.split_fraction)
 
@@ -146,13 +146,13 @@ class TermSettings:
     """It tells a token's partner from each of the others, so that some of them can be left out."""
 
 
-TEMPORAL_TERMS = {
+TERM_SETTINGS = {
     "contrastive": TermSettings(contrastive=True),
     "linear": TermSettings(),
     "l2": TermSettings(),
     "l1": TermSettings(),
 }
-"""The temporal terms; `tsae.training.temporal` has the formulas of each."""
+"""The temporal terms; `tsae.training.temporal.TERMS` has the formulas of each."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,7 +161,7 @@ class ObjectiveConfig:
 
     preset: Literal["scale_free", "reference", "paper"] = "scale_free"
     """`scale_free`: ours, which means the same for activations of any scale; `reference`: what the authors' released code computes; `paper`: what the paper's equations say. Other keys override it."""
-    temporal: Annotated[str, OneOf(TEMPORAL_TERMS)] = "contrastive"
+    temporal: Annotated[str, OneOf(TERM_SETTINGS)] = "contrastive"
     """Temporal term of a T-SAE: InfoNCE over the batch; `linear`: the mean similarity of all pairs of the batch minus that of the true pairs, without a logarithm; `l2`: the squared distance of the two codes (the paper's ablation without contrast); `l1`: their L1 distance weighted by the inputs' cosine (the released code's other branch)."""
     temporal_alpha: float = 0.1
     """Weight of the temporal term."""

@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from tsae.config.sections import KINDS, TEMPORAL_TERMS
+from tsae.config.sections import KIND_SETTINGS, TERM_SETTINGS
 from tsae.runtime.errors import TsaeError, suggestion
 
 if TYPE_CHECKING:
@@ -83,7 +83,7 @@ def _check_objective(config: RunConfig, check: _Check) -> None:
     )
     check.at(
         "objective.same_document",
-        lambda kept: kept or TEMPORAL_TERMS[config.objective.temporal].contrastive,
+        lambda kept: kept or TERM_SETTINGS[config.objective.temporal].contrastive,
         "only objective.temporal: contrastive can leave them out",
     )
     check.at(
@@ -106,7 +106,7 @@ def _check_training(config: RunConfig, check: _Check, where: str) -> None:
         lambda start: start is None or warmup < start < steps,
         f"it must lie after training.warmup_steps ({warmup}) and before training.steps ({steps})",
     )
-    kind = KINDS[config.sae.kind]
+    kind = KIND_SETTINGS[config.sae.kind]
     if kind.needs_threshold:
         check.at(
             "training.threshold_start_step",
@@ -132,7 +132,7 @@ def require_processes(config: RunConfig, world: int) -> None:
             f"training.processes: {settings.processes} were asked for, but {world} {'is' if world == 1 else 'are'} "
             f"training; start it with: torchrun --nproc-per-node {settings.processes} -m tsae.cli train ..."
         )
-    if world > 1 and settings.engine == "dense" and not KINDS[config.sae.kind].penalised:
+    if world > 1 and settings.engine == "dense" and not KIND_SETTINGS[config.sae.kind].penalised:
         raise TsaeError(f"training.engine: dense works in one process, not in {world}; use sparse")
     if settings.batch_size % world:
         nearest = max(1, round(settings.batch_size / world)) * world

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tsae.parallel.group import Group
 from tsae.runtime.phases import phase
-from tsae.sae.selection.batch import INTEGERS, Encoder, Entries, Prepared, Selection, candidates, first_guess, lowered
+from tsae.sae.selection.top_k import INTEGERS, Encoder, Entries, Prepared, Selection, candidates, first_guess, lowered
 from tsae.sae.sparse import from_entries
 
 DIGIT_BITS = 11
