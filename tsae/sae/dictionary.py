@@ -127,18 +127,18 @@ class Dictionary(nn.Module, ABC):
         self.check_names(state, where)
         for key, attribute in self.file_tensors.items():
             name, _, transposed = attribute.partition(".")
-            own, given = getattr(self, name), state[key]
-            expected = own.T.shape if transposed else own.shape
+            present, given = getattr(self, name), state[key]
+            expected = present.T.shape if transposed else present.shape
             if given.shape != expected:
                 raise TsaeError(
                     f"{where}: {key} has shape {tuple(given.shape)}; {type(self).__name__} needs {tuple(expected)}"
                 )
-            if given.is_floating_point() != own.is_floating_point():
-                raise TsaeError(f"{where}: {key} is {given.dtype}; {type(self).__name__} needs {own.dtype}")
+            if given.is_floating_point() != present.is_floating_point():
+                raise TsaeError(f"{where}: {key} is {given.dtype}; {type(self).__name__} needs {present.dtype}")
             if not is_finite(given):
                 raise TsaeError(f"{where}: {key} holds values that are not finite; the file is damaged or diverged")
-            tensor = (given.T if transposed else given).to(own.dtype)
-            setattr(self, name, nn.Parameter(tensor) if isinstance(own, nn.Parameter) else tensor)
+            tensor = (given.T if transposed else given).to(present.dtype)
+            setattr(self, name, nn.Parameter(tensor) if isinstance(present, nn.Parameter) else tensor)
 
     @classmethod
     def check_names(cls, state: dict[str, Tensor], where: str) -> None:

@@ -79,26 +79,26 @@ def _weighted_rows(
 def _sampled_products(
     rows,
     columns,
-    left,
-    right,
+    x,
+    matrix,
     out,
     count,
     width,
-    left_stride,
-    right_stride,
+    x_stride,
+    matrix_stride,
     BLOCK_E: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
     entry = tl.program_id(0).to(tl.int64) * BLOCK_E + tl.arange(0, BLOCK_E)
     live = entry < count
-    left_row = left + tl.load(rows + entry, mask=live, other=0) * left_stride
-    right_row = right + tl.load(columns + entry, mask=live, other=0) * right_stride
+    x_row = x + tl.load(rows + entry, mask=live, other=0) * x_stride
+    matrix_row = matrix + tl.load(columns + entry, mask=live, other=0) * matrix_stride
     total = tl.zeros((BLOCK_E, BLOCK_D), tl.float32)
     for first in range(0, width, BLOCK_D):
         d = first + tl.arange(0, BLOCK_D)
         inside = live[:, None] & (d < width)[None, :]
-        one = tl.load(left_row[:, None] + d[None, :], mask=inside, other=0.0)
-        other = tl.load(right_row[:, None] + d[None, :], mask=inside, other=0.0)
+        one = tl.load(x_row[:, None] + d[None, :], mask=inside, other=0.0)
+        other = tl.load(matrix_row[:, None] + d[None, :], mask=inside, other=0.0)
         total += one * other
     tl.store(out + entry, tl.sum(total, axis=1), mask=live)
 
@@ -160,15 +160,15 @@ def weighted_rows(
     return out
 
 
-def sampled_products(rows: Tensor, columns: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    """left[rows[e]] · right[columns[e]] for every entry e → [n]; both matrices have D columns."""
-    left, right = _row_major(left), _row_major(right)
-    out = left.new_empty(len(rows))
+def sampled_products(rows: Tensor, columns: Tensor, x: Tensor, matrix: Tensor) -> Tensor:
+    """x[rows[e]] · matrix[columns[e]] for every entry e → [n]; both matrices have D columns."""
+    x, matrix = _row_major(x), _row_major(matrix)
+    out = x.new_empty(len(rows))
     if len(rows):
-        width = left.shape[1]
-        shape = (len(rows), width, left.stride(0), right.stride(0), ENTRIES, _width(width))
+        width = x.shape[1]
+        shape = (len(rows), width, x.stride(0), matrix.stride(0), ENTRIES, _width(width))
         with on_device_of(out):
-            _sampled_products[(triton.cdiv(len(rows), ENTRIES),)](rows, columns, left, right, out, *shape)
+            _sampled_products[(triton.cdiv(len(rows), ENTRIES),)](rows, columns, x, matrix, out, *shape)
     return out
 
 

@@ -130,15 +130,15 @@ def weighted_rows(code: SparseCode, matrix: Tensor) -> Tensor:
     )
 
 
-def sampled_products(code: SparseCode, left: Tensor, right: Tensor) -> Tensor:
-    """left [N, D] @ right [F, D].T at the entries of `code` only → [n]."""
-    kernels = kernels_for(left)
+def sampled_products(code: SparseCode, x: Tensor, matrix: Tensor) -> Tensor:
+    """x [N, D] @ matrix [F, D].T at the entries of `code` only → [n]."""
+    kernels = kernels_for(x)
     if kernels is not None:
-        return kernels.sampled_products(code.rows, code.latents, left, right)
+        return kernels.sampled_products(code.rows, code.latents, x, matrix)
     pattern = torch.sparse_csr_tensor(
-        code.offsets, code.latents, torch.zeros_like(code.values), (len(left), len(right)), check_invariants=False
+        code.offsets, code.latents, torch.zeros_like(code.values), (len(x), len(matrix)), check_invariants=False
     )
-    return torch.sparse.sampled_addmm(pattern, left, right.T, beta=0.0).values()
+    return torch.sparse.sampled_addmm(pattern, x, matrix.T, beta=0.0).values()
 
 
 def segment_sums(values: Tensor, offsets: Tensor) -> Tensor:

@@ -15,7 +15,15 @@ import torch
 from torch import Tensor
 
 from tsae.runtime.phases import phase
-from tsae.sae.selection.screens import SEGMENT, CpuScreen, Memory, Screen, screens, screens_on_cpu
+from tsae.sae.selection.screens import (
+    SEGMENT,
+    CpuScreen,
+    Memory,
+    Screen,
+    largest_of_segments,
+    screens,
+    screens_on_cpu,
+)
 from tsae.sae.sparse import SparseCode, from_entries, kernels_for
 
 GUESS_MARGIN = 0.97
@@ -69,10 +77,6 @@ class Encoder:
         """Rows of x per block: about 64 MB of activations, but enough rows for the product to run at full speed."""
         return max(CUDA_BLOCK_ROWS if x.is_cuda else BLOCK_ROWS, BLOCK_BYTES // (4 * dict_size))
 
-    def rounded(self, weight: Tensor) -> Tensor:
-        """The weight in the precision of the product."""
-        return weight.bfloat16() if self.precision == "bf16" else weight
-
     def prepare(self, weight: Tensor, bias: Tensor, rows: int) -> Prepared:
         """What depends on weight [D, F] and bias [F] alone: made once for the products of one step.
 
@@ -83,7 +87,7 @@ class Encoder:
             screen = Screen(weight, bias)
         elif self.precision == "exact" and screens_on_cpu(weight, rows):
             screen = CpuScreen(weight, bias, self._memory)
-        return Prepared(self.rounded(weight), bias, screen)
+        return Prepared(weight.bfloat16() if self.precision == "bf16" else weight, bias, screen)
 
     def listing(self, x: Tensor) -> Any:
         """The kernels' list of entries above a guess; None where torch's operations make it."""
@@ -209,9 +213,7 @@ def _least_products(bias: Tensor, guess: float) -> Tensor:
 
     Going through all products once more to add the biases would take some per cent of what making them takes.
     """
-    padded = bias.new_full((-(-len(bias) // SEGMENT) * SEGMENT,), -torch.inf)
-    padded[: len(bias)] = bias
-    largest = padded.view(-1, SEGMENT).amax(dim=1)
+    largest = largest_of_segments(bias)
     slack = 4 * torch.finfo(bias.dtype).eps * (guess + largest.abs())
     return guess - largest - slack
 
