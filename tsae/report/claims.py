@@ -8,17 +8,14 @@ of the mean difference does, fails if no part of it does, and is undecided other
 
 from __future__ import annotations
 
-import argparse
 import html
 import math
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
-from tsae.runtime import environment, files
-from tsae.runtime.errors import TsaeError, os_error_line
-from tsae.sweep.commandline import add_sweep_arguments, plan_of
+from tsae.runtime import files
+from tsae.runtime.errors import TsaeError
 from tsae.sweep.made_from import page_path
 from tsae.sweep.plan import Plan
 
@@ -196,24 +193,3 @@ def write_claims(plan: Plan) -> list[Verdict]:
     files.write_json(folder / "claims.json", {"sweep": plan.name, "claims": plain})
     files.write_text(folder / "claims.md", as_text(plan, verdicts))
     return verdicts
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """The command line; 0, or 2 with one line on stderr."""
-    parser = argparse.ArgumentParser(prog="launch/claims.py", description=__doc__.splitlines()[0])
-    add_sweep_arguments(parser)
-    given = parser.parse_intermixed_args(arguments)
-    try:
-        plan = plan_of(given)
-        print(as_text(plan, write_claims(plan)), end="")
-    except TsaeError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"error: {os_error_line(error, environment.home())}", file=sys.stderr)
-        return 2
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

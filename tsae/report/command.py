@@ -5,18 +5,14 @@ May be run at any time, also while the sweep runs: points without results are na
 
 from __future__ import annotations
 
-import argparse
 import csv
 import io
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tsae.config.points import shown
 from tsae.report.claims import section, write_claims
-from tsae.runtime import environment, files
-from tsae.runtime.errors import TsaeError, os_error_line
-from tsae.sweep.commandline import add_sweep_arguments, plan_of
+from tsae.runtime import files
 from tsae.sweep.made_from import hash_of_results, page_path, record_path
 from tsae.sweep.plan import Plan
 
@@ -31,25 +27,6 @@ SHORT_COLUMNS = (
     "l0",
     "frac_alive",
 )
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """The command line; 0, or 2 with one line on stderr."""
-    parser = argparse.ArgumentParser(prog="launch/report.py", description=__doc__.splitlines()[0])
-    add_sweep_arguments(parser)
-    given = parser.parse_intermixed_args(arguments)
-    try:
-        plan = plan_of(given)
-        page = write_report(plan)
-        print("\n".join(short_table(plan)))
-        print(f"report: {page}")
-    except TsaeError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"error: {os_error_line(error, environment.home())}", file=sys.stderr)
-        return 2
-    return 0
 
 
 def write_report(plan: Plan) -> Path:
@@ -132,7 +109,3 @@ def _markdown(summary: Summary) -> str:
         lines.append(f"| {name} | " + " | ".join(values) + " |")
     lines += [f"\nMissing: {row.point.name} ({row.missing})" for row in summary.missing]
     return "\n".join(lines) + "\n"
-
-
-if __name__ == "__main__":
-    sys.exit(main())

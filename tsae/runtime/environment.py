@@ -8,6 +8,8 @@ from pathlib import Path
 
 from tsae.runtime.errors import TsaeError
 
+SWEEPS = Path(__file__).resolve().parents[1] / "sweeps"
+"""The shipped sweeps: package data, and in a checkout a link to the folder beside the package."""
 FIRST_PORT, PORTS = 20000, 12000
 """Where processes that Slurm started meet, by their job's number; below the ports that systems give away."""
 

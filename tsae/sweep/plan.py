@@ -27,8 +27,8 @@ from tsae.sweep.points import expand
 from tsae.sweep.stage import KINDS, Stage
 from tsae.sweep.sweepfile import Sweep
 
-SWEEP_FILE, BASE_FILE = "sweep.yaml", "base.yaml"
-"""A launch's copies of the sweep and of its base."""
+SWEEP_FILE, BASE_FILE, LAUNCH_FILE = "sweep.yaml", "base.yaml", "launch.json"
+"""A launch's copies of the sweep and of its base, and what its command line added."""
 FEEDING = ("harvest", "train")
 """Stages that are there for what follows them; they run on their own account only if nothing follows."""
 
@@ -79,9 +79,10 @@ class Plan:
         return self._chain.report(self.points, list(self.stages), lambda: is_current(self))
 
     def sources(self) -> dict[str, str]:
-        """The files from which this can be planned again, by name: the sweep, and the base that it was laid over."""
+        """The files from which this can be planned again, by name: the sweep, the base below it, the overrides above it."""
         found = {SWEEP_FILE: self.sweep.path, BASE_FILE: self.sweep.base_path}
-        return {name: path.read_text(encoding="utf-8") for name, path in found.items()}
+        texts = {name: path.read_text(encoding="utf-8") for name, path in found.items()}
+        return {**texts, LAUNCH_FILE: json.dumps({"overrides": self.sweep.overrides}, indent=2) + "\n"}
 
     def config_texts(self, stages: list[Stage]) -> dict[str, str]:
         """The resolved configuration of each point that `stages` read, as YAML."""
