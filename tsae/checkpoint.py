@@ -112,9 +112,7 @@ class RunFolder:
 
     def load_config(self) -> RunConfig:
         """The resolved configuration this folder was made with."""
-        tree = schema.read_yaml(self.resolved)
-        tree.pop("training_hash", None)
-        return configuration.from_mapping(tree, str(self.resolved))
+        return configuration.load_resolved(self.resolved)
 
     def is_trained(self, config: RunConfig) -> bool:
         """Whether final weights of exactly this training configuration are here."""

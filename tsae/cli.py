@@ -10,7 +10,7 @@ import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from tsae.bench.command import add_arguments as add_bench_arguments
 from tsae.experiments.commands import add_commands as add_experiment_commands
@@ -69,7 +69,10 @@ def _parse(arguments: Sequence[str] | None, script: str) -> argparse.Namespace:
 
 
 class _Parser(argparse.ArgumentParser):
-    """Names the nearest of the choices where a word is none of them."""
+    """Names the nearest of the choices where a word is none of them, and takes no option by half its name."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(allow_abbrev=False, **options)
 
     def error(self, message: str) -> NoReturn:
         wrong = re.search(r"invalid choice: '(.*)' \(choose from (.*)\)", message)
@@ -77,7 +80,7 @@ class _Parser(argparse.ArgumentParser):
         super().error(f"{message} {near}".rstrip())
 
 
-def _parser(script: str) -> argparse.ArgumentParser:
+def _parser(script: str = "") -> argparse.ArgumentParser:
     parser = _Parser(prog="tsae", description="Temporal Sparse Autoencoders: harvest, train, evaluate, sweep.")
     parser.add_argument("--version", action=_Version, nargs=0, help="print the version and exit")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
@@ -194,7 +197,7 @@ def _harvest(options: argparse.Namespace) -> None:
 @preemption.watched()
 def _train(options: argparse.Namespace) -> None:
     from tsae.config import run as configuration
-    from tsae.config.validation import require_processes
+    from tsae.config.run import require_processes
     from tsae.stages import harvest_stage, train_stage
 
     config = configuration.load(options.config, options.overrides)

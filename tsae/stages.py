@@ -16,8 +16,7 @@ from typing import TYPE_CHECKING
 
 from tsae.checkpoint import RunFolder
 from tsae.config import run as configuration
-from tsae.config.run import RunConfig
-from tsae.config.validation import require_processes
+from tsae.config.run import RunConfig, require_processes
 from tsae.runtime import locks, preemption
 from tsae.runtime.environment import process_count, process_rank
 

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from tsae.bench.shape import Shape
-from tsae.config.validation import require_processes
+from tsae.config.run import require_processes
 from tsae.runtime.errors import TsaeError
 
 

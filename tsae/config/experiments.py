@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
+
+from tsae.config.bounds import Count, Fraction, Natural, NonNegative, Positive, Probability, SmallSeed, at_least, some
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,13 +20,13 @@ class AnswersConfig:
     """Address of the endpoint up to /v1, such as http://localhost:8000/v1."""
     key_variable: str = "OPENAI_API_KEY"
     """Environment variable that holds the endpoint's key; where it is not set, no key is sent."""
-    concurrency: int = 8
+    concurrency: Count = 8
     """Requests to the endpoint at a time."""
-    timeout: float = 120.0
+    timeout: Positive = 120.0
     """Seconds after which a request to the endpoint has failed."""
-    tries: int = 6
+    tries: Count = 6
     """Attempts at a request that the endpoint answers with 429 or 5xx, not in time or not with JSON; waits double."""
-    batch_size: int = 8
+    batch_size: Count = 8
     """Prompts that a local model answers at a time."""
     recorded: str | None = None
     """File or folder of recorded answers (JSON lines, as the cache under TSAE_HOME/answers keeps them)."""
@@ -34,13 +36,13 @@ class AnswersConfig:
 class TextsConfig:
     """The labelled texts that experiments share: their activations are harvested once for all runs."""
 
-    count: int = 700
+    count: Count = 700
     """Texts that are read, at most; equal shares of the classes."""
     classes: tuple[str, ...] | None = None
     """Labels to read; by default those that the paper takes of the dataset, or all."""
-    context_length: int = 128
+    context_length: Annotated[int, at_least(2)] = 128
     """Tokens of each text that the language model reads, at most."""
-    min_characters: int = 200
+    min_characters: Natural = 200
     """Shorter texts are passed over."""
     categories: str | None = None
     """CSV table (columns Article, Category) that labels the articles of `wikipedia`."""
@@ -58,21 +60,25 @@ class ProbeConfig:
     """Labelled texts: `embedded`, `finefineweb`, `wikipedia`, `mmlu`, `pile`, or a local file or hub id in one of their schemas."""
     protocol: Literal["disjoint", "reference"] = "disjoint"
     """`disjoint`: training and test tokens come from different texts (context: lie apart), probes are standardised; `reference`: what the authors' released code does."""
-    tasks: tuple[Literal["semantics", "context", "syntax"], ...] = ("semantics", "context", "syntax")
+    tasks: Annotated[tuple[Literal["semantics", "context", "syntax"], ...], some("name at least one task")] = (
+        "semantics",
+        "context",
+        "syntax",
+    )
     """What is probed for: the label of the text, which text a token is from, the syntactic class of the token."""
     tagger: str = "auto"
     """Who gives syntactic classes: `spacy` or `spacy:PIPELINE` (parts of speech), `surface` (word classes by surface form), `module:function`; `auto`: spaCy, or without a pipeline `surface` for the embedded corpus alone."""
-    features: tuple[int, ...] = (1, 5, 10, 20)
+    features: Annotated[tuple[Count, ...], some("name at least one number of features")] = (1, 5, 10, 20)
     """Features of each sparse probe (k)."""
-    tokens: int = 4000
+    tokens: Count = 4000
     """Tokens of each task, at most."""
-    context_texts: int = 32
+    context_texts: Annotated[int, at_least(2)] = 32
     """Texts told apart by the task `context`."""
-    gap: int = 5
+    gap: Natural = 5
     """Distance, in tokens, of a text's training tokens from its test tokens in the task `context`, at least."""
-    test_share: float = 0.25
+    test_share: Fraction = 0.25
     """Share of texts, or in `context` of tokens, that probes are scored on."""
-    seeds: int = 3
+    seeds: Count = 3
     """Random splits; intervals are over them."""
 
 
@@ -84,17 +90,17 @@ class TsneConfig:
     """Labelled texts, as for probing."""
     tagger: str = "auto"
     """Who gives syntactic classes, as for probing."""
-    texts: int = 100
+    texts: Annotated[int, at_least(2)] = 100
     """Texts on the map, in equal shares of the classes."""
-    tokens: int = 20
+    tokens: Count = 20
     """Last tokens of each text."""
-    dimensions: int = 50
+    dimensions: Count = 50
     """Dimensions left by the singular value decomposition before t-SNE."""
-    perplexity: float = 30.0
+    perplexity: Positive = 30.0
     """Perplexity of t-SNE."""
-    neighbours: int = 15
+    neighbours: Count = 15
     """Nearest neighbours of a token, in the original space, whose labels are compared with its own."""
-    seeds: int = 3
+    seeds: Count = 3
     """Random choices of texts that the numbers are averaged over; the map shows the first."""
 
 
@@ -108,27 +114,27 @@ class SequencesConfig:
     """What the figure shows: files, or texts themselves (anything with a space in it), one passage each; by default passages drawn from the dataset."""
     labels: tuple[str, ...] = ()
     """Labels of the dataset that passages are drawn from; by default all."""
-    passages: int = 3
+    passages: Annotated[int, at_least(2)] = 3
     """Passages in a context drawn from the dataset, each of another label."""
-    passage_tokens: int | None = None
+    passage_tokens: Count | None = None
     """Tokens of a passage, of drawn ones on average; none: an equal share of the model's positions, at most 200."""
-    splices: int = 100
+    splices: Count = 100
     """Contexts drawn for the scores."""
-    top: int = 8
+    top: Count = 8
     """Latents of a context that stand for its figure."""
     rank: Literal["total", "variance", "mean_active"] = "total"
     """What makes a latent one of them: its total activation (the paper's), its variance, or its mean where it is active."""
-    latents: tuple[int, ...] = ()
+    latents: tuple[Natural, ...] = ()
     """Latents to draw, whatever their rank."""
-    window: int = 16
+    window: Count = 16
     """Tokens on either side of a place that a change of the code is measured over."""
-    tolerance: int = 10
+    tolerance: Natural = 10
     """Tokens between a border and a change point that found it, at most."""
-    smoothest: float = 0.2
+    smoothest: Fraction = 0.2
     """Share of all latents, the smoothest ones, that the control takes in place of a split made in training."""
-    bootstrap: int = 1000
+    bootstrap: Count = 1000
     """Draws of contexts behind each interval."""
-    seed: int = 0
+    seed: SmallSeed = 0
     """Seed of every draw."""
 
 
@@ -138,23 +144,23 @@ class AlignConfig:
 
     dataset: str = "embedded"
     """Pairs of dialogues: `hh-rlhf`, a local file or hub id with columns chosen and rejected, or `embedded` (passages on two topics, which have nothing to do with preferences)."""
-    pairs: int = 1000
+    pairs: Annotated[int, at_least(2)] = 1000
     """Pairs that are read, at most."""
-    max_tokens: int = 512
+    max_tokens: Annotated[int, at_least(2)] = 512
     """Tokens of a dialogue, or the model's positions where these are fewer; what is too much is cut from the prompt's beginning, then from the response's end."""
-    matched_tokens: int = 2
+    matched_tokens: Natural = 2
     """Largest difference in length of a pair in the subset matched for length."""
-    min_pairs: int = 10
+    min_pairs: Count = 10
     """Pairs that a latent has to be active in to be tested."""
-    level: float = 0.05
+    level: Fraction = 0.05
     """False discovery rate (Benjamini and Hochberg)."""
-    table: int = 30
+    table: Natural = 30
     """Latents in the table."""
-    examples: int = 3
+    examples: Natural = 3
     """Pairs shown of each of them: those that differ most."""
-    bootstrap: int = 1000
+    bootstrap: Count = 1000
     """Draws of pairs behind each interval."""
-    seed: int = 0
+    seed: SmallSeed = 0
     """Seed of every draw."""
 
 
@@ -166,9 +172,9 @@ class SteerConfig:
     """Labelled texts, as for probing; a concept is a label."""
     concepts: tuple[str, ...] = ()
     """Labels to steer towards; by default the first of the dataset's."""
-    max_concepts: int = 8
+    max_concepts: Count = 8
     """Concepts where none are named."""
-    latents: tuple[int, ...] = ()
+    latents: tuple[Natural, ...] = ()
     """Latents to steer with, one for each of `concepts`; by default they are chosen."""
     choose: Literal["lift", "auc"] = "lift"
     """How a concept's latent is chosen: mean activation on the concept's texts minus that on all, or ROC AUC of a text's mean activation."""
@@ -182,25 +188,25 @@ class SteerConfig:
     """Whether the first position, BOS or the attention sink, is steered too."""
     prompts: tuple[str, ...] = ("We find",)
     """Prompts; the paper's is `We find`."""
-    text_prompts: int = 20
+    text_prompts: Natural = 20
     """Further prompts: openings of texts on any label that nothing else uses."""
-    prompt_tokens: int = 8
+    prompt_tokens: Count = 8
     """Tokens of those."""
-    tokens: int = 32
+    tokens: Count = 32
     """Tokens that are generated."""
-    temperature: float = 0.0
+    temperature: NonNegative = 0.0
     """0: greedy; above: sampled."""
-    classifier_texts: int = 150
+    classifier_texts: Count = 150
     """Texts of each concept, beyond those whose activations are read, that the classifier learns from, at most."""
-    success: float = 0.5
+    success: Probability = 0.5
     """Probability of the concept from which steering counts as successful."""
-    coherence: float = 0.5
+    coherence: NonNegative = 0.5
     """Coherence, relative to unsteered and real text, from which steered text counts as coherent."""
     judge: AnswersConfig = field(default_factory=AnswersConfig)
     """A language model that grades the samples for concept and coherence, 0 to 3 each as in the paper; none by default."""
-    bootstrap: int = 1000
+    bootstrap: Count = 1000
     """Draws of concepts behind each interval."""
-    seed: int = 0
+    seed: SmallSeed = 0
     """Seed of every draw."""
 
 
@@ -210,17 +216,17 @@ class ExplainConfig:
 
     answers: AnswersConfig = field(default_factory=AnswersConfig)
     """Who explains and judges; without a language model an explanation is a rule over tokens."""
-    latents: int | None = None
+    latents: Count | None = None
     """Latents that are explained, drawn evenly over firing rates and groups; none: 200 with a language model, 2048 without."""
-    sequences: int = 2048
+    sequences: Count = 2048
     """Stored sequences that are read, at most: so many to explain from, and so many held-out ones to score on."""
-    window: int = 32
+    window: Count = 32
     """Tokens of a text that is shown; longer ones show what a slow latent follows."""
-    examples: int = 15
+    examples: Count = 15
     """Texts that an explanation is written from: two thirds with the strongest activations, the rest spread over all."""
-    tests: int = 10
+    tests: Count = 10
     """Held-out texts in which the latent is active, and as many in which it is not, that an explanation is scored on."""
-    seed: int = 0
+    seed: SmallSeed = 0
     """Seed of every draw."""
 
 
@@ -228,13 +234,13 @@ class ExplainConfig:
 class FeaturesConfig:
     """One page with all latents of a run."""
 
-    sequences: int = 2048
+    sequences: Count = 2048
     """Stored sequences that rates and examples are taken from, at most."""
-    examples: int = 6
+    examples: Count = 6
     """Texts with the strongest activations that are shown of each latent; half as many weaker ones follow."""
-    before: int = 24
+    before: Natural = 24
     """Tokens shown before the strongest one."""
-    after: int = 12
+    after: Natural = 12
     """Tokens shown after it."""
 
 

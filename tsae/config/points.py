@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, get_type_hints
+from typing import Any
 
 from tsae.config import schema
 from tsae.config.run import RunConfig
 from tsae.config.sections import ObjectiveConfig
+from tsae.config.synthetic import SyntheticConfig
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class Point:
         found: Any = self.config
         for name in key.split("."):
             found = getattr(found, name)
-        return found.preset if isinstance(found, ObjectiveConfig) else found
+        return found.preset if isinstance(found, (ObjectiveConfig, SyntheticConfig)) else found
 
 
 def short_names(keys: list[str]) -> dict[str, str]:
@@ -41,31 +42,13 @@ def short_names(keys: list[str]) -> dict[str, str]:
 
 def key_paths(cls: type = RunConfig, path: str = "") -> Iterator[str]:
     """Every setting of a run as a key path."""
-    hints = get_type_hints(cls)
+    hints = schema.type_hints(cls)
     for field in dataclasses.fields(cls):
         dotted = f"{path}.{field.name}" if path else field.name
         if dataclasses.is_dataclass(hints[field.name]):
             yield from key_paths(hints[field.name], dotted)
         else:
             yield dotted
-
-
-def flatten(tree: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
-    """`{"sae": {"k": 1}}` and `{"sae.k": 1}` → `("sae.k", 1)`."""
-    for key, value in tree.items():
-        dotted = f"{path}.{key}" if path else str(key)
-        if isinstance(value, Mapping):
-            yield from flatten(value, dotted)
-        else:
-            yield dotted, value
-
-
-def unflatten(tree: Mapping[str, Any]) -> dict[str, Any]:
-    """A tree of sections from any mix of nested and dotted keys."""
-    sections: dict[str, Any] = {}
-    for path, value in flatten(tree):
-        schema.merge_into(sections, schema.nested(path, value))
-    return sections
 
 
 def file_name(text: str, longest: int = 150) -> str:

@@ -12,11 +12,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from tsae.config import schema, validation
+from tsae.config import schema
 from tsae.config.experiments import ExperimentsConfig
 from tsae.config.sections import (
     KIND_SETTINGS,
     OBJECTIVE_PRESETS,
+    TERM_SETTINGS,
     DataConfig,
     EvaluationConfig,
     ModelConfig,
@@ -24,6 +25,7 @@ from tsae.config.sections import (
     SaeConfig,
     StoreConfig,
     TrainingConfig,
+    parse_pair_rule,
 )
 from tsae.config.synthetic import SYNTHETIC_PRESETS, SyntheticConfig
 from tsae.runtime.errors import TsaeError, suggestion
@@ -106,22 +108,69 @@ def load(path: str | Path, overrides: list[str] | None = None) -> RunConfig:
     tree.pop("training_hash", None)  # the first line of a resolved.yaml
     extra = schema.parse_overrides(overrides or [])
     # Overrides are checked on their own first, so that an error names the command line, not the file.
-    from_mapping(extra, "command line", partial=True)
-    if isinstance(tree.get("objective"), str):
-        tree["objective"] = {"preset": tree["objective"]}
-    return from_mapping(schema.merge_into(tree, extra), str(path))
+    check_part(extra, "command line")
+    return from_mapping(lay_over(tree, extra), str(path))
 
 
-def from_mapping(tree: Mapping[str, Any], where: str, *, partial: bool = False) -> RunConfig:
-    """A validated RunConfig; `where` names the source in errors, `partial` checks keys and types only."""
+def load_resolved(path: Path) -> RunConfig:
+    """The configuration that a run folder's resolved.yaml records, perhaps written by another version of tsae.
+
+    What this version does not know is left out where it decides nothing: a setting of evaluation or experiments, or one
+    without which the training hash is the recorded one. Raises TsaeError for one that decided the training.
+    """
+    tree = schema.read_yaml(path)
+    recorded = tree.pop("training_hash", None)
+    unknown = schema.drop_unknown(RunConfig, tree)
+    config = from_mapping(tree, str(path))
+    deciding = [key for key in unknown if key.partition(".")[0] not in ("evaluation", "experiments")]
+    if deciding and config.training_hash != recorded:
+        raise TsaeError(
+            f"{path}: {deciding[0]}: unknown key; it decided this training, which another version of tsae made; "
+            "read the run with that version"
+        )
+    return config
+
+
+def lay_over(tree: dict[str, Any], asked: Mapping[str, Any]) -> dict[str, Any]:
+    """Lay settings by key path over a tree, in place, whatever their order.
+
+    A preset's name stands for the section that it fills: `objective=reference` takes the place of all that the tree says
+    of the objective, and `objective.temporal_alpha=1` beside it comes on top.
+    """
+    for name in PRESETS:
+        if isinstance(tree.get(name), str):
+            tree[name] = {"preset": tree[name]}
+        if name in asked:
+            tree[name] = {"preset": asked[name]}
+    for path, value in asked.items():
+        if path not in PRESETS:
+            schema.put(tree, path, value)
+    return tree
+
+
+def check_part(asked: Mapping[str, Any], where: str) -> None:
+    """Refuse settings by key path that no run can have, whatever stands below them. Raises TsaeError."""
+    _build(lay_over({}, asked), where)
+    if asked.get("sae.group_fractions") is not None and "sae.split_fraction" in asked:
+        raise TsaeError(
+            f"{where}: sae.split_fraction: it has no effect beside sae.group_fractions, which says the share of every "
+            "group; give one of them"
+        )
+
+
+def from_mapping(tree: Mapping[str, Any], where: str) -> RunConfig:
+    """A validated RunConfig; `where` names the source in errors."""
+    config = _build(tree, where)
+    _validate(config, where)
+    return config
+
+
+def _build(tree: Mapping[str, Any], where: str) -> RunConfig:
     tree = dict(tree)
     for name, presets in PRESETS.items():
         if name in tree:
             tree[name] = _with_preset(name, presets, tree[name], where)
-    config = schema.build(RunConfig, tree, where)
-    if not partial:
-        validation.validate(config, where)
-    return config
+    return schema.build(RunConfig, tree, where)
 
 
 def _with_preset(name: str, presets: Mapping[str, dict[str, Any]], section: Any, where: str) -> Any:
@@ -137,6 +186,120 @@ def _with_preset(name: str, presets: Mapping[str, dict[str, Any]], section: Any,
             f"allowed: {', '.join(presets)}"
         )
     return {**presets[preset], **section}
+
+
+def _validate(config: RunConfig, where: str) -> None:
+    """Refuse settings that are possible each and not together; what is impossible by itself, its field has refused."""
+
+    def check(path: str, possible: bool, allowed: str) -> None:
+        if not possible:
+            section, name = path.split(".")
+            value = getattr(getattr(config, section), name)
+            shown = list(value) if isinstance(value, tuple) else value
+            raise TsaeError(f"{where}: {path}: {shown} is impossible; {allowed}")
+
+    sae, objective, training, data = config.sae, config.objective, config.training, config.data
+    check("sae.k", sae.k <= sae.dict_size, f"at most sae.dict_size ({sae.dict_size}) latents can be active")
+    shares = sae.group_fractions
+    check(
+        "sae.group_fractions",
+        shares is None or (all(share > 0 for share in shares) and abs(sum(shares) - 1) < 1e-6),
+        "positive fractions that sum to 1 are allowed",
+    )
+    check("sae.dict_size", min(sae.group_sizes) > 0, f"group sizes {sae.group_sizes} leave a group empty")
+
+    weights, groups = objective.group_weights, len(sae.fractions)
+    if not isinstance(weights, str):
+        check(
+            "objective.group_weights",
+            len(weights) == groups,
+            f"one weight for each of the {groups} groups is expected",
+        )
+        check(
+            "objective.group_weights",
+            min(weights) >= 0 and max(weights) > 0,
+            "weights of at least 0, not all of them 0, are expected",
+        )
+    check(
+        "objective.same_document",
+        objective.same_document or TERM_SETTINGS[objective.temporal].contrastive,
+        "only objective.temporal: contrastive can leave them out",
+    )
+    check(
+        "objective.target_l0",
+        objective.target_l0 is None or objective.target_l0 <= sae.dict_size,
+        f"a number above 0 and at most sae.dict_size ({sae.dict_size}) is allowed",
+    )
+
+    steps = training.steps
+    check(
+        "training.warmup_steps",
+        training.warmup_steps is None or training.warmup_steps < steps,
+        f"training ends after {steps}",
+    )
+    check(
+        "training.save_steps",
+        all(step < steps for step in training.save_steps),
+        f"steps from 0 to {steps - 1} are allowed",
+    )
+    check(
+        "training.decay_start",
+        training.decay_start is None or training.warmup < training.decay_start < steps,
+        f"it must lie after training.warmup_steps ({training.warmup}) and before training.steps ({steps})",
+    )
+    kind = KIND_SETTINGS[sae.kind]
+    if kind.needs_threshold:
+        start = training.threshold_start_step
+        check(
+            "training.threshold_start_step",
+            start is None or start < steps - 1,
+            f"the threshold must be tracked before the last of training.steps ({steps}), or the dictionary has none",
+        )
+    rule, _ = parse_pair_rule(training.pair_rule, f"{where}: training.pair_rule")
+    if kind.temporal:
+        check("training.pair_rule", rule != "none", "a temporal SAE needs pairs: previous, random or within:N")
+        check("training.batch_size", training.batch_size > 1, "a contrastive term needs at least 2 pairs")
+
+    length = data.context_length
+    check(
+        "data.skip_positions",
+        data.skip_positions < length - 1,
+        f"at least two positions of the context of {length} must remain",
+    )
+    check("data.min_length", data.min_length <= length, f"it may be at most data.context_length ({length})")
+
+    world = config.synthetic
+    scales = len(world.switch)
+    for name in ("n_slow", "k_slow"):
+        even = getattr(world, name) % scales == 0
+        check(f"synthetic.{name}", even, f"it is shared out evenly among {scales} time scales")
+    check("synthetic.k_slow", world.k_slow <= world.n_slow, f"there are only {world.n_slow} slow features")
+    check("synthetic.k_fast", world.k_fast <= world.n_fast, f"there are only {world.n_fast} fast features")
+
+    steer = config.experiments.steer
+    if not steer.prompts and not steer.text_prompts:
+        raise TsaeError(f"{where}: experiments.steer.prompts: empty, and text_prompts is 0; nothing can be continued")
+
+
+def require_processes(config: RunConfig, world: int) -> None:
+    """Refuse to train by `world` processes: another number than was asked for, or one that does not fit.
+
+    Raises TsaeError. A launcher that starts fewer than it was told to, and says nothing, is caught here.
+    """
+    settings = config.training
+    if settings.processes not in (None, world):
+        raise TsaeError(
+            f"training.processes: {settings.processes} were asked for, but {world} {'is' if world == 1 else 'are'} "
+            f"training; start it with: torchrun --nproc-per-node {settings.processes} -m tsae.cli train ..."
+        )
+    if world > 1 and settings.engine == "dense" and not KIND_SETTINGS[config.sae.kind].penalised:
+        raise TsaeError(f"training.engine: dense works in one process, not in {world}; use sparse")
+    if settings.batch_size % world:
+        nearest = max(1, round(settings.batch_size / world)) * world
+        raise TsaeError(
+            f"training.batch_size: {settings.batch_size} cannot be shared by {world} processes; use a multiple, "
+            f"such as {nearest}"
+        )
 
 
 def group_weights(config: RunConfig) -> tuple[float, ...]:
@@ -160,8 +323,8 @@ def store_settings(config: RunConfig) -> dict[str, Any]:
 
 
 def _plain(config: RunConfig, sections: Iterable[str]) -> dict[str, Any]:
-    """Some sections as YAML-ready mappings; a plan of a thousand runs would wait for all of them."""
-    return {name: schema.to_plain(getattr(config, name)) for name in sections}
+    """Some sections as hashes see them; a plan of a thousand runs would wait for all of them."""
+    return {name: schema.identity(getattr(config, name)) for name in sections}
 
 
 def reading_settings(config: RunConfig) -> dict[str, Any]:
@@ -189,14 +352,14 @@ def training_settings(config: RunConfig) -> dict[str, Any]:
 
 def evaluation_settings(config: RunConfig) -> dict[str, Any]:
     """The part that decides eval_results.json."""
-    plain = {**training_settings(config), "evaluation": schema.to_plain(config.evaluation)}
+    plain = {**training_settings(config), "evaluation": schema.identity(config.evaluation)}
     del plain["evaluation"]["batch_size"]
     return plain
 
 
 def experiment_settings(config: RunConfig, name: str) -> dict[str, Any]:
     """The part that decides the results of experiment `name`."""
-    own, texts = (schema.to_plain(getattr(config.experiments, part)) for part in (name, "texts"))
+    own, texts = (schema.identity(getattr(config.experiments, part)) for part in (name, "texts"))
     return {**training_settings(config), "experiment": own, "texts": texts}
 
 

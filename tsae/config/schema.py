@@ -22,16 +22,10 @@ from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 import yaml
 
+from tsae.config.bounds import Added, Bound, OneOf
 from tsae.runtime.errors import TsaeError, suggestion
 
 T = TypeVar("T")
-
-
-class OneOf:
-    """Marks text, as in `Annotated[str, OneOf(table)]`, that must be a key of `table`: one of those it then has."""
-
-    def __init__(self, table: Mapping[str, Any]) -> None:
-        self.table = table
 
 
 class _UniqueKeys(yaml.SafeLoader):
@@ -68,8 +62,8 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
 
 
 def parse_overrides(assignments: list[str]) -> dict[str, Any]:
-    """`["sae.k=40"]` → `{"sae": {"k": 40}}`; values are read as YAML."""
-    tree: dict[str, Any] = {}
+    """`["sae.k=40"]` → `{"sae.k": 40}`; values are read as YAML, and the last one of a key counts."""
+    flat: dict[str, Any] = {}
     for assignment in assignments:
         path, equals, text = assignment.partition("=")
         if not equals or not path:
@@ -78,25 +72,28 @@ def parse_overrides(assignments: list[str]) -> dict[str, Any]:
             value = yaml.safe_load(text) if text else None
         except (yaml.YAMLError, ValueError, RecursionError):
             raise TsaeError(f"command line: {path}: '{text[:60]}' is not a YAML value") from None
-        merge_into(tree, nested(path, value))
-    return tree
+        flat.update(flatten({path: value}))
+    return flat
 
 
-def nested(path: str, value: Any) -> dict[str, Any]:
-    """`("a.b", 1)` → `{"a": {"b": 1}}`."""
-    for key in reversed(path.split(".")):
-        value = {key: value}
-    return value
-
-
-def merge_into(base: dict[str, Any], extra: Mapping[str, Any]) -> dict[str, Any]:
-    """Lay `extra` over `base` in place, section by section; anything but a mapping replaces."""
-    for key, value in extra.items():
-        if isinstance(value, Mapping) and isinstance(base.get(key), dict):
-            merge_into(base[key], value)
+def flatten(tree: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
+    """`{"sae": {"k": 1}}` and `{"sae.k": 1}` → `("sae.k", 1)`."""
+    for key, value in tree.items():
+        dotted = f"{path}.{key}" if path else str(key)
+        if isinstance(value, Mapping):
+            yield from flatten(value, dotted)
         else:
-            base[key] = dict(value) if isinstance(value, Mapping) else value
-    return base
+            yield dotted, value
+
+
+def put(tree: dict[str, Any], path: str, value: Any) -> None:
+    """Set the value at a key path, in place; sections that are not there yet are made."""
+    *sections, key = path.split(".")
+    for section in sections:
+        if not isinstance(tree.get(section), dict):
+            tree[section] = {}
+        tree = tree[section]
+    tree[key] = value
 
 
 def build(cls: type[T], mapping: Any, where: str, path: str = "") -> T:
@@ -114,6 +111,19 @@ def build(cls: type[T], mapping: Any, where: str, path: str = "") -> T:
     return cls(**values)
 
 
+def drop_unknown(cls: type, mapping: dict[str, Any], path: str = "") -> list[str]:
+    """Remove the keys that `cls` has not, in place; their key paths."""
+    hints, unknown = type_hints(cls), []
+    for key in list(mapping):
+        dotted = f"{path}.{key}" if path else str(key)
+        if key not in hints:
+            del mapping[key]
+            unknown.append(dotted)
+        elif dataclasses.is_dataclass(hints[key]) and isinstance(mapping[key], dict):
+            unknown += drop_unknown(hints[key], mapping[key], dotted)
+    return unknown
+
+
 def convert(hint: Any, value: Any, where: str, path: str) -> Any:
     """`value` as the type `hint`, or a TsaeError that says what is allowed."""
     if dataclasses.is_dataclass(hint):
@@ -121,6 +131,13 @@ def convert(hint: Any, value: Any, where: str, path: str) -> Any:
     origin = get_origin(hint)
     if origin in (types.UnionType, Union):
         return _convert_union(hint, value, where, path)
+    if origin is Annotated and not any(isinstance(mark, OneOf) for mark in hint.__metadata__):
+        found = convert(get_args(hint)[0], value, where, path)
+        for mark in hint.__metadata__:
+            if isinstance(mark, Bound) and found is not None and not mark.holds(found):
+                shown = list(found) if isinstance(found, tuple) else found
+                raise TsaeError(f"{where}: {path}: {shown} is impossible; {mark.words}")
+        return found
     if origin in (Literal, Annotated):
         allowed = _allowed(hint)
         if value is False and "no" in allowed:
@@ -144,8 +161,9 @@ def convert(hint: Any, value: Any, where: str, path: str) -> Any:
 
 def _allowed(hint: Any) -> list[str]:
     """The values of a `Literal`, or of text that is marked with `OneOf`."""
-    arguments = get_args(hint)
-    return list(arguments if get_origin(hint) is Literal else arguments[1].table)
+    if get_origin(hint) is Literal:
+        return list(get_args(hint))
+    return [name for mark in hint.__metadata__ if isinstance(mark, OneOf) for name in mark.table]
 
 
 def _convert_union(hint: Any, value: Any, where: str, path: str) -> Any:
@@ -200,6 +218,24 @@ def to_plain(config: Any) -> dict[str, Any]:
     names = _names(type(config))  # type: ignore[arg-type]
     plain: dict[str, Any] = {name: _plain(getattr(config, name)) for name in names}
     return plain
+
+
+def identity(config: Any) -> dict[str, Any]:
+    """`to_plain` without the settings that came later and have their neutral value; what hashes are made of."""
+    plain = {}
+    for name, neutral in _neutral(type(config)):  # type: ignore[arg-type]
+        value = getattr(config, name)
+        if neutral is not None and value == neutral.neutral:
+            continue
+        plain[name] = identity(value) if dataclasses.is_dataclass(value) else _plain(value)
+    return plain
+
+
+@cache
+def _neutral(cls: type) -> tuple[tuple[str, Added | None], ...]:
+    hints = type_hints(cls)
+    marks = {name: getattr(hints[name], "__metadata__", ()) for name in _names(cls)}
+    return tuple((name, next((mark for mark in marks[name] if isinstance(mark, Added)), None)) for name in marks)
 
 
 @cache
@@ -271,6 +307,8 @@ def type_name(hint: Any) -> str:
     origin = get_origin(hint)
     if origin in (types.UnionType, Union):
         return " or ".join(type_name(option) for option in get_args(hint))
+    if origin is Annotated and not _allowed(hint):
+        return type_name(get_args(hint)[0])
     if origin in (Literal, Annotated):
         return "|".join(_allowed(hint))
     if origin is tuple:

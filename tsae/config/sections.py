@@ -9,18 +9,19 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from tsae.config.schema import OneOf
+from tsae.config.bounds import Bound, Count, Device, Fraction, Natural, NonNegative, OneOf, Positive, Seed, matching
+from tsae.runtime.errors import TsaeError, suggestion
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """The language model and the place where its activations are read."""
 
-    name: str = "embedded"
+    name: Annotated[str, matching(r".*\S.*", "a hub id, a folder or 'embedded' is expected")] = "embedded"
     """Hugging Face model id, a local folder in the hub's format, or `embedded` (the small GPT-NeoX shipped inside)."""
     revision: str | None = None
     """Branch, tag or commit of a hub model."""
-    layer: int = 2
+    layer: Natural = 2
     """Index of the block whose output is read: `hidden_states[layer + 1]` of the Hugging Face model."""
     hook_point: str | None = None
     """Path of any module to read instead of a block, such as `gpt_neox.layers.3.mlp`; `layer` is then only a label."""
@@ -28,9 +29,9 @@ class ModelConfig:
     """Precision in which the language model runs."""
     attn_implementation: Literal["eager", "sdpa", "flash_attention_2"] | None = None
     """Attention kernel, where the model's own choice should be overruled."""
-    device: str = "auto"
+    device: Device = "auto"
     """`auto` (CUDA where there is one), `cpu`, `cuda` or `cuda:N`."""
-    batch_size: int = 64
+    batch_size: Count = 64
     """Sequences per forward pass."""
 
 
@@ -50,23 +51,23 @@ class DataConfig:
     """Column that holds the text."""
     label_field: str | None = None
     """Column that holds a label of the document, kept beside the activations."""
-    max_documents: int | None = None
+    max_documents: Count | None = None
     """Stop after this many documents."""
-    max_tokens: int | None = None
+    max_tokens: Count | None = None
     """Stop after this many tokens (whole contexts, after shuffling); local files are read wholly before, a hub dataset and the embedded corpus only as far as needed."""
-    context_length: int = 128
+    context_length: Count = 128
     """Tokens per context (L)."""
-    min_length: int = 16
+    min_length: Count = 16
     """Contexts with fewer tokens are dropped."""
     packing: Literal["split", "truncate", "concat"] = "split"
     """`split`: a document becomes as many contexts as it fills; `truncate`: its first context only; `concat`: documents follow each other without padding, so contexts cross documents (pairs never do)."""
     bos: Literal["auto", "always", "never"] = "auto"
     """Begin each context with the tokenizer's BOS token; `auto` does what the tokenizer itself does."""
-    skip_positions: int = 1
+    skip_positions: Natural = 1
     """Leading positions of each context kept out of training and evaluation: BOS or, without one, the attention sink."""
-    holdout: float = 0.1
+    holdout: Annotated[float, Bound(lambda share: 0 < share < 1, "a share between 0 and 1 is allowed")] = 0.1
     """Share of the documents that is kept for evaluation and never trained on."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the order of contexts and of the held-out choice; of everything in a synthetic world."""
 
 
@@ -78,7 +79,7 @@ class StoreConfig:
     """Folder of the store; by default under TSAE_HOME/stores, named after model, layer and content hash."""
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     """Precision on disk."""
-    shard_mb: int = 256
+    shard_mb: Count = 256
     """Largest size of one shard file in MB (10^6 bytes): the unit of writing, of resuming and of sharing a harvest. A small store is cut finer, into about 16 shards."""
 
 
@@ -115,11 +116,11 @@ class SaeConfig:
 
     kind: Annotated[str, OneOf(KIND_SETTINGS)] = "temporal"
     """`temporal`: T-SAE; `matryoshka`: the same nested groups without the temporal term; `batch_topk`: one group; `topk`: k for every token; `jump_relu`, `gated`; `standard`: ReLU and L1; `standard_april`: the same as of Anthropic's April 2024 update."""
-    dict_size: int = 16384
+    dict_size: Count = 16384
     """Number of latents (F)."""
-    k: int = 20
+    k: Count = 20
     """Active latents per token, on average over a batch; where a penalty makes codes sparse, what it aims at."""
-    split_fraction: float = 0.2
+    split_fraction: Fraction = 0.2
     """Share of the latents in the high-level split (group 0); the rest is the low-level split."""
     group_fractions: tuple[float, ...] | None = None
     """Shares of more than two nested groups; replaces split_fraction."""
@@ -163,11 +164,11 @@ class ObjectiveConfig:
     """`scale_free`: ours, which means the same for activations of any scale; `reference`: what the authors' released code computes; `paper`: what the paper's equations say. Other keys override it."""
     temporal: Annotated[str, OneOf(TERM_SETTINGS)] = "contrastive"
     """Temporal term of a T-SAE: InfoNCE over the batch; `linear`: the mean similarity of all pairs of the batch minus that of the true pairs, without a logarithm; `l2`: the squared distance of the two codes (the paper's ablation without contrast); `l1`: their L1 distance weighted by the inputs' cosine (the released code's other branch)."""
-    temporal_alpha: float = 0.1
+    temporal_alpha: NonNegative = 0.1
     """Weight of the temporal term."""
     similarity: Literal["dot", "cosine"] = "cosine"
     """Similarity of two high-level codes in the contrastive term."""
-    temperature: float = 0.15
+    temperature: Positive = 0.15
     """Divides the similarities before the softmax."""
     same_document: bool = True
     """Whether partners of the token's own document are negatives too, although they share what persists; false: those of other documents alone, in the contrastive form."""
@@ -179,15 +180,15 @@ class ObjectiveConfig:
     """Weight of each nested reconstruction: the group's share, 1/G, 1, or a list."""
     group_reduction: Literal["mean", "sum"] = "mean"
     """How the weighted nested reconstruction losses are combined."""
-    auxk_alpha: float = 1 / 32
+    auxk_alpha: NonNegative = 1 / 32
     """Weight of the auxiliary loss that revives dead latents."""
-    sparsity_penalty: float | None = None
+    sparsity_penalty: NonNegative | None = None
     """Weight of the penalty of `standard`, `standard_april`, `gated` (L1) and `jump_relu` (squared relative distance of L0 from its target); none: 1 for `jump_relu`, and an L1 weight that is adjusted in training until target_l0 is reached."""
-    target_l0: float | None = None
+    target_l0: Positive | None = None
     """Active latents per token that the penalty aims at; by default sae.k."""
-    sparsity_warmup_steps: int | None = None
+    sparsity_warmup_steps: Natural | None = None
     """Steps over which the penalty grows from 0; by default training.warmup_steps."""
-    bandwidth: float = 0.001
+    bandwidth: Positive = 0.001
     """Width of the kernel through which the thresholds of `jump_relu` get their gradient, in units of the (normalised) activations."""
 
 
@@ -209,31 +210,31 @@ OBJECTIVE_PRESETS: dict[str, dict[str, Any]] = {
 class TrainingConfig:
     """Optimisation and bookkeeping."""
 
-    steps: int = 1000
+    steps: Count = 1000
     """Optimizer steps."""
-    batch_size: int = 2048
+    batch_size: Count = 2048
     """Pairs (or single tokens) per step, over all processes."""
-    lr: float | None = None
+    lr: Positive | None = None
     """Learning rate; by default 2e-4 / sqrt(dict_size / 16384)."""
-    bias_lr: float | None = None
+    bias_lr: NonNegative | None = None
     """Learning rate of b_enc and b_dec relative to that of the weight matrices; by default 1, or 0.3 where `objective.reconstruction` is `variance`: biases that adapt fast make frequent features crowd out others."""
-    warmup_steps: int | None = None
+    warmup_steps: Natural | None = None
     """Steps of linear warm-up; by default 1000, or a tenth of the steps where they are fewer than 10,000."""
-    decay_start: int | None = None
+    decay_start: Count | None = None
     """First step of the linear decay to zero; none: no decay."""
     pair_rule: str = "previous"
     """Partner of a token: `previous`, `random` (any earlier token of the document), `within:N` (at most N back) or `none` (single tokens)."""
     normalize: Literal["auto", "none", "mean_squared_norm", "unit_rms"] = "auto"
     """`auto`: `unit_rms` where `objective.reconstruction` is `variance`, else `none`; `mean_squared_norm`: train on activations divided by the root of their mean squared norm; `unit_rms`: scaled to a root mean square of 1 in each dimension, so that a mean squared norm of D remains. Saved weights apply to raw activations either way."""
-    threshold_beta: float = 0.999
+    threshold_beta: Annotated[float, Bound(lambda beta: 0 <= beta < 1, "a decay in [0, 1) is allowed")] = 0.999
     """Decay of the moving average of the inference threshold."""
-    threshold_start_step: int | None = None
+    threshold_start_step: Natural | None = None
     """Step after which the threshold is tracked; by default 1000, or half of the steps where they are fewer than 2000."""
-    dead_after: int = 10_000_000
+    dead_after: Count = 10_000_000
     """A latent is dead when it has not fired for this many tokens."""
-    clip_norm: float | None = None
+    clip_norm: Positive | None = None
     """Bound on the gradient's norm; by default 1, or 0.005 where `objective.reconstruction` is `variance`: every step then reaches it, so that the first ones, whose gradients are far larger, do not shorten the next thousand by Adam's second moment."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the initial weights and of the order of pairs."""
     device: Literal["auto", "cpu"] = "auto"
     """`auto` (this process's GPU, else the CPU) or `cpu`."""
@@ -245,7 +246,7 @@ class TrainingConfig:
     """Encoder product of the sparse engine. `exact`: float32 numbers, on CUDA and on processors with matrix units (AMX) from a bfloat16 product whose few candidates are computed again; `float32`: one float32 product; `bf16`: a bfloat16 product as it is, which selects a few per cent of other entries."""
     deterministic: bool = True
     """Sum the sparse engine's gradients in a fixed order on CUDA, so that the same run gives the same bits; false: atomic additions."""
-    processes: int | None = None
+    processes: Count | None = None
     """Processes that must train together, one GPU each (torchrun, accelerate, Slurm tasks); none: as many as were started. Results do not depend on it."""
     shard: Literal["none", "optimizer"] = "none"
     """What several processes divide among themselves, latent by latent. `optimizer`: Adam's moments and the update, so that a process of N keeps 1/N of half the training state; results do not change."""
@@ -253,19 +254,19 @@ class TrainingConfig:
     """`global`: batch-top-k over the whole batch; `local`: over each process's share by itself, which saves a few small exchanges and lets results depend on the number of processes."""
     negatives: Literal["global", "local"] = "global"
     """`global`: a token's contrastive negatives are the partners of the whole batch; `local`: those of its process's share, which saves an exchange and lets results depend on the number of processes."""
-    pool_sequences: int = 16384
+    pool_sequences: Count = 16384
     """Sequences mixed at a time, over all processes; at least half the batch size mixes well. Twice as many are held in memory."""
-    log_every: int = 10
+    log_every: Count = 10
     """Steps between lines of metrics.jsonl."""
-    save_steps: tuple[int, ...] = ()
+    save_steps: tuple[Natural, ...] = ()
     """Steps before which an intermediate checkpoint is written."""
-    resume_every: int = 200
+    resume_every: Natural = 200
     """Steps between resumable states, of which one is left out while the one before it is still being written; 0: none but the one that a preempted run leaves."""
-    resume_minutes: float | None = None
+    resume_minutes: Positive | None = None
     """Minutes after which a resumable state is written, however few steps were done."""
-    resume_keep: int = 2
+    resume_keep: Count = 2
     """Resumable states that are kept: should the newest be damaged, the one before it serves."""
-    pack: int = 1
+    pack: Count = 1
     """Up to so many points of a sweep that read the same batches are trained in one process; results do not change."""
     trackers: tuple[Literal["tensorboard", "wandb"], ...] = ()
     """Experiment trackers fed through accelerate."""
@@ -286,13 +287,26 @@ class TrainingConfig:
 class EvaluationConfig:
     """Measures on the held-out part of the store."""
 
-    sequences: int = 512
+    sequences: Count = 512
     """Held-out contexts that are scored, at most."""
-    batch_size: int = 16
+    batch_size: Count = 16
     """Contexts encoded at a time."""
     loss_recovered: bool = True
     """Splice reconstructions into the language model and measure its cross-entropy; without effect on a synthetic world, which has none."""
-    loss_sequences: int = 64
+    loss_sequences: Count = 64
     """Contexts used for that."""
     ablation: Literal["zero", "mean"] = "zero"
     """What stands for 'no information' in the loss-recovered ratio."""
+
+
+def parse_pair_rule(rule: str, where: str = "pair_rule") -> tuple[str, int | None]:
+    """`"within:8"` → `("within", 8)`; the other rules have no number. Raises TsaeError."""
+    name, colon, number = rule.replace(" ", "").partition(":")
+    if name == "within" and number.isdigit() and int(number) > 0:
+        return name, int(number)
+    if name in ("previous", "random", "none") and not colon:
+        return name, None
+    raise TsaeError(
+        f"{where}: {rule!r} is not allowed; {suggestion(rule, ('previous', 'random', 'within:8', 'none'))}"
+        "allowed: previous, random, within:N (N at least 1), none"
+    )

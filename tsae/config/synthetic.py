@@ -9,7 +9,24 @@ questions of a dictionary; the other presets are `place` (or what their name say
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+from tsae.config.bounds import Bound, Count, Natural, NonNegative, Positive, Probability
+
+Amplitudes = Annotated[
+    tuple[float, ...],
+    Bound(
+        lambda ends: len(ends) == 2 and 0 < ends[0] <= ends[1],
+        "two positive numbers, the smaller one first, are expected",
+    ),
+]
+Rates = Annotated[
+    tuple[float, ...],
+    Bound(
+        lambda rates: len(rates) > 0 and all(0 < rate <= 1 for rate in rates),
+        "probabilities above 0, one for each time scale, are allowed",
+    ),
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,41 +37,41 @@ class SyntheticConfig:
         "place", "recover", "place_null", "recover_null", "distractors", "correlated", "drifting", "time_scales"
     ] = "place"
     """`place`: room for every feature, where do the slow ones live? `recover`: too few latents, are slow features learned at all? `_null`: nothing persists; `distractors`: frequent nuisances that persist as long; `correlated`: slow features come in families; `drifting`: their directions wander; `time_scales`: two speeds of slow features. Other keys override it."""
-    sequences: int = 8704
+    sequences: Annotated[int, Bound(lambda n: n > 1, "one to train on and one to hold out are needed")] = 8704
     """Sequences of data.context_length tokens, held-out ones included."""
-    activation_dim: int = 64
+    activation_dim: Count = 64
     """Width of the activations (D)."""
-    n_slow: int = 30
+    n_slow: Count = 30
     """Slow features, shared out evenly among the time scales."""
-    k_slow: int = 3
+    k_slow: Count = 3
     """Slow features active at a time, over all time scales."""
-    n_fast: int = 90
+    n_fast: Count = 90
     """Fast features."""
-    k_fast: int = 4
+    k_fast: Count = 4
     """Fast features active on each token."""
-    popularity: float = 1.0
+    popularity: NonNegative = 1.0
     """Exponent of the fast features' popularity, which falls with their rank as a power law; 0: all alike."""
-    slow_amplitude: tuple[float, ...] = (1.0, 2.0)
+    slow_amplitude: Amplitudes = (1.0, 2.0)
     """Smallest and largest amplitude of a slow feature, drawn for each segment."""
-    fast_amplitude: tuple[float, ...] = (1.0, 2.0)
+    fast_amplitude: Amplitudes = (1.0, 2.0)
     """Smallest and largest amplitude of a fast feature, drawn for each token."""
-    jitter: float = 0.2
+    jitter: NonNegative = 0.2
     """Standard deviation of the logarithm of a slow feature's amplitude within a segment; it wanders slowly."""
-    silence: float = 0.1
+    silence: Probability = 0.1
     """Probability that an active slow feature is silent on a token."""
-    switch: tuple[float, ...] = (1 / 64,)
+    switch: Rates = (1 / 64,)
     """Probability per token that the slow features are drawn anew, one for each time scale; 1: nothing persists."""
-    relatedness: float = 0.0
+    relatedness: Probability = 0.0
     """Probability that all slow features of a segment come from one family of related ones."""
-    drift: float = 0.0
+    drift: NonNegative = 0.0
     """Length of a slowly wandering displacement of the slow features' directions, relative to theirs."""
-    n_distractors: int = 0
+    n_distractors: Natural = 0
     """Nuisance features that persist like slow ones, each with segments of its own; neither slow nor fast in the measures."""
-    distractor_rate: float = 0.5
+    distractor_rate: Probability = 0.5
     """Share of the tokens on which a distractor is active."""
-    noise: float = 0.05
+    noise: NonNegative = 0.05
     """Standard deviation of the noise in each dimension, before the scale."""
-    scale: float = 1.0
+    scale: Positive = 1.0
     """Factor on all activations; at 1 their norm is about 4 in `place`."""
 
     @property

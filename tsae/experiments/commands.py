@@ -94,27 +94,25 @@ def _config(checkpoints: Path, options: argparse.Namespace) -> RunConfig:
     Raises TsaeError if `--model` or `--layer` contradict the run.
     """
     extra = schema.parse_overrides(options.overrides)
-    configuration.from_mapping(extra, "command line", partial=True)
+    configuration.check_part(extra, "command line")
     if options.run_name == BASELINE:
         if getattr(options, "chunk", None) in (0, 1):
             raise TsaeError(f"--chunk {options.chunk}: {BASELINE} has no splits; leave --chunk out")
         named = {key: value for key in ("model", "layer") if (value := getattr(options, key)) is not None}
         tree = {"model": {"name" if key == "model" else key: value for key, value in named.items()}}
-        return configuration.from_mapping(schema.merge_into(tree, extra), "command line")
+        return configuration.from_mapping(configuration.lay_over(tree, extra), "command line")
     run = RunFolder(find_dictionary(_existing(checkpoints, options.run_name)))
     config = run.load_config() if run.resolved.exists() else _foreign(run, options)
     for key, found in (("model", config.model.name), ("layer", config.model.layer)):
         wanted = getattr(options, key)
         if wanted is not None and wanted != found:
             raise TsaeError(f"--{key} {wanted}: {run.path} was trained on {key} {found}; leave --{key} out")
-    for section, values in extra.items():
-        for key in values:
-            if section != "experiments" and f"{section}.{key}" not in FREE:
-                raise TsaeError(
-                    f"command line: {section}.{key}: was decided when the run was trained; "
-                    f"allowed: experiments.…, {', '.join(FREE)}"
-                )
-    return configuration.from_mapping(schema.merge_into(schema.to_plain(config), extra), "command line")
+    for key in extra:
+        if not key.startswith("experiments.") and key not in FREE:
+            raise TsaeError(
+                f"command line: {key}: was decided when the run was trained; allowed: experiments.…, {', '.join(FREE)}"
+            )
+    return configuration.from_mapping(configuration.lay_over(schema.to_plain(config), extra), "command line")
 
 
 def _foreign(run: RunFolder, options: argparse.Namespace) -> RunConfig:

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tsae.config.validation import parse_pair_rule
+from tsae.config.sections import parse_pair_rule
 from tsae.runtime.errors import TsaeError
 from tsae.store.memory import Recycled
 from tsae.store.reader import Store, uninitialised

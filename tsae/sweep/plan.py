@@ -18,7 +18,8 @@ import yaml
 from tsae.checkpoint import RunFolder
 from tsae.config import run as configuration
 from tsae.config import schema
-from tsae.config.points import Point, flatten
+from tsae.config.points import Point
+from tsae.config.schema import flatten
 from tsae.report.compared import Compared
 from tsae.runtime.errors import TsaeError
 from tsae.sweep.chain import Chain

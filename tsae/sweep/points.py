@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
 from collections.abc import Mapping
 from functools import cache
@@ -10,10 +9,11 @@ from typing import Any
 
 from tsae.config import run as configuration
 from tsae.config import schema
-from tsae.config.points import Point, file_name, flatten, key_paths, short_names, shown, unflatten
+from tsae.config.points import Point, file_name, key_paths, short_names, shown
+from tsae.config.schema import flatten
 from tsae.runtime.errors import TsaeError, suggestion
 from tsae.sweep.draws import draw_points
-from tsae.sweep.sweepfile import Sweep, lay_over
+from tsae.sweep.sweepfile import Sweep
 
 
 def expand(sweep: Sweep) -> tuple[Point, ...]:
@@ -25,9 +25,9 @@ def expand(sweep: Sweep) -> tuple[Point, ...]:
     points = []
     for row in rows:
         name = file_name(",".join(f"{short[key]}={shown(value)}" for key, value in row.items()) or "run")
-        settings = copy.deepcopy(sweep.settings)
-        lay_over(settings, unflatten(row))
-        config = configuration.from_mapping(settings, f"{sweep.path}: {name}" if row else str(sweep.path))
+        where = f"{sweep.path}: {name}" if row else str(sweep.path)
+        configuration.check_part({**sweep.asked, **row}, where)
+        config = configuration.from_mapping(sweep.settings_with(row), where)
         points.append(Point(name, row, config))
     _refuse_duplicates(sweep, points)
     x = sweep.config.report.x
@@ -38,7 +38,7 @@ def expand(sweep: Sweep) -> tuple[Point, ...]:
 
 @cache
 def _known_axes() -> tuple[str, ...]:
-    return (*key_paths(), "objective")
+    return (*key_paths(), *configuration.PRESETS)
 
 
 def _grid(sweep: Sweep) -> list[dict[str, Any]]:
@@ -77,7 +77,7 @@ def _drawn(sweep: Sweep) -> list[dict[str, Any]]:
     known = _known_axes()
     for key, value in flatten(tree):
         setting, _, way = key.rpartition(".")
-        axis, choice = (setting, {way: value}) if setting in known else (key, value)
+        axis, choice = (setting, {way: value}) if key not in known and setting in known else (key, value)
         _refuse_unknown(sweep, "random", axis)
         axes[axis] = choice
     if not axes:

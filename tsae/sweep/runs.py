@@ -11,7 +11,8 @@ from typing import Any
 from tsae import stages
 from tsae.checkpoint import RunFolder
 from tsae.config import schema
-from tsae.config.points import flatten, short_names, shown
+from tsae.config.points import short_names, shown
+from tsae.config.schema import flatten
 from tsae.runtime import files, locks
 from tsae.runtime.errors import TsaeError
 

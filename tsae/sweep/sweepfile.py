@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any, Literal, get_args
 
 from tsae.config import run as configuration
 from tsae.config import schema
-from tsae.config.points import file_name, flatten, shown, unflatten
+from tsae.config.points import file_name, shown
 from tsae.config.sections import DataConfig
 from tsae.report.settings import ReportConfig
 from tsae.runtime.environment import SWEEPS
@@ -58,13 +59,24 @@ class Sweep:
 
     path: Path
     config: SweepConfig
-    settings: dict[str, Any]
-    """Base and overrides as one tree of a RunConfig, without the swept values."""
+    base: dict[str, Any]
+    """The base, as a tree of a RunConfig."""
+    asked: dict[str, Any]
+    """Key path → value, of the overrides in the file and on the command line."""
     folder_name: str
     """Names its folders under TSAE_HOME: the sweep, its base and the overrides that change results."""
     base_path: Path
     overrides: tuple[str, ...]
     """As they were given on the command line."""
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Base and overrides as one tree of a RunConfig, without the swept values."""
+        return self.settings_with({})
+
+    def settings_with(self, swept: Mapping[str, Any]) -> dict[str, Any]:
+        """The tree of a point: key paths with their values, laid over the base together with the overrides."""
+        return configuration.lay_over(copy.deepcopy(self.base), {**self.asked, **swept})
 
 
 def load_sweep(
@@ -82,15 +94,13 @@ def load_sweep(
     base_path = find_base(base or config.base, path, "--base" if base else f"{path}: base")
     settings = schema.read_yaml(base_path)
     configuration.from_mapping(settings, str(base_path))
-    own = unflatten(config.overrides)
-    configuration.from_mapping(own, f"{path}: overrides", partial=True)
-    lay_over(settings, own)
+    own = dict(schema.flatten(config.overrides))
+    configuration.check_part(own, f"{path}: overrides")
     extra = schema.parse_overrides(overrides or [])
-    configuration.from_mapping(extra, "command line", partial=True)
+    configuration.check_part(extra, "command line")
     _refuse_swept(config, extra, path)
-    lay_over(settings, extra)
     folder = name or "-".join([config.name or path.stem, base_path.stem]) + _override_suffix(extra)
-    return Sweep(path, config, settings, file_name(folder), base_path, tuple(overrides or ()))
+    return Sweep(path, config, settings, {**own, **extra}, file_name(folder), base_path, tuple(overrides or ()))
 
 
 def find_base(name: str, sweep: Path, where: str) -> Path:
@@ -105,19 +115,9 @@ def find_base(name: str, sweep: Path, where: str) -> Path:
     )
 
 
-def lay_over(settings: dict[str, Any], extra: Mapping[str, Any]) -> None:
-    """Lay `extra` over `settings` in place; a preset's name stands for the section it fills, and replaces it."""
-    if isinstance(settings.get("objective"), str):
-        settings["objective"] = {"preset": settings["objective"]}
-    extra = dict(extra)
-    if isinstance(extra.get("objective"), str):
-        settings["objective"] = {"preset": extra.pop("objective")}
-    schema.merge_into(settings, extra)
-
-
 def _refuse_swept(config: SweepConfig, extra: Mapping[str, Any], path: Path) -> None:
-    swept = {key for part in (config.grid, config.zip, config.random, *config.list) for key, _ in flatten(part)}
-    for key, _ in flatten(extra):
+    swept = {key for part in (config.grid, config.zip, config.random, *config.list) for key, _ in schema.flatten(part)}
+    for key in extra:
         if key in swept:
             raise TsaeError(f"command line: {key}: {path} sweeps it; edit the sweep's values there instead")
 
@@ -125,6 +125,6 @@ def _refuse_swept(config: SweepConfig, extra: Mapping[str, Any], path: Path) -> 
 def _override_suffix(extra: Mapping[str, Any]) -> str:
     """Names the overrides that change results, so that they get folders of their own."""
     runs = (configuration.RunConfig(data=DataConfig(source=source)) for source in ("embedded", "synthetic"))
-    counted = {key for run in runs for key, _ in flatten(configuration.evaluation_settings(run))}
-    parts = [f"{key}={shown(value)}" for key, value in flatten(extra) if key in counted or key == "objective"]
+    counted = {key for run in runs for key, _ in schema.flatten(configuration.evaluation_settings(run))}
+    parts = [f"{key}={shown(value)}" for key, value in extra.items() if key in counted or key in configuration.PRESETS]
     return "".join(f",{part}" for part in parts)

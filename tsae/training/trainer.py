@@ -7,8 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from tsae.config.run import RunConfig
-from tsae.config.validation import require_processes
+from tsae.config.run import RunConfig, require_processes
 from tsae.parallel.group import ALONE, Group
 from tsae.runtime.errors import TsaeError
 from tsae.sae.dictionary import Dictionary, ThresholdDictionary
