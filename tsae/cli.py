@@ -18,8 +18,9 @@ from tsae.config.validation import require_processes
 from tsae.experiments.commands import add_commands as add_experiment_commands
 from tsae.interop.commands import add_commands
 from tsae.runtime import preemption
-from tsae.runtime.environment import adopt_slurm_step, home, load_dotenv, process_count, process_rank
+from tsae.runtime.environment import home, load_dotenv, process_count, process_rank
 from tsae.runtime.errors import TsaeError, os_error_line, suggestion
+from tsae.sweep.schedulers import adopt_place
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -27,7 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parse(arguments)
     try:
         load_dotenv()
-        adopt_slurm_step()
+        adopt_place()
         return int(options.run(options) or 0)
     except TsaeError as error:
         print(f"tsae: {error}", file=sys.stderr)

@@ -20,6 +20,7 @@ from tsae.runtime.errors import TsaeError, os_error_line
 from tsae.sweep.commandline import add_sweep_arguments, sweep_of
 from tsae.sweep.made_from import is_current, page_path
 from tsae.sweep.plan import Plan, make_plan
+from tsae.sweep.schedulers import SCHEDULERS
 from tsae.sweep.sweepfile import BASES
 
 if TYPE_CHECKING:
@@ -153,10 +154,10 @@ def _parser() -> argparse.ArgumentParser:
     add_sweep_arguments(parser)
     parser.add_argument(
         "--executor",
-        choices=("auto", "slurm", "local", "debug"),
+        choices=("auto", *SCHEDULERS, "local", "debug"),
         default="auto",
-        help="slurm: submit and return; local: processes of this machine; debug: inside this process; "
-        "auto: slurm where a controller answers, else local",
+        help=f"{', '.join(SCHEDULERS)}: submit and return; local: processes of this machine; debug: inside this process; "
+        "auto: the first scheduler that answers, else local",
     )
     parser.add_argument(
         "--cluster", type=Path, metavar="FILE", help="a site's defaults, instead of ~/.config/tsae/cluster.yaml"
@@ -167,7 +168,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--retry-failed", action="store_true", help="try again what failed; else it is only named")
     parser.add_argument("--detach", action="store_true", help="local: return once the queue runs, do not follow it")
     parser.add_argument("--cancel", action="store_true", help="end what runs or waits of this sweep, and nothing else")
-    parser.add_argument("--dry-run", action="store_true", help="show points, stages and sbatch scripts, start nothing")
+    parser.add_argument("--dry-run", action="store_true", help="show points, stages and batch scripts, start nothing")
     parser.add_argument("--settings", action="store_true", help="print every setting with its meaning")
     return parser
 
