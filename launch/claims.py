@@ -1,8 +1,8 @@
-"""`python launch/claims.py FILE`: the same as `tsae claims FILE`."""
+"""`python launch/claims.py …` is `tsae claims …`."""
 
 import sys
 
-from tsae.report.claims import main
+from tsae.cli import door
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(door("claims"))

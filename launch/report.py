@@ -1,8 +1,8 @@
-"""`python launch/report.py FILE`: the same as `tsae report FILE`."""
+"""`python launch/report.py …` is `tsae report …`."""
 
 import sys
 
-from tsae.report.command import main
+from tsae.cli import door
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(door("report"))

@@ -1,8 +1,8 @@
-"""`python launch/status.py FILE`: the same as `tsae status FILE`."""
+"""`python launch/status.py …` is `tsae status …`."""
 
 import sys
 
-from tsae.sweep.status import main
+from tsae.cli import door
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(door("status"))

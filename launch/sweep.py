@@ -1,8 +1,8 @@
-"""`python launch/sweep.py FILE`: the same as `tsae sweep FILE`."""
+"""`python launch/sweep.py …` is `tsae sweep …`."""
 
 import sys
 
-from tsae.sweep.command import main
+from tsae.cli import door
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(door("sweep"))

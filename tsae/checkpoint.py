@@ -167,8 +167,7 @@ def load_dictionary(
         by_step = isinstance(checkpoint, int) or checkpoint.isdigit()
         weights = folder / (f"checkpoints/ae_{checkpoint}.pt" if by_step else str(checkpoint))
     state = _read_weights(weights)
-    from tsae.sae.architectures import AutoEncoderTopK
-    from tsae.sae.classes import from_state
+    from tsae.sae.kinds import AutoEncoderTopK, from_state
 
     dictionary = from_state(trainer.get("dict_class"), state, trainer.get("k"), str(weights))
     _require_agreement(dictionary, trainer, str(weights))

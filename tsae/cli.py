@@ -13,43 +13,52 @@ from pathlib import Path
 from typing import NoReturn
 
 from tsae.bench.command import add_arguments as add_bench_arguments
-from tsae.config import run as configuration
-from tsae.config.validation import require_processes
 from tsae.experiments.commands import add_commands as add_experiment_commands
 from tsae.interop.commands import add_commands
 from tsae.runtime import preemption
 from tsae.runtime.environment import home, load_dotenv, process_count, process_rank
 from tsae.runtime.errors import TsaeError, os_error_line, suggestion
+from tsae.sweep.commandline import add_commands as add_sweep_commands
 from tsae.sweep.schedulers import adopt_place
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; bad input becomes one line on stderr and exit code 2, preemption exit code 75."""
-    options = _parse(arguments)
+def main(arguments: Sequence[str] | None = None, script: str = "") -> int:
+    """Run one command; bad input becomes one line on stderr and exit code 2, preemption exit code 75.
+
+    `script` is the one of `launch/` by which a user called it.
+    """
+    options = _parse(arguments, script)
+    options.status_command = "python launch/status.py" if script else "tsae status"
+    speaker = "error" if script else "tsae"
     try:
         load_dotenv()
         adopt_place()
         return int(options.run(options) or 0)
     except TsaeError as error:
-        print(f"tsae: {error}", file=sys.stderr)
+        print(f"{speaker}: {error}", file=sys.stderr)
         return 2
     except BrokenPipeError:  # the reader of a pipe, such as head, has enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
     except OSError as error:
-        print(f"tsae: {os_error_line(error, home())}", file=sys.stderr)
+        print(f"{speaker}: {os_error_line(error, home())}", file=sys.stderr)
         return 2
     except preemption.Preempted as preempted:
         print(f"tsae: {preempted}", file=sys.stderr)
         return preemption.REQUEUE
     except KeyboardInterrupt:
-        print("tsae: interrupted; the same command continues", file=sys.stderr)
+        print(f"{speaker}: interrupted; the same command continues", file=sys.stderr)
         return 130
 
 
-def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+def door(command: str) -> int:
+    """`python launch/<command>.py …`, which is `tsae <command> …`."""
+    return main([command, *sys.argv[1:]], f"launch/{command}.py")
+
+
+def _parse(arguments: Sequence[str] | None, script: str) -> argparse.Namespace:
     """The command's options; overrides may stand anywhere among them."""
-    parser = _parser()
+    parser = _parser(script)
     options, rest = parser.parse_known_args(arguments)
     overrides = [word for word in rest if "=" in word and not word.startswith("-")]
     if len(overrides) < len(rest) or (rest and not hasattr(options, "overrides")):
@@ -69,8 +78,9 @@ class _Parser(argparse.ArgumentParser):
         super().error(f"{message} {near}".rstrip())
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="tsae", description="Temporal Sparse Autoencoders: harvest, train, evaluate.")
+def _parser(script: str) -> argparse.ArgumentParser:
+    parser = _Parser(prog="tsae", description="Temporal Sparse Autoencoders: harvest, train, evaluate, sweep.")
+    parser.add_argument("--version", action=_Version, nargs=0, help="print the version and exit")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     harvest = _command(commands, "harvest", _harvest, "read a language model's activations into a zarr store")
@@ -112,6 +122,10 @@ def _parser() -> argparse.ArgumentParser:
     bench = _command(commands, "bench", _bench, "time a training step against the dense path, the floor and others")
     add_bench_arguments(bench)
 
+    add_sweep_commands(functools.partial(_command, commands))
+    if script:
+        commands.choices[Path(script).stem].prog = script
+
     _command(commands, "selftest", _selftest, "check that this installation works here, without a network")
 
     embedded = _command(commands, "embedded-lm", _embedded_lm, "train the small language model that ships inside")
@@ -129,10 +143,22 @@ def _command(commands: argparse._SubParsersAction, name: str, run: object, text:
     return parser
 
 
+class _Version(argparse.Action):
+    """Asks for the version only when it is wanted: installed packages are slow to search."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        from importlib import metadata
+
+        print(f"tsae {metadata.version('tsae')}")
+        parser.exit()
+
+
 class _SettingsHelp(argparse.Action):
     """`--help` of a command that takes a configuration: the usage, then every setting."""
 
     def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        from tsae.config import run as configuration
+
         parser.print_help()
         print("\nSettings (YAML sections, or section.key=value):\n\n" + configuration.help_text())
         parser.exit()
@@ -155,6 +181,7 @@ def _add_run_arguments(parser: argparse.ArgumentParser, named: bool = True) -> N
 
 
 def _harvest(options: argparse.Namespace) -> None:
+    from tsae.config import run as configuration
     from tsae.stages import harvest_stage
 
     config = configuration.load(options.config, options.overrides)
@@ -167,6 +194,8 @@ def _harvest(options: argparse.Namespace) -> None:
 
 @preemption.watched()
 def _train(options: argparse.Namespace) -> None:
+    from tsae.config import run as configuration
+    from tsae.config.validation import require_processes
     from tsae.stages import harvest_stage, train_stage
 
     config = configuration.load(options.config, options.overrides)
@@ -176,6 +205,7 @@ def _train(options: argparse.Namespace) -> None:
 
 
 def _evaluate(options: argparse.Namespace) -> None:
+    from tsae.config import run as configuration
     from tsae.stages import evaluate_stage
 
     _print_once(evaluate_stage(configuration.load(options.config, options.overrides), *_run_of(options)))
@@ -210,6 +240,8 @@ def _run_of(options: argparse.Namespace) -> tuple[Path, str]:
 
 
 def _settings(options: argparse.Namespace) -> None:
+    from tsae.config import run as configuration
+
     if options.config is None:
         print(configuration.help_text())
         return

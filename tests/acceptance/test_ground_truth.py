@@ -16,8 +16,7 @@ from tsae.config import run as configuration
 from tsae.config import schema
 from tsae.data.synthetic import World
 from tsae.evaluation.ground_truth import compare
-from tsae.sae.classes import from_state
-from tsae.sae.reference import REFERENCE_NAMES
+from tsae.sae.kinds import KINDS, from_state
 from tsae.training.trainer import Trainer
 
 BASE = schema.read_yaml(Path(__file__).parents[2] / "sweeps" / "bases" / "synthetic.yaml")
@@ -58,7 +57,7 @@ def found(world: str, kind: str = "temporal", objective: str = "scale_free", sca
     for step in range(STEPS):
         trainer.step(pairs[step * 256 : (step + 1) * 256])
     weights = trainer.dictionary.to_file(trainer.scale)
-    dictionary = from_state(REFERENCE_NAMES[kind][1], weights, None, "test")
+    dictionary = from_state(KINDS[kind].dictionary.__name__, weights, None, "test")
     with torch.no_grad():
         codes = dictionary.encode(held_out)
         error = held_out - dictionary.decode(codes)

@@ -15,8 +15,8 @@ from tsae.evaluation.codes import active_code, split_ranges
 from tsae.evaluation.results import ALL, FIRST_GROUP, HIGH, LOW, SECOND_GROUP, summarise
 from tsae.evaluation.scores import Scores
 from tsae.evaluation.smoothness import smoothness
-from tsae.sae.classes import from_state
 from tsae.sae.dictionary import Dictionary
+from tsae.sae.kinds import from_state
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 RUNS = {

@@ -14,8 +14,8 @@ from tsae.checkpoint import RunFolder, save_dictionary
 from tsae.config import run as configuration
 from tsae.config import schema
 from tsae.runtime.files import write_json, write_text
-from tsae.sae.classes import random_dictionary
 from tsae.sae.dictionary import Dictionary
+from tsae.sae.init import random_dictionary
 from tsae.sae.reference import reference_config
 
 ACTIVATION_DIM, DICT_SIZE = 16, 80

@@ -15,7 +15,7 @@ from tsae.checkpoint import load_dictionary
 from tsae.interop.explanations import read_explanations
 from tsae.interop.export import export
 from tsae.runtime.errors import TsaeError
-from tsae.sae.classes import random_dictionary
+from tsae.sae.init import random_dictionary
 
 TRAINER = {
     "trainer_class": "TemporalMatryoshkaBatchTopKTrainer",

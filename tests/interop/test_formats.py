@@ -13,7 +13,8 @@ from tsae.checkpoint import load_dictionary
 from tsae.cli import main
 from tsae.interop import formats
 from tsae.interop.export import WRITERS, Source
-from tsae.sae.classes import CLASSES, random_dictionary
+from tsae.sae.init import random_dictionary
+from tsae.sae.kinds import classes
 
 SAE_BENCH_LOADERS = {
     "MatryoshkaBatchTopKTrainer": "batch_topk_sae.load_dictionary_learning_matryoshka_batch_topk_sae",
@@ -35,7 +36,7 @@ def test_every_class_survives_every_format_to_1e_6() -> None:
     rows = list(formats.deviations())
     assert all(max(row.encode, row.decode) <= formats.TOLERANCE for row in rows), rows
     trips = {(row.dict_class, row.format) for row in rows}
-    assert trips >= {(name, form) for name in CLASSES for form in ("sae_lens", "sae_bench", "reference")}
+    assert trips >= {(name, form) for name in classes() for form in ("sae_lens", "sae_bench", "reference")}
     assert ("SAELens" in {row.read_by for row in rows}) == formats.installed("sae_lens")
 
 
@@ -46,7 +47,7 @@ def test_the_command_prints_one_line_per_trip(capsys) -> None:
 
 
 @needs("dictionary_learning", "--no-deps dictionary-learning==0.1.0")
-@pytest.mark.parametrize("name", [name for name in CLASSES if not name.startswith("Temporal")])
+@pytest.mark.parametrize("name", [name for name in classes() if not name.startswith("Temporal")])
 def test_files_of_dictionary_learning_are_read_as_it_reads_them(tmp_path: Path, name: str) -> None:
     from dictionary_learning import utils
 
@@ -70,7 +71,7 @@ def test_files_of_dictionary_learning_are_read_as_it_reads_them(tmp_path: Path, 
 
 
 @needs("sae_bench", "--no-deps sae-bench==0.6.0 (and 'tsae[sae-lens]')")
-@pytest.mark.parametrize("name", CLASSES)
+@pytest.mark.parametrize("name", classes())
 def test_sae_bench_itself_loads_our_export(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     dictionary = random_dictionary(name, 16, 80)
     (tmp_path / "sae").mkdir()

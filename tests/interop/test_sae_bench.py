@@ -14,7 +14,7 @@ from tsae.interop.explanations import from_sae_bench, read_explanations
 from tsae.interop.export import export
 from tsae.runtime.errors import TsaeError
 from tsae.runtime.files import write_json
-from tsae.sae.classes import random_dictionary
+from tsae.sae.init import random_dictionary
 
 LOADERS = {"MatryoshkaBatchTopKTrainer", "BatchTopKTrainer", "TopKTrainer", "StandardTrainer"}
 """Of the trainer classes that SAEBench knows, those of our kinds."""

@@ -15,7 +15,7 @@ from tsae.interop import sae_lens
 from tsae.interop.export import export
 from tsae.interop.formats import installed
 from tsae.runtime.errors import TsaeError
-from tsae.sae.classes import random_dictionary
+from tsae.sae.init import random_dictionary
 
 needs_sae_lens = pytest.mark.skipif(
     not installed("sae_lens"),

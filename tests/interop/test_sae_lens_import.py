@@ -16,7 +16,7 @@ from tsae.cli import main
 from tsae.interop import sae_lens
 from tsae.runtime.errors import TsaeError
 from tsae.runtime.files import write_json
-from tsae.sae.classes import random_dictionary
+from tsae.sae.init import random_dictionary
 
 D, F = 16, 80
 

@@ -7,8 +7,9 @@ import json
 
 import pytest
 
+from tsae.cli import main
 from tsae.report import claims
-from tsae.report import command as report
+from tsae.report import write as report
 from tsae.report.claims import CLAIMS, Claim
 from tsae.report.summary import Row
 from tsae.runtime.errors import TsaeError
@@ -56,7 +57,7 @@ def test_an_interval_across_the_bound_is_undecided(plan):
 
 def test_the_command_writes_a_table_of_what_is_there(write_sweep, home, capsys):
     path = write_sweep(file="kinds", grid={"sae.kind": ["temporal", "batch_topk"], "training.seed": [0, 1]})
-    assert claims.main([str(path)]) == 0
+    assert main(["claims", str(path)]) == 0
     printed = capsys.readouterr().out
     assert all(f"| {claim.text} |" in printed for claim in CLAIMS)
     [written] = home.glob("sweeps/*/report/claims.json")
@@ -65,16 +66,16 @@ def test_the_command_writes_a_table_of_what_is_there(write_sweep, home, capsys):
 
 def test_other_axes_than_kind_and_seed_are_refused(plan_of):
     with pytest.raises(TsaeError, match=r"sae\.k varies"):
-        claims.write_claims(plan_of(grid={"sae.kind": ["temporal", "matryoshka"], "sae.k": [4, 8]}))
+        claims.write_claims(plan_of(grid={"sae.kind": ["temporal", "matryoshka"], "sae.k": [4, 8]}).compared)
 
 
 def test_the_report_holds_the_claims_and_what_decides_them(write_sweep, home):
     grid = {"sae.kind": ["temporal", "matryoshka"], "training.seed": [0, 1]}
     path = write_sweep(file="judged", grid=grid, report={"claims": True})
-    page = report.write_report(make_plan(load_sweep(path))).read_text()
+    page = report.write_report(make_plan(load_sweep(path)).compared).read_text()
     assert all(html.escape(claim.text) in page for claim in CLAIMS)
     assert f"python launch/sweep.py {path} --base pythia-160m" in page
     assert list(home.glob("sweeps/*/report/claims.json"))
-    larger = report.write_report(make_plan(load_sweep(path, "pythia-160m"))).read_text()
+    larger = report.write_report(make_plan(load_sweep(path, "pythia-160m")).compared).read_text()
     assert "The paper's claims" in larger
     assert "--base pythia-160m" not in larger

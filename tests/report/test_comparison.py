@@ -13,7 +13,7 @@ from tsae.config import run as configuration
 from tsae.config import schema
 from tsae.experiments import driver
 from tsae.report import charts, forest, grids
-from tsae.report import command as report
+from tsae.report import write as report
 from tsae.report.axis import SweptAxis
 from tsae.report.comparison import compare
 from tsae.report.summary import summarise
@@ -50,7 +50,7 @@ def noisy(plan_of):
 
 
 def test_differences_by_seed_see_what_the_means_hide(noisy):
-    summary = summarise(noisy)
+    summary = summarise(noisy.compared)
     (first, second), (found,) = summary.groups, compare(summary)
     assert abs(first.interval("frac_variance_explained")[0] - second.interval("frac_variance_explained")[0]) < 0.02
     assert first.interval("frac_variance_explained")[1] > 0.2
@@ -62,14 +62,16 @@ def test_differences_by_seed_see_what_the_means_hide(noisy):
 
 def test_a_seed_that_one_side_lacks_is_left_out(plan_of):
     points = [{"sae.k": k, "training.seed": seed} for k, seed in ((4, 0), (4, 1), (4, 2), (8, 1), (8, 2), (8, 3))]
-    summary = summarise(measured(plan_of(list=points), lambda point: (0.1 * point.config.training.seed, 1.0, 1.0)))
+    summary = summarise(
+        measured(plan_of(list=points), lambda point: (0.1 * point.config.training.seed, 1.0, 1.0)).compared
+    )
     (found,) = compare(summary)
     assert found.differences["frac_variance_explained"] == (pytest.approx(0.0), pytest.approx(0.0, abs=1e-12), 2)
 
 
 def test_one_seed_gives_no_comparison(plan_of):
     plan = measured(plan_of(grid={"sae.k": [4, 8]}), lambda _: (0.5, 0.1, 0.2))
-    assert compare(summarise(plan)) == []
+    assert compare(summarise(plan.compared)) == []
 
 
 def test_the_named_baseline_is_what_others_are_compared_with(plan_of):
@@ -77,13 +79,13 @@ def test_the_named_baseline_is_what_others_are_compared_with(plan_of):
     plan = measured(plan_of(grid=grid, report={"baseline": {"sae.kind": "matryoshka"}}), lambda _: (0.5, 0.1, 0.2))
     pairs = {
         (entry.group.value("sae.kind"), entry.group.value("sae.k"), entry.reference.value("sae.k"))
-        for entry in compare(summarise(plan))
+        for entry in compare(summarise(plan.compared))
     }
     assert pairs == {(kind, k, k) for kind in ("temporal", "batch_topk") for k in (4, 8)}
 
 
 def test_sentences_follow_from_the_numbers(noisy):
-    ranges, splits, differences = sentences(summarise(noisy))
+    ranges, splits, differences = sentences(summarise(noisy.compared))
     assert "FVE all goes from 0.590 (temporal alpha 1) to 0.600 (temporal alpha 0)" in ranges
     assert splits == (
         "The high-level split is smoother than the low-level one in 2 of 2 settings, in 2 of them with intervals that "
@@ -114,7 +116,7 @@ def test_figures_suit_the_number_of_swept_settings(plan_of, tmp_path, monkeypatc
     draw = charts.draw_heat_map
     monkeypatch.setattr(charts, "draw_heat_map", lambda *given: (grids.append(given), draw(*given)))
     plan = measured(plan_of(grid=grid), lambda p: (0.5 + p.config.sae.k / 100, 0.1 + p.config.sae.k / 1000, 0.2))
-    drawn = charts.draw_charts(summarise(plan), tmp_path)
+    drawn = charts.draw_charts(summarise(plan.compared), tmp_path)
     assert {chart.name for chart, _ in drawn} == figures
     assert all(path.read_bytes().startswith(b"\x89PNG") for _, path in drawn)
     assert bool(grids) == (len(grid) > 1)
@@ -127,7 +129,7 @@ def test_settings_that_were_named_one_by_one_get_a_row_each(plan_of, tmp_path):
         + [{"sae.k": k} for k in range(4, 12)],
         report={"x": "objective.preset", "baseline": {"objective.preset": "scale_free"}},
     )
-    summary = summarise(measured(plan, lambda _: (0.5, 0.1, 0.2)))
+    summary = summarise(measured(plan, lambda _: (0.5, 0.1, 0.2)).compared)
     assert forest.suits(summary, charts.series_of(summary))
     assert {chart.name for chart, _ in charts.draw_charts(summary, tmp_path)} == {"settings", "trade_offs"}
     names = [forest._difference(summary, group) for group in summary.groups]
@@ -139,12 +141,15 @@ def test_drawn_settings_show_the_effect_of_each(plan_of, tmp_path, n):
     draws = {"n": n, "seed": 0, "training.lr": {"log_uniform": [1e-4, 1e-2]}}
     draws["objective.temporal_alpha"] = {"uniform": [0.0, 1.0]}
     plan = measured(plan_of(random=draws), lambda point: (point.config.training.lr, 0.1, 0.2))
-    assert {chart.name for chart, _ in charts.draw_charts(summarise(plan), tmp_path)} == {"effects", "trade_offs"}
+    assert {chart.name for chart, _ in charts.draw_charts(summarise(plan.compared), tmp_path)} == {
+        "effects",
+        "trade_offs",
+    }
 
 
 def test_many_values_of_a_setting_are_gathered_in_bins(plan_of):
     draws = {"n": 60, "seed": 0, "training.lr": {"log_uniform": [1e-4, 1e-2]}, "sae.k": [8, 16]}
-    summary = summarise(measured(plan_of(random=draws), lambda point: (point.config.training.lr, 0.1, 0.2)))
+    summary = summarise(measured(plan_of(random=draws), lambda point: (point.config.training.lr, 0.1, 0.2)).compared)
     levels = grids._levels(summary, SweptAxis("training.lr", [group.value("training.lr") for group in summary.groups]))
     assert len(levels) == grids.BINS
     assert sum(len(groups) for _, groups in levels) == 60
@@ -159,14 +164,14 @@ def test_settings_of_different_worlds_do_not_compete(plan_of):
     def values(point):
         return 0.1 * point.config.model.layer + point.config.sae.k, 0.1, 0.2
 
-    summary = summarise(measured(plan_of(grid={"model.layer": [0, 1], "sae.k": [4, 8]}), values))
+    summary = summarise(measured(plan_of(grid={"model.layer": [0, 1], "sae.k": [4, 8]}), values).compared)
     worlds = summary.worlds(summary.groups)
     assert {world: [group.value("sae.k") for group in groups] for world, groups in worlds.items()} == {
         "layer 0": [4, 8],
         "layer 1": [4, 8],
     }
     assert sentences(summary)[1].startswith("layer 1: FVE all goes from 4.10 (k 4) to 8.10 (k 8)")
-    alone = summarise(measured(plan_of(grid={"sae.k": [4, 8]}), values))
+    alone = summarise(measured(plan_of(grid={"sae.k": [4, 8]}), values).compared)
     assert list(alone.worlds(alone.groups)) == [""]
 
 
@@ -180,19 +185,19 @@ def test_an_experiments_headline_is_a_measure_and_its_picture_is_on_the_page(noi
     }
     run.result("tsne_chunk0", "json").write_text(json.dumps(results))
     run.result("tsne_chunk0", "png").write_bytes(noisy.run(point).path.joinpath("ae.pt").read_bytes() + bytes(40))
-    row = summarise(noisy).rows[0]
+    row = summarise(noisy.compared).rows[0]
     assert row.values["tsne_chunk0/semantics"] == 0.75
     assert row.half_width("tsne_chunk0/semantics") == 0.02
     assert "tsne_chunk0/syntax" not in row.values
-    page = report.write_report(noisy).read_text()
+    page = report.write_report(noisy.compared).read_text()
     assert f"{point.name}: tsne_chunk0</figcaption>" in page
     run.result("tsne_chunk0", "html").write_text("a page")
-    page = report.write_report(noisy)
+    page = report.write_report(noisy.compared)
     (address,) = re.findall(r'tsne_chunk0 \(<a href="([^"]+)">interactive page</a>\)</figcaption>', page.read_text())
     assert (page.parent / urllib.parse.unquote(address)).read_text() == "a page"
     other = run.result("tsne_chunk0", "json")
     other.write_text(json.dumps({**results, "config_hash": "of other settings"}))
-    assert "tsne_chunk0/semantics" not in summarise(noisy).rows[0].values
+    assert "tsne_chunk0/semantics" not in summarise(noisy.compared).rows[0].values
 
 
 def test_the_probes_pictures_on_the_page_show_what_came_later(noisy, monkeypatch):
@@ -202,5 +207,5 @@ def test_the_probes_pictures_on_the_page_show_what_came_later(noisy, monkeypatch
     result.with_suffix(".png").write_bytes(bytes(40))
     drawn = []
     monkeypatch.setattr("tsae.experiments.probe.experiment.draw", lambda _, path: drawn.append(path))
-    report.write_report(noisy)
+    report.write_report(noisy.compared)
     assert drawn == [result.with_suffix(".png")]

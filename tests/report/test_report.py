@@ -12,14 +12,13 @@ from pathlib import Path
 
 import pytest
 
+from tsae.cli import main
 from tsae.config import run as configuration
 from tsae.config import schema
-from tsae.report import claims
-from tsae.report import command as report
+from tsae.report import write as report
 from tsae.report.charts import SweptAxis, series_of
 from tsae.report.measures import figures, shown_of
 from tsae.report.summary import summarise
-from tsae.sweep.made_from import is_current, page_path
 from tsae.sweep.plan import make_plan
 from tsae.sweep.sweepfile import load_sweep
 
@@ -56,7 +55,7 @@ def seeded(plan_of):
 
 
 def test_seeds_become_a_mean_with_a_student_interval(seeded):
-    summary = summarise(seeded)
+    summary = summarise(seeded.compared)
     assert [group.axes for group in summary.groups] == [{"sae.split_fraction": 0.2}, {"sae.split_fraction": 0.5}]
     mean, half = summary.groups[1].interval("frac_variance_explained")
     assert mean == pytest.approx(0.8)
@@ -66,13 +65,13 @@ def test_seeds_become_a_mean_with_a_student_interval(seeded):
 def test_one_seed_keeps_the_interval_over_documents(plan_of):
     plan = plan_of(grid={"sae.split_fraction": [0.2]})
     measured(plan, plan.points[0], 0.5, half_width=0.03)
-    (group,) = summarise(plan).groups
+    (group,) = summarise(plan.compared).groups
     assert group.interval("frac_variance_explained") == (0.5, 0.03)
     assert math.isnan(group.interval("l0")[1])
 
 
 def test_the_page_is_one_file_that_loads_nothing_else(seeded):
-    page = report.write_report(seeded).read_text()
+    page = report.write_report(seeded.compared).read_text()
     assert page.count("data:image/png;base64,") == 3
     assert not re.search(r"""(src|href)=["'](?!data:)""", page)
     assert "url(" not in page
@@ -80,7 +79,7 @@ def test_the_page_is_one_file_that_loads_nothing_else(seeded):
 
 
 def test_every_measure_of_every_point_is_in_the_tables(seeded):
-    folder = report.write_report(seeded).parent
+    folder = report.write_report(seeded.compared).parent
     rows = list(csv.DictReader((folder / "table.csv").open()))
     assert [row["point"] for row in rows] == [point.name for point in seeded.points]
     assert float(rows[4]["frac_variance_explained"]) == pytest.approx(0.8)
@@ -97,14 +96,14 @@ def test_missing_points_are_named_and_the_rest_is_shown(plan_of):
     measured(plan, plan.points[1], 0.5)
     plan.run(plan.points[2]).claim(plan.points[2].config)
     plan.run(plan.points[2]).weights.write_bytes(b"weights")
-    page = report.write_report(plan).read_text()
+    page = report.write_report(plan.compared).read_text()
     assert "split_fraction=0.1 (not trained); split_fraction=0.5 (trained, not evaluated)" in page
     assert "1 of 3 points" in page
-    assert "split_fraction=0.2" in "\n".join(report.short_table(plan))
+    assert "split_fraction=0.2" in "\n".join(report.short_table(plan.compared))
 
 
 def test_a_report_without_any_result_is_still_a_page(plan_of):
-    page = report.write_report(plan_of(grid={"sae.split_fraction": [0.1, 0.2]})).read_text()
+    page = report.write_report(plan_of(grid={"sae.split_fraction": [0.1, 0.2]}).compared).read_text()
     assert "No point has results yet." in page
     assert "data:image" not in page
 
@@ -113,7 +112,7 @@ def test_a_dictionary_without_splits_leaves_gaps(plan_of):
     plan = plan_of(grid={"sae.kind": ["temporal", "batch_topk"]})
     measured(plan, plan.points[0], 0.5)
     measured(plan, plan.points[1], 0.6, splits=False)
-    page = report.write_report(plan).read_text()
+    page = report.write_report(plan.compared).read_text()
     assert re.search(r"<td>0\.600</td><td>–</td>", page.replace("<small>± 0.010</small>", ""))
 
 
@@ -121,7 +120,7 @@ def test_a_second_swept_value_becomes_the_series(plan_of):
     plan = plan_of(grid={"sae.split_fraction": [0.1, 0.2], "sae.k": [8, 16], "training.seed": [0]})
     for point in plan.points:
         measured(plan, point, 0.5)
-    series = series_of(summarise(plan))
+    series = series_of(summarise(plan.compared))
     assert list(series) == ["k 8", "k 16"]
     assert [group.value("sae.split_fraction") for group in series["k 8"]] == [0.1, 0.2]
 
@@ -145,11 +144,11 @@ def test_swept_values_stand_where_they_can_be_told_apart(values, scale, position
 
 
 def test_the_report_is_current_until_a_result_changes(seeded):
-    assert not is_current(seeded)
-    report.write_report(seeded)
-    assert is_current(seeded)
+    assert not seeded.compared.is_current()
+    report.write_report(seeded.compared)
+    assert seeded.compared.is_current()
     measured(seeded, seeded.points[0], 0.4)
-    assert not is_current(seeded)
+    assert not seeded.compared.is_current()
 
 
 def test_numbers_are_short_and_readable():
@@ -161,13 +160,13 @@ def test_the_command_prints_the_table_and_the_path(seeded):
     command = [sys.executable, str(REPOSITORY / "launch" / "report.py"), str(seeded.sweep.path)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[0].split()[:3] == ["point", "FVE", "all"]
-    assert done.stdout.splitlines()[-1] == f"report: {page_path(seeded)}"
+    assert done.stdout.splitlines()[-1] == f"report: {seeded.compared.page}"
 
 
 def test_a_group_that_took_over_is_told_on_the_page(seeded):
     point = seeded.points[0]
     seeded.run(point).metrics.write_text(json.dumps({"step": 9, "share_0": 0.97, "share_1": 0.03}) + "\n")
-    page = report.write_report(seeded).read_text()
+    page = report.write_report(seeded.compared).read_text()
     assert f"In 1 of {len(seeded.points)} trainings" in page
     assert f"{point.name}: group 0 took over: it has 97.0% of the feature activations" in page
 
@@ -182,14 +181,14 @@ def test_variance_is_pooled_over_tokens_where_the_truth_is_known():
     assert shown_of(names, ["l0"]) == ["l0"]
 
 
-@pytest.mark.parametrize("command", [report.main, claims.main])
+@pytest.mark.parametrize("command", ["report", "claims"])
 def test_a_report_that_cannot_be_written_is_one_line(write_sweep, capsys, command):
     path = write_sweep(file="kinds", grid={"sae.kind": ["temporal", "matryoshka"]})
-    folder = page_path(make_plan(load_sweep(path))).parent
+    folder = make_plan(load_sweep(path)).compared.page.parent
     folder.parent.mkdir(parents=True)
     folder.write_text("in the way")
-    assert command([str(path)]) == 2
+    assert main([command, str(path)]) == 2
     error = capsys.readouterr().err
-    assert error.startswith("error: ")
+    assert error.startswith("tsae: ")
     assert error.count("\n") == 1
     assert str(folder) in error

@@ -9,12 +9,20 @@ import torch
 from torch import Tensor
 
 from tsae.config import run as configuration
-from tsae.sae.kernels import candidates, kernels_for
-from tsae.sae.selection.batch import Encoder, batch_top_k_codes, entries_above
-from tsae.sae.selection.dense import top_k
-from tsae.sae.selection.rows import top_k_codes
+from tsae.sae import kernels
+from tsae.sae.dictionary import top_k
 from tsae.sae.selection.screens import round_rows
-from tsae.sae.sparse import ByLatent, SparseCode, add_rows, from_dense, sampled_products, segment_sums, weighted_rows
+from tsae.sae.selection.top_k import Encoder, batch_top_k_codes, entries_above, top_k_codes
+from tsae.sae.sparse import (
+    ByLatent,
+    SparseCode,
+    add_rows,
+    from_dense,
+    kernels_for,
+    sampled_products,
+    segment_sums,
+    weighted_rows,
+)
 from tsae.training.trainer import Trainer
 
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
@@ -104,8 +112,8 @@ def test_candidates_are_all_entries_above_the_guess_in_order(guess: float, monke
     weight, bias = weight.round(), bias.round()
     encoder = Encoder("float32")
     monkeypatch.setattr(encoder, "block_rows", lambda *_: 4)
-    monkeypatch.setattr(candidates, "FIRST_ROOM", 1)
-    monkeypatch.setattr(candidates, "LATENTS", 32)
+    monkeypatch.setattr(kernels, "FIRST_ROOM", 1)
+    monkeypatch.setattr(kernels, "LATENTS", 32)
     rows, latents, values = entries_above(encoder, x.round(), weight, bias, guess)
     dense = x.round() @ weight + bias
     expected = (dense > guess).nonzero(as_tuple=True)

@@ -13,26 +13,26 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from tsae.sae.kernels import candidates, rounding, sums
+from tsae.sae import kernels
 
 INT, FLOAT, LOW = "*i64", "*fp32", "*bf16"
-TILE = {"BLOCK_E": sums.ENTRIES, "BLOCK_D": sums.WIDTH}
-LATENTS = {"BLOCK": candidates.LATENTS}
+TILE = {"BLOCK_E": kernels.ENTRIES, "BLOCK_D": kernels.WIDTH}
+LATENTS = {"BLOCK": kernels.LATENTS}
 UNFUSED = {"enable_fp_fusion": False}
 
 # Kernel, types of its arguments, its constants, options of the launch.
 KERNELS: list[tuple[Any, list[str], dict[str, Any], dict[str, Any]]] = [
-    (sums._weighted_rows, [INT, INT, *[FLOAT] * 3, *["i32"] * 3], TILE, {}),
-    (sums._sampled_products, [INT, INT, *[FLOAT] * 3, *["i32"] * 4], TILE, {}),
-    (sums._segment_sums, [INT, FLOAT, FLOAT], {"BLOCK": sums.SCALARS}, {}),
-    (sums._add_rows, [INT, INT, *[FLOAT] * 3, *["i32"] * 4], TILE, {}),
-    (rounding._round_rows, [FLOAT, LOW, FLOAT, FLOAT, "i32", "i32"], {"BLOCK_D": rounding.WIDTH}, {}),
+    (kernels._weighted_rows, [INT, INT, *[FLOAT] * 3, *["i32"] * 3], TILE, {}),
+    (kernels._sampled_products, [INT, INT, *[FLOAT] * 3, *["i32"] * 4], TILE, {}),
+    (kernels._segment_sums, [INT, FLOAT, FLOAT], {"BLOCK": kernels.SCALARS}, {}),
+    (kernels._add_rows, [INT, INT, *[FLOAT] * 3, *["i32"] * 4], TILE, {}),
+    (kernels._round_rows, [FLOAT, LOW, FLOAT, FLOAT, "i32", "i32"], {"BLOCK_D": kernels.ROUNDED}, {}),
 ]
 for margin in (True, False):
     shape = [FLOAT, "i32", "i32", "i32"]
     constants = {"MARGIN": margin, **LATENTS}
-    KERNELS.append((candidates._count, [*[FLOAT] * 6, INT, *shape], constants, UNFUSED))
-    KERNELS.append((candidates._write, [*[FLOAT] * 6, INT, INT, INT, FLOAT, "i32", *shape], constants, UNFUSED))
+    KERNELS.append((kernels._count, [*[FLOAT] * 6, INT, *shape], constants, UNFUSED))
+    KERNELS.append((kernels._write, [*[FLOAT] * 6, INT, INT, INT, FLOAT, "i32", *shape], constants, UNFUSED))
 
 
 def compiled(kernel: Any, types: list[str], constants: dict[str, Any], options: dict[str, Any], capability: int) -> str:

@@ -6,8 +6,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tsae.sae.selection.batch import Encoder, batch_top_k_codes
-from tsae.sae.selection.dense import batch_top_k
+from tsae.sae.dictionary import batch_top_k
+from tsae.sae.selection.top_k import Encoder, batch_top_k_codes
 
 shapes = st.tuples(st.integers(1, 40), st.integers(1, 150), st.integers(1, 6), st.integers(0, 2**16))
 

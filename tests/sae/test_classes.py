@@ -10,8 +10,8 @@ from torch import Tensor
 
 from tsae.checkpoint import RunFolder, load_dictionary, save_dictionary
 from tsae.runtime import files
-from tsae.sae.architectures import AutoEncoderTopK
-from tsae.sae.classes import CLASSES, from_state, random_dictionary
+from tsae.sae.init import random_dictionary
+from tsae.sae.kinds import AutoEncoderTopK, classes, from_state
 
 A, F = 12, 40
 MATRICES = {"encoder.weight": (F, A), "decoder.weight": (A, F)}
@@ -53,7 +53,7 @@ def by_hand(name: str, state: dict[str, Tensor], x: Tensor) -> tuple[Tensor, Ten
     return f, f @ W_dec + bias
 
 
-@pytest.mark.parametrize("name", CLASSES)
+@pytest.mark.parametrize("name", classes())
 def test_files_hold_the_tensors_of_the_class(name: str) -> None:
     state = random_dictionary(name, A, F).to_file()
     assert {key: tuple(value.shape) for key, value in state.items()} == SHAPES[name]
@@ -61,7 +61,7 @@ def test_files_hold_the_tensors_of_the_class(name: str) -> None:
     assert all(value.dtype == torch.int32 for key, value in state.items() if key == "k")
 
 
-@pytest.mark.parametrize("name", CLASSES)
+@pytest.mark.parametrize("name", classes())
 def test_encode_and_decode_are_those_of_the_class_for_any_leading_shape(name: str) -> None:
     dictionary = random_dictionary(name, A, F, seed=3)
     x = torch.randn(3, 5, A, generator=torch.Generator().manual_seed(1))
@@ -75,7 +75,7 @@ def test_encode_and_decode_are_those_of_the_class_for_any_leading_shape(name: st
     assert dictionary.encode_rule
 
 
-@pytest.mark.parametrize("name", CLASSES)
+@pytest.mark.parametrize("name", classes())
 def test_a_run_folder_returns_the_same_dictionary(name: str, tmp_path: Path) -> None:
     run, dictionary = RunFolder(tmp_path), random_dictionary(name, A, F)
     save_dictionary(run.weights, dictionary)
@@ -93,7 +93,7 @@ def test_a_run_folder_returns_the_same_dictionary(name: str, tmp_path: Path) -> 
     assert all(torch.equal(value, loaded.to_file()[key]) for key, value in dictionary.to_file().items())
 
 
-@pytest.mark.parametrize("name", CLASSES)
+@pytest.mark.parametrize("name", classes())
 def test_a_dictionary_shares_the_memory_of_its_state_dict(name: str) -> None:
     state = random_dictionary(name, A, F).to_file()
     owned = {value.untyped_storage().data_ptr() for value in state.values()}
@@ -108,7 +108,7 @@ def mapped(path: Path) -> list[range]:
     return [range(*(int(address, 16) for address in line[0].split("-"))) for line in lines]
 
 
-@pytest.mark.parametrize("name", CLASSES)
+@pytest.mark.parametrize("name", classes())
 def test_a_loaded_dictionary_lies_in_the_mapped_file(name: str, tmp_path: Path) -> None:
     save_dictionary(tmp_path / "ae.pt", random_dictionary(name, 64, 512))
     files.write_json(tmp_path / "config.json", {"trainer": {"dict_class": name}})
@@ -118,7 +118,7 @@ def test_a_loaded_dictionary_lies_in_the_mapped_file(name: str, tmp_path: Path) 
         assert any(tensor.data_ptr() in addresses for addresses in pages)
 
 
-@pytest.mark.parametrize("name", CLASSES)
+@pytest.mark.parametrize("name", classes())
 def test_a_file_for_larger_activations_does_the_same_on_them(name: str) -> None:
     dictionary = random_dictionary(name, A, F)
     larger = from_state(name, dictionary.to_file(scale=7.5), None, "test")

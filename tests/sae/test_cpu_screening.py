@@ -8,11 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tsae.sae.selection import batch as select
-from tsae.sae.selection import cpu_screens as cpu_screening
-from tsae.sae.selection.batch import Encoder, batch_top_k_codes
-from tsae.sae.selection.cpu_screens import CpuScreen, Memory, screens_on_cpu
-from tsae.sae.selection.rows import top_k_codes
+from tsae.sae.selection import screens as cpu_screening
+from tsae.sae.selection import top_k as select
+from tsae.sae.selection.screens import CpuScreen, Memory, screens_on_cpu
+from tsae.sae.selection.top_k import Encoder, batch_top_k_codes, top_k_codes
 
 shapes = st.tuples(st.integers(1, 40), st.integers(1, 200), st.integers(1, 70), st.integers(0, 2**16))
 

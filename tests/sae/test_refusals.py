@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tsae.checkpoint import load_dictionary
 from tsae.runtime.errors import TsaeError
-from tsae.sae.classes import random_dictionary
+from tsae.sae.init import random_dictionary
 
 NAME = "TemporalMatryoshkaBatchTopKSAE"
 State = dict[str, Tensor]

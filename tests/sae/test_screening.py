@@ -10,11 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tsae.sae.selection import batch as select
-from tsae.sae.selection.batch import Encoder, Selection, batch_top_k_codes
-from tsae.sae.selection.dense import top_k
-from tsae.sae.selection.rows import top_k_codes
+from tsae.sae.dictionary import top_k
+from tsae.sae.selection import top_k as select
 from tsae.sae.selection.screens import Screen, round_rows
+from tsae.sae.selection.top_k import Encoder, Selection, batch_top_k_codes, top_k_codes
 
 Select = Callable[..., list[Selection]]
 

@@ -9,9 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tsae.sae.selection.batch import Encoder
-from tsae.sae.selection.dense import top_k
-from tsae.sae.selection.rows import top_k_codes
+from tsae.sae.dictionary import top_k
+from tsae.sae.selection.top_k import Encoder, top_k_codes
 
 shapes = st.tuples(st.integers(1, 40), st.integers(1, 400), st.integers(1, 9), st.integers(0, 2**16))
 

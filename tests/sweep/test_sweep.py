@@ -222,8 +222,10 @@ def test_a_dry_run_shows_everything_and_writes_nothing(sweep_file, home):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((), "FILE: the sweep's YAML is missing"),
+        ((), "SWEEP: the sweep's YAML is missing"),
         (("nowhere.yaml",), "nowhere.yaml: cannot be read"),
+        (("split_fractoin",), "split_fractoin: no file, and no shipped sweep; did you mean 'split_fraction'"),
+        ((".",), ".: a folder without attempts/"),
         (("{sweep}", "sae.kk=3"), "command line: sae.kk: unknown key; did you mean 'k'"),
         (("{sweep}", "model.layer=3"), "model.layer: 3 is impossible"),
         (("{sweep}", "--base", "pythia"), "did you mean 'pythia-160m'"),
@@ -241,7 +243,7 @@ def test_bad_input_is_one_line_and_code_2(sweep_file, home, arguments, message):
 
 
 def test_help_loads_nothing_heavy():
-    script = "import sys; from tsae.sweep import command, status; from tsae.report import command\n"
+    script = "import sys; from tsae.cli import _parser; _parser("")\n"
     script += (
         "print([name for name in ('torch', 'numpy', 'submitit', 'matplotlib', 'transformers') if name in sys.modules])"
     )

@@ -24,8 +24,7 @@ from tsae.config import run as configuration
 from tsae.config.run import RunConfig
 from tsae.runtime import locks, preemption
 from tsae.runtime.errors import TsaeError
-from tsae.training.random_state import random_state, set_random_state
-from tsae.training.resume import ResumeStates
+from tsae.training.resume import ResumeStates, random_state, set_random_state
 from tsae.training.run import train
 
 

@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import Tensor
 
-from tsae.training.gradients import Gradients, by_latent
 from tsae.training.trainer import Trainer
+from tsae.training.update import Gradients, by_latent
 
 
 def record_gradients(trainer: Trainer) -> dict[str, Tensor]:

@@ -14,8 +14,7 @@ from tsae.config import run as configuration
 from tsae.config.run import RunConfig
 from tsae.evaluation.driver import evaluate
 from tsae.runtime.errors import TsaeError
-from tsae.sae.classes import from_state
-from tsae.sae.reference import REFERENCE_NAMES
+from tsae.sae.kinds import KINDS, from_state
 from tsae.training.run import train
 from tsae.training.trainer import Trainer
 
@@ -188,8 +187,10 @@ def test_every_kind_trains_writes_its_class_and_is_evaluated(normalised: RunConf
     lines = [json.loads(line) for line in run.metrics.read_text().splitlines()]
     assert lines[-1]["fve"] > lines[0]["fve"]
     dictionary, written = load_dictionary(run.path)
-    trainer_class, dict_class = REFERENCE_NAMES[kind]
-    assert (written["trainer"]["trainer_class"], type(dictionary).__name__) == (trainer_class, dict_class)
+    assert (written["trainer"]["trainer_class"], type(dictionary)) == (
+        KINDS[kind].trainer_class,
+        KINDS[kind].dictionary,
+    )
     results = evaluate(config, run)
     assert results["encode_rule"] == dictionary.encode_rule
     # On raw, held-out activations the file does about what training did on normalised ones.

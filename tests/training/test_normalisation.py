@@ -11,8 +11,7 @@ from tsae.checkpoint import RunFolder, load_dictionary
 from tsae.config import run as configuration
 from tsae.config.run import RunConfig
 from tsae.runtime.errors import TsaeError
-from tsae.sae.classes import from_state
-from tsae.sae.reference import REFERENCE_NAMES
+from tsae.sae.kinds import KINDS, from_state
 from tsae.store.pairs import PairStream
 from tsae.store.reader import Store
 from tsae.training.run import train
@@ -36,7 +35,7 @@ def test_saved_weights_apply_to_raw_activations(normalised: RunConfig, kind: str
     for batch in stream.iterate(0, 20):
         terms = built.step(batch)
         assert float(terms.l2_loss) < 50  # losses are those of activations of norm 1
-    raw = from_state(REFERENCE_NAMES[kind][1], built.dictionary.to_file(built.scale), None, "test")
+    raw = from_state(KINDS[kind].dictionary.__name__, built.dictionary.to_file(built.scale), None, "test")
     x = stream[20][:, 0]
     with torch.no_grad():
         f = built.dictionary.encode(x / built.scale)

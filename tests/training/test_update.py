@@ -7,11 +7,19 @@ import torch
 from torch import Tensor
 
 from tsae.config.sections import SaeConfig
-from tsae.sae.init import new_dictionary, normalise_rows
+from tsae.sae.dictionary import normalise_rows
+from tsae.sae.init import new_dictionary
 from tsae.sae.sparse import ByLatent
-from tsae.training import gradients
-from tsae.training.gradients import DenseRows, RowSums, WholeGradient, whole_gradients
-from tsae.training.update import Adam, lay_out_by_latent, project_and_measure
+from tsae.training import update
+from tsae.training.update import (
+    Adam,
+    DenseRows,
+    RowSums,
+    WholeGradient,
+    lay_out_by_latent,
+    project_and_measure,
+    whole_gradients,
+)
 
 
 def plain_update(dictionary: torch.nn.Module, optimizer: torch.optim.Optimizer, clip_norm: float) -> torch.Tensor:
@@ -28,7 +36,7 @@ def plain_update(dictionary: torch.nn.Module, optimizer: torch.optim.Optimizer, 
 @pytest.mark.parametrize("clip_norm", [1e-3, 1e6])
 def test_is_clipping_adam_and_normalising_in_turn(clip_norm: float, monkeypatch: pytest.MonkeyPatch) -> None:
     # Five latents at a time of 37.
-    monkeypatch.setattr(gradients, "CHUNK_BYTES", 5 * 8 * 12)
+    monkeypatch.setattr(update, "CHUNK_BYTES", 5 * 8 * 12)
     plain, chunked = (new_dictionary(SaeConfig(dict_size=37, k=3), 12, seed=0).double() for _ in range(2))
     optimizers = (torch.optim.Adam(plain.parameters(), lr=0.01), Adam(chunked.parameters(), lr=0.01, fused=True))
     generator = torch.Generator().manual_seed(0)
@@ -46,7 +54,7 @@ def test_is_clipping_adam_and_normalising_in_turn(clip_norm: float, monkeypatch:
 
 
 def test_state_is_that_of_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gradients, "CHUNK_BYTES", 100)
+    monkeypatch.setattr(update, "CHUNK_BYTES", 100)
     parameter = torch.nn.Parameter(torch.randn(9, 4))
     parameter.grad = torch.randn(9, 4)
     own = Adam([parameter], lr=0.1, fused=True)
@@ -88,7 +96,7 @@ def test_sums_made_when_they_are_needed_equal_the_whole_gradient(
     unit_rows: bool, added: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Five latents at a time of 37, of which some have no entries.
-    monkeypatch.setattr(gradients, "CHUNK_BYTES", 5 * 8 * 12)
+    monkeypatch.setattr(update, "CHUNK_BYTES", 5 * 8 * 12)
     generator = torch.Generator().manual_seed(0)
     rows, latents = torch.randint(20, (60,), generator=generator), 3 * torch.randint(12, (60,), generator=generator)
     values = torch.randn(60, dtype=torch.float64, generator=generator)

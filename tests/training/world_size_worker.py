@@ -17,9 +17,9 @@ from torch import Tensor
 from tests.training.recorded import record_gradients
 from tsae.config import run as configuration
 from tsae.parallel.group import Group, Processes
-from tsae.sae.selection.batch import Encoder, batch_top_k_codes
-from tsae.sae.selection.global_batch import global_top_k_codes
-from tsae.training.sparse.gradients import SparseGradients
+from tsae.sae.selection.global_top_k import global_top_k_codes
+from tsae.sae.selection.top_k import Encoder, batch_top_k_codes
+from tsae.training.sparse_engine import SparseGradients
 from tsae.training.trainer import Terms, Trainer
 
 WORLDS = (4, 2)

@@ -10,7 +10,7 @@ from einops import rearrange
 from torch import Tensor
 
 from tsae.bench import peers
-from tsae.bench.shape import Shape
+from tsae.bench.shape import Shape, halves_of
 from tsae.runtime.errors import TsaeError, suggestion
 
 FLOOR_BYTES = 256 * 2**20
@@ -64,14 +64,14 @@ class Own:
     def __init__(self, shape: Shape, engine: str, kind: str) -> None:
         from tsae.training.trainer import Trainer
 
-        self.library, self._kind = "tsae", kind
+        self.library, self._halves = "tsae", halves_of(kind)
         rounded = engine == "sparse" and shape.dtype == "bfloat16"
         precision = "bf16" if rounded else PRECISION[engine]
         config = shape.run_config("dense" if engine == "dense" else "sparse", kind, precision)
         self.trainer = Trainer(config, shape.activation_dim, device=shape.device)
         self.trainer.dictionary.to(getattr(torch, shape.weights))
         self.algorithm = f"{kind} SAE, {IN_BFLOAT16 if rounded else OWN[engine]}"
-        self.encoded = shape.batch_size * (2 if kind == "temporal" else 1)
+        self.encoded = shape.batch_size * self._halves
         self.state_bytes = peers.state_bytes(self.trainer.dictionary)
         self._dead = torch.zeros(0, dtype=torch.long, device=shape.device)
         if shape.dead:
@@ -84,7 +84,7 @@ class Own:
             if trainer.steps_done == 1:
                 trainer.dictionary.b_enc.data[self._dead] -= self._strong_activation(batch)
             trainer.tokens_since_fired[self._dead] = trainer.settings.dead_after
-        trainer.step(batch if self._kind == "temporal" else batch[:, 0])
+        trainer.step(batch if self._halves == 2 else batch[:, 0])
 
     @torch.no_grad()
     def _strong_activation(self, batch: Tensor) -> Tensor:

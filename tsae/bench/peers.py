@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from tsae.bench.shape import Shape
+from tsae.config.sections import KIND_SETTINGS
 
 STEPS = 1_000_000
 
@@ -142,7 +143,7 @@ def own_equivalent(name: str, shape: Shape) -> str:
 
 def nested(shape: Shape) -> bool:
     """Whether the kind reconstructs from nested groups."""
-    return shape.kind in ("temporal", "matryoshka")
+    return shape.kind in KIND_SETTINGS and KIND_SETTINGS[shape.kind].grouped
 
 
 def _kind(shape: Shape) -> str:

@@ -7,12 +7,18 @@ from typing import TYPE_CHECKING, Any
 
 from tsae.config import run as configuration
 from tsae.config.run import RunConfig
+from tsae.config.sections import KIND_SETTINGS
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 CONCEPTS = 64
 DTYPES = ("float32", "float64", "bfloat16")
+
+
+def halves_of(kind: str) -> int:
+    """Activations that a step of such a dictionary encodes per pair or token."""
+    return 2 if kind in KIND_SETTINGS and KIND_SETTINGS[kind].temporal else 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +40,7 @@ class Shape:
     @property
     def halves(self) -> int:
         """Activations that a step encodes per pair or token."""
-        return 2 if self.kind == "temporal" else 1
+        return halves_of(self.kind)
 
     @property
     def weights(self) -> str:

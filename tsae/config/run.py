@@ -15,8 +15,8 @@ from typing import Any
 from tsae.config import schema, validation
 from tsae.config.experiments import ExperimentsConfig
 from tsae.config.sections import (
+    KIND_SETTINGS,
     OBJECTIVE_PRESETS,
-    PENALTY_KINDS,
     DataConfig,
     EvaluationConfig,
     ModelConfig,
@@ -82,7 +82,7 @@ class RunConfig:
     @property
     def _relative_errors(self) -> bool:
         """Whether reconstruction errors are divided by the variance."""
-        return self.objective.reconstruction == "variance" and self.sae.kind not in PENALTY_KINDS
+        return self.objective.reconstruction == "variance" and not KIND_SETTINGS[self.sae.kind].penalised
 
     @property
     def is_synthetic(self) -> bool:

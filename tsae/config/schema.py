@@ -18,13 +18,20 @@ import types
 from collections.abc import Iterator, Mapping
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
 from tsae.runtime.errors import TsaeError, suggestion
 
 T = TypeVar("T")
+
+
+class OneOf:
+    """Marks text, as in `Annotated[str, OneOf(table)]`, that must be a key of `table`: one of those it then has."""
+
+    def __init__(self, table: Mapping[str, Any]) -> None:
+        self.table = table
 
 
 class _UniqueKeys(yaml.SafeLoader):
@@ -114,11 +121,11 @@ def convert(hint: Any, value: Any, where: str, path: str) -> Any:
     origin = get_origin(hint)
     if origin in (types.UnionType, Union):
         return _convert_union(hint, value, where, path)
-    if origin is Literal:
-        allowed = [str(option) for option in get_args(hint)]
+    if origin in (Literal, Annotated):
+        allowed = _allowed(hint)
         if value is False and "no" in allowed:
             return "no"  # YAML 1.1 reads it as a truth value
-        if value not in get_args(hint):
+        if value not in allowed:
             raise TsaeError(
                 f"{where}: {path}: {value!r} is not allowed; {suggestion(value, allowed)}allowed: {', '.join(allowed)}"
             )
@@ -133,6 +140,12 @@ def convert(hint: Any, value: Any, where: str, path: str) -> Any:
             raise TsaeError(f"{where}: {path}: a mapping is expected, found {kind_of(value)}")
         return dict(value)
     return _convert_scalar(hint, value, where, path)
+
+
+def _allowed(hint: Any) -> list[str]:
+    """The values of a `Literal`, or of text that is marked with `OneOf`."""
+    arguments = get_args(hint)
+    return list(arguments if get_origin(hint) is Literal else arguments[1].table)
 
 
 def _convert_union(hint: Any, value: Any, where: str, path: str) -> Any:
@@ -205,7 +218,7 @@ def _plain(value: Any) -> Any:
 @cache
 def type_hints(cls: type) -> dict[str, Any]:
     """Field name → its type."""
-    return get_type_hints(cls)
+    return get_type_hints(cls, include_extras=True)
 
 
 def stable_hash(plain: Any, length: int = 12) -> str:
@@ -232,7 +245,7 @@ def field_docs(cls: type) -> dict[str, str]:
 
 def describe(cls: type, path: str = "") -> Iterator[str]:
     """Lines of `--help`: every key path with its type, default and documentation."""
-    hints = get_type_hints(cls)
+    hints = type_hints(cls)
     for field in dataclasses.fields(cls):
         dotted = f"{path}.{field.name}" if path else field.name
         hint = hints[field.name]
@@ -258,8 +271,8 @@ def type_name(hint: Any) -> str:
     origin = get_origin(hint)
     if origin in (types.UnionType, Union):
         return " or ".join(type_name(option) for option in get_args(hint))
-    if origin is Literal:
-        return "|".join(str(option) for option in get_args(hint))
+    if origin in (Literal, Annotated):
+        return "|".join(_allowed(hint))
     if origin is tuple:
         return f"list of {type_name(get_args(hint)[0])}"
     names = {float: "number", int: "integer", bool: "true|false", str: "text", type(None): "none"}

@@ -7,7 +7,9 @@ with what they belong to.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+from tsae.config.schema import OneOf
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,18 +82,38 @@ class StoreConfig:
     """Largest size of one shard file in MB (10^6 bytes): the unit of writing, of resuming and of sharing a harvest. A small store is cut finer, into about 16 shards."""
 
 
-GROUPED_KINDS = frozenset({"temporal", "matryoshka"})
-PENALTY_KINDS = frozenset({"jump_relu", "gated", "standard", "standard_april"})
-"""Kinds whose codes are sparse because of a term of the loss."""
+@dataclass(frozen=True, kw_only=True)
+class KindSettings:
+    """What other settings must know of a kind of SAE."""
+
+    grouped: bool = False
+    """Its latents lie in nested groups, the high-level split first."""
+    temporal: bool = False
+    """It is trained on pairs of tokens, with a temporal term."""
+    penalised: bool = False
+    """Its codes are sparse because of a term of the loss; else because the largest activations are selected."""
+    needs_threshold: bool = False
+    """It encodes by the threshold that training tracks."""
+
+
+KIND_SETTINGS = {
+    "temporal": KindSettings(grouped=True, temporal=True, needs_threshold=True),
+    "matryoshka": KindSettings(grouped=True, needs_threshold=True),
+    "batch_topk": KindSettings(needs_threshold=True),
+    "topk": KindSettings(),
+    "jump_relu": KindSettings(penalised=True),
+    "gated": KindSettings(penalised=True),
+    "standard": KindSettings(penalised=True),
+    "standard_april": KindSettings(penalised=True),
+}
+"""The kinds of SAE; `tsae.sae.kinds.KINDS` has the class of each, and how it is trained."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SaeConfig:
     """The dictionary."""
 
-    kind: Literal[
-        "temporal", "matryoshka", "batch_topk", "topk", "jump_relu", "gated", "standard", "standard_april"
-    ] = "temporal"
+    kind: Annotated[str, OneOf(KIND_SETTINGS)] = "temporal"
     """`temporal`: T-SAE; `matryoshka`: the same nested groups without the temporal term; `batch_topk`: one group; `topk`: k for every token; `jump_relu`, `gated`; `standard`: ReLU and L1; `standard_april`: the same as of Anthropic's April 2024 update."""
     dict_size: int = 16384
     """Number of latents (F)."""
@@ -105,7 +127,7 @@ class SaeConfig:
     @property
     def fractions(self) -> tuple[float, ...]:
         """Share of the latents of each group; they sum to 1."""
-        if self.kind not in GROUPED_KINDS:
+        if not KIND_SETTINGS[self.kind].grouped:
             return (1.0,)
         return self.group_fractions or (self.split_fraction, 1.0 - self.split_fraction)
 
@@ -117,12 +139,29 @@ class SaeConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TermSettings:
+    """What other settings must know of a temporal term."""
+
+    contrastive: bool = False
+    """It tells a token's partner from each of the others, so that some of them can be left out."""
+
+
+TERM_SETTINGS = {
+    "contrastive": TermSettings(contrastive=True),
+    "linear": TermSettings(),
+    "l2": TermSettings(),
+    "l1": TermSettings(),
+}
+"""The temporal terms; `tsae.training.temporal.TERMS` has the formulas of each."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class ObjectiveConfig:
     """The training objective; `objective: NAME` alone takes a preset."""
 
     preset: Literal["scale_free", "reference", "paper"] = "scale_free"
     """`scale_free`: ours, which means the same for activations of any scale; `reference`: what the authors' released code computes; `paper`: what the paper's equations say. Other keys override it."""
-    temporal: Literal["contrastive", "linear", "l2", "l1"] = "contrastive"
+    temporal: Annotated[str, OneOf(TERM_SETTINGS)] = "contrastive"
     """Temporal term of a T-SAE: InfoNCE over the batch; `linear`: the mean similarity of all pairs of the batch minus that of the true pairs, without a logarithm; `l2`: the squared distance of the two codes (the paper's ablation without contrast); `l1`: their L1 distance weighted by the inputs' cosine (the released code's other branch)."""
     temporal_alpha: float = 0.1
     """Weight of the temporal term."""

@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from tsae.config.sections import KIND_SETTINGS, TERM_SETTINGS
 from tsae.runtime.errors import TsaeError, suggestion
 
 if TYPE_CHECKING:
@@ -82,7 +83,7 @@ def _check_objective(config: RunConfig, check: _Check) -> None:
     )
     check.at(
         "objective.same_document",
-        lambda kept: kept or config.objective.temporal == "contrastive",
+        lambda kept: kept or TERM_SETTINGS[config.objective.temporal].contrastive,
         "only objective.temporal: contrastive can leave them out",
     )
     check.at(
@@ -105,7 +106,8 @@ def _check_training(config: RunConfig, check: _Check, where: str) -> None:
         lambda start: start is None or warmup < start < steps,
         f"it must lie after training.warmup_steps ({warmup}) and before training.steps ({steps})",
     )
-    if config.sae.kind in ("temporal", "matryoshka", "batch_topk"):
+    kind = KIND_SETTINGS[config.sae.kind]
+    if kind.needs_threshold:
         check.at(
             "training.threshold_start_step",
             lambda start: start is None or start < steps - 1,
@@ -113,7 +115,7 @@ def _check_training(config: RunConfig, check: _Check, where: str) -> None:
         )
     check.at("training.threshold_beta", lambda beta: 0 <= beta < 1, "a decay in [0, 1) is allowed")
     parse_pair_rule(config.training.pair_rule, f"{where}: training.pair_rule")
-    if config.sae.kind == "temporal":
+    if kind.temporal:
         remedy = "a temporal SAE needs pairs: previous, random or within:N"
         check.at("training.pair_rule", lambda rule: rule != "none", remedy)
         check.at("training.batch_size", lambda size: size > 1, "a contrastive term needs at least 2 pairs")
@@ -124,15 +126,13 @@ def require_processes(config: RunConfig, world: int) -> None:
 
     Raises TsaeError. A launcher that starts fewer than it was told to, and says nothing, is caught here.
     """
-    from tsae.config.sections import PENALTY_KINDS
-
     settings = config.training
     if settings.processes not in (None, world):
         raise TsaeError(
             f"training.processes: {settings.processes} were asked for, but {world} {'is' if world == 1 else 'are'} "
             f"training; start it with: torchrun --nproc-per-node {settings.processes} -m tsae.cli train ..."
         )
-    if world > 1 and settings.engine == "dense" and config.sae.kind not in PENALTY_KINDS:
+    if world > 1 and settings.engine == "dense" and not KIND_SETTINGS[config.sae.kind].penalised:
         raise TsaeError(f"training.engine: dense works in one process, not in {world}; use sparse")
     if settings.batch_size % world:
         nearest = max(1, round(settings.batch_size / world)) * world

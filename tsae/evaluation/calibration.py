@@ -21,9 +21,9 @@ from tsae.evaluation.held_out import held_out_batches, runs
 from tsae.runtime import files
 from tsae.runtime.errors import TsaeError
 from tsae.runtime.progress import Progress
-from tsae.sae.architectures import AutoEncoderTopK
 from tsae.sae.dictionary import UNCALIBRATED, ThresholdDictionary
 from tsae.sae.inference import encode_sparse
+from tsae.sae.kinds import AutoEncoderTopK
 from tsae.sae.sparse import weighted_rows
 from tsae.store.layout import store_path
 from tsae.store.reader import Store

@@ -20,7 +20,7 @@ from tsae.parallel.group import Group, in_turns
 from tsae.runtime.errors import TsaeError
 from tsae.sae.dictionary import Dictionary
 from tsae.sae.inference import encode_sparse
-from tsae.sae.selection.batch import Encoder
+from tsae.sae.selection.top_k import Encoder
 
 
 class _Context(NamedTuple):

@@ -99,7 +99,7 @@ def _inference(source: Source) -> str:
     centring = "`b_dec` is subtracted first. " if dictionary.centre_input else ""
     lines = [
         f"## Decode rule\n\nApplies to raw activations: nothing has to be normalised. {centring}Encoding: "
-        f"{rules[dictionary.encode_rule]}; `class {type(dictionary).__name__}`."
+        f"{rules.get(dictionary.encode_rule, dictionary.encode_rule)}; `class {type(dictionary).__name__}`."
     ]
     l0 = source.results.get("l0")
     if l0 is not None:

@@ -17,11 +17,10 @@ from tsae.interop.explanations import find_explanations, read_explanations, writ
 from tsae.interop.folders import new_folder
 from tsae.interop.origin import Origin, origin_of
 from tsae.interop.portable import has_unit_rows, portable, recentred, state_dict, with_unit_rows
-from tsae.interop.sae_lens_config import TRAINERS
 from tsae.runtime.errors import TsaeError, suggestion
 from tsae.runtime.files import write_json
-from tsae.sae.classes import dictionary_class, from_state
 from tsae.sae.dictionary import Dictionary, ThresholdDictionary
+from tsae.sae.kinds import BatchTopKSAE, classes, from_state, kind_of_class
 
 
 class Source(NamedTuple):
@@ -49,8 +48,19 @@ def export(
         raise TsaeError(f"--format {form}: unknown; {suggestion(form, WRITERS)}known: {', '.join(WRITERS)}")
     source = open_source(run, chunk=chunk, checkpoint=checkpoint)
     with new_folder(out) as folder:
-        WRITERS[form](folder, source)
+        write(form, folder, source)
     return Path(out)
+
+
+def write(form: str, folder: Path, source: Source) -> None:
+    """Fill `folder` in format `form`. Raises TsaeError where it cannot carry this kind of dictionary."""
+    name = type(source.dictionary).__name__
+    formats = kind_of_class(name, source.where).formats
+    if form not in formats:
+        raise TsaeError(
+            f"{source.where}: no {form} file can carry a {name}; formats that can: {', '.join(formats) or 'none'}"
+        )
+    WRITERS[form](folder, source)
 
 
 def open_source(run: str | Path, *, chunk: int | None = None, checkpoint: int | None = None) -> Source:
@@ -120,27 +130,25 @@ def write_sae_bench(folder: Path, source: Source) -> None:
             f"{where}: {dictionary.dict_size} latents for {dictionary.activation_dim} dimensions; SAEBench refuses fewer "
             "latents than dimensions (use --format sae_lens)"
         )
-    name = type(dictionary).__name__
-    if name == "TemporalMatryoshkaBatchTopKSAE":
-        name = "MatryoshkaBatchTopKSAE"
-    elif name == "AutoEncoderTopK" and dictionary.encode_rule == "threshold":
+    kind = kind_of_class(type(dictionary).__name__, where)
+    cls = kind.sae_bench or kind.dictionary
+    if isinstance(dictionary, ThresholdDictionary) and dictionary.selects_per_token:
         # SAEBench applies the threshold of a batch-top-k file, and ignores that of a top-k file.
-        name = "BatchTopKSAE"
+        cls = BatchTopKSAE if dictionary.encode_rule == "threshold" else cls
     form = portable(dictionary, where)
     if isinstance(dictionary, ThresholdDictionary) and not has_unit_rows(form):
         raise TsaeError(
             f"{where}: decoder rows do not have norm 1 and one threshold cannot make up for it; use --format sae_lens"
         )
-    form = with_unit_rows(form, where)
-    if name == "AutoEncoderNew":
-        # SAEBench subtracts b_dec in every ReLU file, and does not find the bias under this class's name.
-        name, form = "AutoEncoder", recentred(form, True)
+    form = recentred(with_unit_rows(form, where), cls.centre_input)
     k = int(dictionary.k) if isinstance(dictionary, ThresholdDictionary) else None
-    state = state_dict(dictionary_class(name, where), form, k, dictionary.group_sizes)
+    state = state_dict(cls, form, k, dictionary.group_sizes)
     if isinstance(dictionary, ThresholdDictionary):
         state["threshold"] = dictionary.threshold
-    trainer = {**source.config["trainer"], "trainer_class": TRAINERS[name], "dict_class": name}
-    _write_reference(folder, from_state(name, state, k, where), {**source.config, "trainer": trainer})
+    name = cls.__name__
+    names = {"trainer_class": classes()[name].trainer_class, "dict_class": name}
+    config = {**source.config, "trainer": source.config["trainer"] | names}
+    _write_reference(folder, from_state(name, state, k, where), config)
 
 
 def write_reference(folder: Path, source: Source) -> None:

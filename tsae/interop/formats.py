@@ -14,13 +14,14 @@ from torch import Tensor
 
 from tsae.checkpoint import load_dictionary
 from tsae.interop import sae_lens
-from tsae.interop.export import WRITERS, Source
+from tsae.interop.export import Source, write
 from tsae.interop.origin import Origin, read_json
 from tsae.interop.portable import Portable, encode, has_unit_rows, portable
 from tsae.interop.sae_lens_config import imported_config
 from tsae.runtime.files import write_json
-from tsae.sae.classes import CLASSES, random_dictionary
 from tsae.sae.dictionary import Dictionary, ThresholdDictionary
+from tsae.sae.init import random_dictionary
+from tsae.sae.kinds import AutoEncoder, classes
 
 TOLERANCE = 1e-6
 ACTIVATION_DIM, DICT_SIZE, TOKENS = 64, 256, 512
@@ -47,10 +48,10 @@ def deviations() -> Iterator[Row]:
     architectures.
     """
     x = torch.randn(TOKENS, ACTIVATION_DIM, generator=torch.Generator().manual_seed(1))
-    for name in CLASSES:
+    for name in classes():
         dictionary = random_dictionary(name, ACTIVATION_DIM, DICT_SIZE)
         yield from _exports(dictionary, x, "")
-        if not isinstance(dictionary, ThresholdDictionary) and name != "AutoEncoder":
+        if not isinstance(dictionary, (ThresholdDictionary, AutoEncoder)):
             norms = torch.linspace(0.5, 2, DICT_SIZE)[:, None]
             dictionary.W_dec.data *= norms
             yield from _exports(dictionary, x, ", free norms")
@@ -62,10 +63,10 @@ def deviations() -> Iterator[Row]:
 def _exports(dictionary: Dictionary, x: Tensor, note: str) -> Iterator[Row]:
     name = type(dictionary).__name__
     source = Source(dictionary, _config(dictionary), ORIGIN, {}, {}, name)
-    for form, write in WRITERS.items():
+    for form in classes()[name].formats:
         with tempfile.TemporaryDirectory() as place:
             folder = Path(place)
-            write(folder, source)
+            write(form, folder, source)
             # Formats with unit rows give each latent its row's norm as a factor.
             norms = dictionary.W_dec.norm(dim=1) if form != "reference" and not _unit(dictionary) else torch.ones(1)
             expected: Codec = (_scaled(dictionary, norms), dictionary)

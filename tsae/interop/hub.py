@@ -12,7 +12,7 @@ from tsae.checkpoint import RunFolder, find_dictionary, save_dictionary
 from tsae.config.schema import read_yaml
 from tsae.interop.card import card
 from tsae.interop.explanations import write_explanations
-from tsae.interop.export import WRITERS, Source, open_source
+from tsae.interop.export import Source, open_source, write
 from tsae.interop.folders import new_folder
 from tsae.runtime.errors import TsaeError
 from tsae.runtime.files import write_json, write_text
@@ -55,7 +55,7 @@ def prepare(
             write_explanations(target.result("explanations", "json"), source.explanations)
         for form in formats:
             (folder / form).mkdir()
-            WRITERS[form](folder / form, source)
+            write(form, folder / form, source)
         write_text(folder / "README.md", card(source, repo_id, licence, list(formats)))
     return Path(out)
 

@@ -15,8 +15,7 @@ import torch
 from torch import Tensor
 
 from tsae.runtime.errors import TsaeError
-from tsae.sae.dictionary import UNCALIBRATED, Dictionary
-from tsae.sae.selection.dense import top_k
+from tsae.sae.dictionary import UNCALIBRATED, Dictionary, top_k
 
 NORM_TOLERANCE = 1e-5
 """Largest distance of a decoder row's norm from 1 that SAEBench still calls normalised."""

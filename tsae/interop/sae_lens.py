@@ -17,9 +17,8 @@ from tsae.interop.portable import Portable, has_unit_rows, portable, recentred, 
 from tsae.interop.sae_lens_config import imported_config, is_modern, modernised
 from tsae.runtime.errors import TsaeError, suggestion
 from tsae.runtime.files import write_json
-from tsae.sae.architectures import AutoEncoderTopK
-from tsae.sae.classes import CLASSES, from_state
 from tsae.sae.dictionary import Dictionary, ThresholdDictionary
+from tsae.sae.kinds import AutoEncoderTopK, classes, from_state
 
 CONFIG = "cfg.json"
 WEIGHTS = "sae_weights.safetensors"
@@ -106,7 +105,7 @@ def load(folder: str | Path) -> tuple[Dictionary, dict[str, Any]]:
     name, form = _class_for(form, metadata)
     where = str(folder / WEIGHTS)
     k = metadata.get("tsae_k") if form.architecture == "jumprelu" else form.k
-    state = state_dict(CLASSES[name], form, k, metadata.get("tsae_group_sizes"))
+    state = state_dict(classes()[name].dictionary, form, k, metadata.get("tsae_group_sizes"))
     dictionary = from_state(name, state, k, where)
     dictionary.require_calibrated(where)
     return dictionary.eval().requires_grad_(False), imported_config(name, dictionary, config)
@@ -207,9 +206,10 @@ def _class_for(form: Portable, metadata: dict[str, Any]) -> tuple[str, Portable]
         if form.centred and has_unit_rows(form):
             return "AutoEncoder", form
         return "AutoEncoderNew", recentred(form, False)
-    ours, threshold = CLASSES.get(str(metadata.get("tsae_dict_class"))), form.tensors["threshold"]
+    kind, threshold = classes().get(str(metadata.get("tsae_dict_class"))), form.tensors["threshold"]
     shared = form.centred and bool((threshold == threshold[0]).all())
-    if ours is not None and issubclass(ours, ThresholdDictionary) and metadata.get("tsae_k") and shared:
+    ours = kind.dictionary if kind is not None else Dictionary
+    if issubclass(ours, ThresholdDictionary) and metadata.get("tsae_k") and shared:
         form.tensors["threshold"] = threshold[0].clone()
         # A top-k dictionary calibrated to a threshold: under its own name it would be read as top-k again.
         return ("BatchTopKSAE" if ours is AutoEncoderTopK else ours.__name__), form

@@ -8,17 +8,7 @@ from typing import Any
 from tsae.interop.origin import TRANSFORMER_LENS_PREFIXES
 from tsae.runtime.errors import TsaeError
 from tsae.sae.dictionary import Dictionary, ThresholdDictionary
-from tsae.sae.reference import REFERENCE_NAMES
-
-TRAINERS = {
-    "AutoEncoder": "StandardTrainer",
-    "AutoEncoderNew": "StandardTrainerAprilUpdate",
-    "GatedAutoEncoder": "GatedSAETrainer",
-    "JumpReluAutoEncoder": "JumpReluTrainer",
-    "AutoEncoderTopK": "TopKTrainer",
-    **{dict_class: trainer_class for trainer_class, dict_class in REFERENCE_NAMES.values()},
-}
-"""Dictionary class → the trainer class by which other loaders know it."""
+from tsae.sae.kinds import TemporalMatryoshkaBatchTopKSAE, classes
 
 
 def is_modern(config: dict[str, Any]) -> bool:
@@ -58,7 +48,7 @@ def imported_config(name: str, dictionary: Dictionary, config: dict[str, Any]) -
     metadata = config.get("metadata") or {}
     layer, submodule = _block(str(metadata.get("hook_name") or ""))
     trainer: dict[str, Any] = {
-        "trainer_class": TRAINERS[name],
+        "trainer_class": classes()[name].trainer_class,
         "dict_class": name,
         "activation_dim": dictionary.activation_dim,
         "dict_size": dictionary.dict_size,
@@ -71,7 +61,7 @@ def imported_config(name: str, dictionary: Dictionary, config: dict[str, Any]) -
         trainer["k"] = int(dictionary.k)
     if "group_sizes" in dictionary.file_tensors:
         trainer["group_sizes"] = list(dictionary.group_sizes)
-    if name == "TemporalMatryoshkaBatchTopKSAE":
+    if isinstance(dictionary, TemporalMatryoshkaBatchTopKSAE):
         trainer["temporal"] = metadata.get("tsae_temporal", "p")
     buffer = {"ctx_len": metadata.get("context_size"), "dataset": metadata.get("dataset_path")}
     return {"trainer": trainer, "buffer": buffer, "sae_lens": metadata}

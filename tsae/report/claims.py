@@ -8,19 +8,15 @@ of the mean difference does, fails if no part of it does, and is undecided other
 
 from __future__ import annotations
 
-import argparse
 import html
 import math
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
-from tsae.runtime import environment, files
-from tsae.runtime.errors import TsaeError, os_error_line
-from tsae.sweep.commandline import add_sweep_arguments, plan_of
-from tsae.sweep.made_from import page_path
-from tsae.sweep.plan import Plan
+from tsae.report.compared import Compared
+from tsae.runtime import files
+from tsae.runtime.errors import TsaeError
 
 if TYPE_CHECKING:
     from tsae.report.summary import Row
@@ -134,21 +130,21 @@ def _verdict(claim: Claim, differences: Sequence[float]) -> Verdict:
     return Verdict(claim.text, len(differences), mean, half, word)
 
 
-def as_text(plan: Plan, verdicts: Sequence[Verdict]) -> str:
+def as_text(compared: Compared, verdicts: Sequence[Verdict]) -> str:
     """The verdicts as Markdown, and the command that decides what they leave open."""
     lines = ["| " + " | ".join(HEAD) + " |", "|---|---:|---:|---:|---|"]
     lines += ["| " + " | ".join(_cells(verdict)) + " |" for verdict in verdicts]
-    return "\n".join(lines) + "\n" + _outlook(plan, verdicts)
+    return "\n".join(lines) + "\n" + _outlook(compared, verdicts)
 
 
-def section(plan: Plan, verdicts: Sequence[Verdict]) -> str:
+def section(compared: Compared, verdicts: Sequence[Verdict]) -> str:
     """The same as a section of the report's page."""
     rows = [
         f"<tr><td class=key>{text}</td><td>{difference}</td><td>{interval}</td><td>{seeds}</td><td class=key>{word}</td></tr>"
         for text, difference, interval, seeds, word in (map(html.escape, _cells(verdict)) for verdict in verdicts)
     ]
     head = "".join(f"<th{'' if i else ' class=key'}>{html.escape(name)}</th>" for i, name in enumerate(HEAD))
-    outlook = _outlook(plan, verdicts).strip()
+    outlook = _outlook(compared, verdicts).strip()
     return (
         f"<h2>The paper's claims</h2><div class=wide><table><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody>"
         '</table></div><p class="note">Differences between dictionaries of one seed: mean and 95 % interval over seeds '
@@ -164,56 +160,35 @@ def _cells(verdict: Verdict) -> tuple[str, str, str, str, str]:
     return verdict.text, "–" if math.isnan(mean) else f"{mean:+.3f}", interval, str(verdict.seeds), verdict.word
 
 
-def _outlook(plan: Plan, verdicts: Sequence[Verdict]) -> str:
+def _outlook(compared: Compared, verdicts: Sequence[Verdict]) -> str:
     """The command that decides what did not hold on the small model; nothing if all did."""
     open_ones = sum(verdict.word != "holds" for verdict in verdicts)
-    if not open_ones or plan.sweep.base_path.stem != SMALL_BASE:
+    if not open_ones or compared.base.stem != SMALL_BASE:
         return ""
     return (
         f"\n{open_ones} of {len(verdicts)} do not hold or stay open on this small model; what decides them:\n"
-        f"    python launch/sweep.py {plan.sweep.path} --base {DECIDING_BASE}\n"
+        f"    python launch/sweep.py {compared.origin} --base {DECIDING_BASE}\n"
     )
 
 
-def write_claims(plan: Plan) -> list[Verdict]:
+def write_claims(compared: Compared) -> list[Verdict]:
     """Judge the results that are there; writes claims.json and claims.md beside the report's page.
 
     Raises TsaeError if the sweep varies more than kind and seed.
     """
     from tsae.report.summary import SEED_AXES, summarise
 
-    varying = {key for point in plan.points for key in point.axes} - {"sae.kind", *SEED_AXES}
+    varying = {key for point in compared.points for key in point.axes} - {"sae.kind", *SEED_AXES}
     if varying:
         raise TsaeError(
-            f"{plan.sweep.path}: claims are judged on sae.kind and seeds alone; {', '.join(sorted(varying))} varies"
+            f"{compared.origin}: claims are judged on sae.kind and seeds alone; {', '.join(sorted(varying))} varies"
         )
-    verdicts = judge(summarise(plan).rows)
-    folder = page_path(plan).parent
+    verdicts = judge(summarise(compared).rows)
+    folder = compared.page.parent
     folder.mkdir(parents=True, exist_ok=True)
     plain = [
         {name: None if value != value else value for name, value in asdict(verdict).items()} for verdict in verdicts
     ]
-    files.write_json(folder / "claims.json", {"sweep": plan.name, "claims": plain})
-    files.write_text(folder / "claims.md", as_text(plan, verdicts))
+    files.write_json(folder / "claims.json", {"sweep": compared.name, "claims": plain})
+    files.write_text(folder / "claims.md", as_text(compared, verdicts))
     return verdicts
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """The command line; 0, or 2 with one line on stderr."""
-    parser = argparse.ArgumentParser(prog="launch/claims.py", description=__doc__.splitlines()[0])
-    add_sweep_arguments(parser)
-    given = parser.parse_intermixed_args(arguments)
-    try:
-        plan = plan_of(given)
-        print(as_text(plan, write_claims(plan)), end="")
-    except TsaeError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"error: {os_error_line(error, environment.home())}", file=sys.stderr)
-        return 2
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -53,7 +53,7 @@ def compare(summary: Summary) -> list[Comparison]:
 
 
 def _references(summary: Summary) -> list[Group]:
-    wanted = summary.plan.sweep.config.report.baseline
+    wanted = summary.compared.settings.baseline
     if wanted:
         return [
             group

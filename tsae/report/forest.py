@@ -21,7 +21,7 @@ MOST_ROWS = 40
 
 def suits(summary: Summary, series: dict[str, list[Group]]) -> bool:
     """Whether the settings are a list: neither a grid nor drawn, which can be looked at one setting at a time."""
-    if summary.plan.sweep.config.random:
+    if summary.compared.drawn:
         return False
     cells = math.prod(len({shown(group.value(key)) for group in summary.groups}) for key in summary.telling)
     return len(series) <= MOST_ROWS and len(summary.groups) < cells
@@ -75,7 +75,7 @@ def _panel(axes: Axes, rows: list[list[Group]], axis: SweptAxis, measure: str) -
 
 def _first(summary: Summary, like: Group | None = None) -> Group:
     """What others are named after: a group of the report's baseline, else the first; with the swept value of `like`."""
-    wanted = dict(summary.plan.sweep.config.report.baseline)
+    wanted = dict(summary.compared.settings.baseline)
     if like is not None:
         wanted.setdefault(summary.x, like.value(summary.x))
     agreeing = (
@@ -91,5 +91,5 @@ def _difference(summary: Summary, group: Group) -> str:
     first = _first(summary, group)
     given = dict.fromkeys([*group.axes, *first.axes])
     keys = [key for key in given if key != summary.x and shown(group.value(key)) != shown(first.value(key))]
-    own = [key for key in summary.plan.sweep.config.report.baseline if key in summary.telling and key != summary.x]
+    own = [key for key in summary.compared.settings.baseline if key in summary.telling and key != summary.x]
     return summary.name(group, keys) or summary.name(group, own) or "(the first)"

@@ -70,8 +70,8 @@ MOST_COLUMNS = 60
 
 def render(summary: Summary, charts: list[tuple[Chart, Path]], claims: str = "") -> str:
     """The whole page; `claims` is a section of it."""
-    plan = summary.plan
-    title = html.escape(plan.name)
+    compared = summary.compared
+    title = html.escape(compared.name)
     body = [
         f"<h1>{title}</h1>",
         f'<p class="lead">{_lead(summary)}</p>',
@@ -101,8 +101,8 @@ def render(summary: Summary, charts: list[tuple[Chart, Path]], claims: str = "")
 
 
 def _lead(summary: Summary) -> str:
-    config = summary.plan.points[0].config
-    axes = short_names([key for point in summary.plan.points for key in point.axes])
+    config = summary.compared.points[0].config
+    axes = short_names([key for point in summary.compared.points for key in point.axes])
     done = len(summary.rows) - len(summary.missing)
     parts = [
         f"{done} of {len(summary.rows)} points over {', '.join(axes.values())}",
@@ -252,9 +252,9 @@ def _every_measure(summary: Summary) -> str:
 
 
 def _settings(summary: Summary) -> str:
-    sweep = summary.plan.sweep
-    file, common = sweep.path.read_text(encoding="utf-8"), yaml.safe_dump(sweep.settings, sort_keys=False)
+    compared = summary.compared
+    file, common = compared.origin.read_text(encoding="utf-8"), yaml.safe_dump(compared.common, sort_keys=False)
     return (
-        f"<p>Made from <code>{html.escape(str(sweep.path))}</code>:</p><pre>{html.escape(file)}</pre>"
+        f"<p>Made from <code>{html.escape(str(compared.origin))}</code>:</p><pre>{html.escape(file)}</pre>"
         f"<details><summary>What all points share</summary><pre>{html.escape(common)}</pre></details>"
     )

@@ -26,12 +26,12 @@ def picture(path: Path, title: str) -> tuple[str, int, int]:
 
 def experiments_section(summary: Summary) -> str:
     """The experiments' own figures, one fold for each experiment, points below each other; empty without any."""
-    folds, room, folder = [], MOST_BYTES, summary.plan.folder / "report"
+    folds, room, folder = [], MOST_BYTES, summary.compared.folder
     for name, experiment in EXPERIMENTS.items():
         found = [
             (row.point.name, path)
-            for row in summary.rows
-            for path in files_of(summary.plan.run(row.point), row.point.config, name)
+            for row, run in zip(summary.rows, summary.compared.runs, strict=True)
+            for path in files_of(run, row.point.config, name)
             if path.with_suffix(".png").exists()
         ]
         if not found:

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from functools import cache, cached_property
 from typing import Any
 
-from tsae.config.points import Point, flatten, short_names, shown
+from tsae.checkpoint import RunFolder
+from tsae.config.points import Point, short_names, shown
 from tsae.experiments.driver import headlines
+from tsae.report.compared import Compared
 from tsae.report.measures import LABELS, scalars
-from tsae.sweep.plan import Plan
 from tsae.training.metrics import last_imbalance
 
 SEED_AXES = ("training.seed", "data.seed")
@@ -88,7 +89,7 @@ class Group:
 class Summary:
     """All that the report shows."""
 
-    plan: Plan
+    compared: Compared
     x: str
     """Key path of the value on the horizontal axis."""
     rows: tuple[Row, ...]
@@ -112,10 +113,10 @@ class Summary:
         A drawn setting follows from no other, although its neighbour's digits alone would do to tell the groups apart.
         """
         keys = dict.fromkeys(key for group in self.groups for key in group.axes if key != self.x)
-        drawn = [f"{path}." for path, _ in flatten(self.plan.sweep.config.random)]
+        drawn = self.compared.drawn
         telling = [self.x]
         for key in keys:
-            is_drawn = any(path.startswith(f"{key}.") for path in drawn)
+            is_drawn = key in drawn
             if is_drawn or self._distinct([*telling, key]) > self._distinct(telling):
                 telling.append(key)
         return telling
@@ -147,34 +148,33 @@ class Summary:
         return max((sum(not row.missing for row in group.rows) for group in self.groups), default=0)
 
 
-def summarise(plan: Plan) -> Summary:
-    """Read the results of every point of `plan`; points that are not there yet are kept as missing."""
-    rows = tuple(_row(plan, point) for point in plan.points)
-    x = _swept_key(plan)
+def summarise(compared: Compared) -> Summary:
+    """Read the results of every point of `compared`; points that are not there yet are kept as missing."""
+    rows = tuple(_row(compared, *pair) for pair in zip(compared.points, compared.runs, strict=True))
+    x = _swept_key(compared)
     groups: dict[str, list[Row]] = {}
     for row in rows:
         groups.setdefault(str(_shared_axes(row.point, x)), []).append(row)
     found = tuple(Group(_shared_axes(members[0].point, x), tuple(members)) for members in groups.values())
-    return Summary(plan, x, rows, found)
+    return Summary(compared, x, rows, found)
 
 
-def _row(plan: Plan, point: Point) -> Row:
-    run = plan.run(point)
+def _row(compared: Compared, point: Point, run: RunFolder) -> Row:
     experiments = headlines(run, point.config)
     if run.is_evaluated(point.config):
         return Row(point, run.read_results(), experiments, "", last_imbalance(run.metrics, point.config))
-    if experiments and "evaluate" not in plan.sweep.config.stages:
+    if experiments and not compared.evaluated:
         return Row(point, {}, experiments, "")
     return Row(point, {}, {}, "trained, not evaluated" if run.is_trained(point.config) else "not trained")
 
 
-def _swept_key(plan: Plan) -> str:
+def _swept_key(compared: Compared) -> str:
     """The axis that the sweep's report names, else the first that varies and is not a seed, else the first."""
-    named = plan.sweep.config.report.x
+    named = compared.settings.x
     if named:
         return named
-    keys = dict.fromkeys(key for point in plan.points for key in point.axes)
-    varying = [key for key in keys if len({shown(point.value(key)) for point in plan.points}) > 1]
+    keys = dict.fromkeys(key for point in compared.points for key in point.axes)
+    varying = [key for key in keys if len({shown(point.value(key)) for point in compared.points}) > 1]
     return next(iter([*(key for key in varying if key not in SEED_AXES), *varying, *keys]))
 
 

@@ -94,7 +94,7 @@ def _differences(summary: Summary) -> str:
 
 def _reference(summary: Summary) -> str:
     """What groups are compared with."""
-    wanted = summary.plan.sweep.config.report.baseline or {summary.x: summary.groups[0].value(summary.x)}
+    wanted = summary.compared.settings.baseline or {summary.x: summary.groups[0].value(summary.x)}
     if len(wanted) > MOST_NAMED:
         return "the baseline"
     names = short_names(list(wanted))

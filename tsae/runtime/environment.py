@@ -7,6 +7,9 @@ from pathlib import Path
 
 from tsae.runtime.errors import TsaeError
 
+SWEEPS = Path(__file__).resolve().parents[1] / "sweeps"
+"""The shipped sweeps: package data, and in a checkout a link to the folder beside the package."""
+
 
 def load_dotenv() -> None:
     """Read the nearest `.env` (working directory or a parent); variables already set win.

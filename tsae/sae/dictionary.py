@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from tsae.runtime.errors import TsaeError
-from tsae.sae.selection.dense import batch_top_k
+from tsae.runtime.phases import phase
 
 UNCALIBRATED = -1.0
+EPSILON = float(torch.finfo(torch.float32).eps)
 
 
 class Dictionary(nn.Module, ABC):
@@ -39,6 +40,12 @@ class Dictionary(nn.Module, ABC):
         self.W_dec = nn.Parameter(torch.empty(dict_size, activation_dim))
         self.b_dec = nn.Parameter(torch.zeros(activation_dim))
 
+    @classmethod
+    def sized(cls, activation_dim: int, dict_size: int, k: int, group_sizes: Sequence[int]) -> Dictionary:
+        """One of these sizes, of which each class takes those that it has; its weights are not set yet."""
+        del k, group_sizes
+        return cls(activation_dim, dict_size)
+
     @property
     def activation_dim(self) -> int:
         """D, the width of the activations."""
@@ -52,7 +59,8 @@ class Dictionary(nn.Module, ABC):
     @property
     def group_sizes(self) -> tuple[int, ...]:
         """Latents per group; a class without groups has one."""
-        return (self.dict_size,)
+        stored = self._buffers.get("group_size_tensor")
+        return (self.dict_size,) if stored is None else tuple(stored.tolist())
 
     @property
     def group_slices(self) -> tuple[slice, ...]:
@@ -119,18 +127,18 @@ class Dictionary(nn.Module, ABC):
         self.check_names(state, where)
         for key, attribute in self.file_tensors.items():
             name, _, transposed = attribute.partition(".")
-            own, given = getattr(self, name), state[key]
-            expected = own.T.shape if transposed else own.shape
+            present, given = getattr(self, name), state[key]
+            expected = present.T.shape if transposed else present.shape
             if given.shape != expected:
                 raise TsaeError(
                     f"{where}: {key} has shape {tuple(given.shape)}; {type(self).__name__} needs {tuple(expected)}"
                 )
-            if given.is_floating_point() != own.is_floating_point():
-                raise TsaeError(f"{where}: {key} is {given.dtype}; {type(self).__name__} needs {own.dtype}")
+            if given.is_floating_point() != present.is_floating_point():
+                raise TsaeError(f"{where}: {key} is {given.dtype}; {type(self).__name__} needs {present.dtype}")
             if not is_finite(given):
                 raise TsaeError(f"{where}: {key} holds values that are not finite; the file is damaged or diverged")
-            tensor = (given.T if transposed else given).to(own.dtype)
-            setattr(self, name, nn.Parameter(tensor) if isinstance(own, nn.Parameter) else tensor)
+            tensor = (given.T if transposed else given).to(present.dtype)
+            setattr(self, name, nn.Parameter(tensor) if isinstance(present, nn.Parameter) else tensor)
 
     @classmethod
     def check_names(cls, state: dict[str, Tensor], where: str) -> None:
@@ -156,6 +164,8 @@ class ThresholdDictionary(Dictionary):
     """A dictionary trained with (batch-)top-k and used with a threshold that stands in for the batch's cut."""
 
     scales_with_input: ClassVar[tuple[str, ...]] = ("b_enc", "b_dec", "threshold")
+    selects_per_token: ClassVar[bool] = False
+    """Whether training selects the k largest of each token, rather than k·N of all."""
     k: Tensor
     threshold: Tensor
 
@@ -163,6 +173,11 @@ class ThresholdDictionary(Dictionary):
         super().__init__(activation_dim, dict_size)
         self.register_buffer("k", torch.tensor(k, dtype=torch.int32))
         self.register_buffer("threshold", torch.tensor(UNCALIBRATED))
+
+    @classmethod
+    def sized(cls, activation_dim: int, dict_size: int, k: int, group_sizes: Sequence[int]) -> ThresholdDictionary:
+        del group_sizes
+        return cls(activation_dim, dict_size, k)
 
     @property
     def encode_rule(self) -> str:
@@ -206,3 +221,26 @@ class ThresholdDictionary(Dictionary):
                 f"{where}: the threshold was never calibrated ({float(self.threshold):g}), so codes would be dense; "
                 "train past training.threshold_start_step, or set it with: tsae calibrate RUN"
             )
+
+
+def normalise_rows(rows: Tensor) -> None:
+    """Scale each row of [F, D] to norm 1, in place; the tiny summand keeps a zero row finite, as in the reference."""
+    rows /= rows.norm(dim=1, keepdim=True) + EPSILON
+
+
+@phase("selection")
+def batch_top_k(activations: Tensor, k: int) -> Tensor:
+    """Keep the k·N largest of non-negative activations [..., F] over all N leading rows; zeros elsewhere.
+
+    With fewer than k·N positive entries all positive ones are kept. Ties at the cut keep any of the tied.
+    """
+    flat = activations.flatten()
+    count = min(k * (flat.numel() // activations.shape[-1]), flat.numel())
+    top = flat.topk(count, sorted=False)
+    return torch.zeros_like(flat).scatter(0, top.indices, top.values).reshape(activations.shape)
+
+
+def top_k(activations: Tensor, k: int) -> Tensor:
+    """Keep the k largest of non-negative activations [..., F] of each token; zeros elsewhere."""
+    top = activations.topk(min(k, activations.shape[-1]), dim=-1, sorted=False)
+    return torch.zeros_like(activations).scatter(-1, top.indices, top.values)

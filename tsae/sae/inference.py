@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 
 from tsae.sae.dictionary import Dictionary, ThresholdDictionary
-from tsae.sae.selection.batch import Encoder, entries_above
-from tsae.sae.selection.rows import top_k_codes
+from tsae.sae.selection.top_k import Encoder, entries_above, top_k_codes
 from tsae.sae.sparse import SparseCode, from_dense, from_entries, weighted_rows
 
 

@@ -8,51 +8,42 @@ import torch
 from torch import Tensor
 
 from tsae.config.sections import SaeConfig
-from tsae.sae import architectures
-from tsae.sae.dictionary import Dictionary
-
-EPSILON = float(torch.finfo(torch.float32).eps)
-JUMP_RELU_THRESHOLD = 0.001
-"""Of arXiv 2407.14435, for activations of mean squared norm 1."""
-APRIL_DECODER_NORM = 0.1
-"""Of Anthropic's April 2024 update, which leaves decoder norms free."""
+from tsae.sae.dictionary import Dictionary, normalise_rows
+from tsae.sae.kinds import KINDS, kind_of_class
 
 
 def new_dictionary(sae: SaeConfig, activation_dim: int, seed: int) -> Dictionary:
     """A fresh dictionary on the CPU, a function of its arguments alone."""
-    dictionary = _empty_dictionary(sae, activation_dim)
+    kind = KINDS[sae.kind]
+    dictionary = kind.dictionary.sized(activation_dim, sae.dict_size, sae.k, sae.group_sizes)
     bound = math.sqrt(6 / activation_dim)
     generator = torch.Generator().manual_seed(seed)
     rows = torch.empty(sae.dict_size, activation_dim).uniform_(-bound, bound, generator=generator)
     normalise_rows(rows)
-    if sae.kind == "standard_april":
-        rows *= APRIL_DECODER_NORM
+    rows *= kind.first_norm
     dictionary.W_dec.data = rows
     dictionary.W_enc.data = rows.clone().T
-    if isinstance(dictionary, architectures.JumpReluAutoEncoder):
-        dictionary.threshold.data.fill_(JUMP_RELU_THRESHOLD)
     return dictionary
 
 
-def _empty_dictionary(sae: SaeConfig, activation_dim: int) -> Dictionary:
-    size = activation_dim, sae.dict_size
-    match sae.kind:
-        case "temporal":
-            return architectures.TemporalMatryoshkaBatchTopKSAE(*size, sae.k, sae.group_sizes)
-        case "matryoshka":
-            return architectures.MatryoshkaBatchTopKSAE(*size, sae.k, sae.group_sizes)
-        case "batch_topk":
-            return architectures.BatchTopKSAE(*size, sae.k)
-        case "topk":
-            return architectures.AutoEncoderTopK(*size, sae.k)
-        case "jump_relu":
-            return architectures.JumpReluAutoEncoder(*size)
-        case "gated":
-            return architectures.GatedAutoEncoder(*size)
-        case "standard":
-            return architectures.AutoEncoder(*size)
-        case "standard_april":
-            return architectures.AutoEncoderNew(*size)
+def random_dictionary(name: str, activation_dim: int, dict_size: int, seed: int = 0) -> Dictionary:
+    """A dictionary of class `name` with random weights, biases and thresholds; for tests of files and formats."""
+    k, high = max(1, dict_size // 16), max(1, dict_size // 5)
+    cls = kind_of_class(name, "random_dictionary").dictionary
+    dictionary = cls.sized(activation_dim, dict_size, k, (high, dict_size - high))
+    generator = torch.Generator().manual_seed(seed)
+    rows = torch.randn(dict_size, activation_dim, generator=generator)
+    rows /= rows.norm(dim=1, keepdim=True)
+    dictionary.W_dec.data = rows
+    mixed = rows + 0.1 * torch.randn(dict_size, activation_dim, generator=generator) / activation_dim**0.5
+    dictionary.W_enc.data = mixed.T
+    for parameter in dictionary.parameters():
+        if parameter.ndim == 1:
+            parameter.data = 0.1 * torch.randn(len(parameter), generator=generator)
+    threshold = getattr(dictionary, "threshold", None)
+    if threshold is not None:
+        threshold.data = 0.2 + 0.3 * torch.rand(threshold.shape, generator=generator)
+    return dictionary.eval().requires_grad_(False)
 
 
 def centre(dictionary: Dictionary, point: Tensor) -> None:
@@ -60,11 +51,6 @@ def centre(dictionary: Dictionary, point: Tensor) -> None:
     dictionary.b_dec.data.copy_(point)
     if not dictionary.centre_input:
         dictionary.b_enc.data.copy_(-point @ dictionary.W_enc.data)
-
-
-def normalise_rows(rows: Tensor) -> None:
-    """Scale each row of [F, D] to norm 1, in place; the tiny summand keeps a zero row finite, as in the reference."""
-    rows /= rows.norm(dim=1, keepdim=True) + EPSILON
 
 
 def geometric_median(points: Tensor, iterations: int = 100, tolerance: float = 1e-5) -> Tensor:

@@ -1,23 +1,12 @@
-"""What the reference implementation calls things: its classes, and the keys of its config.json."""
+"""What the reference implementation calls things: the keys of its config.json."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from tsae.config.run import RunConfig, group_weights
-from tsae.config.sections import GROUPED_KINDS, PENALTY_KINDS
-
-REFERENCE_NAMES = {
-    "temporal": ("TemporalMatryoshkaBatchTopKTrainer", "TemporalMatryoshkaBatchTopKSAE"),
-    "matryoshka": ("MatryoshkaBatchTopKTrainer", "MatryoshkaBatchTopKSAE"),
-    "batch_topk": ("BatchTopKTrainer", "BatchTopKSAE"),
-    "topk": ("TopKTrainer", "AutoEncoderTopK"),
-    "jump_relu": ("JumpReluTrainer", "JumpReluAutoEncoder"),
-    "gated": ("GatedSAETrainer", "GatedAutoEncoder"),
-    "standard": ("StandardTrainer", "AutoEncoder"),
-    "standard_april": ("StandardTrainerAprilUpdate", "AutoEncoderNew"),
-}
-"""Kind → the reference's trainer class and dictionary class."""
+from tsae.config.sections import KIND_SETTINGS, TERM_SETTINGS
+from tsae.sae.kinds import KINDS
 
 
 def reference_config(config: RunConfig, activation_dim: int, norm_factor: float = 1.0) -> dict[str, Any]:
@@ -25,22 +14,22 @@ def reference_config(config: RunConfig, activation_dim: int, norm_factor: float 
 
     `norm_factor` is what activations were divided by in training; the files are for raw activations all the same.
     """
-    kind = config.sae.kind
+    kind = KIND_SETTINGS[config.sae.kind]
     trainer = _common_keys(config, activation_dim) | {"norm_factor": norm_factor}
-    trainer |= _penalty_keys(config) if kind in PENALTY_KINDS else _selection_keys(config, activation_dim)
-    if kind in GROUPED_KINDS:
+    trainer |= _penalty_keys(config) if kind.penalised else _selection_keys(config, activation_dim)
+    if kind.grouped:
         trainer |= _group_keys(config)
-    if kind == "temporal":
+    if kind.temporal:
         trainer |= _temporal_keys(config)
     return {"trainer": trainer, "buffer": _buffer_keys(config, activation_dim)}
 
 
 def _common_keys(config: RunConfig, activation_dim: int) -> dict[str, Any]:
     sae, training = config.sae, config.training
-    trainer_class, dict_class = REFERENCE_NAMES[sae.kind]
+    kind = KINDS[sae.kind]
     return {
-        "trainer_class": trainer_class,
-        "dict_class": dict_class,
+        "trainer_class": kind.trainer_class,
+        "dict_class": kind.dictionary.__name__,
         "lr": training.lr or 2e-4 / (sae.dict_size / 16384) ** 0.5,
         "steps": training.steps,
         "warmup_steps": training.warmup,
@@ -51,7 +40,7 @@ def _common_keys(config: RunConfig, activation_dim: int) -> dict[str, Any]:
         "device": "cpu",
         "layer": config.model.layer,
         "lm_name": config.data.source if config.is_synthetic else config.model.name,
-        "wandb_name": dict_class,
+        "wandb_name": kind.dictionary.__name__,
         "submodule_name": config.model.hook_point or f"resid_post_layer_{config.model.layer}",
         # The reference leaves these out although they decide the result.
         "dead_feature_threshold": training.dead_after,
@@ -80,9 +69,10 @@ def _penalty_keys(config: RunConfig) -> dict[str, Any]:
         "target_l0": objective.target_l0 or config.sae.k,
         "sparsity_warmup_steps": config.training.warmup if warmup is None else warmup,
     }
-    if config.sae.kind != "jump_relu":
+    weight = KINDS[config.sae.kind].penalty_weight
+    if weight is None:
         return {**keys, "l1_penalty": objective.sparsity_penalty}
-    weight = 1.0 if objective.sparsity_penalty is None else objective.sparsity_penalty
+    weight = weight if objective.sparsity_penalty is None else objective.sparsity_penalty
     return {**keys, "sparsity_penalty": weight, "bandwidth": objective.bandwidth}
 
 
@@ -100,7 +90,7 @@ def _temporal_keys(config: RunConfig) -> dict[str, Any]:
     return {
         "temporal": {"previous": "p", "random": "r"}.get(rule, rule),
         "temp_alpha": objective.temporal_alpha,
-        "contrastive": objective.temporal == "contrastive",
+        "contrastive": TERM_SETTINGS[objective.temporal].contrastive,
         "similarity": objective.similarity,
         "temperature": objective.temperature,
         "same_document": objective.same_document,

@@ -1,21 +1,57 @@
 """Sparse codes and the three products a dictionary needs of them. None builds a dense [N, F] tensor.
 
+On CUDA with Triton, float32 tensors go through the kernels of `tsae.sae.kernels`; `kernels_for` decides that, here and
+nowhere else. Without Triton, or for float64, torch's operations work on CUDA too, more slowly. On a CPU the kernels run
+in Triton's interpreter if the environment says `TRITON_INTERPRET=1`, which is how they are tested without a GPU.
+
 Shapes: N rows (tokens), F dict_size, D activation_dim, n nonzero entries.
 """
 
 from __future__ import annotations
 
+import functools
+import importlib.util
+import logging
+import os
 import warnings
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
-from tsae.sae.kernels import kernels_for
+logger = logging.getLogger(__name__)
 
 # Said once per process by torch for every CSR tensor; what is used of them here is tested against dense products.
 warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
+
+
+def interpreted() -> bool:
+    """Whether Triton's interpreter was asked for."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def kernels_for(tensor: Tensor) -> ModuleType | None:
+    """The module of kernels where they compute on tensors like this one; else None: torch's operations do.
+
+    They have no backward pass, so a tensor that wants a gradient is left to torch.
+    """
+    if not (tensor.is_cuda or interpreted()) or tensor.dtype != torch.float32:
+        return None
+    if tensor.requires_grad and torch.is_grad_enabled():
+        return None
+    return _kernels()
+
+
+@functools.cache
+def _kernels() -> ModuleType | None:
+    if importlib.util.find_spec("triton") is None:
+        logger.warning("Triton is not installed: sparse operations on CUDA are torch's, which are slower")
+        return None
+    from tsae.sae import kernels
+
+    return kernels
 
 
 class SparseCode(NamedTuple):
@@ -94,15 +130,15 @@ def weighted_rows(code: SparseCode, matrix: Tensor) -> Tensor:
     )
 
 
-def sampled_products(code: SparseCode, left: Tensor, right: Tensor) -> Tensor:
-    """left [N, D] @ right [F, D].T at the entries of `code` only → [n]."""
-    kernels = kernels_for(left)
+def sampled_products(code: SparseCode, x: Tensor, matrix: Tensor) -> Tensor:
+    """x [N, D] @ matrix [F, D].T at the entries of `code` only → [n]."""
+    kernels = kernels_for(x)
     if kernels is not None:
-        return kernels.sampled_products(code.rows, code.latents, left, right)
+        return kernels.sampled_products(code.rows, code.latents, x, matrix)
     pattern = torch.sparse_csr_tensor(
-        code.offsets, code.latents, torch.zeros_like(code.values), (len(left), len(right)), check_invariants=False
+        code.offsets, code.latents, torch.zeros_like(code.values), (len(x), len(matrix)), check_invariants=False
     )
-    return torch.sparse.sampled_addmm(pattern, left, right.T, beta=0.0).values()
+    return torch.sparse.sampled_addmm(pattern, x, matrix.T, beta=0.0).values()
 
 
 def segment_sums(values: Tensor, offsets: Tensor) -> Tensor:

@@ -85,7 +85,7 @@ class Chain:
             kind="report",
             key=key,
             subject=self.sweep.folder_name,
-            function="tsae.sweep.last:report_stage",
+            function="tsae.sweep.report_job:report_stage",
             config=None,
             arguments=(list(self.sweep.overrides), self.sweep.folder_name),
             points=(),

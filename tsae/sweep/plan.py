@@ -18,17 +18,17 @@ import yaml
 from tsae.checkpoint import RunFolder
 from tsae.config import run as configuration
 from tsae.config import schema
-from tsae.config.points import Point
+from tsae.config.points import Point, flatten
+from tsae.report.compared import Compared
 from tsae.runtime.errors import TsaeError
 from tsae.sweep.chain import Chain
-from tsae.sweep.made_from import is_current
 from tsae.sweep.packing import pack
 from tsae.sweep.points import expand
 from tsae.sweep.stage import KINDS, Stage
 from tsae.sweep.sweepfile import Sweep
 
-SWEEP_FILE, BASE_FILE = "sweep.yaml", "base.yaml"
-"""A launch's copies of the sweep and of its base."""
+SWEEP_FILE, BASE_FILE, LAUNCH_FILE = "sweep.yaml", "base.yaml", "launch.json"
+"""A launch's copies of the sweep and of its base, and what its command line added."""
 FEEDING = ("harvest", "train")
 """Stages that are there for what follows them; they run on their own account only if nothing follows."""
 
@@ -76,12 +76,32 @@ class Plan:
         """The stage that writes the report, if the sweep lists it."""
         if "report" not in self.sweep.config.stages:
             return None
-        return self._chain.report(self.points, list(self.stages), lambda: is_current(self))
+        return self._chain.report(self.points, list(self.stages), lambda: self.compared.is_current())
+
+    @cached_property
+    def compared(self) -> Compared:
+        """What the report is made from."""
+        sweep = self.sweep
+        random = {key: value for key, value in sweep.config.random.items() if key not in ("n", "seed")}
+        drawn = {path if path in self.points[0].axes else path.rpartition(".")[0] for path, _ in flatten(random)}
+        return Compared(
+            name=self.name,
+            points=self.points,
+            runs=tuple(map(self.run, self.points)),
+            folder=self.folder / "report",
+            settings=sweep.config.report,
+            origin=sweep.path,
+            base=sweep.base_path,
+            common=sweep.settings,
+            drawn=tuple(sorted(drawn)),
+            evaluated="evaluate" in sweep.config.stages,
+        )
 
     def sources(self) -> dict[str, str]:
-        """The files from which this can be planned again, by name: the sweep, and the base that it was laid over."""
+        """The files from which this can be planned again, by name: the sweep, the base below it, the overrides above it."""
         found = {SWEEP_FILE: self.sweep.path, BASE_FILE: self.sweep.base_path}
-        return {name: path.read_text(encoding="utf-8") for name, path in found.items()}
+        texts = {name: path.read_text(encoding="utf-8") for name, path in found.items()}
+        return {**texts, LAUNCH_FILE: json.dumps({"overrides": self.sweep.overrides}, indent=2) + "\n"}
 
     def config_texts(self, stages: list[Stage]) -> dict[str, str]:
         """The resolved configuration of each point that `stages` read, as YAML."""

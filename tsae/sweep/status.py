@@ -1,19 +1,15 @@
-"""How a sweep is doing: `python launch/status.py sweeps/split_fraction.yaml [--watch] [--logs POINT]`.
+"""How a sweep is doing: what `tsae status` prints.
 
 Reads what the stages wrote, and asks a scheduler only which of its jobs live. It may run anywhere and at any time.
 """
 
 from __future__ import annotations
 
-import argparse
-import os
 import shutil
 import sys
 import time
 
-from tsae.runtime import environment
-from tsae.runtime.errors import TsaeError, os_error_line, suggestion
-from tsae.sweep.commandline import add_sweep_arguments, plan_of
+from tsae.runtime.errors import TsaeError, suggestion
 from tsae.sweep.overview import counts, headline, log_texts, point_rows
 from tsae.sweep.plan import Plan
 from tsae.sweep.survey import LIVE, Survey
@@ -23,29 +19,14 @@ WIDE = 200
 """Columns where the output is no terminal."""
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """The command line; 0, or 2 with one line on stderr."""
-    given = _parser().parse_intermixed_args(arguments)
-    try:
-        plan = plan_of(given)
-        if given.logs is not None:
-            print("\n".join(_logs(plan, given.logs)))
-        elif given.watch:
-            _watch(plan, given.all)
-        else:
-            print("\n".join(status_lines(plan, _columns(), given.all)[0]))
-    except TsaeError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except BrokenPipeError:
-        # The reader, `head` for one, has seen enough; Python would complain once more when it flushes at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except OSError as error:
-        print(f"error: {os_error_line(error, environment.home())}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
-    return 0
+def show(plan: Plan, *, logs: str | None = None, watch: bool = False, everything: bool = False) -> None:
+    """`tsae status`: print the picture, once or until nothing lives any more, or the `logs` of one point."""
+    if logs is not None:
+        print("\n".join(_logs(plan, logs)))
+    elif watch:
+        _watch(plan, everything)
+    else:
+        print("\n".join(status_lines(plan, _columns(), everything)[0]))
 
 
 def status_lines(plan: Plan, width: int, everything: bool = False) -> tuple[list[str], bool]:
@@ -88,16 +69,3 @@ def _logs(plan: Plan, point: str) -> list[str]:
 
 def _columns() -> int:
     return shutil.get_terminal_size().columns if sys.stdout.isatty() else WIDE
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="launch/status.py", description=(__doc__ or "").splitlines()[0])
-    add_sweep_arguments(parser)
-    parser.add_argument("--watch", action="store_true", help="draw anew every few seconds until nothing runs or waits")
-    parser.add_argument("--logs", metavar="POINT", help="the end of each log of one point")
-    parser.add_argument("--all", action="store_true", help="every point, however many there are")
-    return parser
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -12,14 +12,13 @@ from tsae.config import schema
 from tsae.config.points import file_name, flatten, shown, unflatten
 from tsae.config.sections import DataConfig
 from tsae.report.settings import ReportConfig
+from tsae.runtime.environment import SWEEPS
 from tsae.runtime.errors import TsaeError, suggestion
 from tsae.sweep.resources import Resources
 
 StageKind = Literal[
     "harvest", "train", "evaluate", "probe", "tsne", "sequences", "align", "steer", "explain", "features", "report"
 ]
-SWEEPS = Path(__file__).resolve().parents[1] / "sweeps"
-"""The shipped sweeps: package data, and in a checkout a link to the folder beside the package."""
 BASES = SWEEPS / "bases"
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tsae.config.run import RunConfig
+from tsae.config.sections import KIND_SETTINGS
 from tsae.runtime.errors import TsaeError
 
 if TYPE_CHECKING:
@@ -55,7 +56,7 @@ def imbalance(shares: Sequence[float], config: RunConfig) -> str:
             f"group {largest} took over: it has {shares[largest]:.1%} of the feature activations, group {first} only "
             f"{100 * shares[first]:.2g}% with {fractions[first]:.0%} of the latents"
         )
-    if config.sae.kind == "temporal" and 1 - shares[0] < CROWDED * (1 - fractions[0]):
+    if KIND_SETTINGS[config.sae.kind].temporal and 1 - shares[0] < CROWDED * (1 - fractions[0]):
         return f"group 0 took over: it has {shares[0]:.1%} of the feature activations with {fractions[0]:.0%} of the latents"
     return ""
 

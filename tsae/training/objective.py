@@ -1,25 +1,25 @@
-"""The training objective, dense: the readable definition that every faster path is tested against.
+"""The training objective, dense: the readable definition that every faster path is tested against, and its engine.
 
-Shapes: B pairs (or single tokens), D activation_dim, F dict_size, G groups. Sources: T-SAE paper (arXiv 2511.05541)
-eqs. 3-5 for the temporal term, Bussmann et al. 2025 for the nested reconstruction, Gao et al. 2024 for aux-k.
+Shapes: B pairs (or single tokens), D activation_dim, F dict_size, G groups. Sources: Bussmann et al. 2025 for the nested
+reconstruction, Gao et al. 2024 for aux-k; the temporal terms stand in `tsae.training.temporal`.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cosine_similarity, cross_entropy
 
 from tsae.config.run import RunConfig, group_weights
-from tsae.parallel.group import ALONE, Group
+from tsae.config.sections import KIND_SETTINGS
 from tsae.runtime.phases import phase
-from tsae.sae.dictionary import ThresholdDictionary
+from tsae.sae.dictionary import Dictionary, ThresholdDictionary
+from tsae.training.temporal import TERMS, Pairs, Term
+from tsae.training.update import EVERYTHING, Gradients, whole_gradients
 
-EXCLUDED = -1e30
-"""The logit of a pair that is not to count."""
+D_contra = TypeVar("D_contra", bound=Dictionary, contravariant=True)
 
 
 @dataclass(frozen=True)
@@ -29,18 +29,20 @@ class Weights:
     groups: tuple[float, ...]
     """Weight of each nested reconstruction, its reduction over groups included."""
     group_weights: tuple[float, ...]
-    """The same before the reduction; the L1 temporal term carries the first one."""
+    """The same before the reduction."""
     reduction: float
     """What makes one of the other."""
     relative: bool
     """Whether reconstruction losses are divided by the batch's variance."""
-    temporal: str | None
+    temporal: Term | None
+    temporal_weight: float
+    """The term's own weight."""
     temporal_alpha: float
+    """What all of it is multiplied with in the loss."""
     similarity: str
     temperature: float
     same_document: bool
     """Whether partners of the same document are negatives."""
-    direction_scale: float
     auxk_alpha: float
     aux_k: int
 
@@ -48,18 +50,19 @@ class Weights:
     def of(cls, config: RunConfig, activation_dim: int) -> Weights:
         """Resolve the `objective` section for the groups of the `sae` section."""
         objective, weights = config.objective, group_weights(config)
+        term = TERMS[objective.temporal] if KIND_SETTINGS[config.sae.kind].temporal else None
         reduction = 1 / len(weights) if objective.group_reduction == "mean" else 1.0
         return cls(
             groups=tuple(weight * reduction for weight in weights),
             group_weights=weights,
             reduction=reduction,
             relative=objective.reconstruction == "variance",
-            temporal=objective.temporal if config.sae.kind == "temporal" else None,
+            temporal=term,
+            temporal_weight=term.weight(config) if term else 0.0,
             temporal_alpha=objective.temporal_alpha,
             similarity=objective.similarity,
             temperature=objective.temperature,
             same_document=objective.same_document,
-            direction_scale=0.5 if objective.directions == "mean" else 1.0,
             auxk_alpha=objective.auxk_alpha,
             aux_k=activation_dim // 2,
         )
@@ -97,14 +100,48 @@ class Losses(NamedTuple):
     """That weight, which may be adjusted during training."""
 
 
-@phase("encoder product")
-def encode_batch(dictionary: ThresholdDictionary, current: Tensor, partner: Tensor | None) -> Codes:
-    """Codes of the current tokens [B, D] and of their partners; selection is taken over each half by itself."""
-    pre = torch.relu(dictionary.pre_activations(current))
-    other = None
-    if partner is not None:
-        other = dictionary.keep_largest(torch.relu(dictionary.pre_activations(partner)))
-    return Codes(pre, dictionary.keep_largest(pre), other)
+class Encoded(NamedTuple):
+    """Codes of one step, in the engine's own form, and what the bookkeeping needs of them."""
+
+    codes: Any
+    fired: Tensor
+    """Latents that fired on a current token [F], bool."""
+    n_active: Tensor
+    """Nonzero entries of the current tokens' codes."""
+    cut: Tensor
+    """What the inference threshold follows: about the smallest activation kept; infinite if there is none."""
+    mass: Tensor
+    """Sum of the current tokens' feature activations in each group [G]."""
+
+
+class Engine(Protocol[D_contra]):
+    """Encodes a batch, then differentiates the objective."""
+
+    def encode(self, dictionary: D_contra, current: Tensor, partner: Tensor | None) -> Encoded:
+        """Batch-top-k codes of current tokens [B, D] and their partners [B, D]."""
+
+    def backward(
+        self,
+        dictionary: D_contra,
+        weights: Weights,
+        encoded: Encoded,
+        current: Tensor,
+        partner: Tensor | None,
+        dead: Tensor,
+        document: Tensor | None = None,
+    ) -> tuple[Losses, Gradients]:
+        """The terms, detached, and the gradients of all parameters. `dead` [F] marks what aux-k revives.
+
+        `document` [B] of each pair is needed where those of one document are no negatives.
+        """
+
+    def state(self) -> dict[str, Any]:
+        """What a bit-exact continuation needs of the engine."""
+        return {}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Continue from what `state()` returned."""
+        del state  # most engines need nothing
 
 
 def objective(
@@ -128,15 +165,11 @@ def objective(
     temporal = l2_loss.new_zeros(())
     if weights.temporal and codes.partner is not None and partner is not None:
         high = dictionary.group_slices[0]
-        pair = (codes.current[:, high], codes.partner[:, high])
-        if weights.temporal == "contrastive":
-            temporal = contrastive(*pair, weights, None if weights.same_document else document)
-        elif weights.temporal == "linear":
-            temporal = linear(*pair, weights)
-        elif weights.temporal == "l2":
-            temporal = squared_distance(*pair)
-        else:
-            temporal = weighted_l1(*pair, cosine_similarity(current, partner, dim=-1)) * weights.group_weights[0]
+        document = None if weights.same_document else document
+        pairs = Pairs(current, partner, document, weights.similarity, weights.temperature)
+        with phase("contrast"):
+            value = weights.temporal.dense(codes.current[:, high], codes.partner[:, high], pairs)
+        temporal = weights.temporal_weight * value
     loss = l2_loss + weights.auxk_alpha * auxk + weights.temporal_alpha * temporal
     return Losses(loss, l2_loss, group_losses, auxk, temporal, error, l2_loss.new_zeros(()))
 
@@ -154,52 +187,9 @@ def nested_reconstruction(
     return torch.stack(losses), (x - reconstruction).detach()
 
 
-def variance(x: Tensor, group: Group = ALONE) -> Tensor:
-    """Mean squared distance of x [B, D] from its mean, over the batches of all processes."""
-    return group.mean((x - group.mean(x.mean(dim=0))).pow(2).sum(dim=-1).mean())
-
-
-@phase("contrast")
-def contrastive(high: Tensor, other: Tensor, weights: Weights, document: Tensor | None = None) -> Tensor:
-    """Symmetric InfoNCE of high-level codes [B, F0]: each token's own partner against all partners of the batch.
-
-    With `document` [B], against those of other documents.
-    """
-    logits = _similarities(high, other, weights)
-    if document is not None:
-        own = torch.eye(len(logits), dtype=torch.bool, device=logits.device)
-        logits = logits.masked_fill((document[:, None] == document) & ~own, EXCLUDED)
-    labels = torch.arange(len(logits), device=logits.device)
-    return weights.direction_scale * (cross_entropy(logits, labels) + cross_entropy(logits.T, labels))
-
-
-@phase("contrast")
-def linear(high: Tensor, other: Tensor, weights: Weights) -> Tensor:
-    """What InfoNCE is to first order: the mean similarity of codes [B, F0] of all pairs minus that of the true ones.
-
-    Both directions are equal. Proposed by a reviewer of the paper (openreview.net, bojVI4l9Kn).
-    """
-    similarities = _similarities(high, other, weights)
-    return 2 * weights.direction_scale * (similarities.mean() - similarities.diagonal().mean())
-
-
-def _similarities(high: Tensor, other: Tensor, weights: Weights) -> Tensor:
-    """[B, B] similarities of high-level codes [B, F0], divided by the temperature."""
-    if weights.similarity == "cosine":
-        high, other = (f / f.norm(dim=-1, keepdim=True).clamp_min(1e-8) for f in (high, other))
-    return high @ other.T / weights.temperature
-
-
-@phase("contrast")
-def squared_distance(high: Tensor, other: Tensor) -> Tensor:
-    """Mean squared distance of high-level codes [B, F0]: the paper's ablation without contrast."""
-    return (high - other).square().sum(dim=-1).mean()
-
-
-@phase("contrast")
-def weighted_l1(high: Tensor, other: Tensor, cosine: Tensor) -> Tensor:
-    """Mean L1 distance of high-level codes [B, F0], each pair weighted by the cosine [B] of its inputs."""
-    return ((high - other).abs().sum(dim=-1) * cosine).mean()
+def variance(x: Tensor) -> Tensor:
+    """Mean squared distance of x [B, D] from its mean."""
+    return (x - x.mean(dim=0)).pow(2).sum(dim=-1).mean()
 
 
 @phase("aux-k")
@@ -213,3 +203,41 @@ def auxiliary(dictionary: ThresholdDictionary, pre: Tensor, error: Tensor, dead:
     revived = torch.zeros_like(pre[:, latents]).scatter(1, strongest.indices, strongest.values)
     difference = (error - revived @ dictionary.W_dec[latents]).pow(2).sum(dim=-1).mean()
     return (difference / variance(error)).nan_to_num(0.0)
+
+
+class DenseEngine(Engine[ThresholdDictionary]):
+    """Autograd through the readable definition."""
+
+    def encode(self, dictionary: ThresholdDictionary, current: Tensor, partner: Tensor | None) -> Encoded:
+        # The selection is taken over each half by itself.
+        with phase("encoder product"):
+            pre = torch.relu(dictionary.pre_activations(current))
+            other = None
+            if partner is not None:
+                other = dictionary.keep_largest(torch.relu(dictionary.pre_activations(partner)))
+            codes = Codes(pre, dictionary.keep_largest(pre), other)
+        code = codes.current.detach()
+        positive = code > 0
+        smallest = torch.where(positive, code, torch.inf).amin(dim=1)
+        mass = torch.stack([code[:, group].sum() for group in dictionary.group_slices])
+        return Encoded(codes, positive.any(dim=0), positive.sum(), dictionary.cut_of(smallest), mass)
+
+    def backward(
+        self,
+        dictionary: ThresholdDictionary,
+        weights: Weights,
+        encoded: Encoded,
+        current: Tensor,
+        partner: Tensor | None,
+        dead: Tensor,
+        document: Tensor | None = None,
+    ) -> tuple[Losses, Gradients]:
+        losses = objective(dictionary, weights, encoded.codes, current, partner, dead, document)
+        dictionary.zero_grad(set_to_none=True)
+        if losses.temp_loss.requires_grad:
+            # Asked for by the trainer's check that the temporal term really acts.
+            (gradient,) = torch.autograd.grad(losses.temp_loss, encoded.codes.current, retain_graph=True)
+            losses = losses._replace(temp_gradient=(gradient * (encoded.codes.current > 0)).abs().max())
+        with phase("weight gradients"):
+            losses.loss.backward()
+        return Losses(*(term.detach() for term in losses)), whole_gradients(dictionary, EVERYTHING.part)

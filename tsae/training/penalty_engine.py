@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,13 +11,9 @@ from torch import Tensor
 from tsae.config.run import RunConfig
 from tsae.parallel.group import ALONE, Group
 from tsae.sae.dictionary import Dictionary
-from tsae.training import penalties
-from tsae.training.engine import Encoded, Engine
-from tsae.training.gradients import Gradients, by_latent, whole_gradients
-from tsae.training.objective import Losses, Weights
-from tsae.training.penalties import Penalised, PenaltySettings
-from tsae.training.sharding import Shard
-from tsae.training.update import DECODER, OTHERS
+from tsae.sae.kinds import KINDS, Penalised, PenaltySettings
+from tsae.training.objective import Encoded, Engine, Losses, Weights
+from tsae.training.update import DECODER, OTHERS, Gradients, Shard, by_latent, whole_gradients
 
 ADJUSTMENT = 0.02
 """Largest change of the logarithm of an adjusted weight in one step."""
@@ -34,22 +29,17 @@ class PenaltyEngine(Engine[Dictionary]):
     theirs, and L0 is that of the whole batch.
     """
 
-    OBJECTIVES: ClassVar[dict[str, Callable[..., Penalised]]] = {
-        "standard": penalties.standard,
-        "standard_april": penalties.standard_april,
-        "gated": penalties.gated,
-        "jump_relu": penalties.jump_relu,
-    }
-
     def __init__(self, config: RunConfig, group: Group = ALONE, shard: Shard | None = None) -> None:
         objective, self._group, self._shard = config.objective, group, shard or Shard(group)
-        self._penalise = self.OBJECTIVES[config.sae.kind]
+        kind = KINDS[config.sae.kind]
+        assert kind.penalty is not None
+        self._penalise = kind.penalty
         self._settings = PenaltySettings(float(objective.target_l0 or config.sae.k), objective.bandwidth, group.mean)
         warmup = objective.sparsity_warmup_steps
         self._warmup = config.training.warmup if warmup is None else warmup
         chosen = objective.sparsity_penalty
-        self._adjusted = chosen is None and config.sae.kind != "jump_relu"
-        self.weight = None if self._adjusted else 1.0 if chosen is None else chosen
+        self.weight = kind.penalty_weight if chosen is None else chosen
+        self._adjusted = self.weight is None
         self.steps = 0
         self._watched: Dictionary | None = None
 
@@ -76,16 +66,16 @@ class PenaltyEngine(Engine[Dictionary]):
         l2_loss = error.pow(2).sum(dim=-1).mean()
         weight = l2_loss.new_tensor(self._current_weight(dictionary, current))
         sparsity = weight * penalised.penalty
-        loss = own_loss = l2_loss + sparsity + penalised.auxiliary
+        loss = loss_here = l2_loss + sparsity + penalised.auxiliary
         summed = self._group.sums(encoded.n_active, loss, l2_loss, penalised.auxiliary, sparsity)
-        n_active, loss, l2_loss, auxiliary, sparsity = (total / self._group.world for total in summed)
+        n_active, loss, l2_loss, auxiliary, sparsity = (value / self._group.world for value in summed)
         self._advance(float(n_active) / len(current))
         dictionary.zero_grad(set_to_none=True)
         self._sum_what_is_made(dictionary)
-        (own_loss / self._group.world).backward()
+        (loss_here / self._group.world).backward()
         zero = l2_loss.new_zeros(())
         terms = Losses(loss, l2_loss, l2_loss[None], auxiliary, zero, error, zero, sparsity, weight)
-        return Losses(*(term.detach() for term in terms)), whole_gradients(dictionary, self._shard.own)
+        return Losses(*(term.detach() for term in terms)), whole_gradients(dictionary, self._shard.part)
 
     def _sum_what_is_made(self, dictionary: Dictionary) -> None:
         """Let every gradient's sum over processes begin as soon as the backward pass has made it."""
@@ -95,11 +85,11 @@ class PenaltyEngine(Engine[Dictionary]):
         for parameter in dictionary.parameters():
             key = DECODER if parameter is dictionary.W_dec else OTHERS
 
-            def start(made: Tensor, key: str = key) -> None:
+            def begin_sum(made: Tensor, key: str = key) -> None:
                 if made.grad is not None:
                     self._shard.start_sum(key, by_latent(made.grad))
 
-            parameter.register_post_accumulate_grad_hook(start)
+            parameter.register_post_accumulate_grad_hook(begin_sum)
 
     def _current_weight(self, dictionary: Dictionary, current: Tensor) -> float:
         if self.weight is None:

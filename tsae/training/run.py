@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import time
+import uuid
 from collections.abc import Sequence
 from importlib.metadata import version
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor
 
 from tsae.checkpoint import RunFolder, save_dictionary
@@ -26,9 +29,7 @@ from tsae.store.layout import store_path
 from tsae.store.pairs import PairStream
 from tsae.store.reader import Store
 from tsae.training.metrics import Metrics, imbalance, measures_of
-from tsae.training.random_state import random_state, set_random_state
-from tsae.training.resume import ResumeStates
-from tsae.training.tracking import make_accelerator, new_tracking
+from tsae.training.resume import ResumeStates, random_state, set_random_state
 from tsae.training.trainer import Terms, Trainer
 
 SHOWN = ("loss", "l2_loss", "temp_loss", "auxk_loss", "l0", "fve", "dead_percent")
@@ -72,12 +73,12 @@ def _train(runs: Sequence[tuple[RunConfig, RunFolder]], group: Group) -> None:
     store = Store.open(store_path(config), config)
     running = [_Training(config, run, store, group) for config, run in runs]
     failed: list[Exception] = []
-    start, stop = min(training.step for training in running), max(training.steps for training in running)
+    first, end = min(training.step for training in running), max(training.steps for training in running)
     stream = _stream(store, config, group)
-    stream.read_first(start, preemption.requested)
+    stream.read_first(first, preemption.requested)
     if group.start_any([preemption.requested()])()[0]:
         raise preemption.Preempted
-    for step, (batch, document) in enumerate(stream.with_documents(start, stop), start):
+    for step, (batch, document) in enumerate(stream.with_documents(first, end), first):
         together_now = [training for training in running if training.step == step]
         # Asked before the step and answered after it, so that nobody waits for the answer.
         asked = group.start_any([preemption.requested(), *(training.will_be_due() for training in together_now)])
@@ -136,8 +137,9 @@ class _Training:
         self._states = ResumeStates(run.resume, origin, config.training.resume_keep)
         state = self._begin()
         self._require_agreement(origin)
-        self._tracking = state.get("tracking") or new_tracking()
-        self._accelerator = make_accelerator(config, run, self._tracking)
+        # The name of this run in the trackers, and the step that comes next there.
+        self._tracking = state.get("tracking") or {"id": uuid.uuid4().hex, "step": 0}
+        self._accelerator = _accelerator(config, run, self._tracking)
         device, norm = self._accelerator.device, store.mean_squared_norm
         self._trainer = Trainer(config, store.activation_dim, device=device, mean_squared_norm=norm, group=group)
         group.on_first(lambda: self._open_files(store, state.get("metrics_bytes", 0)))
@@ -209,8 +211,10 @@ class _Training:
     def _require_finite(self, *more: Tensor) -> None:
         """Refuse to go on from, or to keep, weights that are lost."""
         dictionary = self._trainer.dictionary
-        total = sum((tensor.detach().sum() for tensor in (dictionary.W_enc, *more)), dictionary.W_dec.detach().sum())
-        if not bool(torch.isfinite(total)):
+        everything = sum(
+            (tensor.detach().sum() for tensor in (dictionary.W_enc, *more)), dictionary.W_dec.detach().sum()
+        )
+        if not bool(torch.isfinite(everything)):
             raise TsaeError(
                 f"{self.run.path.parent.name}: training diverged: the loss or the weights are not finite "
                 f"at step {self.step - 1}; lower training.lr ({self._trainer.peak_lr:g})"
@@ -289,3 +293,35 @@ def _origin(config: RunConfig, store: Store) -> dict[str, str]:
         "version of tsae": version("tsae"),
         "version of torch": torch.__version__,
     }
+
+
+def _accelerator(config: RunConfig, run: RunFolder, tracking: dict[str, Any]) -> Accelerator:
+    """The engine of one run, its trackers set to continue at `tracking`. Raises TsaeError for one not installed."""
+    settings = config.training
+    for tracker in settings.trackers:
+        if importlib.util.find_spec(tracker) is None:
+            raise TsaeError(f"training.trackers: {tracker} is not installed; pip install 'tsae[{tracker}]'")
+    accelerator = Accelerator(
+        cpu=settings.device == "cpu",
+        log_with=list(settings.trackers) or None,
+        project_dir=str(run.path),
+    )
+    if settings.trackers:
+        # Of steps that are done again, tensorboard hides the first writing and wandb ignores the second.
+        continued = {
+            "tensorboard": {"purge_step": tracking["step"]} if tracking["step"] else {},
+            "wandb": {"id": tracking["id"], "resume": "allow"},
+        }
+        accelerator.init_trackers("tsae", config=_flat(schema.to_plain(config)), init_kwargs=continued)
+    return accelerator
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """`{"a": {"b": 1}}` → `{"a.b": 1}`; what trackers cannot store becomes text."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value if isinstance(value, (int, float, str, bool)) else str(value)
+    return flat

@@ -8,24 +8,16 @@ import torch
 from torch import Tensor
 
 from tsae.config.run import RunConfig
-from tsae.config.sections import PENALTY_KINDS
 from tsae.config.validation import require_processes
 from tsae.parallel.group import ALONE, Group
 from tsae.runtime.errors import TsaeError
-from tsae.sae.architectures import JumpReluAutoEncoder
-from tsae.sae.classes import from_state
 from tsae.sae.dictionary import Dictionary, ThresholdDictionary
 from tsae.sae.init import centre, geometric_median, new_dictionary
-from tsae.sae.reference import REFERENCE_NAMES
-from tsae.training.engine import DenseEngine, Engine
-from tsae.training.objective import Losses, Weights
+from tsae.sae.kinds import KINDS, from_state
+from tsae.training.objective import DenseEngine, Engine, Weights
 from tsae.training.penalty_engine import PenaltyEngine
-from tsae.training.sharding import OwnLatents, Shard
-from tsae.training.sparse.engine import SparseEngine
-from tsae.training.update import Adam, lay_out_by_latent, project_and_measure
-
-FIRST_MOMENT = {"jump_relu": 0.0, "gated": 0.0}
-"""Adam's β₁ where the source of an objective departs from 0.9."""
+from tsae.training.sparse_engine import SparseEngine
+from tsae.training.update import Adam, LatentShares, Shard, lay_out_by_latent, project_and_measure
 
 
 class Terms(NamedTuple):
@@ -81,6 +73,7 @@ class Trainer:
         group: Group = ALONE,
     ) -> None:
         self.config, self.settings, self.group = config, config.training, group
+        self.kind = KINDS[config.sae.kind]
         require_processes(config, group.world)
         self.scale = _scale(config, activation_dim, mean_squared_norm)
         self.steps_done = 0
@@ -91,14 +84,22 @@ class Trainer:
         self.dictionary: Dictionary = dictionary.to(device)
         lay_out_by_latent(self.dictionary)
         self.weights = Weights.of(config, activation_dim)
-        shard = OwnLatents(group, config.sae.dict_size) if self.settings.shard == "optimizer" else Shard(group)
+        shard = LatentShares(group, config.sae.dict_size) if self.settings.shard == "optimizer" else Shard(group)
         self._shard, self.engine = shard, _engine(config, group, shard)
         # The sparse engine rounds its encoder product itself; rounding its sums over entries would make nothing faster.
         rounds = self.settings.precision == "bf16" and not isinstance(self.engine, SparseEngine)
         self._products = torch.autocast(torch.device(device).type, torch.bfloat16, enabled=rounds)
         self.peak_lr = config.training.lr or 2e-4 / (config.sae.dict_size / 16384) ** 0.5
-        betas = (FIRST_MOMENT.get(config.sae.kind, 0.9), 0.999)
-        self.optimizer = Adam(self._parameter_groups(), lr=self.peak_lr, betas=betas, fused=True, shard=shard)
+        self._warmup, self._threshold_start = self.settings.warmup, self.settings.threshold_start
+        self._clip_norm = config.clip_norm
+        parameters = dict(self.dictionary.named_parameters())
+        biases = [parameters.pop(name) for name in ("b_enc", "b_dec")]
+        groups: list[dict[str, Any]] = [
+            {"params": list(parameters.values()), "relative_lr": 1.0},
+            {"params": biases, "relative_lr": config.bias_lr},
+        ]
+        betas = (self.kind.first_moment, 0.999)
+        self.optimizer = Adam(groups, lr=self.peak_lr, betas=betas, fused=True, shard=shard)
         self.tokens_since_fired = torch.zeros(config.sae.dict_size, dtype=torch.int64, device=device)
 
     def step(self, batch: Tensor, document: Tensor | None = None) -> Terms:
@@ -107,14 +108,15 @@ class Trainer:
         `document` [B] of each pair is needed where those of one document are no negatives.
         Raises TsaeError if the batch does not fit the objective.
         """
-        total = len(batch) * self.group.world
+        tokens = len(batch) * self.group.world
         self.group.take_bytes()  # only this step's are counted
         current, partner = self._halves(batch if self.scale == 1 else batch / self.scale)
         if self.steps_done == 0 and (self._fresh or self.dictionary.centre_input):
             centre(self.dictionary, geometric_median(self.group.gather(current)))
         with self._products:
             encoded = self.engine.encode(self.dictionary, current, partner)
-        self._count_tokens(encoded.fired, total)
+        self.tokens_since_fired += tokens
+        self.tokens_since_fired[encoded.fired] = 0
         self._track_threshold(encoded.cut)
         dead = self.tokens_since_fired >= self.settings.dead_after
         if not self.weights.same_document and partner is not None and document is None:
@@ -123,16 +125,22 @@ class Trainer:
             losses, gradients = self.engine.backward(
                 self.dictionary, self.weights, encoded, current, partner, dead, document
             )
-        self._require_temporal_gradient(losses, total)
+        must_act = self.steps_done == 0 and self.weights.temporal is not None and self.weights.temporal_alpha != 0
+        # A term that is a mean over the batch has gradients of about 1/B; a millionth of that is rounding noise.
+        if must_act and (float(losses.temp_loss) == 0 or float(self.group.max(losses.temp_gradient)) < 1e-6 / tokens):
+            raise TsaeError(
+                "the temporal term is switched on but is zero or has no gradient in the first batch: "
+                "are the two halves of every pair equal, or is the high-level split silent?"
+            )
 
-        grad_norm = project_and_measure(self.dictionary, gradients, self._unit_rows, self._shard)
+        unit_rows = self.kind.unit_rows
+        grad_norm = project_and_measure(self.dictionary, gradients, unit_rows, self._shard)
         lr = self.learning_rate(self.steps_done)
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group["relative_lr"]
-        unit_rows = self.dictionary.W_dec if self._unit_rows else None
-        self.optimizer.update(gradients, grad_norm, self.config.clip_norm, unit_rows)
-        if isinstance(self.dictionary, JumpReluAutoEncoder):
-            self.dictionary.threshold.data.clamp_min_(0)
+        self.optimizer.update(gradients, grad_norm, self._clip_norm, self.dictionary.W_dec if unit_rows else None)
+        if self.kind.after_update is not None:
+            self.kind.after_update(self.dictionary)
         self.steps_done += 1
 
         spread = current - self.group.mean(current.mean(dim=0))
@@ -159,20 +167,11 @@ class Trainer:
             bytes_handed=self.group.take_bytes(),
         )
 
-    def _parameter_groups(self) -> list[dict[str, Any]]:
-        """The biases, whose learning rate is relative to that of all other parameters, and those."""
-        parameters = dict(self.dictionary.named_parameters())
-        biases = [parameters.pop(name) for name in ("b_enc", "b_dec")]
-        return [
-            {"params": list(parameters.values()), "relative_lr": 1.0},
-            {"params": biases, "relative_lr": self.config.bias_lr},
-        ]
-
     def learning_rate(self, step: int) -> float:
         """Learning rate of update `step`: linear warm-up from 0, constant, linear decay towards 0."""
         settings = self.settings
-        if step < settings.warmup:
-            return self.peak_lr * step / settings.warmup
+        if step < self._warmup:
+            return self.peak_lr * step / self._warmup
         if settings.decay_start is not None and step >= settings.decay_start:
             return self.peak_lr * (settings.steps - step) / (settings.steps - settings.decay_start)
         return self.peak_lr
@@ -187,13 +186,9 @@ class Trainer:
             raise TsaeError("a temporal SAE needs pairs [B, 2, D]; single tokens would silently drop its temporal term")
         return batch[:, 0], batch[:, 1]
 
-    def _count_tokens(self, fired: Tensor, tokens: int) -> None:
-        self.tokens_since_fired += tokens
-        self.tokens_since_fired[fired] = 0
-
     def _track_threshold(self, cut: Tensor) -> None:
         """Move the inference threshold towards the smallest activation that survived selection, where one did."""
-        if self.steps_done <= self.settings.threshold_start:
+        if self.steps_done <= self._threshold_start:
             return
         if isinstance(self.dictionary, ThresholdDictionary):
             threshold, beta = self.dictionary.threshold, self.settings.threshold_beta
@@ -204,22 +199,6 @@ class Trainer:
         threshold = getattr(self.dictionary, "threshold", self.dictionary.b_dec.new_zeros(()))
         mean = threshold.detach().mean()
         return torch.where(mean < 0, mean, mean * self.scale)  # −1 is a mark, not a number to be scaled
-
-    @property
-    def _unit_rows(self) -> bool:
-        """Whether decoder rows are kept at norm 1; the April update leaves them free."""
-        return self.config.sae.kind != "standard_april"
-
-    def _require_temporal_gradient(self, losses: Losses, batch: int) -> None:
-        """At the first step, refuse a temporal term that is switched on and does nothing."""
-        if self.steps_done > 0 or self.weights.temporal is None or self.weights.temporal_alpha == 0:
-            return
-        # A term that is a mean over the batch has gradients of about 1/B; a millionth of that is rounding noise.
-        if float(losses.temp_loss) == 0 or float(self.group.max(losses.temp_gradient)) < 1e-6 / batch:
-            raise TsaeError(
-                "the temporal term is switched on but is zero or has no gradient in the first batch: "
-                "are the two halves of every pair equal, or is the high-level split silent?"
-            )
 
     def state(self) -> dict[str, Any]:
         """Everything that a bit-exact continuation needs, besides the configuration; whole in the first process.
@@ -245,7 +224,7 @@ class Trainer:
 
 def _engine(config: RunConfig, group: Group, shard: Shard) -> Engine[Any]:
     settings = config.training
-    if config.sae.kind in PENALTY_KINDS:
+    if KINDS[config.sae.kind].penalty is not None:
         return PenaltyEngine(config, group, shard)
     if settings.engine == "dense":
         return DenseEngine()
@@ -269,7 +248,7 @@ def _scale(config: RunConfig, activation_dim: int, mean_squared_norm: float | No
 
 def _given(config: RunConfig, state_dict: dict[str, Tensor], scale: float) -> Dictionary:
     """The dictionary of a state dict (for raw activations), which is copied."""
-    name, where = REFERENCE_NAMES[config.sae.kind][1], "initial state"
-    own = {key: tensor.clone() for key, tensor in state_dict.items()}
-    dictionary = from_state(name, own, config.sae.k, where)
+    name, where = KINDS[config.sae.kind].dictionary.__name__, "initial state"
+    copies = {key: tensor.clone() for key, tensor in state_dict.items()}
+    dictionary = from_state(name, copies, config.sae.k, where)
     return dictionary if scale == 1 else from_state(name, dictionary.to_file(1 / scale), config.sae.k, where)

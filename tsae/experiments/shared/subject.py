@@ -14,7 +14,7 @@ from tsae.config.run import RunConfig
 from tsae.runtime.errors import TsaeError
 from tsae.sae.dictionary import Dictionary
 from tsae.sae.inference import encode_sparse
-from tsae.sae.selection.batch import Encoder
+from tsae.sae.selection.top_k import Encoder
 from tsae.sae.sparse import SparseCode
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tsae.experiments.shared.subject import Subject
 from tsae.sae.inference import encode_sparse
-from tsae.sae.selection.batch import Encoder
+from tsae.sae.selection.top_k import Encoder
 
 NO_LATENT = -1
 

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import importlib
+from typing import TYPE_CHECKING
 
 from tsae.runtime.errors import TsaeError, suggestion
-from tsae.sweep.schedulers.base import Scheduler
+
+if TYPE_CHECKING:
+    from tsae.sweep.schedulers.base import Scheduler
 
 SCHEDULERS = {
     "slurm": "tsae.sweep.schedulers.slurm.scheduler:Slurm",

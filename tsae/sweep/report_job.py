@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from tsae.report.command import write_report
+from tsae.report.write import write_report
 from tsae.sweep.attempt import attempts
 from tsae.sweep.plan import BASE_FILE, SWEEP_FILE, make_plan
 from tsae.sweep.sweepfile import load_sweep
@@ -18,4 +18,4 @@ def report_stage(configs: str, overrides: Sequence[str], name: str) -> None:
     """
     newest = attempts(Path(configs).parents[2])[-1].folder
     sweep = load_sweep(newest / SWEEP_FILE, str(newest / BASE_FILE), list(overrides), name)
-    write_report(make_plan(sweep))
+    write_report(make_plan(sweep).compared)

@@ -1,8 +1,10 @@
-"""Batch-top-k codes without a dense [N, F] tensor and without sorting N·F numbers.
+"""Top-k codes, of a batch or of every token, without a dense [N, F] tensor and without sorting N·F numbers.
 
-The encoder product runs in blocks of rows. Within a block only entries above a guess of the cut are kept: 64-wide
-segments whose maximum is too small are skipped. The k·N largest are then chosen exactly among the few candidates. A
+The encoder product runs in blocks of rows. Within a block only entries above a guess of the cut are kept: segments of 64
+latents whose maximum is too small are skipped. The k·N largest are then chosen exactly among the few candidates. A
 guess that turns out too high costs another pass with a lower one; a good guess is a little under the last step's cut.
+
+The k largest entries of a single row lie in the k segments with the largest maxima, so only those are searched.
 """
 
 from __future__ import annotations
@@ -13,12 +15,17 @@ import torch
 from torch import Tensor
 
 from tsae.runtime.phases import phase
-from tsae.sae.kernels import kernels_for, screens
-from tsae.sae.selection.cpu_screens import CpuScreen, Memory, screens_on_cpu
-from tsae.sae.selection.screens import Screen
-from tsae.sae.sparse import SparseCode, from_entries
+from tsae.sae.selection.screens import (
+    SEGMENT,
+    CpuScreen,
+    Memory,
+    Screen,
+    largest_of_segments,
+    screens,
+    screens_on_cpu,
+)
+from tsae.sae.sparse import SparseCode, from_entries, kernels_for
 
-SEGMENT = 64
 GUESS_MARGIN = 0.97
 SAMPLE_ROWS = 32
 BLOCK_BYTES = 64 * 2**20
@@ -70,10 +77,6 @@ class Encoder:
         """Rows of x per block: about 64 MB of activations, but enough rows for the product to run at full speed."""
         return max(CUDA_BLOCK_ROWS if x.is_cuda else BLOCK_ROWS, BLOCK_BYTES // (4 * dict_size))
 
-    def rounded(self, weight: Tensor) -> Tensor:
-        """The weight in the precision of the product."""
-        return weight.bfloat16() if self.precision == "bf16" else weight
-
     def prepare(self, weight: Tensor, bias: Tensor, rows: int) -> Prepared:
         """What depends on weight [D, F] and bias [F] alone: made once for the products of one step.
 
@@ -84,7 +87,7 @@ class Encoder:
             screen = Screen(weight, bias)
         elif self.precision == "exact" and screens_on_cpu(weight, rows):
             screen = CpuScreen(weight, bias, self._memory)
-        return Prepared(self.rounded(weight), bias, screen)
+        return Prepared(weight.bfloat16() if self.precision == "bf16" else weight, bias, screen)
 
     def listing(self, x: Tensor) -> Any:
         """The kernels' list of entries above a guess; None where torch's operations make it."""
@@ -125,10 +128,10 @@ def batch_top_k_codes(
     `guesses` are estimates of each half's cut (none: estimated from a few rows).
     """
     prepared = encoder.prepare(weight, bias, sum(map(len, halves)))
-    return [_select_half(encoder, x, prepared, k, guess) for x, guess in zip(halves, guesses, strict=True)]
+    return [_largest_of_half(encoder, x, prepared, k, guess) for x, guess in zip(halves, guesses, strict=True)]
 
 
-def _select_half(encoder: Encoder, x: Tensor, prepared: Prepared, k: int, guess: float | None) -> Selection:
+def _largest_of_half(encoder: Encoder, x: Tensor, prepared: Prepared, k: int, guess: float | None) -> Selection:
     wanted = k * len(x)
     if guess is None:
         guess = first_guess(x, prepared, k)
@@ -210,9 +213,7 @@ def _least_products(bias: Tensor, guess: float) -> Tensor:
 
     Going through all products once more to add the biases would take some per cent of what making them takes.
     """
-    padded = bias.new_full((-(-len(bias) // SEGMENT) * SEGMENT,), -torch.inf)
-    padded[: len(bias)] = bias
-    largest = padded.view(-1, SEGMENT).amax(dim=1)
+    largest = largest_of_segments(bias)
     slack = 4 * torch.finfo(bias.dtype).eps * (guess + largest.abs())
     return guess - largest - slack
 
@@ -231,3 +232,50 @@ def _entries_of_segments(products: Tensor, least: Tensor) -> Entries:
     place = hit[chosen // SEGMENT] * SEGMENT + chosen % SEGMENT
     rows = place // products.shape[1]
     return rows, place - rows * products.shape[1], entries.flatten()[chosen]
+
+
+@phase("selection")
+def top_k_codes(
+    encoder: Encoder, halves: list[Tensor], weight: Tensor, bias: Tensor, k: int, guesses: list[float | None]
+) -> list[Selection]:
+    """The k largest positive pre-activations x @ weight [D, F] + bias [F] of each row of each half [N, D].
+
+    Takes and returns what `batch_top_k_codes` does; there is no cut to guess, `guesses` only counts the halves.
+    """
+    prepared = encoder.prepare(weight, bias, sum(map(len, halves)))
+    return [_largest_of_tokens(encoder, x, prepared, k) for x, _ in zip(halves, guesses, strict=True)]
+
+
+def _largest_of_tokens(encoder: Encoder, x: Tensor, prepared: Prepared, k: int) -> Selection:
+    weight, bias, screen = prepared
+    block_rows = encoder.block_rows(x, len(bias))
+    if screen is not None:
+        if isinstance(screen, Screen):
+            entries = screen.largest_of_rows(x, k, block_rows, encoder.listing(x))
+        else:
+            entries = screen.largest_of_rows(x, k)
+        return Selection(from_entries(*entries, len(x), len(bias)), 0.0, 1)
+    found = []
+    for start in range(0, len(x), block_rows):
+        buffer = encoder.block(x[start : start + block_rows], weight, bias)
+        values, latents = _largest_of_rows(buffer, min(k, weight.shape[1]))
+        # Latents ascend within a row, as in every sparse code.
+        latents, order = latents.sort(dim=1)
+        values = values.gather(1, order)
+        row, place = (values > 0).nonzero(as_tuple=True)
+        found.append((row + start, latents[row, place], values[row, place]))
+    rows, latents, values = (torch.cat(parts) for parts in zip(*found, strict=True))
+    return Selection(from_entries(rows, latents, values, len(x), weight.shape[1]), 0.0, 1)
+
+
+def _largest_of_rows(buffer: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Values and columns [n, k] of the k largest entries of each row of [n, segments·64]."""
+    rows, width = buffer.shape
+    segments = buffer.view(rows, width // SEGMENT, SEGMENT)
+    if k >= segments.shape[1]:
+        top = buffer.topk(k, dim=1, sorted=False)
+        return top.values, top.indices
+    chosen = segments.amax(dim=2).topk(k, dim=1, sorted=False).indices
+    entries = segments.gather(1, chosen[:, :, None].expand(-1, -1, SEGMENT)).flatten(1)
+    top = entries.topk(k, dim=1, sorted=False)
+    return top.values, chosen.gather(1, top.indices // SEGMENT) * SEGMENT + top.indices % SEGMENT

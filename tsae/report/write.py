@@ -5,20 +5,15 @@ May be run at any time, also while the sweep runs: points without results are na
 
 from __future__ import annotations
 
-import argparse
 import csv
 import io
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tsae.config.points import shown
 from tsae.report.claims import section, write_claims
-from tsae.runtime import environment, files
-from tsae.runtime.errors import TsaeError, os_error_line
-from tsae.sweep.commandline import add_sweep_arguments, plan_of
-from tsae.sweep.made_from import hash_of_results, page_path, record_path
-from tsae.sweep.plan import Plan
+from tsae.report.compared import Compared
+from tsae.runtime import files
 
 if TYPE_CHECKING:
     from tsae.report.summary import Summary
@@ -33,38 +28,19 @@ SHORT_COLUMNS = (
 )
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """The command line; 0, or 2 with one line on stderr."""
-    parser = argparse.ArgumentParser(prog="launch/report.py", description=__doc__.splitlines()[0])
-    add_sweep_arguments(parser)
-    given = parser.parse_intermixed_args(arguments)
-    try:
-        plan = plan_of(given)
-        page = write_report(plan)
-        print("\n".join(short_table(plan)))
-        print(f"report: {page}")
-    except TsaeError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"error: {os_error_line(error, environment.home())}", file=sys.stderr)
-        return 2
-    return 0
-
-
-def write_report(plan: Plan) -> Path:
+def write_report(compared: Compared) -> Path:
     """Write results.json, table.md, table.csv, the figures and report.html; returns the path of the page."""
     from tsae.report.charts import draw_charts
     from tsae.report.page import render
     from tsae.report.summary import summarise
 
-    state = hash_of_results(plan)
-    summary = summarise(plan)
-    page = page_path(plan)
+    state = compared.hash_of_results()
+    summary = summarise(compared)
+    page = compared.page
     page.parent.mkdir(parents=True, exist_ok=True)
     files.write_text(page.with_name("table.csv"), _csv(summary))
     files.write_text(page.with_name("table.md"), _markdown(summary))
-    files.write_text(page, render(summary, draw_charts(summary, page.parent), _claims_section(plan)))
+    files.write_text(page, render(summary, draw_charts(summary, page.parent), _claims_section(compared)))
     points = [
         {
             "name": row.point.name,
@@ -75,23 +51,23 @@ def write_report(plan: Plan) -> Path:
         }
         for row in summary.rows
     ]
-    files.write_json(record_path(plan), {"sweep": plan.name, "made_from": state, "points": points})
+    files.write_json(compared.record, {"sweep": compared.name, "made_from": state, "points": points})
     return page
 
 
-def _claims_section(plan: Plan) -> str:
+def _claims_section(compared: Compared) -> str:
     """The verdicts as HTML, where the sweep asks for them."""
-    if not plan.sweep.config.report.claims:
+    if not compared.settings.claims:
         return ""
-    return section(plan, write_claims(plan))
+    return section(compared, write_claims(compared))
 
 
-def short_table(plan: Plan) -> list[str]:
+def short_table(compared: Compared) -> list[str]:
     """A few measures of each point, for the terminal."""
     from tsae.report.measures import figures, label
     from tsae.report.summary import summarise
 
-    summary = summarise(plan)
+    summary = summarise(compared)
     columns = [name for name in SHORT_COLUMNS if name in summary.measures]
     cells = [["point", *(label(name) for name in columns)]]
     for row in summary.rows:
@@ -132,7 +108,3 @@ def _markdown(summary: Summary) -> str:
         lines.append(f"| {name} | " + " | ".join(values) + " |")
     lines += [f"\nMissing: {row.point.name} ({row.missing})" for row in summary.missing]
     return "\n".join(lines) + "\n"
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -2,8 +2,14 @@
 
 Every process lists its entries above a common guess. The cut is then found by radix search: activations are positive,
 so that their bits, read as an integer, are in their order, and a histogram of a few of those bits, summed over
-processes, tells in which bin the cut lies. Three histograms (float32) give it exactly. Among entries equal to the cut
-those of the first rows of the whole batch are taken, as one process would.
+processes, tells in which bin the cut lies. Three histograms (float32: 11, 11 and 9 bits) give it exactly. Among entries
+equal to the cut those of the first rows of the whole batch are taken, as one process would.
+
+An example with 4 bits, in two digits of 2. The 3 largest are wanted; process 0 has 1101, 1001, 0110, process 1 has 1110,
+1001, 0011. The first digits 11, 10, 01, 00 occur 2, 2, 1, 1 times in both processes together: counted from the top, the
+third entry begins with 10, and 1 is still wanted among those. Of the entries that begin with 10 the second digit is 01
+both times. So the cut is 1001, of the 2 entries that are equal to it 1 is kept, and it is process 0's: what is wanted of
+ties goes to the lowest ranks first. No process has seen another's entries, only how many there are in each bin.
 """
 
 from __future__ import annotations
@@ -15,7 +21,7 @@ from torch import Tensor
 
 from tsae.parallel.group import Group
 from tsae.runtime.phases import phase
-from tsae.sae.selection.batch import INTEGERS, Encoder, Entries, Prepared, Selection, candidates, first_guess, lowered
+from tsae.sae.selection.top_k import INTEGERS, Encoder, Entries, Prepared, Selection, candidates, first_guess, lowered
 from tsae.sae.sparse import from_entries
 
 DIGIT_BITS = 11
@@ -60,8 +66,8 @@ def global_top_k_codes(
 
 
 def _agreed_guess(x: Tensor, prepared: Prepared, k: int, group: Group) -> float:
-    own = first_guess(x, prepared, k)
-    return -float(group.max(x.new_tensor(-own)))
+    """The lowest of all processes' first guesses."""
+    return -float(group.max(x.new_tensor(-first_guess(x, prepared, k))))
 
 
 def _enough_candidates(
@@ -92,8 +98,8 @@ def kth_largest(lists: list[Tensor], wanted: list[int], group: Group) -> list[Cu
     while low > 0:
         width = min(DIGIT_BITS, low)
         low -= width
-        own = [_histogram(key, prefix, low, width) for key, prefix in zip(keys, prefixes, strict=True)]
-        histograms = group.sum(torch.stack(own))
+        counts = [_histogram(key, prefix, low, width) for key, prefix in zip(keys, prefixes, strict=True)]
+        histograms = group.sum(torch.stack(counts))
         from_top = histograms.flip(1).cumsum(dim=1)
         steps = (from_top < remaining[:, None]).sum(dim=1, keepdim=True).clamp_max((1 << width) - 1)
         digit = (1 << width) - 1 - steps

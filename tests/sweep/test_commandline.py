@@ -1,0 +1,74 @@
+"""What names a sweep on a command line: its YAML, the name of a shipped one, or its folder."""
+
+from __future__ import annotations
+
+import json
+import os
+
+import pytest
+
+from tsae.cli import main
+from tsae.sweep.commandline import load_folder
+from tsae.sweep.plan import BASE_FILE, LAUNCH_FILE, SWEEP_FILE, make_plan
+from tsae.sweep.sweepfile import load_sweep
+
+
+@pytest.fixture
+def launched(write_sweep):
+    """The folder of a sweep with overrides that was launched once; nothing of it has run."""
+    path = write_sweep(file="little", grid={"sae.k": [4, 8]})
+    plan = make_plan(load_sweep(path, "embedded", ["training.steps=700"]))
+    attempt = plan.folder / "attempts" / "20260101-000000"
+    attempt.mkdir(parents=True)
+    for name, text in plan.sources().items():
+        (attempt / name).write_text(text)
+    path.unlink()
+    return plan.folder
+
+
+def test_a_folder_names_the_sweep_as_it_was_launched(launched, monkeypatch, tmp_path):
+    monkeypatch.setenv("TSAE_HOME", str(tmp_path / "elsewhere"))
+    sweep = load_folder(launched)
+    plan = make_plan(sweep)
+    assert [point.config.training.steps for point in plan.points] == [700, 700]
+    assert [point.name for point in plan.points] == ["k=4", "k=8"]
+    assert plan.folder == launched
+    assert os.environ["TSAE_HOME"] == str(launched.parents[1])
+
+
+def test_before_overrides_were_recorded_the_command_tells_them(launched):
+    attempt = launched / "attempts" / "20260101-000000"
+    (attempt / LAUNCH_FILE).unlink()
+    command = ["launch/sweep.py", "little.yaml", "--base", "embedded", "training.steps=700", "--executor", "debug"]
+    (attempt / "provenance.json").write_text(json.dumps({"command": command}))
+    assert load_folder(launched).overrides == ("training.steps=700",)
+    assert {path.name for path in attempt.iterdir()} == {SWEEP_FILE, BASE_FILE, "provenance.json"}
+
+
+def test_every_command_takes_a_folder(launched, capsys):
+    for command in ("status", "report", "claims"):
+        assert main([command, str(launched)]) == (2 if command == "claims" else 0)  # sae.k varies, which claims refuse
+    assert main(["sweep", str(launched), "--dry-run"]) == 0
+    assert main(["cancel", str(launched)]) == 0
+    assert "nothing is running or queued" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("more", ["training.steps=3", "--name=other", "--base=embedded"])
+def test_a_folder_keeps_its_settings(launched, capsys, more):
+    assert main(["status", str(launched), more]) == 2
+    assert "a sweep's folder keeps its settings" in capsys.readouterr().err
+
+
+def test_a_shipped_sweep_is_named_from_anywhere(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["sweep", "split_fraction", "--dry-run"]) == 0
+    assert "split_fraction-embedded: 4 points" in capsys.readouterr().out
+    (tmp_path / "split_fraction").mkdir()  # a folder of that name hides it, and is no sweep's
+    assert main(["sweep", "split_fraction", "--dry-run"]) == 2
+    assert "a folder without attempts/" in capsys.readouterr().err
+
+
+def test_runs_without_any_is_one_line(home, capsys):
+    assert main(["runs"]) == 2
+    said = capsys.readouterr().err
+    assert said == f"tsae: {home}: no runs and no sweeps; TSAE_HOME names the folder that holds them (default ./runs)\n"

@@ -1,0 +1,57 @@
+"""What a report is made from: points with their run folders. Who put them together does not matter here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tsae.checkpoint import RunFolder
+from tsae.config import schema
+from tsae.config.points import Point
+from tsae.report.settings import ReportConfig
+from tsae.runtime import files
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compared:
+    """The runs that one report compares, and where it goes."""
+
+    name: str
+    points: tuple[Point, ...]
+    runs: tuple[RunFolder, ...]
+    """The run of each point."""
+    folder: Path
+    """Where the report lies."""
+    settings: ReportConfig
+    origin: Path
+    """The file that says what is compared."""
+    base: Path
+    """The file with the settings below it."""
+    common: dict[str, Any]
+    """The settings that all points share, as a tree."""
+    drawn: tuple[str, ...] = ()
+    """Key paths of settings that were drawn at random."""
+    evaluated: bool = True
+    """Whether the points are evaluated at all; else their experiments are all there is."""
+
+    @property
+    def page(self) -> Path:
+        """The page."""
+        return self.folder / "report.html"
+
+    @property
+    def record(self) -> Path:
+        """The report's numbers, with the hash of what they were made from."""
+        return self.folder / "results.json"
+
+    def is_current(self) -> bool:
+        """Whether the report on disk shows the results that are there now."""
+        made = files.read_whole_json(self.record).get("made_from")
+        return self.page.exists() and bool(made == self.hash_of_results())
+
+    def hash_of_results(self) -> str:
+        """Hash of what a report is made from: the points, and which results are there."""
+        # Results are replaced as whole files, which changes their folder.
+        stamps = [path.stat().st_mtime_ns for run in self.runs for path in sorted(run.path.glob("*.json"))]
+        return schema.stable_hash([stamps, [point.name for point in self.points], self.origin.read_text()])

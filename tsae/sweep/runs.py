@@ -1,0 +1,111 @@
+"""`tsae runs`: what lies under TSAE_HOME, read from small files alone."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from tsae import stages
+from tsae.checkpoint import RunFolder
+from tsae.config import schema
+from tsae.config.points import flatten, short_names, shown
+from tsae.runtime import files, locks
+from tsae.runtime.errors import TsaeError
+
+DEEPEST = 4
+"""Folders between checkpoints/ and a run's own, at most: names of runs may hold slashes."""
+MOST_SETTINGS = 4
+
+
+def listing(home: Path) -> list[str]:
+    """A table of the runs under `home`, folder by folder, and one of the sweeps. Raises TsaeError where there are none."""
+    groups: dict[Path, list[RunFolder]] = {}
+    for run in _runs(home / "checkpoints"):
+        groups.setdefault(run.path.parent.parent, []).append(run)
+    sweeps = sorted(path.parent for path in home.glob("sweeps/*/attempts"))
+    if not groups and not sweeps:
+        raise TsaeError(f"{home}: no runs and no sweeps; TSAE_HOME names the folder that holds them (default ./runs)")
+    lines = []
+    for folder, runs in sorted(groups.items()):
+        lines += [str(folder), *_table(runs), ""]
+    if sweeps:
+        lines += ["sweeps (tsae status FOLDER tells more)", *(f"  {path}  {_verdict(path)}" for path in sweeps)]
+    return lines
+
+
+def _runs(checkpoints: Path) -> Iterator[RunFolder]:
+    for depth in range(1, DEEPEST + 1):
+        for path in sorted(checkpoints.glob("/".join(["*"] * depth) + "/trainer_0")):
+            yield RunFolder(path)
+
+
+def _table(runs: list[RunFolder]) -> list[str]:
+    """A line for each run: kind, what tells it from its neighbours, step, fraction of variance explained, state."""
+    settings = [_settings(run) for run in runs]
+    known = dict.fromkeys(key for own in settings for key in own)
+    told = [key for key in known if len({shown(own.get(key)) for own in settings}) > 1 and key != "sae.kind"]
+    names = short_names(told)
+    rows = [["run", "kind", "differs in", "step", "FVE", "state"]]
+    for run, own in zip(runs, settings, strict=True):
+        differing = [f"{names[key]}={shown(own[key])}" for key in told if key in own]
+        more = f" and {len(differing) - MOST_SETTINGS} more" if len(differing) > MOST_SETTINGS else ""
+        fve = run.read_results().get("frac_variance_explained")
+        rows.append(
+            [
+                run.path.parent.name,
+                str(own.get("sae.kind", "?")),
+                ", ".join(differing[:MOST_SETTINGS]) + more,
+                _step(run, own),
+                f"{fve:.3f}" if isinstance(fve, float) else "",
+                _state(run),
+            ]
+        )
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return [
+        "  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    ]
+
+
+def _settings(run: RunFolder) -> dict[str, Any]:
+    """Key path → value, of resolved.yaml; of a run that came from elsewhere, its kind and k from config.json."""
+    if run.resolved.exists():
+        tree = schema.read_yaml(run.resolved)
+        tree.pop("training_hash", None)
+        return {key: value for key, value in flatten(tree) if not key.startswith("experiments.")}
+    trainer = files.read_whole_json(run.config_json).get("trainer", {})
+    found = {"sae.kind": trainer.get("dict_class"), "sae.k": trainer.get("k")}
+    return {key: value for key, value in found.items() if value is not None}
+
+
+def _step(run: RunFolder, settings: dict[str, Any]) -> str:
+    """Steps of the whole; of an unfinished run, how far its last resumable state or its last word is."""
+    steps = settings.get("training.steps")
+    if run.weights.exists() or steps is None:
+        return "" if steps is None else str(steps)
+    reached = 0
+    with suppress(OSError, ValueError, KeyError, IndexError):
+        # The last line may be half written, and there may be none yet: then nothing is known of how far it is.
+        reached = json.loads(run.metrics.read_text().splitlines()[-1])["step"]
+    return f"{reached}/{steps}"
+
+
+def _state(run: RunFolder) -> str:
+    """evaluated, trained, imported, running, interrupted or begun."""
+    for stage in ("train", "evaluate"):
+        if (owner := locks.owner(stages.run_lock(run, stage))) is not None:
+            return f"running: {stage} on {owner.host}"
+    if run.weights.exists():
+        return "evaluated" if run.eval_results.exists() else "trained" if run.resolved.exists() else "imported"
+    return "interrupted" if run.resume.exists() else "begun"
+
+
+def _verdict(sweep: Path) -> str:
+    """How many of the points that a sweep's launches worked on have been measured."""
+    points = {path.stem for path in sweep.glob("attempts/[0-9]*/points/*.yaml")}
+    checkpoints = sweep.parents[1] / "checkpoints" / sweep.name
+    done = sum(RunFolder.of(checkpoints, name).eval_results.exists() for name in points)
+    page = sweep / "report" / "report.html"
+    return f"{done} of {len(points)} points measured" + (f", report: {page}" if page.exists() else ", no report yet")

@@ -1,0 +1,334 @@
+"""The objective and its gradients in closed form, at the selected entries only.
+
+Equal to autograd through `tsae.training.objective` up to rounding. After batch-top-k a step needs one encoder product
+of both halves; everything else is sums over the k·B nonzero entries, and no [B, F] tensor outlives its block of rows.
+
+With several processes each has its share of the batch. Its gradients are its share of the whole batch's, whose size
+divides every sum; they are summed over processes once, the decoder's while the encoder's are being made, and the
+encoder's while the update of the decoder is prepared.
+
+Shapes: B rows, D activation_dim, F dict_size, G groups, n entries.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from tsae.parallel.group import ALONE, Group
+from tsae.runtime.phases import phase
+from tsae.sae.dictionary import ThresholdDictionary
+from tsae.sae.selection.global_top_k import global_top_k_codes
+from tsae.sae.selection.top_k import GUESS_MARGIN, Encoder, batch_top_k_codes, top_k_codes
+from tsae.sae.sparse import ByLatent, SparseCode, add_rows, kernels_for, sampled_products, weighted_rows
+from tsae.training.objective import Encoded, Engine, Losses, Weights
+from tsae.training.temporal import Pairs
+from tsae.training.update import (
+    DECODER,
+    OTHERS,
+    DenseRows,
+    Gradient,
+    Gradients,
+    RowSums,
+    Shard,
+    WholeGradient,
+    by_latent,
+    chunk_rows,
+)
+
+
+class _Codes(NamedTuple):
+    centred: Tensor
+    """Inputs minus b_dec, [halves · B, D]: current tokens, then partners."""
+    current: SparseCode
+    partner: SparseCode | None
+
+
+class Entries(NamedTuple):
+    """Entries that carry a gradient into a matrix; rows index what they are multiplied with there."""
+
+    rows: Tensor
+    latents: Tensor
+    gradient: Tensor
+
+
+class Revived(NamedTuple):
+    """What aux-k asks of dead latents."""
+
+    latents: Tensor
+    """The dead ones [m], ascending."""
+    decoder: Tensor
+    """Their rows in the decoder's gradient [m, D]."""
+    gradient: Tensor
+    """That of their pre-activations [B, m]."""
+
+
+class SparseEngine(Engine[ThresholdDictionary]):
+    """Remembers the last cuts (the next guesses) and owns the gradient buffers, which are written in place.
+
+    `encoder_precision` and `deterministic` are the settings of that name. The k·B largest activations are selected
+    over the batches of all processes of `selection`, negatives come from all of `negatives`: the `group` of the
+    training, or `ALONE`. Gradients are summed by `shard`, which has to be waited for.
+    """
+
+    def __init__(
+        self,
+        encoder_precision: str = "exact",
+        deterministic: bool = True,
+        group: Group = ALONE,
+        selection: Group = ALONE,
+        negatives: Group = ALONE,
+        shard: Shard | None = None,
+    ) -> None:
+        self._encoder = Encoder(encoder_precision)
+        self._deterministic = deterministic
+        self._group, self._selection, self._negatives = group, selection, negatives
+        self._shard = shard or Shard(group)
+        self._guesses: list[float | None] = [None, None]
+
+    @torch.no_grad()
+    def encode(self, dictionary: ThresholdDictionary, current: Tensor, partner: Tensor | None) -> Encoded:
+        halves = [current] if partner is None else [current, partner]
+        centred = torch.stack(halves).sub_(dictionary.b_dec)
+        if dictionary.selects_per_token:
+            select = top_k_codes
+        elif self._selection.world == 1:
+            select = batch_top_k_codes
+        else:
+            select = partial(global_top_k_codes, group=self._selection)
+        encoder_of_step = dictionary.W_enc, dictionary.b_enc, int(dictionary.k)
+        selections = select(self._encoder, list(centred), *encoder_of_step, self._guesses[: len(halves)])
+        self._guesses = [GUESS_MARGIN * selection.cut for selection in selections]
+        code = selections[0].code
+        fired = torch.zeros(dictionary.dict_size, dtype=torch.bool, device=current.device)
+        fired[code.latents] = True
+        smallest = code.values.new_full((len(current),), torch.inf)
+        smallest.scatter_reduce_(0, code.rows, code.values, "amin")
+        codes = _Codes(centred.flatten(0, 1), code, selections[1].code if partner is not None else None)
+        cut = dictionary.cut_of(self._group.gather(smallest))
+        mass = torch.stack([code.mass(group) for group in dictionary.group_slices])
+        return Encoded(codes, self._group.any(fired), torch.tensor(len(code.values)), cut, mass)
+
+    @torch.no_grad()
+    def backward(
+        self,
+        dictionary: ThresholdDictionary,
+        weights: Weights,
+        encoded: Encoded,
+        current: Tensor,
+        partner: Tensor | None,
+        dead: Tensor,
+        document: Tensor | None = None,
+    ) -> tuple[Losses, Gradients]:
+        codes: _Codes = encoded.codes
+        n_rows, slices = len(current), dictionary.group_slices
+        divisor: float = n_rows * self._group.world
+        if weights.relative:
+            spread = current - self._group.mean(current.mean(dim=0))
+            divisor *= float(self._group.mean(spread.pow(2).sum(dim=-1).mean()))
+        gradients = SparseGradients(dictionary, self._deterministic, self._group.world == 1, self._shard)
+        parts = [codes.current.within(group) for group in slices]
+        with phase("decode"):
+            # x minus each nested reconstruction: group g's adds to that of the groups before it.
+            residuals = [codes.centred[:n_rows]]
+            for (part, _), group in zip(parts, slices, strict=True):
+                residuals.append(residuals[-1] - weighted_rows(part, dictionary.W_dec[group]))
+        residuals = residuals[1:]
+        group_losses = torch.stack(
+            [
+                weight * residual.square().sum() / divisor
+                for weight, residual in zip(weights.group_weights, residuals, strict=True)
+            ]
+        )
+        auxk, revived = self._auxiliary(dictionary, weights, codes.centred[:n_rows], residuals[-1], dead)
+        through = _through_decoder(dictionary, weights, codes.current, parts, residuals, divisor)
+        term, partner_high = None, None
+        if weights.temporal is not None and codes.partner is not None and partner is not None:
+            with phase("contrast"):
+                partner_high, _ = codes.partner.within(slices[0])
+                document = None if weights.same_document else document
+                form = document, weights.similarity, weights.temperature
+                pairs = Pairs(current, partner, *form, self._group, self._negatives)
+                term = weights.temporal.sparse(parts[0][0], partner_high, pairs, weights.temporal_weight)
+        *summed, temporal = self._group.sums(*group_losses, term.loss if term else group_losses.new_zeros(()))
+        # From here on nothing is exchanged but gradients: what came after them would wait for them.
+        gradients.decoder(through.entries, through.back, revived)
+        entries = [Entries(codes.current.rows, codes.current.latents, through.value_gradient)]
+        if term is not None and partner_high is not None:
+            through.value_gradient[parts[0][1]] += weights.temporal_alpha * term.current
+            of_partner = weights.temporal_alpha * term.partner
+            entries.append(Entries(partner_high.rows + n_rows, partner_high.latents, of_partner))
+        gradients.encoder(entries, codes.centred, revived)
+
+        group_losses = torch.stack(summed)
+        l2_loss = group_losses.sum() * weights.reduction
+        loss = l2_loss + weights.auxk_alpha * auxk + weights.temporal_alpha * temporal
+        strongest = term.current.abs().max() if term and len(term.current) else l2_loss.new_zeros(())
+        losses = Losses(loss, l2_loss, group_losses, auxk, temporal, residuals[-1], strongest)
+        return losses, gradients.made
+
+    def state(self) -> dict[str, Any]:
+        """The guesses: they change no result, but what it costs to get it."""
+        return {"guesses": self._guesses}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Continue from what `state()` returned."""
+        self._guesses = list(state["guesses"])
+
+    @phase("aux-k")
+    def _auxiliary(
+        self, dictionary: ThresholdDictionary, weights: Weights, centred: Tensor, error: Tensor, dead: Tensor
+    ) -> tuple[Tensor, Revived | None]:
+        """Aux-k on the columns of the dead latents alone; `error` [B, D] is what they are to explain."""
+        latents = dead.nonzero()[:, 0]
+        if len(latents) == 0:
+            return error.new_zeros(()), None
+        revived = torch.addmm(dictionary.b_enc[latents], centred, dictionary.W_enc.T[latents].T).relu_()
+        # A latent without a positive pre-activation in the batch has no part in aux-k, and is no work.
+        used = revived.amax(dim=0).nonzero()[:, 0]
+        if len(used) < len(latents):
+            revived, latents = revived[:, used], latents[used]
+        if weights.aux_k < len(latents):
+            strongest = revived.topk(weights.aux_k, dim=1, sorted=False)
+            revived = revived.zero_().scatter_(1, strongest.indices, strongest.values)
+        W_dec = dictionary.W_dec[latents]
+        difference = error - revived @ W_dec
+        spread = error - self._group.mean(error.mean(dim=0))
+        unexplained, variance = self._group.sums(
+            *(deviation.square().sum(dim=1).mean() / self._group.world for deviation in (difference, spread))
+        )
+        loss = unexplained / variance
+        if not torch.isfinite(loss):
+            return loss.nan_to_num(0.0), None
+        back = difference.mul_(-2 * weights.auxk_alpha / (len(error) * self._group.world * variance))
+        return loss, Revived(latents, revived.T @ back, (back @ W_dec.T).mul_(revived > 0))
+
+
+class _Through(NamedTuple):
+    """The reconstruction's gradients with respect to the code, to W_dec and to b_dec."""
+
+    value_gradient: Tensor
+    """Of the code's entries [n]."""
+    entries: list[Entries]
+    """Of W_dec: entries of each group; their rows are of `back`."""
+    back: Tensor
+    """The outputs' gradients [G, B, D], those of each group's reconstruction and all that include it."""
+
+
+@phase("decode")
+def _through_decoder(
+    dictionary: ThresholdDictionary,
+    weights: Weights,
+    code: SparseCode,
+    parts: list[tuple[SparseCode, Tensor]],
+    residuals: list[Tensor],
+    divisor: float,
+) -> _Through:
+    """Backward through the decoder. `divisor` is that of the sum of squared errors over all processes.
+
+    Group g is part of the reconstructions g, g + 1, …, so its gradient is the sum of theirs: with three groups and
+    residuals r_0, r_1, r_2 a latent of the first gets −2 (w_0 r_0 + w_1 r_1 + w_2 r_2), one of the last −2 w_2 r_2.
+    Going backwards over the groups each sum is the one before it and one more residual.
+    """
+    value_gradient, entries = torch.empty_like(code.values), []
+    batch = len(residuals[-1])
+    backs = torch.empty(len(parts), *residuals[-1].shape, dtype=code.values.dtype, device=code.values.device)
+    for g in reversed(range(len(parts))):
+        part, places = parts[g]
+        group = dictionary.group_slices[g]
+        torch.mul(residuals[g], -2 * weights.groups[g] / divisor, out=backs[g])
+        if g + 1 < len(parts):
+            backs[g] += backs[g + 1]
+        value_gradient[places] = sampled_products(part, backs[g], dictionary.W_dec[group])
+        entries.append(Entries(part.rows + g * batch, part.latents + group.start, part.values))
+    return _Through(value_gradient, entries, backs)
+
+
+class SparseGradients:
+    """Gathers the gradients of one step; sums over processes are begun as soon as they can be.
+
+    One process on a CPU makes those of matrices a few rows at a time. Several processes have to sum whole ones, and on
+    CUDA it has not been measured; whole ones are in the parameters' `.grad`, which are made once, then overwritten.
+    """
+
+    made: dict[Tensor, Gradient]
+    """The gradients so far; in the end of all four parameters. Whole ones have to be waited for."""
+
+    def __init__(self, dictionary: ThresholdDictionary, deterministic: bool, alone: bool, shard: Shard) -> None:
+        W_dec = dictionary.W_dec
+        self._dictionary, self._shard, self.made = dictionary, shard, {}
+        self._whole = not alone or W_dec.is_cuda or kernels_for(W_dec) is not None
+        # Atomic additions pay only on CUDA.
+        self._in_order = deterministic or not W_dec.is_cuda
+
+    @phase("weight gradients")
+    def decoder(self, entries: list[Entries], back: Tensor, revived: Revived | None) -> None:
+        """W_dec's and b_dec's, from the outputs' gradients `back` [G, B, D] and entries that index its G · B rows.
+
+        b_dec is part of every reconstruction, as the first group is.
+        """
+        W_dec, b_dec = self._dictionary.W_dec, self._dictionary.b_dec
+        dense = None if revived is None else DenseRows(revived.latents, revived.decoder)
+        self._matrix(W_dec, _joined(entries), back.flatten(0, 1), dense)
+        self._vector(b_dec).copy_(back[0].sum(dim=0))
+        if self._whole:
+            self._shard.start_sum(DECODER, _buffer(W_dec))
+
+    @phase("weight gradients")
+    def encoder(self, entries: list[Entries], centred: Tensor, revived: Revived | None) -> None:
+        """W_enc's and b_enc's, from entries that index the centred inputs [N, D], and b_dec's through the encoder.
+
+        Aux-k looks at the first of the inputs alone.
+        """
+        dictionary, joined, dense = self._dictionary, _joined(entries), None
+        b_enc, b_dec = self._vector(dictionary.b_enc), self._vector(dictionary.b_dec)
+        if revived is not None:
+            with phase("aux-k"):
+                dense = DenseRows(revived.latents, revived.gradient.T @ centred[: len(revived.gradient)])
+        by_latents = self._matrix(dictionary.W_enc, joined, centred, dense)
+        if by_latents is not None:
+            by_latents.sum_values(joined.gradient, b_enc)
+        else:
+            b_enc.zero_().index_add_(0, joined.latents, joined.gradient)
+        if revived is not None:
+            b_enc.index_add_(0, revived.latents, revived.gradient.sum(dim=0))
+        # Both halves are centred by b_dec before they are encoded.
+        b_dec.addmv_(dictionary.W_enc, b_enc, alpha=-1)
+        if self._whole:
+            self._shard.start_sum(OTHERS, by_latent(_buffer(dictionary.W_enc)), b_enc, b_dec)
+
+    def _matrix(self, parameter: Tensor, entries: Entries, x: Tensor, dense: DenseRows | None) -> ByLatent | None:
+        """Take in the gradient of a matrix; returns the order of its entries if they were sorted."""
+        in_order = ByLatent.of(entries.rows, entries.latents, self._dictionary.dict_size) if self._in_order else None
+        if in_order is not None and not self._whole:
+            self.made[parameter] = RowSums(in_order, entries.gradient, x, dense)
+            return in_order
+        buffer = _buffer(parameter)
+        rows = by_latent(buffer)
+        if in_order is not None:
+            in_order.sum_rows(entries.gradient, x, rows, chunk_rows(rows))
+        else:
+            add_rows(entries.rows, entries.latents, entries.gradient, x, rows)
+        if dense is not None:
+            rows.index_add_(0, dense.latents, dense.rows)
+        self.made[parameter] = WholeGradient(self._shard.part(buffer))
+        return in_order
+
+    def _vector(self, parameter: Tensor) -> Tensor:
+        buffer = _buffer(parameter)
+        self.made[parameter] = WholeGradient(buffer)
+        return buffer
+
+
+def _joined(entries: list[Entries]) -> Entries:
+    return Entries(*(torch.cat(parts) for parts in zip(*entries, strict=True)))
+
+
+def _buffer(parameter: Tensor) -> Tensor:
+    """The gradient of `parameter`, made (not filled) where there is none; it keeps the [F, D] memory order of W_enc."""
+    if parameter.grad is None:
+        parameter.grad = torch.empty_like(parameter)
+    return parameter.grad

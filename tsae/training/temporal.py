@@ -1,0 +1,313 @@
+"""The temporal terms: what each asks of the high-level codes of tokens and their partners, dense and sparse.
+
+The dense form is the definition, which autograd differentiates. The sparse form sees the entries of the codes alone and
+has its gradients in closed form; no [B, B] array outlives its block of rows. A new term is both forms and an entry of
+`TERMS` here, and a name in `tsae.config.sections.TERM_SETTINGS`.
+
+Shapes: B pairs of this process, D activation_dim, F0 latents of the high-level split, n entries of a code. Sources:
+T-SAE paper (arXiv 2511.05541) eqs. 3-5, and what stands at each term.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cosine_similarity, cross_entropy
+
+from tsae.config.run import RunConfig, group_weights
+from tsae.parallel.group import ALONE, Group, starts
+from tsae.sae.sparse import SparseCode, sampled_products, weighted_rows
+
+EXCLUDED = -1e30
+"""The logit of a pair that is not to count."""
+BLOCK_ELEMENTS, CUDA_BLOCK_ELEMENTS = 2**19, 64 * 2**20
+
+
+class Pairs(NamedTuple):
+    """What a term may look at besides the high-level codes."""
+
+    current: Tensor
+    """Activations of the tokens [B, D]."""
+    partner: Tensor
+    """Activations of their partners [B, D]."""
+    document: Tensor | None
+    """Document of each pair [B], if those of one document are no negatives."""
+    similarity: str
+    temperature: float
+    group: Group = ALONE
+    """The processes that share the batch."""
+    negatives: Group = ALONE
+    """Those of them whose partners are each other's negatives: all, or each for itself."""
+
+
+class Differentiated(NamedTuple):
+    """Value of a term and its gradient with respect to the entries of both codes."""
+
+    loss: Tensor
+    current: Tensor
+    """[n of the current code]"""
+    partner: Tensor
+    """[n of the partner code]"""
+
+
+@dataclass(frozen=True)
+class Term:
+    """One temporal term."""
+
+    dense: Callable[[Tensor, Tensor, Pairs], Tensor]
+    """Of the codes [B, F0] of tokens and partners, in one process: a scalar."""
+    sparse: Callable[[SparseCode, SparseCode, Pairs, float], Differentiated]
+    """The same times a weight. It is this process's share: the sum over `group` is that of the whole batch."""
+    weight: Callable[[RunConfig], float] = lambda _: 1.0
+    """That weight, which comes on top of objective.temporal_alpha."""
+
+
+def contrastive(high: Tensor, other: Tensor, pairs: Pairs) -> Tensor:
+    """InfoNCE in both directions: each token's own partner against all partners of the batch, and the reverse.
+
+    With documents, against those of other documents.
+    """
+    logits = _similarities(high, other, pairs)
+    if pairs.document is not None:
+        true_pair = torch.eye(len(logits), dtype=torch.bool, device=logits.device)
+        logits = logits.masked_fill((pairs.document[:, None] == pairs.document) & ~true_pair, EXCLUDED)
+    labels = torch.arange(len(logits), device=logits.device)
+    return cross_entropy(logits, labels) + cross_entropy(logits.T, labels)
+
+
+def linear(high: Tensor, other: Tensor, pairs: Pairs) -> Tensor:
+    """What InfoNCE is to first order: the mean similarity of all pairs minus that of the true ones, twice.
+
+    Both directions are equal. Proposed by a reviewer of the paper (openreview.net, bojVI4l9Kn).
+    """
+    similarities = _similarities(high, other, pairs)
+    return 2 * (similarities.mean() - similarities.diagonal().mean())
+
+
+def squared_distance(high: Tensor, other: Tensor, _: Pairs) -> Tensor:
+    """Mean squared distance of the codes: the paper's ablation without contrast."""
+    return (high - other).square().sum(dim=-1).mean()
+
+
+def weighted_l1(high: Tensor, other: Tensor, pairs: Pairs) -> Tensor:
+    """Mean L1 distance of the codes, each pair weighted by the cosine of its inputs: the released code's other branch."""
+    return ((high - other).abs().sum(dim=-1) * cosine_similarity(pairs.current, pairs.partner, dim=-1)).mean()
+
+
+def _similarities(high: Tensor, other: Tensor, pairs: Pairs) -> Tensor:
+    """[B, B] similarities of codes [B, F0], divided by the temperature."""
+    if pairs.similarity == "cosine":
+        high, other = (f / f.norm(dim=-1, keepdim=True).clamp_min(1e-8) for f in (high, other))
+    return high @ other.T / pairs.temperature
+
+
+def sparse_contrastive(high: SparseCode, other: SparseCode, pairs: Pairs, weight: float) -> Differentiated:
+    """InfoNCE, with the partners, and the tokens, of all processes of `negatives`."""
+    return _by_similarity(_contrastive_dots, high, other, pairs, weight)
+
+
+def sparse_linear(high: SparseCode, other: SparseCode, pairs: Pairs, weight: float) -> Differentiated:
+    """The linear term, with the means of all processes of `negatives`."""
+    return _by_similarity(_linear_dots, high, other, pairs, weight)
+
+
+def _by_similarity(
+    by_dots: Callable[[SparseCode, SparseCode, Pairs, float], Differentiated],
+    high: SparseCode,
+    other: SparseCode,
+    pairs: Pairs,
+    weight: float,
+) -> Differentiated:
+    """A term of dot products, of codes that have been scaled to norm 1 where the similarity is the cosine."""
+    # Each process's term is a mean over the processes that it shares negatives with.
+    scale = weight * pairs.negatives.world / pairs.group.world
+    if pairs.similarity != "cosine":
+        return by_dots(high, other, pairs, scale)
+    (high_unit, high_norm), (other_unit, other_norm) = _with_norms(high), _with_norms(other)
+    term = by_dots(high_unit, other_unit, pairs, scale)
+    return Differentiated(
+        term.loss,
+        _through_norm(high_unit, high_norm, term.current),
+        _through_norm(other_unit, other_norm, term.partner),
+    )
+
+
+def _linear_dots(high: SparseCode, other: SparseCode, pairs: Pairs, scale: float) -> Differentiated:
+    """Means of dot products: the one over all pairs is the product of the codes' means."""
+    group, n_rows = pairs.negatives, len(high.offsets) - 1
+    batch, factor = n_rows * group.world, 2 * scale / pairs.temperature
+    means = [group.sum(code.dense_by_latent().sum(dim=1)) / batch for code in (high, other)]
+    keys, other_keys = _keys(high), _keys(other)
+    of_partner = _values_at(keys, other_keys, other.values)
+    of_current = _values_at(other_keys, keys, high.values)
+    together = means[0] @ means[1] / group.world
+    loss = factor * (together - (high.values * of_partner).sum() / batch)
+    return Differentiated(
+        loss,
+        factor / batch * (means[1][high.latents] - of_partner),
+        factor / batch * (means[0][other.latents] - of_current),
+    )
+
+
+def _contrastive_dots(high: SparseCode, own_other: SparseCode, pairs: Pairs, scale: float) -> Differentiated:
+    """InfoNCE of dot products, one block of rows of the logits S [B, all B] after the other, twice.
+
+    With S_ij = h_i · o_j / τ the two directions are the means over i of lse_j S_ij − S_ii and of lse_j S_ji − S_ii (lse:
+    the logarithm of the sum of exponentials). The derivative of an lse is a softmax, so that
+
+        B · ∂loss/∂S_ij = (softmax of row i)_j + (softmax of column j)_i − 2 [i = j],
+
+    and as S is bilinear, that array times the partners' codes (over τ) is the gradient of the tokens' codes, its
+    transpose times the tokens' that of the partners'. For S = ((2, 0), (1, 3)) the rows' softmax is ((.88, .12),
+    (.12, .88)), the columns' ((.73, .05), (.27, .95)), and the array ((−.39, .17), (.39, −.17)): true pairs are pulled
+    together, and the pair that competes most with them, S_10 = 1, is pushed apart most.
+
+    The first pass finds the lse of rows, which a block holds whole, and of columns, of which it holds a piece: those are
+    kept as a running maximum and a sum relative to it, and put together over processes in the end. The second makes
+    the logits again, which costs less than to keep B² numbers, and from them the gradients.
+    """
+    group, n_rows, temperature, document = pairs.negatives, len(high.offsets) - 1, pairs.temperature, pairs.document
+    other, mine = _of_all_processes(own_other, group)
+    batch, shift = n_rows * group.world, n_rows * group.rank
+    columns = other.dense_by_latent()
+    documents = None if document is None else group.gather(document)
+
+    def logits_of(block: SparseCode, start: int, stop: int) -> Tensor:
+        logits = weighted_rows(block, columns).div_(temperature)
+        if document is not None and documents is not None:
+            excluded = document[start:stop, None] == documents
+            excluded[:, shift + start : shift + stop].fill_diagonal_(False)
+            logits.masked_fill_(excluded, EXCLUDED)
+        return logits
+
+    # A CPU wants a block in its cache; a GPU wants few launches, and few waits for the bounds of a block.
+    size = max(1, (CUDA_BLOCK_ELEMENTS if columns.is_cuda else BLOCK_ELEMENTS) // batch)
+    blocks = [(start, min(start + size, n_rows)) for start in range(0, n_rows, size)]
+
+    row_lse = high.values.new_empty(n_rows)
+    diagonal = high.values.new_empty(n_rows)
+    top = high.values.new_full((batch,), -torch.inf)
+    column_sum = high.values.new_zeros(batch)
+    for start, stop in blocks:
+        logits = logits_of(_row_block(high, start, stop), start, stop)
+        highest = logits.amax(dim=1, keepdim=True)
+        row_lse[start:stop] = highest[:, 0] + _exp_(logits - highest).sum(dim=1).log()
+        diagonal[start:stop] = logits[:, shift + start : shift + stop].diagonal()
+        new_top = torch.maximum(top, logits.amax(dim=0))
+        column_sum = column_sum * (top - new_top).exp() + _exp_(logits.sub_(new_top)).sum(dim=0)
+        top = new_top
+    highest = group.max(top)
+    column_lse = highest + group.sum(column_sum * (top - highest).exp()).log()
+    loss = scale * (row_lse + column_lse[group.share(n_rows)] - 2 * diagonal).mean() / group.world
+
+    current = torch.empty_like(high.values)
+    partner = torch.zeros_like(other.values)
+    factor = scale / (batch * temperature)
+    for start, stop in blocks:
+        block = _row_block(high, start, stop)
+        logits = logits_of(block, start, stop)
+        gradient = _exp_(logits - row_lse[start:stop, None]).add_(_exp_(logits.sub_(column_lse)))
+        gradient[:, shift + start : shift + stop].diagonal().sub_(2)
+        gradient *= factor
+        first, last = int(high.offsets[start]), int(high.offsets[stop])
+        current[first:last] = sampled_products(block, gradient, columns)
+        partner += sampled_products(other, gradient.T.contiguous(), block.dense_by_latent())
+    return Differentiated(loss, current, group.sum(partner)[mine])
+
+
+def _of_all_processes(code: SparseCode, group: Group) -> tuple[SparseCode, slice]:
+    """The rows of all processes' codes, in order of rank; and where this process's entries are among theirs."""
+    if group.world == 1:
+        return code, slice(None)
+    counts = group.gather(code.offsets.diff())
+    lengths = counts.view(group.world, -1).sum(dim=1).tolist()
+    offsets = torch.cat([counts.new_zeros(1), counts.cumsum(dim=0)])
+    latents = group.gather_ragged(code.latents.int(), lengths).long()
+    whole = SparseCode(offsets, latents, group.gather_ragged(code.values, lengths), code.dict_size)
+    bounds = starts(lengths)
+    return whole, slice(bounds[group.rank], bounds[group.rank + 1])
+
+
+def _exp_(exponents: Tensor) -> Tensor:
+    """exp in place, of values up to 0. What is below e^-80 of the whole is cut there: subnormal results are slow."""
+    return exponents.clamp_min_(-80).exp_()
+
+
+def _row_block(code: SparseCode, start: int, stop: int) -> SparseCode:
+    offsets = code.offsets[start : stop + 1]
+    first, last = int(offsets[0]), int(offsets[-1])
+    return SparseCode(offsets - first, code.latents[first:last], code.values[first:last], code.dict_size)
+
+
+def _with_norms(code: SparseCode) -> tuple[SparseCode, Tensor]:
+    """Rows scaled to norm 1, and the norm of each entry's row [n]."""
+    norms = code.sum_values(code.values.square()).sqrt().clamp_min(1e-8)[code.rows]
+    return code.with_values(code.values / norms), norms
+
+
+def _through_norm(unit: SparseCode, norms: Tensor, gradient: Tensor) -> Tensor:
+    """Gradient with respect to the entries before they were scaled: what would only lengthen a row falls away."""
+    along = unit.sum_values(gradient * unit.values)
+    return (gradient - along[unit.rows] * unit.values) / norms
+
+
+def sparse_weighted_l1(high: SparseCode, other: SparseCode, pairs: Pairs, weight: float) -> Differentiated:
+    """The L1 term at the entries of both codes."""
+    batch, scale = len(high.offsets) - 1, weight / pairs.group.world
+    cosine = cosine_similarity(pairs.current, pairs.partner, dim=-1)
+    difference, reverse, alone = _differences(high, other)
+    of_entries, of_others = cosine[high.rows] / batch, cosine[other.rows] / batch
+    distance = (difference.abs() * of_entries).sum() + (reverse.abs() * of_others)[alone].sum()
+    return Differentiated(
+        scale * distance, scale * (difference.sign() * of_entries), scale * (reverse.sign() * of_others)
+    )
+
+
+def sparse_squared_distance(high: SparseCode, other: SparseCode, pairs: Pairs, weight: float) -> Differentiated:
+    """The squared distance at the entries of both codes."""
+    batch, scale = len(high.offsets) - 1, weight / pairs.group.world
+    difference, reverse, alone = _differences(high, other)
+    distance = difference.square().sum() + reverse[alone].square().sum()
+    return Differentiated(scale * (distance / batch), scale * (2 * difference / batch), scale * (2 * reverse / batch))
+
+
+def _differences(high: SparseCode, other: SparseCode) -> tuple[Tensor, Tensor, Tensor]:
+    """Each entry less its counterpart in the other code, for the entries of both; and which of the second the first lacks.
+
+    An entry that both codes hold is in both lists; it counts once, on the current side.
+    """
+    keys, other_keys = _keys(high), _keys(other)
+    difference = high.values - _values_at(keys, other_keys, other.values)
+    reverse = other.values - _values_at(other_keys, keys, high.values)
+    return difference, reverse, ~torch.isin(other_keys, keys, assume_unique=True)
+
+
+def _keys(code: SparseCode) -> Tensor:
+    """A number for the row and latent of each entry, ascending."""
+    return code.rows * code.dict_size + code.latents
+
+
+def _values_at(keys: Tensor, among: Tensor, values: Tensor) -> Tensor:
+    """The value stored under each of `keys` in the ascending list `among`; 0 where there is none."""
+    if len(among) == 0:
+        return values.new_zeros(len(keys))
+    place = torch.searchsorted(among, keys).clamp_max(len(among) - 1)
+    return torch.where(among[place] == keys, values[place], 0)
+
+
+def _of_directions(config: RunConfig) -> float:
+    """What makes a mean, or the sum, of a term's two directions."""
+    return 0.5 if config.objective.directions == "mean" else 1.0
+
+
+TERMS: dict[str, Term] = {
+    "contrastive": Term(contrastive, sparse_contrastive, _of_directions),
+    "linear": Term(linear, sparse_linear, _of_directions),
+    "l2": Term(squared_distance, sparse_squared_distance),
+    # The released code puts it among the losses of the first group.
+    "l1": Term(weighted_l1, sparse_weighted_l1, lambda config: group_weights(config)[0]),
+}
