@@ -16,9 +16,10 @@ from tsae.bench.command import add_arguments as add_bench_arguments
 from tsae.experiments.commands import add_commands as add_experiment_commands
 from tsae.interop.commands import add_commands
 from tsae.runtime import preemption
-from tsae.runtime.environment import adopt_slurm_step, home, load_dotenv, process_count, process_rank
+from tsae.runtime.environment import home, load_dotenv, process_count, process_rank
 from tsae.runtime.errors import TsaeError, os_error_line, suggestion
 from tsae.sweep.commandline import add_commands as add_sweep_commands
+from tsae.sweep.schedulers import adopt_place
 
 
 def main(arguments: Sequence[str] | None = None, script: str = "") -> int:
@@ -31,7 +32,7 @@ def main(arguments: Sequence[str] | None = None, script: str = "") -> int:
     speaker = "error" if script else "tsae"
     try:
         load_dotenv()
-        adopt_slurm_step()
+        adopt_place()
         return int(options.run(options) or 0)
     except TsaeError as error:
         print(f"{speaker}: {error}", file=sys.stderr)

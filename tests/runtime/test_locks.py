@@ -14,7 +14,7 @@ from tsae.runtime import locks
 HOLD = """
 import sys
 from pathlib import Path
-from tsae import locks
+from tsae.runtime import locks
 with locks.hold(Path(sys.argv[1]), "test"):
     print("held", flush=True)
     sys.stdin.read()

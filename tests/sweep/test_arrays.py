@@ -7,6 +7,7 @@ from pathlib import Path
 from tsae.sweep.cluster import Cluster
 from tsae.sweep.resources import StageResources
 from tsae.sweep.schedulers.arrays import Array, to_arrays
+from tsae.sweep.schedulers.slurm.scheduler import dependency
 from tsae.sweep.stage import Stage
 
 
@@ -38,7 +39,7 @@ def described(stages: list[Stage], max_array: int = 1000, alive: dict[str, str] 
     ids: dict[Array, str] = {array: f"#{number}" for number, array in enumerate(arrays)}
     lines = []
     for array in arrays:
-        wanted = array.dependency(ids)
+        wanted = dependency(array.inputs(ids))
         lines.append(" ".join(entry.key for entry in array.stages) + (f" after {wanted}" if wanted else ""))
     return lines
 

@@ -238,7 +238,7 @@ def test_a_job_that_returns_without_its_output_is_a_failure(stage, queue_of):
 
 def held_by_another(path, then):
     """A process that holds the lock at `path`, says so, and does `then`."""
-    script = "import os, pathlib, sys, time\nfrom tsae import locks\n"
+    script = "import os, pathlib, sys, time\nfrom tsae.runtime import locks\n"
     script += f"with locks.hold(pathlib.Path({str(path)!r}), 'x'):\n  print('held', flush=True); {then}"
     other = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE)
     assert other.stdout.readline() == b"held\n"

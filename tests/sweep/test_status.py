@@ -16,8 +16,9 @@ from tsae.sweep.attempt import Attempt, Submitted
 from tsae.sweep.overview import counts, log_texts, point_rows
 from tsae.sweep.queue.background import file_of, lock_of
 from tsae.sweep.queue.runner import Status
+from tsae.sweep.schedulers.slurm.query import seconds
 from tsae.sweep.status import status_lines
-from tsae.sweep.survey import Standing, Survey, slurm_seconds
+from tsae.sweep.survey import Standing, Survey
 
 
 @pytest.fixture
@@ -124,7 +125,7 @@ def test_where_slurm_does_not_answer_the_jobs_words_are_shown_and_said_to_be_no_
     record(one, again, state="running", started=time.time())
     with pytest.raises(TsaeError, match="squeue: not found"):
         states(plan)  # a launch must know
-    survey = Survey(plan, without_slurm=True)
+    survey = Survey(plan, whatever_answers=True)
     standings = survey.standings(plan.stages)
     assert [standings[stage.key].state for stage in (one, other)] == ["running", "queued"]
     assert "Slurm does not answer (squeue: not found" in status_lines(plan, 200)[0][2]
@@ -213,7 +214,7 @@ def test_progress_of_an_earlier_attempt_is_not_shown(plan):
 
 
 def test_slurm_s_times_are_understood():
-    assert [slurm_seconds(text) for text in ("0:07", "3:04", "2:03:04", "1-02:03:04", "INVALID")] == [
+    assert [seconds(text) for text in ("0:07", "3:04", "2:03:04", "1-02:03:04", "INVALID")] == [
         7,
         184,
         7384,

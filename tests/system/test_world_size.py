@@ -21,8 +21,8 @@ from tsae.config.run import RunConfig
 from tsae.evaluation.driver import evaluate
 from tsae.parallel import heart
 from tsae.runtime import preemption
-from tsae.runtime.environment import adopt_slurm_step, first_host
 from tsae.store.layout import StoreLayout
+from tsae.sweep.schedulers.slurm.job import adopt_step, first_host
 from tsae.training.run import train
 
 UPDATE = "tsae.training.trainer:Trainer._track_threshold"
@@ -189,7 +189,7 @@ def test_a_shell_inside_a_slurm_job_is_no_task_of_it(monkeypatch: pytest.MonkeyP
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     for name, value in {"STEP_ID": step, "NTASKS": "4", "STEP_NUM_TASKS": "1", "PROCID": "0", "JOB_ID": "7"}.items():
         monkeypatch.setenv(f"SLURM_{name}", value)
-    adopt_slurm_step()
+    adopt_step()
     assert "WORLD_SIZE" not in os.environ
 
 

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import os
-import re
 from pathlib import Path
 
 from tsae.runtime.errors import TsaeError
 
 SWEEPS = Path(__file__).resolve().parents[1] / "sweeps"
 """The shipped sweeps: package data, and in a checkout a link to the folder beside the package."""
-FIRST_PORT, PORTS = 20000, 12000
-"""Where processes that Slurm started meet, by their job's number; below the ports that systems give away."""
 
 
 def load_dotenv() -> None:
@@ -64,32 +61,3 @@ def _whole(name: str, least: int, most: int | None) -> int:
             f"{name}: {text!r}: a whole number, {allowed}, is expected; torchrun and srun set it themselves"
         )
     return int(text)
-
-
-def adopt_slurm_step() -> None:
-    """Where `srun` alone started several of this process, say so in torchrun's variables; set ones win.
-
-    Only inside a step: a job's batch script, and a shell that salloc opened, see the job's tasks but are none of them.
-    """
-    step = os.environ.get("SLURM_STEP_ID", "")
-    tasks = int(os.environ.get("SLURM_STEP_NUM_TASKS") or 1)
-    place = ("SLURM_JOB_ID", "SLURM_PROCID", "SLURM_LOCALID", "SLURM_STEP_NODELIST")
-    if "WORLD_SIZE" in os.environ or tasks == 1 or not step.isdigit() or not all(name in os.environ for name in place):
-        return
-    job = os.environ["SLURM_JOB_ID"]
-    meeting = {
-        "RANK": os.environ["SLURM_PROCID"],
-        "WORLD_SIZE": str(tasks),
-        "LOCAL_RANK": os.environ["SLURM_LOCALID"],
-        "MASTER_ADDR": first_host(os.environ["SLURM_STEP_NODELIST"]),
-        "MASTER_PORT": str(FIRST_PORT + (int(job) * 7 + int(step)) % PORTS),
-    }
-    for name, value in meeting.items():
-        os.environ.setdefault(name, value)
-
-
-def first_host(nodes: str) -> str:
-    """The first of the hosts that Slurm writes as `n[3-5,8],m1`."""
-    outside = re.match(r"(?:\[[^\]]*\]|[^,\[])*", nodes)
-    assert outside is not None  # every part of the expression may be empty
-    return re.sub(r"\[([^\],-]*)[^\]]*\]", r"\1", outside.group())

@@ -1,4 +1,4 @@
-"""A stage as a job: what Slurm, a local queue or a debugger runs, and the record that a job keeps of itself.
+"""A stage as a job: what a scheduler, a local queue or a debugger runs, and the record that a job keeps of itself.
 
 The record is a folder with one file, state.json, whole at every moment. Schedulers are asked only whether a job lives;
 what became of it is what it wrote itself. Importing this module is cheap: a job that waits or is refused loads no torch.
@@ -14,20 +14,17 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from tsae.runtime import files, preemption
-from tsae.runtime.environment import adopt_slurm_step, process_count, process_rank
+from tsae.runtime.environment import process_count, process_rank
 from tsae.runtime.errors import TsaeError
 from tsae.runtime.locks import LockHeld
 
 MOST_RESTARTS = "TSAE_MOST_RESTARTS"
 """Names the variable that bounds how often one job may be started again."""
-FAILED = 200
-"""Exit code of a stage that failed on Slurm. `srun` ends with the highest code of all processes, so a failure of one must
-be above the codes of those that leave because of it: `REQUEUE`, and 143 where SIGTERM ends them."""
 WAIT_SECONDS = 5.0
 
 
@@ -45,11 +42,11 @@ class Call:
     attempt: str = ""
     """Stamp of the launch that asked for it."""
     executor: str = "debug"
-    """slurm, local or debug."""
+    """A scheduler's name, local or debug."""
     processes: int = 1
     """How many processes do it together."""
     log: str | None = None
-    """File that holds the output; Slurm's is known to the job."""
+    """File that holds the output, where whoever starts the job knows it before."""
 
     def save(self, path: Path) -> None:
         """Write it as JSON, for `python -m tsae.runtime.job`."""
@@ -61,17 +58,29 @@ class Call:
         return cls(**json.loads(Path(path).read_text()))
 
 
-def run_stage(call: Call) -> None:
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """Which job this process belongs to, in its scheduler's words; by default a process of this machine."""
+
+    job: str = field(default_factory=lambda: str(os.getpid()))
+    """Its id, as the scheduler's `submit` gave it."""
+    host: str = field(default_factory=socket.gethostname)
+    cluster: str | None = None
+    restarts: int = 0
+    """How often the job was started again after it was preempted, out of time, or on a lost node."""
+    log: str | None = None
+
+
+def run_stage(call: Call, place: Place | None = None) -> None:
     """Run the stage, as one process of its group where several were started, and keep its record.
 
     Waits while another process works on the same output. Raises what the stage raises, `Preempted` among it.
     """
-    adopt_slurm_step()
-    first = process_rank() == 0
-    record = Record(Path(call.record), _identity(call))
+    first, place = process_rank() == 0, place or Place()
+    record = Record(Path(call.record), _identity(call, place))
     try:
         with preemption.watched():
-            _require_restarts_left()
+            _require_restarts_left(place)
             _require_company(call)
             if first:
                 record.write("running")
@@ -87,16 +96,6 @@ def run_stage(call: Call) -> None:
         raise
     if first:
         record.write("done")
-
-
-def run_on_slurm(call: Call) -> None:
-    """`run_stage` for submitit, which would end a process that fails with code 1."""
-    try:
-        run_stage(call)
-    except Exception as error:
-        # Its line is in the record already; the whole of it goes to the log, and the code tells the batch script.
-        traceback.print_exception(error)
-        sys.exit(FAILED)
 
 
 class Record:
@@ -141,32 +140,26 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def _identity(call: Call) -> dict[str, Any]:
-    job, log = str(os.getpid()), call.log
-    if call.executor == "slurm":
-        from submitit import JobEnvironment
-
-        environment = JobEnvironment()
-        job, log = environment.job_id, str(environment.paths.stdout)
+def _identity(call: Call, place: Place) -> dict[str, Any]:
     return {
         "stage": call.label,
         "executor": call.executor,
-        "job": job,
-        "cluster": os.environ.get("SLURM_CLUSTER_NAME"),
+        "job": place.job,
+        "cluster": place.cluster,
         "attempt": call.attempt,
-        "restarts": int(os.environ.get("SLURM_RESTART_COUNT", "0")),
-        "host": os.environ.get("SLURMD_NODENAME") or socket.gethostname(),
+        "restarts": place.restarts,
+        "host": place.host,
         "pid": os.getpid(),
         "gpus": os.environ.get("CUDA_VISIBLE_DEVICES"),
-        "log": log,
+        "log": call.log or place.log,
     }
 
 
-def _require_restarts_left() -> None:
-    restarts, most = int(os.environ.get("SLURM_RESTART_COUNT", "0")), os.environ.get(MOST_RESTARTS)
-    if most is not None and restarts > int(most):
+def _require_restarts_left(place: Place) -> None:
+    most = os.environ.get(MOST_RESTARTS)
+    if most is not None and place.restarts > int(most):
         raise TsaeError(
-            f"was preempted or out of time {restarts} times, more than max_restarts: {most} of the cluster's file "
+            f"was preempted or out of time {place.restarts} times, more than max_restarts: {most} of the cluster's file "
             "allows; the same command goes on from the last state"
         )
 
@@ -175,7 +168,7 @@ def _require_company(call: Call) -> None:
     if process_count() != call.processes:
         raise TsaeError(
             f"{call.label}: {call.processes} processes were asked for and {process_count()} started; "
-            "something between Slurm and Python has put them into groups of their own"
+            "something between the scheduler and Python has put them into groups of their own"
         )
 
 

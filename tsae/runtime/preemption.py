@@ -95,7 +95,7 @@ def _note(number: int, _frame: FrameType | None) -> None:
 
 
 def _in_child() -> None:
-    """A forked helper ends when it is told to, and leaves USR2, which Slurm sends to all of a job, to its parent."""
+    """A forked helper ends when it is told to, and leaves USR2, which a scheduler may send to all of a job, to its parent."""
     global _asked, _told, _watching
     if _watching:
         _asked, _told, _watching = None, False, False

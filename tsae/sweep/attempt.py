@@ -5,14 +5,16 @@ attempts/<stamp>/
   provenance.json changes.diff      by whom, with which code
   code/                             the copy that the jobs import
   jobs.json                         which job works on which stage
-  submitting                        there until Slurm has all of its jobs
-  <n>-<kind>/                       sbatch script and logs of an array
+  submitting                        there until a scheduler has all of its jobs; says which one
+  <n>-<kind>/                       batch script and logs of an array
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import re
 import shutil
 import time
 from collections.abc import Iterable, Mapping
@@ -21,9 +23,12 @@ from pathlib import Path
 
 from tsae.runtime import files
 from tsae.runtime.errors import TsaeError
-from tsae.sweep.schedulers.slurm.query import job_name
+from tsae.sweep import schedulers
 from tsae.sweep.snapshot import copy_code, write_provenance
 from tsae.sweep.stage import config_file
+
+KINDS_LIMIT = 40
+"""Characters of a sweep's name that its jobs bear; a hash behind them tells sweeps apart."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,13 +40,13 @@ class Submitted:
     label: str
     """For people: `train split_fraction=0.2`."""
     job: str
-    """Slurm's id such as `123_4`, or a process id."""
+    """A scheduler's id such as `123_4`, or a process id."""
     cluster: str | None
-    """Slurm's name of the cluster: ids of another one mean other jobs."""
+    """The scheduler's name of the cluster: ids of another one mean other jobs."""
     submitted: float
     """Seconds since the epoch: an older job with this id is another one."""
     executor: str
-    """slurm or local."""
+    """A scheduler's name, or local."""
     log: str
     """File that holds the output of its first process."""
     attempt: str
@@ -49,7 +54,7 @@ class Submitted:
 
     @property
     def exit_code(self) -> Path:
-        """File in which Slurm's batch script leaves the exit code of a job that failed by itself."""
+        """File in which the batch script may leave the exit code of a job that failed by itself."""
         return Path(self.log).with_name(f"{self.job}_exit_code")
 
 
@@ -101,7 +106,7 @@ class Attempt:
 
     @property
     def submitting(self) -> Path:
-        """A file that is there while Slurm gets the jobs; if the launcher dies then, some are held and others missing."""
+        """A file that names the scheduler that gets the jobs; if the launcher dies then, some are held and others missing."""
         return self.folder / "submitting"
 
     def jobs(self) -> list[Submitted]:
@@ -112,9 +117,12 @@ class Attempt:
         except FileNotFoundError:
             return []
         except (ValueError, TypeError):
+            name = job_name(self.folder.parents[1])
+            ways = " and ".join(
+                f"`{known.ending(name)}` ends those on {known.title}" for known in schedulers.everyone()
+            )
             raise TsaeError(
-                f"{path}: damaged, so nobody knows which job does what; `scancel --name="
-                f"{job_name(self.folder.parents[1])}` ends those on Slurm, then remove the file"
+                f"{path}: damaged, so nobody knows which job does what; {ways}, then remove the file"
             ) from None
 
     def add_jobs(self, submitted: Iterable[Submitted]) -> None:
@@ -134,6 +142,13 @@ def attempts(sweep_folder: Path) -> list[Attempt]:
 def newest_jobs(sweep_folder: Path) -> dict[str, Submitted]:
     """Stage key → the job that was submitted for it last."""
     return {entry.stage: entry for attempt in attempts(sweep_folder) for entry in attempt.jobs()}
+
+
+def job_name(sweep_folder: Path) -> str:
+    """The name that all jobs of a sweep bear and no others: one query finds them, whoever submitted them and when."""
+    text = str(sweep_folder.absolute())
+    readable = re.sub(r"[^\w.=+-]+", "-", sweep_folder.name)[:KINDS_LIMIT]
+    return f"tsae.{readable}.{hashlib.sha256(text.encode()).hexdigest()[:10]}"
 
 
 def _fresh(parent: Path) -> Path:

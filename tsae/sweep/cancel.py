@@ -5,20 +5,21 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Callable, Container
+from collections.abc import Callable, Container, Iterable
 from contextlib import suppress
 from pathlib import Path
 
 from tsae.runtime import locks
-from tsae.sweep.attempt import Attempt, attempts
+from tsae.sweep import schedulers
+from tsae.sweep.attempt import Attempt, attempts, job_name
 from tsae.sweep.queue.background import lock_of, read_queue
-from tsae.sweep.schedulers.slurm import query as slurm_query
+from tsae.sweep.schedulers.base import Scheduler
 
 PATIENCE_SECONDS = 30.0
 
 
 def cancel(sweep_folder: Path) -> list[str]:
-    """End the sweep's Slurm jobs and its queues on this machine; a line for each thing done or left."""
+    """End the sweep's jobs on clusters and its queues on this machine; a line for each thing done or left."""
     lines = []
     for attempt in attempts(sweep_folder):
         owner = locks.owner(lock_of(attempt))
@@ -33,10 +34,10 @@ def cancel(sweep_folder: Path) -> list[str]:
             _wait_until(lambda pid=owner.pid, started=owner.started: locks.started_at(pid) != started)  # type: ignore[misc]
             lines.append(f"ended a local queue with {len(groups)} running and {waiting} waiting stages")
         lines += [f"ended process {pid}" for pid, started in groups.items() if _end_orphans(pid, started)]
-    if any(_has_been_on_slurm(attempt) for attempt in attempts(sweep_folder)):
-        alive = _end_slurm_jobs(sweep_folder)
+    for scheduler in _schedulers_of(attempts(sweep_folder)):
+        alive = _end_jobs(scheduler, sweep_folder)
         if alive:
-            lines.append(f"cancelled {alive} Slurm job{'s' if alive > 1 else ''}")
+            lines.append(f"cancelled {alive} {scheduler.title} job{'s' if alive > 1 else ''}")
     return lines
 
 
@@ -49,20 +50,29 @@ def undo_half_submissions(sweep_folder: Path) -> None:
     if not halves:
         return
     wholes = [attempt for attempt in attempts(sweep_folder) if not attempt.submitting.exists()]
-    _end_slurm_jobs(sweep_folder, {entry.job for attempt in wholes for entry in attempt.jobs()})
+    known = {entry.job for attempt in wholes for entry in attempt.jobs()}
+    for scheduler in _schedulers_of(halves):
+        _end_jobs(scheduler, sweep_folder, known)
     for attempt in halves:
         attempt.submitting.unlink()
 
 
-def _has_been_on_slurm(attempt: Attempt) -> bool:
-    return attempt.submitting.exists() or any(entry.executor == "slurm" for entry in attempt.jobs())
+def _schedulers_of(chosen: Iterable[Attempt]) -> list[Scheduler]:
+    """The schedulers that have, or may have, jobs of the attempts."""
+    names: set[str] = set()
+    for attempt in chosen:
+        names |= {entry.executor for entry in attempt.jobs()} - {"local"}
+        if attempt.submitting.exists():
+            # Empty, if a version of tsae made it that knew only one.
+            names.add(attempt.submitting.read_text().strip() or next(iter(schedulers.SCHEDULERS)))
+    return [schedulers.find(name) for name in sorted(names)]
 
 
-def _end_slurm_jobs(sweep_folder: Path, but: Container[str] = ()) -> int:
+def _end_jobs(scheduler: Scheduler, sweep_folder: Path, but: Container[str] = ()) -> int:
     """Cancel all live jobs that bear the sweep's name, known to an attempt or not, `but` those; how many there were."""
-    queued = slurm_query.queued(sweep_folder)
+    queued = scheduler.queued(job_name(sweep_folder))
     alive = sorted(job for job, seen in queued.items() if seen.alive and job not in but)
-    slurm_query.cancel(alive)
+    scheduler.cancel(alive)
     return len(alive)
 
 

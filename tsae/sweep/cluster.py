@@ -22,7 +22,7 @@ class Cluster(Resources):
     defaults: StageResources = field(default_factory=StageResources)
     """Resources of every stage, below those of its own kind."""
     max_parallel: int | None = None
-    """Most jobs of one array that run at the same time; by default as many as Slurm lets run."""
+    """Most jobs of one array that run at the same time; by default as many as the scheduler lets run."""
     max_restarts: int = 100
     """How often one job may be queued again after preemption, time-outs and lost nodes before it counts as failed."""
     signal_seconds: int = 120

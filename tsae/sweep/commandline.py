@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from tsae.runtime import environment
 from tsae.runtime.environment import SWEEPS
 from tsae.runtime.errors import TsaeError, suggestion
+from tsae.sweep.schedulers import SCHEDULERS
 
 if TYPE_CHECKING:
     from tsae.sweep.plan import Plan
@@ -32,10 +33,10 @@ def add_commands(add: AddCommand) -> None:
     )
     sweep.add_argument(
         "--executor",
-        choices=("auto", "slurm", "local", "debug"),
+        choices=("auto", *SCHEDULERS, "local", "debug"),
         default="auto",
-        help="slurm: submit and return; local: processes of this machine; debug: inside this process; "
-        "auto: slurm where a controller answers, else local",
+        help=f"{', '.join(SCHEDULERS)}: submit and return; local: processes of this machine; debug: inside this process; "
+        "auto: the first scheduler that answers, else local",
     )
     sweep.add_argument(
         "--cluster", type=Path, metavar="FILE", help="a site's defaults, instead of ~/.config/tsae/cluster.yaml"

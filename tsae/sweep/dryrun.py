@@ -1,4 +1,4 @@
-"""What a launch would do, in words: points, stages and why they run or not, GPU-hours, and Slurm's scripts."""
+"""What a launch would do, in words: points, stages and why they run or not, GPU-hours, and a scheduler's scripts."""
 
 from __future__ import annotations
 
@@ -6,32 +6,33 @@ import time
 from collections.abc import Sequence
 
 from tsae.config.points import shown
+from tsae.sweep import schedulers
 from tsae.sweep.attempt import Attempt
 from tsae.sweep.cluster import Cluster, load_cluster
 from tsae.sweep.launcher import Choice, Options, choose, container_for, resolve
 from tsae.sweep.plan import Plan
 from tsae.sweep.resources import StageResources
-from tsae.sweep.schedulers.slurm import query as slurm_query
-from tsae.sweep.schedulers.slurm.submit import UNKNOWN_CLUSTER, Submission
+from tsae.sweep.schedulers.submission import Submission
 from tsae.sweep.stage import Stage
 
 
 def dry_run(plan: Plan, options: Options) -> list[str]:
     """The lines; nothing is written and nothing is started."""
-    answers = slurm_query.answers()
-    executor = options.executor if options.executor == "slurm" else resolve(options.executor)
-    on_slurm = executor == "slurm"
-    site = load_cluster(options.cluster) if on_slurm or options.cluster else Cluster()
+    asked = options.executor
+    scheduler = schedulers.find(asked) if asked in schedulers.SCHEDULERS else resolve(asked)
+    executor = scheduler.name if scheduler else "debug" if asked == "debug" else "local"
+    site = load_cluster(options.cluster) if scheduler or options.cluster else Cluster()
     choice = choose(plan, executor, options.retry_failed)
-    image = container_for(plan, options, site if on_slurm else Cluster(), executor)
+    image = container_for(plan, options, site if scheduler else Cluster(), executor)
     report = plan.report()
     stages = [*choice.start, *([report] if report and choice.start else [])]
     lines = [f"{plan.name}: {len(plan.points)} points", *_points(plan), ""]
     lines += [f"{len(plan.stages)} stages, {len(choice.start)} to run", *_stages(plan, choice), ""]
     lines += _cost(choice.start, site)
-    if on_slurm and stages:
+    if scheduler and stages:
         attempt = Attempt(plan.folder / "attempts" / time.strftime("%Y%m%d-%H%M%S"))
         submission = Submission(
+            scheduler=scheduler,
             sweep_folder=plan.folder,
             attempt=attempt,
             cluster=site,
@@ -39,8 +40,8 @@ def dry_run(plan: Plan, options: Options) -> list[str]:
             max_parallel=plan.sweep.config.max_parallel,
             alive=choice.alive,
         )
-        for text in submission.texts(stages, slurm_query.limits() if answers else UNKNOWN_CLUSTER):
-            lines += ["", "----- sbatch", text.rstrip(), "-----", ""]
+        for text in submission.texts(stages, scheduler.limits() if scheduler.answers() else None):
+            lines += ["", f"----- {scheduler.command}", text.rstrip(), "-----", ""]
     return [*lines, f"results: {plan.folder}", "dry run: nothing was started"]
 
 

@@ -13,6 +13,7 @@ from typing import Any
 from tsae.config import schema
 from tsae.runtime import locks
 from tsae.runtime.errors import TsaeError
+from tsae.sweep import schedulers
 from tsae.sweep.attempt import Attempt
 from tsae.sweep.cancel import undo_half_submissions
 from tsae.sweep.cluster import Cluster, load_cluster
@@ -22,8 +23,8 @@ from tsae.sweep.plan import Plan
 from tsae.sweep.queue import local
 from tsae.sweep.queue.display import Terminal
 from tsae.sweep.queue.runner import Task
-from tsae.sweep.schedulers.slurm import query as slurm_query
-from tsae.sweep.schedulers.slurm.submit import Submission
+from tsae.sweep.schedulers.base import Scheduler
+from tsae.sweep.schedulers.submission import Submission
 from tsae.sweep.stage import Stage
 from tsae.sweep.survey import LIVE, Standing, Survey
 
@@ -59,7 +60,7 @@ class Choice:
 
     @property
     def alive(self) -> dict[str, str]:
-        """Stage key → Slurm's job, of what is left alone."""
+        """Stage key → a scheduler's job, of what is left alone."""
         return {stage.key: self.standings[stage.key].job for stage in self.left if self.standings[stage.key].job}
 
 
@@ -85,8 +86,8 @@ def choose(plan: Plan, executor: str, retry_failed: bool) -> Choice:
             blocked.append(stage)
             out_of_reach.add(stage.key)
         elif standing.state in LIVE and standing.executor:
-            # Slurm needs no launcher; a local queue watches, so that it can take over what another one leaves.
-            (left if executor == "slurm" else start).append(stage)
+            # A scheduler needs no launcher; a local queue watches, so that it can take over what another one leaves.
+            (left if executor in schedulers.SCHEDULERS else start).append(stage)
         else:
             start.append(stage)
             own.append(stage)
@@ -101,24 +102,25 @@ class Launched:
     broken: tuple[Task, ...] = ()
     """Stages that did not come to their end while it was watched."""
     submitted: int = 0
-    """Stages that were given to Slurm, or to a queue that nobody follows."""
+    """Stages that were given to a scheduler, or to a queue that nobody follows."""
 
 
 def launch(plan: Plan, options: Options) -> Launched:
     """Start what is missing; locally, follow it to its end unless `detach` is asked for."""
-    executor = resolve(options.executor)
-    site = load_cluster(options.cluster) if executor == "slurm" or options.cluster else Cluster()
+    scheduler = resolve(options.executor)
+    executor = scheduler.name if scheduler else "debug" if options.executor == "debug" else "local"
+    site = load_cluster(options.cluster) if scheduler or options.cluster else Cluster()
     with _launch_lock(plan):
         undo_half_submissions(plan.folder)
         choice = choose(plan, executor, options.retry_failed)
         if not choice.start:
             return Launched(choice)
-        image = container_for(plan, options, site if executor == "slurm" else Cluster(), executor)
+        image = container_for(plan, options, site if scheduler else Cluster(), executor)
         stages = [*choice.start, *(stage for stage in [plan.report()] if stage)]
         # A local queue may have to take over what another one has now.
         attempt = _begin(plan, choice.start, image)
-        if executor == "slurm":
-            return Launched(choice, submitted=_submit(plan, stages, attempt, site, image, choice))
+        if scheduler:
+            return Launched(choice, submitted=_submit(scheduler, plan, stages, attempt, site, image, choice))
         own = [*choice.own, *stages[len(choice.start) :]]
         terminal = Terminal()
         if executor == "local":
@@ -131,15 +133,16 @@ def launch(plan: Plan, options: Options) -> Launched:
     return Launched(choice, tuple(local.follow(stages, attempt, queue, terminal)))
 
 
-def resolve(executor: str) -> str:
-    """`auto` as slurm or local. Raises TsaeError where Slurm is asked for and does not answer."""
+def resolve(executor: str) -> Scheduler | None:
+    """The scheduler that `executor` means; None for this machine. Raises TsaeError where one is asked for in vain."""
     if executor == "auto":
-        return "slurm" if slurm_query.answers() else "local"
-    if executor == "slurm" and not slurm_query.answers():
-        raise TsaeError(
-            "--executor slurm: no controller answers `scontrol ping`; --executor local runs on this machine"
-        )
-    return executor
+        return schedulers.answering()
+    if executor not in schedulers.SCHEDULERS:
+        return None
+    scheduler = schedulers.find(executor)
+    if not scheduler.answers():
+        raise TsaeError(f"--executor {executor}: {scheduler.silence}; --executor local runs on this machine")
+    return scheduler
 
 
 @contextmanager
@@ -182,9 +185,9 @@ def container_for(plan: Plan, options: Options, site: Cluster, executor: str) ->
         return None
     named = {text for point in plan.points for text in _texts(schema.to_plain(point.config))}
     image = container_of(name, sorted(named), site.binds)
-    if executor == "slurm" and image.runtime == "docker":
+    if executor in schedulers.SCHEDULERS and image.runtime == "docker":
         raise TsaeError(
-            f"--container {name}: jobs of Slurm run in Apptainer, not in Docker; "
+            f"--container {name}: jobs of {schedulers.find(executor).title} run in Apptainer, not in Docker; "
             "`apptainer build tsae.sif docker-daemon:IMAGE:TAG` turns an image of Docker into a file"
         )
     return image
@@ -200,9 +203,16 @@ def _texts(plain: Any) -> Iterator[str]:
 
 
 def _submit(
-    plan: Plan, stages: Sequence[Stage], attempt: Attempt, site: Cluster, image: Container | None, choice: Choice
+    scheduler: Scheduler,
+    plan: Plan,
+    stages: Sequence[Stage],
+    attempt: Attempt,
+    site: Cluster,
+    image: Container | None,
+    choice: Choice,
 ) -> int:
     submission = Submission(
+        scheduler=scheduler,
         sweep_folder=plan.folder,
         attempt=attempt,
         cluster=site,

@@ -32,11 +32,11 @@ def show(plan: Plan, *, logs: str | None = None, watch: bool = False, everything
 def status_lines(plan: Plan, width: int, everything: bool = False) -> tuple[list[str], bool]:
     """The whole picture in lines of at most `width` columns (paths and errors may be longer); whether anything lives."""
     stages = [*plan.stages, *(stage for stage in [plan.report()] if stage)]
-    survey = Survey(plan, without_slurm=True)
+    survey = Survey(plan, whatever_answers=True)
     standings = survey.standings(stages)
     lines = [*headline(plan, stages, standings), "", *counts(stages, standings), ""]
-    if survey.silence:
-        lines[2:2] = [f"Slurm does not answer ({survey.silence}): what is not done stands as its job said last"]
+    for scheduler, said in survey.silence.items():
+        lines[2:2] = [f"{scheduler} does not answer ({said}): what is not done stands as its job said last"]
     lines += point_rows(plan, stages, standings, width, everything)
     return lines, any(standing.state in LIVE for standing in standings.values())
 
@@ -64,7 +64,7 @@ def _logs(plan: Plan, point: str) -> list[str]:
             f"--logs {point}: no such point; {suggestion(point, names)}the sweep has {', '.join(names[:20])}"
         )
     stages = [stage for stage in plan.stages if point in stage.points]
-    return log_texts(stages, Survey(plan, without_slurm=True).standings(stages))
+    return log_texts(stages, Survey(plan, whatever_answers=True).standings(stages))
 
 
 def _columns() -> int:

@@ -16,20 +16,17 @@ from typing import Any
 
 from tsae.runtime import job, locks
 from tsae.runtime.errors import TsaeError
-from tsae.sweep.attempt import Attempt, Submitted, attempts
+from tsae.runtime.state import State
+from tsae.sweep import schedulers
+from tsae.sweep.attempt import Attempt, Submitted, attempts, job_name
 from tsae.sweep.plan import Plan
 from tsae.sweep.queue.background import lock_of, read_queue
 from tsae.sweep.queue.runner import Claim, Status
-from tsae.sweep.schedulers.slurm import query as slurm_query
-from tsae.sweep.schedulers.slurm.query import AccountedJob, QueuedJob
+from tsae.sweep.schedulers.base import Seen
 from tsae.sweep.stage import Stage
 
 STATES = ("done", "running", "queued", "preempted", "failed", "interrupted", "blocked", "waiting")
 """waiting: nobody was asked to do it, or not by now; blocked: it waits for one that failed."""
-ENDED_FROM_OUTSIDE = ("CANCELLED", "NODE_FAIL", "PREEMPTED", "TIMEOUT", "DEADLINE", "BOOT_FAIL")
-"""Slurm's words for jobs that did not end by themselves."""
-PATIENT = ("None", "Priority", "Resources", "Dependency", "BeginTime", "JobArrayTaskLimit")
-"""Slurm's reasons for which a job waits that will run by itself."""
 LIVE = ("running", "queued", "preempted")
 
 
@@ -46,9 +43,9 @@ class Standing:
     error: str = ""
     log: str = ""
     job: str = ""
-    """Slurm's id, where it has one."""
+    """A scheduler's id, where it has one."""
     executor: str = ""
-    """Who has it or had it last: slurm, local, or nobody of this sweep."""
+    """Who has it or had it last: a scheduler, local, or nobody of this sweep."""
 
 
 @dataclass(frozen=True)
@@ -68,16 +65,18 @@ class Survey:
     """A look at a whole sweep, with one query of each scheduler at most."""
 
     plan: Plan
-    without_slurm: bool = False
-    """Whether to go on, and believe what the jobs said last, where Slurm does not answer; else that is a TsaeError."""
-    silence: str = field(init=False, default="")
-    """What Slurm's command said in place of an answer."""
+    whatever_answers: bool = False
+    """Whether to go on, and believe what the jobs said last, where a scheduler does not answer; else that is a TsaeError."""
+    silence: dict[str, str] = field(init=False, default_factory=dict)
+    """For people: scheduler → what its command said in place of an answer."""
     sweep_attempts: list[Attempt] = field(init=False)
     jobs: dict[str, Submitted] = field(init=False)
 
     def __post_init__(self) -> None:
         self.sweep_attempts = attempts(self.plan.folder)
         self._queues: dict[str, _Local] = {}
+        self._queued: dict[str, dict[str, Seen] | None] = {}
+        self._accounted: dict[str, dict[str, Seen]] = {}
         self.jobs = {}
         newest: dict[tuple[str | None, str], str] = {}
         for attempt in self.sweep_attempts:
@@ -88,7 +87,7 @@ class Survey:
         self._reused = {
             key
             for key, entry in self.jobs.items()
-            if entry.executor == "slurm" and newest[entry.cluster, entry.job] != entry.attempt
+            if entry.executor != "local" and newest[entry.cluster, entry.job] != entry.attempt
         }
 
     def standings(self, stages: Iterable[Stage]) -> dict[str, Standing]:
@@ -113,9 +112,9 @@ class Survey:
         mine = state if state.get("attempt") == entry.attempt else {}
         if mine.get("state") == "done":
             return Standing("waiting")  # it was done, and its output was taken away or is out of date
-        if entry.executor == "slurm":
-            return self._on_slurm(stage, entry, mine)
-        return self._on_this_machine(stage, entry, mine)
+        if entry.executor == "local":
+            return self._on_this_machine(stage, entry, mine)
+        return self._on_cluster(stage, entry, mine)
 
     def _without_job(self, stage: Stage) -> Standing:
         """Not of this sweep's doing: another sweep, or a person, may be at work on the same output."""
@@ -142,7 +141,7 @@ class Survey:
         error = task.error or "ended without a word"
         return Standing("interrupted", node, began, task.ended or state.get("ended"), error, log)
 
-    def _on_slurm(self, stage: Stage, entry: Submitted, state: Mapping[str, Any]) -> Standing:
+    def _on_cluster(self, stage: Stage, entry: Submitted, state: Mapping[str, Any]) -> Standing:
         own = Standing(
             str(state.get("state", "")),
             str(state.get("host", "")),
@@ -154,24 +153,22 @@ class Survey:
         )
         if own.state == "failed":
             return own
-        queued = self._queued
+        queued = self._queue_of(entry.executor)
         if queued is None:
             return replace(own, state=own.state or "queued", until=None)
-        known = None if stage.key in self._reused else queued.get(entry.job)
-        if known is not None and known.alive:
-            if known.state == "RUNNING" or known.state == "COMPLETING":
-                began = time.time() - slurm_seconds(known.elapsed)
-                return replace(own, state="running", node=known.node, since=began, until=None)
-            return replace(
-                own, state="preempted" if state else "queued", node="", since=None, error=_why(known, entry.job)
-            )
+        seen = None if stage.key in self._reused else queued.get(entry.job)
+        if seen is not None and seen.alive:
+            if seen.state == State.RUNNING:
+                return replace(own, state="running", node=seen.node, since=seen.since, until=None)
+            return replace(own, state="preempted" if state else "queued", node="", since=None, error=seen.why)
         owner = locks.owner(stage.lock)
         if owner is not None:
             return replace(own, state="running", node=owner.host, since=owner.since, until=None)
-        ended = known or (None if stage.key in self._reused else (self._accounted or {}).get(entry.job))
-        if ended is None and entry.exit_code.exists():
-            ended = AccountedJob("FAILED", entry.exit_code.read_text().strip(), "", "")
-        return _ended_without_a_word(own, ended, begun=bool(state))
+        if seen is None and stage.key not in self._reused:
+            seen = self._accounts_of(entry.executor).get(entry.job)
+        if seen is None and entry.exit_code.exists():
+            seen = Seen(State.FAILED)
+        return _ended_without_a_word(own, seen, begun=bool(state))
 
     def queue(self, stamp: str) -> _Local:
         """The local queue of an attempt."""
@@ -180,20 +177,25 @@ class Survey:
             self._queues[stamp] = _Local(attempt, locks.owner(lock_of(attempt)))
         return self._queues[stamp]
 
-    @cached_property
-    def _queued(self) -> dict[str, QueuedJob] | None:
-        try:
-            return slurm_query.queued(self.plan.folder)
-        except TsaeError as error:
-            if not self.without_slurm:
-                raise
-            self.silence = str(error)
-            return None
+    def _queue_of(self, executor: str) -> dict[str, Seen] | None:
+        """What a scheduler knows of the sweep's jobs; None where it does not answer."""
+        if executor not in self._queued:
+            scheduler = schedulers.find(executor)
+            try:
+                self._queued[executor] = scheduler.queued(job_name(self.plan.folder))
+            except TsaeError as error:
+                if not self.whatever_answers:
+                    raise
+                self.silence[scheduler.title] = str(error)
+                self._queued[executor] = None
+        return self._queued[executor]
 
-    @cached_property
-    def _accounted(self) -> dict[str, AccountedJob] | None:
-        since = min(entry.submitted for entry in self.jobs.values() if entry.executor == "slurm")
-        return slurm_query.accounted(self.plan.folder, since)
+    def _accounts_of(self, executor: str) -> dict[str, Seen]:
+        """How jobs ended that a scheduler has forgotten."""
+        if executor not in self._accounted:
+            since = min(entry.submitted for entry in self.jobs.values() if entry.executor == executor)
+            self._accounted[executor] = schedulers.find(executor).accounted(job_name(self.plan.folder), since)
+        return self._accounted[executor]
 
 
 class OtherQueues:
@@ -235,36 +237,18 @@ def _lives(task: Status, node: str) -> bool:
     return here and bool(task.pid) and locks.started_at(task.pid) == task.pid_started
 
 
-def _why(known: QueuedJob, number: str) -> str:
-    """Why it does not run, if it will not do so by itself or not soon."""
-    if known.reason in PATIENT:
-        return ""
-    # After a lost node Slurm may hold a job whose second launch came too early for the first one's end.
-    held = known.reason == "JobHeldUser" or known.reason.endswith("requeued held")
-    return f"{known.reason}; `scontrol release {number}` lets it run" if held else known.reason
-
-
-def _ended_without_a_word(own: Standing, ended: QueuedJob | AccountedJob | None, begun: bool) -> Standing:
-    """A job of Slurm's that lives no more; the accounting may lag behind, or there may be none."""
-    word = ended.state if ended is not None else ""
-    node = own.node or (ended.node if ended is not None else "")
-    if not begun and word != "FAILED":
+def _ended_without_a_word(own: Standing, seen: Seen | None, begun: bool) -> Standing:
+    """A scheduler's job that lives no more and did not say how it ended; the accounting may lag, or there may be none."""
+    word = seen.state if seen is not None else None
+    node, why = own.node or (seen.node if seen is not None else ""), seen.why if seen is not None else ""
+    if not begun and word != State.FAILED:
         return Standing("waiting")
-    if word == "OUT_OF_MEMORY":
-        return replace(own, state="failed", node=node, error="out of memory; resources: mem asks for more")
     if not begun:
-        return replace(own, state="failed", node=node, error="ended before the stage began; its log may say why")
-    if word in ENDED_FROM_OUTSIDE:
-        return replace(own, state="interrupted", node=node, error=own.error or f"ended from outside ({word})")
-    # Slurm counts a job as failed when its process ends by itself, as one does that runs out of memory.
+        return replace(own, state="failed", node=node, error=why or "ended before the stage began; its log may say why")
+    if word == State.FAILED and why:
+        return replace(own, state="failed", node=node, error=why)
+    if word == State.INTERRUPTED:
+        return replace(own, state="interrupted", node=node, error=own.error or why)
+    # A scheduler counts a job as failed when its process ends by itself, as one does that runs out of memory.
     state = "failed" if word else "interrupted"
     return replace(own, state=state, node=node, error=own.error or "ended without a word (killed, or out of memory?)")
-
-
-def slurm_seconds(elapsed: str) -> float:
-    """Seconds in Slurm's `1-02:03:04`, `2:03:04` or `3:04`."""
-    days, _, clock = elapsed.rpartition("-")
-    seconds = 0
-    for part in clock.split(":"):
-        seconds = 60 * seconds + (int(part) if part.isdigit() else 0)
-    return seconds + 86400 * (int(days) if days.isdigit() else 0)

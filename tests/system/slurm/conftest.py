@@ -43,9 +43,9 @@ def slurm(require: Callable[[str, bool, str], None], installs: Callable[[str], b
         assert answer.returncode == 0, answer.stderr
 
     with _variables():
-        from tsae.sweep.schedulers.slurm.query import answers
+        from tsae.sweep.schedulers import find
 
-        ran = answers()
+        ran = find("slurm").answers()
     lab("start")
     yield lab
     if not ran:
@@ -65,12 +65,12 @@ def _variables(**more: str) -> Iterator[None]:
 def sweep(tmp_path: Path) -> Iterator[SweepOnSlurm]:
     """A sweep of one test; what is left of it in Slurm ends with the test."""
     from tests.system.slurm.slurm_sweep import SweepOnSlurm
-    from tsae.sweep.schedulers.slurm.query import cancel
+    from tsae.sweep.schedulers import find
 
     with _variables(TSAE_HOME=str(tmp_path)):
         made = SweepOnSlurm(tmp_path)
         yield made
-        cancel(made.alive())
+        find("slurm").cancel(made.alive())
 
 
 @pytest.fixture

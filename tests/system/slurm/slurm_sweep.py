@@ -10,11 +10,12 @@ from typing import Any
 import yaml
 
 from tsae.runtime.job import read_state
-from tsae.sweep.attempt import Attempt, Submitted
+from tsae.sweep.attempt import Attempt, Submitted, job_name
 from tsae.sweep.cluster import Cluster
 from tsae.sweep.resources import StageResources
-from tsae.sweep.schedulers.slurm.query import QueuedJob, queued
-from tsae.sweep.schedulers.slurm.submit import Submission
+from tsae.sweep.schedulers.slurm.query import run
+from tsae.sweep.schedulers.slurm.scheduler import Slurm
+from tsae.sweep.schedulers.submission import Submission
 from tsae.sweep.stage import Stage
 
 HERE = Path(__file__).parent
@@ -77,15 +78,16 @@ class SweepOnSlurm:
         points = {name: yaml.safe_dump(tree) for name, tree in (configs or {}).items()}
         attempt = Attempt.begin(self.folder, {"sweep.yaml": "name: tiny"}, points)
         cluster = Cluster(environment={"PYTHONPATH": str(HERE.parents[2]), **(environment or {})}, **settings)
-        return Submission(sweep_folder=self.folder, attempt=attempt, cluster=cluster)
+        return Submission(scheduler=Slurm(), sweep_folder=self.folder, attempt=attempt, cluster=cluster)
 
     def submit(self, *stages: Stage, **settings: Any) -> dict[str, Submitted]:
         """Stage key → what was submitted for it."""
         return {entry.stage: entry for entry in self.submission(**settings).submit(stages)}
 
-    def queue(self) -> dict[str, QueuedJob]:
-        """What Slurm knows of this sweep."""
-        return queued(self.folder)
+    def queue(self) -> dict[str, tuple[str, str]]:
+        """Job id → state and reason, in Slurm's words, for all jobs of this sweep."""
+        said = run("squeue", "--noheader", "--array", "--states=all", f"--name={job_name(self.folder)}", "-o%i|%T|%r")
+        return {job: (state, reason) for job, state, reason in (line.split("|") for line in said.splitlines())}
 
     def state(self, name: str) -> dict[str, Any]:
         """The record of a stage; empty before there is one."""
@@ -93,7 +95,7 @@ class SweepOnSlurm:
 
     def alive(self) -> list[str]:
         """Jobs that run or will."""
-        return [job for job, seen in self.queue().items() if seen.alive]
+        return [job for job, seen in Slurm().queued(job_name(self.folder)).items() if seen.alive]
 
     def wait(self, condition: Callable[[], object], seconds: float = PATIENCE) -> None:
         """Return when `condition` holds, which must be before the last job has ended."""

@@ -15,7 +15,8 @@ import pytest
 from tests.system.slurm.slurm_sweep import SweepOnSlurm
 from tsae.runtime.errors import TsaeError
 from tsae.sweep.attempt import attempts, newest_jobs
-from tsae.sweep.schedulers.slurm.query import cancel
+from tsae.sweep.schedulers.base import Limits
+from tsae.sweep.schedulers.slurm.scheduler import Slurm
 
 HERE = Path(__file__).parent
 
@@ -61,7 +62,7 @@ def test_a_chain_runs_in_order_and_one_failure_costs_its_own_point_only(sweep: S
     assert sweep.state("ta")["state"] == "done"
     assert (sweep.state("tb")["state"], sweep.state("tb")["error"]) == ("failed", "ValueError: no luck today")
     assert sweep.state("tc")["state"] == "running"  # it could not tell; Slurm does
-    seen = {name: sweep.queue()[jobs[name].job].state for name in jobs}
+    seen = {name: sweep.queue()[jobs[name].job][0] for name in jobs}
     assert seen == {
         **dict.fromkeys(("h", "ta", "ea", "r"), "COMPLETED"),
         **dict.fromkeys(("tb", "tc"), "FAILED"),
@@ -75,10 +76,8 @@ def test_a_chain_runs_in_order_and_one_failure_costs_its_own_point_only(sweep: S
 def test_an_array_never_runs_more_jobs_than_it_may_and_is_cut_where_the_cluster_says(
     sweep: SweepOnSlurm, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from tsae.sweep.schedulers.slurm import submit as slurm
-
-    known = slurm.limits()
-    monkeypatch.setattr(slurm, "limits", lambda: slurm.Limits(known.cluster, 4))
+    known = Slurm().limits()
+    monkeypatch.setattr(Slurm, "limits", lambda _self: Limits(known.cluster, 4))
     names = [f"s{number}" for number in range(6)]
     stages = [sweep.stage(name, "tests.system.slurm.errands:note", str(sweep.home / name), 0.7) for name in names]
     later = [
@@ -137,7 +136,7 @@ def test_jobs_run_the_code_of_their_attempt_whatever_happens_to_the_checkout(swe
     jobs = sweep.submit(sweep.stage("s", "tests.system.slurm.errands:note", str(note)))
     sweep.wait_until_over()
     (attempt,) = attempts(sweep.folder)
-    assert Path(read(note)["code"]) == attempt.code / "tsae" / "preemption.py"
+    assert Path(read(note)["code"]) == attempt.code / "tsae" / "runtime" / "preemption.py"
     record = read(attempt.folder / "provenance.json")
     assert len(record["commit"]) == 40
     assert {"torch", "submitit", "tsae"} <= set(record["packages"])
@@ -181,7 +180,7 @@ def test_what_slurm_refuses_is_one_line_and_leaves_nothing_submitted(
     assert "\n" not in str(caught.value)
     assert capfd.readouterr() == ("", "")
     # Slurm keeps a record of some jobs that it did not take.
-    assert "CANCELLED" in {job.state for job in sweep.queue().values()} <= {"CANCELLED", "FAILED"}
+    assert "CANCELLED" in {state for state, _ in sweep.queue().values()} <= {"CANCELLED", "FAILED"}
     assert attempts(sweep.folder) == []
     assert not sweep.state("h")
 
@@ -194,12 +193,12 @@ def test_a_cancelled_job_stays_cancelled_and_others_are_left_alone(sweep: SweepO
         sweep.stage("yours", "tests.system.slurm.errands:count_up", str(counters[1]), 60),
     )
     sweep.wait(lambda: sweep.state("mine") and sweep.state("yours"))
-    cancel([jobs["mine"].job])
+    Slurm().cancel([jobs["mine"].job])
     sweep.wait_until_over()
-    assert sweep.queue()[jobs["mine"].job].state == "CANCELLED"
+    assert sweep.queue()[jobs["mine"].job][0] == "CANCELLED"
     assert 0 < read(counters[0])["counted"] < 1000
     assert read(counters[1])["counted"] == 60
-    cancel([jobs["mine"].job])  # a second time does no harm
+    Slurm().cancel([jobs["mine"].job])  # a second time does no harm
 
 
 def test_a_sweep_can_be_submitted_from_inside_a_job(sweep: SweepOnSlurm) -> None:

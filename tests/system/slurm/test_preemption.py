@@ -120,7 +120,7 @@ def test_a_job_that_is_asked_to_leave_before_it_listens_is_queued_again(sweep: S
     path = f"{slow_start}:{submission.cluster.environment['PYTHONPATH']}"
     submission.cluster.environment["PYTHONPATH"] = path
     (job,) = submission.submit([sweep.stage("s", "tests.system.slurm.errands:note", str(sweep.home / "s"))])
-    sweep.wait(lambda: sweep.queue()[job.job].state == "RUNNING")
+    sweep.wait(lambda: sweep.queue()[job.job][0] == "RUNNING")
     time.sleep(1)
     run("scancel", "--signal=USR2", job.job)
     sweep.wait_until_over()
@@ -132,7 +132,7 @@ def test_a_failure_of_one_process_is_no_preemption_of_the_others(sweep: SweepOnS
     counter = sweep.home / "counter"
     jobs = sweep.submit(sweep.stage("s", "tests.system.slurm.errands:fail_in_one", str(counter), tasks=2))
     sweep.wait_until_over()
-    assert sweep.queue()[jobs["s"].job].state == "FAILED"
+    assert sweep.queue()[jobs["s"].job][0] == "FAILED"
     assert (sweep.state("s")["state"], sweep.state("s")["error"]) == ("failed", "ValueError: no luck in one")
     assert sweep.state("s")["restarts"] == 0
     assert "step ended with code 200" in Path(jobs["s"].log).read_text()

@@ -16,8 +16,7 @@ import yaml
 
 from tests.system.slurm.slurm_commands import CLUSTER, CommandLine
 from tests.system.slurm.slurm_sweep import SweepOnSlurm
-from tsae.sweep.attempt import attempts
-from tsae.sweep.schedulers.slurm.query import job_name
+from tsae.sweep.attempt import attempts, job_name
 from tsae.sweep.schedulers.slurm.query import run as slurm_command
 
 
@@ -146,7 +145,7 @@ def test_what_a_killed_launcher_has_half_submitted_is_taken_back_by_the_next(
     assert "under way" not in tiny.sweep()
     jobs = sweep.queue()
     assert len(sweep.alive()) == 6
-    assert "JobHeldUser" not in {jobs[job].reason for job in sweep.alive()}
+    assert "JobHeldUser" not in {jobs[job][1] for job in sweep.alive()}
 
 
 def test_cancelling_ends_what_a_killed_launcher_did_not_note(

@@ -1,4 +1,4 @@
-"""Stages to job arrays: which stages share one call of sbatch, and what each array waits for."""
+"""Stages to job arrays: which stages are submitted with one call, and what each array waits for."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from tsae.sweep.cluster import Cluster
 from tsae.sweep.resources import StageResources
+from tsae.sweep.schedulers.base import Inputs
 from tsae.sweep.stage import Stage
 
 
@@ -30,19 +31,17 @@ class Array:
         """Whether it waits for nothing."""
         return not (self.one_by_one or self.elements or self.jobs)
 
-    def dependency(self, id_of: Mapping[Array, str]) -> str | None:
-        """Slurm's --dependency; `id_of` gives the ids of the arrays that were submitted before."""
-        chosen = [job for array, indices in self._by_array() for job in array.ids(id_of[array], indices)]
-        parts = [f"aftercorr:{id_of[array]}" for array in self.one_by_one]
-        if chosen or self.jobs:
-            parts.append(":".join(["afterany" if self.stages[0].after_failures else "afterok", *chosen, *self.jobs]))
-        return ",".join(parts) or None
-
-    def ids(self, job: str, indices: Sequence[int]) -> list[str]:
-        """Slurm's names of some elements, where `job` is its name of this array."""
-        if len(indices) == len(self.stages):
-            return [job]
-        return [f"{job}_{index}" for index in indices]
+    def inputs(self, id_of: Mapping[Array, str]) -> Inputs:
+        """What its jobs wait for; `id_of` gives the ids of the arrays that were submitted before."""
+        chosen: list[str] = []
+        for array, indices in self._by_array():
+            whole = len(indices) == len(array.stages)
+            chosen += [id_of[array]] if whole else [f"{id_of[array]}_{index}" for index in indices]
+        return Inputs(
+            one_by_one=tuple(id_of[array] for array in self.one_by_one),
+            jobs=(*chosen, *self.jobs),
+            however_they_end=self.stages[0].after_failures,
+        )
 
     def _by_array(self) -> Iterable[tuple[Array, list[int]]]:
         found: dict[Array, list[int]] = defaultdict(list)

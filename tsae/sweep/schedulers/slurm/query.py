@@ -1,65 +1,19 @@
-"""Slurm's side of a sweep: what its controller and its accounting know, each in one query for all jobs."""
+"""What Slurm's controller and its accounting know of a sweep's jobs, each in one query, in the words of all schedulers."""
 
 from __future__ import annotations
 
-import hashlib
 import os
-import re
 import subprocess
 import time
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from pathlib import Path
 
 from tsae.runtime.errors import TsaeError
+from tsae.runtime.state import State
+from tsae.sweep.schedulers.base import Seen
 
-KINDS_LIMIT = 40
-"""Characters of a sweep's name that its jobs bear; a hash behind them tells sweeps apart."""
-AT_A_TIME = 500
-
-
-@dataclass(frozen=True)
-class QueuedJob:
-    """A job that the controller knows."""
-
-    state: str
-    """PENDING, RUNNING, COMPLETING, …"""
-    reason: str
-    """Why it does not run: Priority, Dependency, JobHeldUser, …"""
-    node: str
-    elapsed: str
-
-    @property
-    def alive(self) -> bool:
-        """Whether it runs or will."""
-        return self.state in ALIVE
-
-
-@dataclass(frozen=True)
-class AccountedJob:
-    """A job in the accounting, which lags behind the controller by seconds."""
-
-    state: str
-    exit_code: str
-    node: str
-    elapsed: str
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What the controller was configured with."""
-
-    cluster: str
-    max_array: int
-    """Most jobs in one array."""
-
-
-ALIVE = frozenset(
+WAITING = frozenset(
     [
         "PENDING",
-        "RUNNING",
         "CONFIGURING",
-        "COMPLETING",
         "SUSPENDED",
         "STOPPED",
         "REQUEUED",
@@ -72,66 +26,43 @@ ALIVE = frozenset(
         "PREEMPTED",
     ]
 )
+"""The controller's words for jobs that live and do not run. (Of a job that has ended, the accounting says PREEMPTED.)"""
+PATIENT = ("None", "Priority", "Resources", "Dependency", "BeginTime", "JobArrayTaskLimit")
+"""Reasons for which a job waits that will run by itself."""
+ENDED_FROM_OUTSIDE = ("CANCELLED", "NODE_FAIL", "PREEMPTED", "TIMEOUT", "DEADLINE", "BOOT_FAIL")
 
 
-def job_name(sweep_folder: Path) -> str:
-    """The name that all jobs of a sweep bear and no others: one query finds them, whoever submitted them and when."""
-    text = str(sweep_folder.absolute())
-    readable = re.sub(r"[^\w.=+-]+", "-", sweep_folder.name)[:KINDS_LIMIT]
-    return f"tsae.{readable}.{hashlib.sha256(text.encode()).hexdigest()[:10]}"
-
-
-def queued(sweep_folder: Path) -> dict[str, QueuedJob]:
-    """Job id → what the controller knows, for all jobs of the sweep that it has not forgotten; one call of squeue."""
+def queued(job_name: str) -> dict[str, Seen]:
+    """Job id → what the controller knows, for all jobs of the name that it has not forgotten."""
     columns = "%i|%T|%r|%N|%M"
-    answer = run("squeue", "--noheader", "--array", "--states=all", f"--name={job_name(sweep_folder)}", f"-o{columns}")
-    return {job: QueuedJob(*rest) for job, *rest in (line.split("|") for line in answer.splitlines())}
+    answer = run("squeue", "--noheader", "--array", "--states=all", f"--name={job_name}", f"-o{columns}")
+    found: dict[str, Seen] = {}
+    for line in answer.splitlines():
+        job, state, reason, node, elapsed = line.split("|")
+        if state in ("RUNNING", "COMPLETING"):
+            found[job] = Seen(State.RUNNING, node, time.time() - seconds(elapsed))
+        elif state in WAITING:
+            found[job] = Seen(State.QUEUED, why=_why_it_waits(job, reason))
+        else:
+            found[job] = _ended(state, node)
+    return found
 
 
-def accounted(sweep_folder: Path, since: float) -> dict[str, AccountedJob] | None:
-    """Job id → what the accounting knows of jobs after `since` (epoch seconds); None where there is no accounting."""
+def accounted(job_name: str, since: float) -> dict[str, Seen]:
+    """Job id → how it ended, of jobs after `since` (epoch seconds); empty where there is no accounting."""
     start = time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(since - 60))
     answer = subprocess.run(
         [
             *("sacct", "--noheader", "--allocations", "--parsable2", f"--starttime={start}"),
-            *(f"--name={job_name(sweep_folder)}", "--format=JobID,State,ExitCode,NodeList,Elapsed"),
+            *(f"--name={job_name}", "--format=JobID,State,NodeList"),
         ],
         capture_output=True,
         text=True,
         check=False,
     )
-    if answer.returncode:
-        return None
-    rows = (line.split("|") for line in answer.stdout.splitlines())
+    rows = [] if answer.returncode else [line.split("|") for line in answer.stdout.splitlines()]
     # `CANCELLED by 1000` is a state too.
-    return {job: AccountedJob(state.split(" ")[0], *rest) for job, state, *rest in rows}
-
-
-def cancel(jobs: Iterable[str]) -> None:
-    """End jobs, whether they run or wait; those that have ended already are left alone."""
-    for part in _parts(list(jobs)):
-        run("scancel", *part)
-
-
-def release(jobs: Iterable[str]) -> None:
-    """Let jobs start that were submitted with --hold."""
-    for part in _parts(list(jobs)):
-        run("scontrol", "release", ",".join(part))
-
-
-def answers() -> bool:
-    """Whether a controller answers; a machine may have the commands of Slurm without one."""
-    try:
-        answer = subprocess.run(["scontrol", "ping"], capture_output=True, text=True, check=False, timeout=30)
-    except (FileNotFoundError, subprocess.TimeoutExpired):
-        return False
-    return answer.returncode == 0 and " UP" in answer.stdout
-
-
-def limits() -> Limits:
-    """What the controller says of itself."""
-    found = dict(re.findall(r"^(\w+)\s*= (.*)$", run("scontrol", "show", "config"), flags=re.MULTILINE))
-    return Limits(found["ClusterName"].strip(), int(found["MaxArraySize"]))
+    return {job: _ended(state.split(" ")[0], node) for job, state, node in rows}
 
 
 def run(*command: str) -> str:
@@ -152,6 +83,28 @@ def complaint(said: str) -> str:
     return "; ".join(dict.fromkeys(errors or lines))
 
 
-def _parts(items: list[str]) -> Iterator[list[str]]:
-    for first in range(0, len(items), AT_A_TIME):
-        yield items[first : first + AT_A_TIME]
+def seconds(elapsed: str) -> float:
+    """Seconds in Slurm's `1-02:03:04`, `2:03:04` or `3:04`."""
+    days, _, clock = elapsed.rpartition("-")
+    total = 0
+    for part in clock.split(":"):
+        total = 60 * total + (int(part) if part.isdigit() else 0)
+    return total + 86400 * (int(days) if days.isdigit() else 0)
+
+
+def _ended(word: str, node: str) -> Seen:
+    """A job that lives no more, whose last state was `word`."""
+    if word == "OUT_OF_MEMORY":
+        return Seen(State.FAILED, node, why="out of memory; resources: mem asks for more")
+    if word in ENDED_FROM_OUTSIDE:
+        return Seen(State.INTERRUPTED, node, why=f"ended from outside ({word})")
+    return Seen(State.FAILED if word == "FAILED" else State.DONE, node)
+
+
+def _why_it_waits(job: str, reason: str) -> str:
+    """Why it does not run, if it will not do so by itself or not soon."""
+    if reason in PATIENT:
+        return ""
+    # After a lost node Slurm may hold a job whose second launch came too early for the first one's end.
+    held = reason == "JobHeldUser" or reason.endswith("requeued held")
+    return f"{reason}; `scontrol release {job}` lets it run" if held else reason

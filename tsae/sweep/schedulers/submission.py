@@ -1,0 +1,140 @@
+"""Stages to a scheduler: one array after the other, of which none stays if one of them is refused."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tsae.runtime import environment
+from tsae.runtime.errors import TsaeError
+from tsae.runtime.job import MOST_RESTARTS, Call
+from tsae.sweep.attempt import Attempt, Submitted, job_name
+from tsae.sweep.cancel import undo_half_submissions
+from tsae.sweep.cluster import Cluster
+from tsae.sweep.container import Container
+from tsae.sweep.schedulers.arrays import Array, to_arrays
+from tsae.sweep.schedulers.base import Limits, Order, Scheduler
+from tsae.sweep.snapshot import python_path
+from tsae.sweep.stage import Stage
+
+
+@dataclass(frozen=True, kw_only=True)
+class Submission:
+    """What goes to a scheduler in one launch."""
+
+    scheduler: Scheduler
+    sweep_folder: Path
+    attempt: Attempt
+    cluster: Cluster
+    container: Container | None = None
+    max_parallel: int | None = None
+    """Most jobs of one array at the same time; by default the cluster's."""
+    alive: Mapping[str, str] = field(default_factory=dict)
+    """Stage key → job, for inputs that an earlier launch has submitted and that are not done."""
+
+    def submit(self, stages: Sequence[Stage]) -> list[Submitted]:
+        """Submit `stages`, which come after their inputs, with one call of the scheduler for each array.
+
+        Raises TsaeError if the scheduler refuses one; then none of them stays submitted and the attempt is taken away.
+        """
+        try:
+            self.attempt.submitting.write_text(self.scheduler.name)
+            self._submit_held(stages)
+            self.attempt.submitting.unlink(missing_ok=True)
+        except BaseException:
+            # By the sweep's name: Ctrl-C may have come after the scheduler took an array and before its id was read.
+            undo_half_submissions(self.sweep_folder)
+            self.attempt.remove()
+            raise
+        return self.attempt.jobs()
+
+    def _submit_held(self, stages: Sequence[Stage]) -> None:
+        """Submit all arrays, and let the first jobs start once the scheduler has taken the last one."""
+        scheduler, known = self.scheduler, self.scheduler.limits()
+        ids: dict[Array, str] = {}
+        arrays = to_arrays(stages, self.cluster, known.max_array, self.alive)
+        for number, array in enumerate(arrays):
+            order = self._order(number, array, ids)
+            order.folder.mkdir()
+            began = time.time()
+            jobs = scheduler.submit(order)
+            ids[array] = jobs[0].partition("_")[0]
+            self.attempt.add_jobs(
+                Submitted(
+                    stage=stage.key,
+                    label=stage.label,
+                    job=job,
+                    cluster=known.cluster,
+                    submitted=began,
+                    executor=scheduler.name,
+                    log=str(scheduler.log(order, job)),
+                    attempt=self.attempt.stamp,
+                )
+                for stage, job in zip(array.stages, jobs, strict=True)
+            )
+        try:
+            scheduler.release(ids[array] for array in arrays if array.is_free)
+        except TsaeError as error:
+            raise TsaeError(f"{error}; were the jobs cancelled meanwhile? nothing stays submitted") from None
+
+    def texts(self, stages: Sequence[Stage], known: Limits | None = None) -> list[str]:
+        """The scripts that `submit` would hand over, with words where ids are not known yet."""
+        ids: dict[Array, str] = {}
+        texts: list[str] = []
+        arrays = to_arrays(stages, self.cluster, (known or Limits()).max_array, self.alive)
+        for number, array in enumerate(arrays):
+            order = self._order(number, array, ids)
+            texts.append(self.scheduler.script(order))
+            ids[array] = f"<{order.folder.name}>"
+        return texts
+
+    def _order(self, number: int, array: Array, ids: Mapping[Array, str]) -> Order:
+        """`array` as the scheduler gets it; `ids` are those of the arrays before."""
+        variables = self._variables(array.resources.cpus)
+        python = [sys.executable]
+        if self.container is not None:
+            # An image keeps the host's PYTHONPATH out, so the copy of the code is named to it.
+            code = {"PYTHONPATH": variables["PYTHONPATH"]}
+            python = self.container.command(code, gpus=bool(array.resources.gpus))
+        return Order(
+            kind=array.kind,
+            job_name=job_name(self.sweep_folder),
+            comment=f"{array.kind} of {self.sweep_folder.name}",
+            folder=self.attempt.folder / f"{number:02}-{array.kind}",
+            calls=[
+                Call(
+                    record=str(stage.record),
+                    function=stage.function,
+                    arguments=stage.arguments_in(self.attempt.points),
+                    label=stage.label,
+                    attempt=self.attempt.stamp,
+                    executor=self.scheduler.name,
+                    processes=array.resources.processes,
+                )
+                for stage in array.stages
+            ],
+            resources=array.resources,
+            inputs=array.inputs(ids),
+            hold=array.is_free,
+            max_parallel=self.max_parallel or self.cluster.max_parallel or len(array.stages),
+            cluster=self.cluster,
+            variables=variables,
+            python=python,
+        )
+
+    def _variables(self, cpus: int | None) -> dict[str, str]:
+        own = self.cluster.environment
+        # The copy comes first, or an installed package would stand in for it.
+        path = [python_path(self.attempt.code), *([own["PYTHONPATH"]] if "PYTHONPATH" in own else [])]
+        return {
+            "TSAE_HOME": str(environment.home()),
+            "PYTHONSAFEPATH": "1",  # else a folder `tsae` in the working directory would stand in for the copy
+            MOST_RESTARTS: str(self.cluster.max_restarts),
+            **({"OMP_NUM_THREADS": str(cpus)} if cpus else {}),
+            **own,
+            "PYTHONPATH": os.pathsep.join(path),
+        }
