@@ -1,6 +1,6 @@
 #!/bin/sh
-# What the image runs: the quickstart sweep; a script of launch/ ("sweep ...", "launch/sweep.py ..."); a program of the
-# image (python, torchrun, sh, a path); else a command of `tsae`.
+# What the image runs: the quickstart sweep; a script of launch/ ("launch/sweep.py ..."); a program of the image (python,
+# torchrun, sh, a path); else a command of `tsae`.
 set -eu
 
 home=${TSAE_HOME:-runs}
@@ -38,14 +38,9 @@ sweep | launch/sweep.py | harvest | train | evaluate)
 esac
 
 if [ $# = 0 ]; then
-    set -- sweep /opt/tsae/sweeps/split_fraction.yaml
+    set -- sweep split_fraction
 fi
 case $1 in
-sweep | status | report)
-    script=/opt/tsae/launch/$1.py
-    shift
-    exec python "$script" "$@"
-    ;;
 launch/*.py)
     script=/opt/tsae/$1
     shift

@@ -63,8 +63,6 @@ driver)
     ;;
 package)
     pip_install --no-deps /opt/wheel/*.whl
-    # A script started by its path finds the others of launch/ there, whatever PYTHONSAFEPATH says.
-    echo $here/launch >"$modules/tsae-launch.pth"
     # A checkout made under a strict umask is its owner's alone; the image is everybody's.
     chmod -R a+rX $here
     finish

@@ -28,7 +28,7 @@ rest += [name for _, _, names in os.walk("/opt") for name in names if name.endsw
 print(json.dumps({"packages": packages, "unneeded": tools + rest}))
 """
 PINS = "/opt/venv/share/tsae/constraints.txt"
-WHERE = "import sys, torch, tsae, plan; print(torch.__file__, tsae.__file__, plan.__file__, sys.flags.safe_path)"
+WHERE = "import sys, torch, tsae; print(torch.__file__, tsae.__file__, sys.flags.safe_path)"
 
 
 def content(answer: subprocess.CompletedProcess[str]) -> dict[str, dict[str, tuple[str, int]]]:
@@ -165,7 +165,7 @@ def test_user_option_decides_who_writes(lab: Lab, docker_build: str) -> None:
     [
         (["train", "--help"], "usage: tsae train"),
         (["tsae", "train", "--help"], "usage: tsae train"),
-        (["sweep", "--help"], "usage: launch/sweep.py"),
+        (["sweep", "--help"], "usage: tsae sweep"),
         (["launch/report.py", "--help"], "usage: launch/report.py"),
         (["python", "-c", "print('python', 1)"], "python 1"),
     ],
@@ -201,17 +201,16 @@ def test_modules_of_home_and_working_directory_stay_out(lab: Lab, docker_build: 
     site = lab.folder / "home" / ".local" / "lib" / "python3.11" / "site-packages"
     for folder in (traps, site):
         folder.mkdir(parents=True)
-        for name in ("torch", "tsae", "plan"):
+        for name in ("torch", "tsae"):
             (folder / f"{name}.py").write_text("raise SystemExit('a module of the host')\n")
     run(["chown", "-R", f"{user}:", str(lab.folder / "home")])
     variables = {"PYTHONPATH": str(traps)}
     sif = lab.apptainer("exec", "python", "-c", WHERE, user=user, cwd=traps, variables=variables)
     docker = lab.docker("python", "-c", WHERE, options=[f"--volume={lab.folder}/home:/runs", "--workdir=/runs/traps"])
     for answer in (sif, docker):
-        torch, tsae, plan, safe = answer.stdout.split()
+        torch, tsae, safe = answer.stdout.split()
         assert Path(torch).is_relative_to("/opt/venv")
         assert Path(tsae).is_relative_to("/opt/venv")
-        assert Path(plan).is_relative_to("/opt/tsae/launch")
         assert safe == "True"
 
 
