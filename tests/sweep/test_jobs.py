@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import re
 import socket
@@ -228,6 +229,28 @@ def test_jobs_import_the_copy_of_the_code_that_their_launch_made(stage, queue_of
         "from pathlib import Path\ntouch = lambda words: Path(words[-1].split('=')[1].split(';')[0]).touch()\n"
     )
     assert queue_of([dataclasses.replace(stage("job"), function="tsae.marker:touch")]).run() == []
+
+
+def test_jobs_find_the_packages_of_the_launching_shell_behind_the_copy_of_the_code(
+    stage, queue_of, attempt, tmp_path, monkeypatch
+):
+    for folder in (tmp_path / "mine" / "mypackage", tmp_path / "mine" / "tsae"):
+        folder.mkdir(parents=True)
+    (tmp_path / "mine" / "tsae" / "__init__.py").write_text("raise SystemExit('the wrong one')")
+    (tmp_path / "mine" / "mypackage" / "__init__.py").write_text(
+        "import json, os, sys, tsae\n"
+        "def note(words):\n"
+        "    out = words[-1].split('=')[1].split(';')[0]\n"
+        "    json.dump([tsae.__file__, os.environ['PYTHONPATH'], os.environ['LOADEDMODULES']], open(out, 'w'))\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", "mine::/not/there")
+    monkeypatch.setenv("LOADEDMODULES", "cuda/12")
+    assert queue_of([dataclasses.replace(stage("job"), function="mypackage:note")]).run() == []
+    code, path, modules = json.loads((tmp_path / "job.out").read_text())
+    assert Path(code).is_relative_to(attempt.code)
+    assert path.split(":") == [str(attempt.code), str(tmp_path / "mine"), "/not/there"]
+    assert modules == "cuda/12"
 
 
 def test_a_job_that_returns_without_its_output_is_a_failure(stage, queue_of):

@@ -25,6 +25,7 @@ from tsae.sweep.queue.display import Terminal
 from tsae.sweep.queue.runner import Task
 from tsae.sweep.schedulers.base import Scheduler
 from tsae.sweep.schedulers.submission import Submission
+from tsae.sweep.snapshot import shell_path
 from tsae.sweep.stage import Stage
 from tsae.sweep.survey import LIVE, Standing, Survey
 
@@ -184,7 +185,7 @@ def container_for(plan: Plan, options: Options, site: Cluster, executor: str) ->
     if name is None:
         return None
     named = {text for point in plan.points for text in _texts(schema.to_plain(point.config))}
-    image = container_of(name, sorted(named), site.binds)
+    image = container_of(name, [*sorted(named), *shell_path(in_image=True)], site.binds)
     if executor in schedulers.SCHEDULERS and image.runtime == "docker":
         raise TsaeError(
             f"--container {name}: jobs of {schedulers.find(executor).title} run in Apptainer, not in Docker; "

@@ -31,9 +31,15 @@ def copy_code(folder: Path) -> None:
         raise TsaeError(f"{target}: the code cannot be copied: {reason.partition(': ')[0]}") from None
 
 
-def python_path(code: Path) -> str:
-    """PYTHONPATH of jobs that run the copy in `code`."""
-    return str(code)
+def shell_path(in_image: bool = False) -> list[str]:
+    """What the launching shell's PYTHONPATH names, as absolute paths; for an image only folders, which can be bound."""
+    named = [os.path.abspath(entry) for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep) if entry]
+    return [entry for entry in named if os.path.isdir(entry)] if in_image else named
+
+
+def python_path(code: Path, *more: str | None) -> str:
+    """PYTHONPATH of jobs that run the copy in `code`: it comes first, or what is installed would stand in for it."""
+    return os.pathsep.join([str(code), *(entry for entry in more if entry)])
 
 
 def write_provenance(folder: Path, image: str | None = None) -> None:

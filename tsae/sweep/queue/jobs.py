@@ -24,7 +24,7 @@ from tsae.sweep.container import Container
 from tsae.sweep.queue.calls import call_of, last_line, mark_failed
 from tsae.sweep.queue.machine import Share
 from tsae.sweep.resources import StageResources
-from tsae.sweep.snapshot import python_path
+from tsae.sweep.snapshot import python_path, shell_path
 from tsae.sweep.stage import Stage
 
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS")
@@ -183,7 +183,7 @@ class LocalExecutor:
         return {
             **dict.fromkeys(THREAD_VARIABLES, str(max(1, share.cpus // processes))),
             "CUDA_VISIBLE_DEVICES": ",".join(share.gpus),
-            "PYTHONPATH": python_path(self._attempt.code),
+            "PYTHONPATH": python_path(self._attempt.code, *shell_path(in_image=self._container is not None)),
             "PYTHONUNBUFFERED": "1",
             # Without it, a folder `tsae` in the working directory would stand in for the launcher's own package.
             "PYTHONSAFEPATH": "1",
