@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 
 from tsae.runtime.errors import TsaeError
+from tsae.sweep.attempt import shell_path
 from tsae.sweep.cluster import Cluster
 from tsae.sweep.container import Container, container
 from tsae.sweep.launcher import Options, container_for
 from tsae.sweep.plan import Plan
-from tsae.sweep.snapshot import shell_path
 
 
 @pytest.fixture

@@ -14,12 +14,12 @@ from pathlib import Path
 
 import pytest
 
-from tsae.runtime import job, locks
+from tsae.runtime import locks
+from tsae.runtime.state import Record, State
 from tsae.sweep.attempt import Attempt
-from tsae.sweep.queue.calls import last_line
-from tsae.sweep.queue.jobs import DebugExecutor, LocalExecutor
+from tsae.sweep.queue.executors import DebugExecutor, LocalExecutor, last_line
 from tsae.sweep.queue.machine import Machine
-from tsae.sweep.queue.runner import Claim, Queue
+from tsae.sweep.queue.runner import Queue
 from tsae.sweep.resources import StageResources
 from tsae.sweep.stage import Stage
 
@@ -99,8 +99,8 @@ def states(queue):
 
 def said(stage):
     """State and error in the record of a stage."""
-    state = job.read_state(stage.record) or {}
-    return state.get("state"), state.get("error")
+    record = Record.of(stage.record)
+    return record and (record.state, record.error)
 
 
 def most_at_once(events: Path) -> int:
@@ -278,7 +278,7 @@ def test_what_another_live_process_works_on_is_waited_for_and_not_run_twice(stag
 
 
 def test_what_another_queue_has_is_left_to_it_and_taken_over_when_that_ends(stage, queue_of):
-    claims = iter([Claim("other", True)] * 2 + [Claim("other", False)] * 9)
+    claims = iter([Record(State.RUNNING, attempt="other")] * 2 + [Record(State.INTERRUPTED, attempt="other")] * 9)
     display = Silent()
     queue = queue_of([stage("work")], display=display, claims=lambda _stage: next(claims))
     assert queue.run() == []
@@ -286,7 +286,7 @@ def test_what_another_queue_has_is_left_to_it_and_taken_over_when_that_ends(stag
 
 
 def test_the_failure_of_what_another_queue_has_is_not_tried_again(stage, queue_of, tmp_path):
-    claims = iter([Claim("other", True), Claim("other", False, "it broke")])
+    claims = iter([Record(State.RUNNING, attempt="other"), Record(State.FAILED, attempt="other", error="it broke")])
     queue = queue_of([stage("work", "touch $log")], claims=lambda _stage: next(claims))
     (task,) = queue.run()
     assert (task.state, task.status.error) == ("failed", "it broke")

@@ -13,13 +13,12 @@ from pathlib import Path
 from tsae.runtime import environment
 from tsae.runtime.errors import TsaeError
 from tsae.runtime.job import MOST_RESTARTS, Call
-from tsae.sweep.attempt import Attempt, Submitted, job_name
+from tsae.sweep.attempt import Attempt, Submitted, job_name, python_path, shell_path
 from tsae.sweep.cancel import undo_half_submissions
 from tsae.sweep.cluster import Cluster
 from tsae.sweep.container import Container
 from tsae.sweep.schedulers.arrays import Array, to_arrays
 from tsae.sweep.schedulers.base import Limits, Order, Scheduler
-from tsae.sweep.snapshot import python_path, shell_path
 from tsae.sweep.stage import Stage
 
 
