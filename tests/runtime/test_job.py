@@ -12,7 +12,9 @@ from typing import Any
 
 import pytest
 
-from tsae.runtime.job import Call, Record, read_state, run_stage
+from tsae.runtime.files import read_whole_json
+from tsae.runtime.job import Call, run_stage
+from tsae.runtime.state import Record, State, state_path
 
 
 def call(tmp_path: Path, function: str, *arguments: Any, **more: Any) -> Call:
@@ -21,7 +23,7 @@ def call(tmp_path: Path, function: str, *arguments: Any, **more: Any) -> Call:
 
 
 def state(tmp_path: Path) -> dict[str, Any]:
-    return read_state(tmp_path / "record") or {}
+    return read_whole_json(state_path(tmp_path / "record"))
 
 
 def start(tmp_path: Path, wanted: Call) -> subprocess.Popen[str]:
@@ -87,12 +89,11 @@ def test_fewer_processes_than_were_asked_for_are_refused(tmp_path: Path) -> None
 
 
 def test_the_first_failure_of_a_run_is_told_and_the_next_run_begins_anew(tmp_path: Path) -> None:
-    identity = {"attempt": "1", "restarts": 0}
-    first, second = Record(tmp_path / "record", identity), Record(tmp_path / "record", identity)
-    second.write("failed", "the reason")
-    for later in ("running", "preempted"):
-        first.write(later)
-    first.write("failed", "because of the other")
+    folder, first, second = tmp_path / "record", Record(attempt="1"), Record(attempt="1")
+    second.enter(folder, State.FAILED, "the reason")
+    for later in (State.RUNNING, State.PREEMPTED):
+        first.enter(folder, later)
+    first.enter(folder, State.FAILED, "because of the other")
     assert (state(tmp_path)["state"], state(tmp_path)["error"]) == ("failed", "the reason")
-    Record(tmp_path / "record", {**identity, "restarts": 1}).write("running")
+    Record(attempt="1", restarts=1).enter(folder, State.RUNNING)
     assert state(tmp_path)["state"] == "running"

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from tsae.runtime.errors import TsaeError
+from tsae.sweep.attempt import shell_path
 from tsae.sweep.cluster import Cluster
 from tsae.sweep.container import Container, container
 from tsae.sweep.launcher import Options, container_for
@@ -118,6 +119,22 @@ def test_every_place_that_the_settings_name_is_seen_inside(
     assert chosen is not None
     assert str(texts) in chosen.binds
     assert container_for(plan, Options(executor="debug"), Cluster(), "debug") is None
+
+
+def test_folders_of_the_shell_s_pythonpath_are_seen_inside_and_nothing_else_of_it(
+    programs: Path, tmp_path: Path, plan_of: Callable[..., Plan], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install(programs, "docker")
+    (tmp_path / "outside" / "mine").mkdir(parents=True)
+    monkeypatch.setenv("PYTHONPATH", "../outside/mine::/not/there")
+    os.chdir(programs)
+    chosen = container_for(
+        plan_of(grid={"sae.k": [8]}), Options(executor="local", container="docker:tsae"), Cluster(), "local"
+    )
+    assert chosen is not None
+    assert str(tmp_path / "outside" / "mine") in chosen.binds
+    assert "/not/there" not in chosen.binds
+    assert shell_path(in_image=True) == [str(tmp_path / "outside" / "mine")]
 
 
 @pytest.mark.parametrize(

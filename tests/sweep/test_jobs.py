@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import re
 import socket
@@ -13,12 +14,12 @@ from pathlib import Path
 
 import pytest
 
-from tsae.runtime import job, locks
+from tsae.runtime import locks
+from tsae.runtime.state import Record, State
 from tsae.sweep.attempt import Attempt
-from tsae.sweep.queue.calls import last_line
-from tsae.sweep.queue.jobs import DebugExecutor, LocalExecutor
+from tsae.sweep.queue.executors import DebugExecutor, LocalExecutor, last_line
 from tsae.sweep.queue.machine import Machine
-from tsae.sweep.queue.runner import Claim, Queue
+from tsae.sweep.queue.runner import Queue
 from tsae.sweep.resources import StageResources
 from tsae.sweep.stage import Stage
 
@@ -98,8 +99,8 @@ def states(queue):
 
 def said(stage):
     """State and error in the record of a stage."""
-    state = job.read_state(stage.record) or {}
-    return state.get("state"), state.get("error")
+    record = Record.of(stage.record)
+    return record and (record.state, record.error)
 
 
 def most_at_once(events: Path) -> int:
@@ -230,6 +231,28 @@ def test_jobs_import_the_copy_of_the_code_that_their_launch_made(stage, queue_of
     assert queue_of([dataclasses.replace(stage("job"), function="tsae.marker:touch")]).run() == []
 
 
+def test_jobs_find_the_packages_of_the_launching_shell_behind_the_copy_of_the_code(
+    stage, queue_of, attempt, tmp_path, monkeypatch
+):
+    for folder in (tmp_path / "mine" / "mypackage", tmp_path / "mine" / "tsae"):
+        folder.mkdir(parents=True)
+    (tmp_path / "mine" / "tsae" / "__init__.py").write_text("raise SystemExit('the wrong one')")
+    (tmp_path / "mine" / "mypackage" / "__init__.py").write_text(
+        "import json, os, sys, tsae\n"
+        "def note(words):\n"
+        "    out = words[-1].split('=')[1].split(';')[0]\n"
+        "    json.dump([tsae.__file__, os.environ['PYTHONPATH'], os.environ['LOADEDMODULES']], open(out, 'w'))\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", "mine::/not/there")
+    monkeypatch.setenv("LOADEDMODULES", "cuda/12")
+    assert queue_of([dataclasses.replace(stage("job"), function="mypackage:note")]).run() == []
+    code, path, modules = json.loads((tmp_path / "job.out").read_text())
+    assert Path(code).is_relative_to(attempt.code)
+    assert path.split(":") == [str(attempt.code), str(tmp_path / "mine"), "/not/there"]
+    assert modules == "cuda/12"
+
+
 def test_a_job_that_returns_without_its_output_is_a_failure(stage, queue_of):
     (task,) = queue_of([stage("empty", "true")]).run()
     assert "its output is not complete" in task.status.error
@@ -255,7 +278,7 @@ def test_what_another_live_process_works_on_is_waited_for_and_not_run_twice(stag
 
 
 def test_what_another_queue_has_is_left_to_it_and_taken_over_when_that_ends(stage, queue_of):
-    claims = iter([Claim("other", True)] * 2 + [Claim("other", False)] * 9)
+    claims = iter([Record(State.RUNNING, attempt="other")] * 2 + [Record(State.INTERRUPTED, attempt="other")] * 9)
     display = Silent()
     queue = queue_of([stage("work")], display=display, claims=lambda _stage: next(claims))
     assert queue.run() == []
@@ -263,7 +286,7 @@ def test_what_another_queue_has_is_left_to_it_and_taken_over_when_that_ends(stag
 
 
 def test_the_failure_of_what_another_queue_has_is_not_tried_again(stage, queue_of, tmp_path):
-    claims = iter([Claim("other", True), Claim("other", False, "it broke")])
+    claims = iter([Record(State.RUNNING, attempt="other"), Record(State.FAILED, attempt="other", error="it broke")])
     queue = queue_of([stage("work", "touch $log")], claims=lambda _stage: next(claims))
     (task,) = queue.run()
     assert (task.state, task.status.error) == ("failed", "it broke")

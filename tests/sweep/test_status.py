@@ -10,15 +10,15 @@ from contextlib import contextmanager
 
 import pytest
 
-from tsae.runtime import files, job, locks
+from tsae.runtime import files, locks
 from tsae.runtime.errors import TsaeError
+from tsae.runtime.state import Record, state_path
 from tsae.sweep.attempt import Attempt, Submitted
 from tsae.sweep.overview import counts, log_texts, point_rows
 from tsae.sweep.queue.background import file_of, lock_of
-from tsae.sweep.queue.runner import Status
 from tsae.sweep.schedulers.slurm.query import seconds
 from tsae.sweep.status import status_lines
-from tsae.sweep.survey import Standing, Survey
+from tsae.sweep.survey import Survey
 
 
 @pytest.fixture
@@ -40,11 +40,11 @@ def attempt(plan):
 
 
 def queue_says(attempt, *told):
-    files.write_json(file_of(attempt), {stage.key: status.plain() for stage, status in told})
+    files.write_json(file_of(attempt), {stage.key: status.for_queue() for stage, status in told})
 
 
 def record(stage, attempt, **state):
-    files.write_json(job.state_path(stage.record), {"attempt": attempt.stamp, "host": os.uname().nodename, **state})
+    files.write_json(state_path(stage.record), {"attempt": attempt.stamp, "host": os.uname().nodename, **state})
 
 
 def states(plan):
@@ -67,7 +67,7 @@ def test_nobody_was_asked(plan):
 
 def test_a_live_queue_has_what_waits_and_what_runs(plan, attempt):
     one, other = (stage for stage in plan.stages if stage.kind == "train")
-    queue_says(attempt, (one, Status("running", began=time.time())), (other, Status()))
+    queue_says(attempt, (one, Record("running", started=time.time())), (other, Record()))
     with locks.hold(lock_of(attempt), "queue"):
         assert states(plan) == {one.label: "running", other.label: "queued"}
     assert states(plan) == {one.label: "interrupted", other.label: "waiting"}
@@ -76,7 +76,7 @@ def test_a_live_queue_has_what_waits_and_what_runs(plan, attempt):
 def test_a_job_outlives_its_killed_queue_until_it_ends_itself(plan, attempt):
     train = next(stage for stage in plan.stages if stage.kind == "train")
     with a_process() as process:
-        running = Status("running", began=time.time(), pid=process.pid, pid_started=locks.started_at(process.pid))
+        running = Record("running", started=time.time(), pid=process.pid, pid_started=locks.started_at(process.pid))
         queue_says(attempt, (train, running))
         record(train, attempt, state="running", started=time.time())
         assert states(plan)[train.label] == "running"
@@ -86,13 +86,13 @@ def test_a_job_outlives_its_killed_queue_until_it_ends_itself(plan, attempt):
 def test_a_reused_process_id_is_no_life(plan, attempt):
     train = next(stage for stage in plan.stages if stage.kind == "train")
     with a_process() as process:
-        queue_says(attempt, (train, Status("running", began=time.time(), pid=process.pid, pid_started="1")))
+        queue_says(attempt, (train, Record("running", started=time.time(), pid=process.pid, pid_started="1")))
         assert states(plan)[train.label] == "interrupted"
 
 
 def test_a_failure_is_told_with_its_last_line_and_blocks_what_needs_it(plan, attempt):
     train, other = (stage for stage in plan.stages if stage.kind == "train")
-    queue_says(attempt, (train, Status("failed", error="it broke", began=1.0, ended=61.0, log="a.log")))
+    queue_says(attempt, (train, Record("failed", error="it broke", started=1.0, ended=61.0, log="a.log")))
     record(train, attempt, state="failed", error="it broke", started=1.0, ended=61.0)
     standings = Survey(plan).standings(plan.stages)
     assert standings[train.key].error == "it broke"
@@ -133,10 +133,10 @@ def test_where_slurm_does_not_answer_the_jobs_words_are_shown_and_said_to_be_no_
 
 def test_a_damaged_record_counts_as_none_and_a_damaged_list_of_jobs_is_one_line(plan, attempt):
     train = next(stage for stage in plan.stages if stage.kind == "train")
-    queue_says(attempt, (train, Status("interrupted", began=1.0)))
+    queue_says(attempt, (train, Record("interrupted", started=1.0)))
     record(train, attempt, state="failed")
     assert states(plan)[train.label] == "failed"
-    job.state_path(train.record).write_text('{"state": "fai')
+    state_path(train.record).write_text('{"state": "fai')
     assert states(plan)[train.label] == "interrupted"
     (attempt.folder / "jobs.json").write_text("[{")
     with pytest.raises(TsaeError, match=r"jobs\.json: damaged.*scancel --name=tsae\.little"):
@@ -150,14 +150,14 @@ def test_what_another_process_works_on_runs(plan):
 
 
 def test_counts_name_only_states_that_occur(plan):
-    standings = {stage.key: Standing("done") for stage in plan.stages}
+    standings = {stage.key: Record("done") for stage in plan.stages}
     assert [line.split() for line in counts(plan.stages, standings)] == [
         ["stage", "done"],
         ["harvest", "1/1"],
         ["train", "2/2"],
         ["evaluate", "2/2"],
     ]
-    standings[plan.stages[1].key] = Standing("preempted")
+    standings[plan.stages[1].key] = Record("preempted")
     assert [line.split() for line in counts(plan.stages, standings)][::2] == [
         ["stage", "done", "preempted"],
         ["train", "1/2", "1"],
@@ -168,8 +168,8 @@ def test_a_running_point_shows_how_far_and_how_fast(plan):
     train = next(stage for stage in plan.stages if stage.kind == "train")
     progress = {"stage": train.label, "done": 400, "total": 2000, "unit": "steps", "rate": 4.0}
     files.write_json(train.progress, {**progress, "message": "tokens/s 16384 loss 0.3", "time": time.time()})
-    standings = {stage.key: Standing("waiting") for stage in plan.stages}
-    standings[train.key] = Standing("running", "n7", time.time() - 100)
+    standings = {stage.key: Record("waiting") for stage in plan.stages}
+    standings[train.key] = Record("running", "n7", time.time() - 100)
     row = next(line for line in point_rows(plan, plan.stages, standings, 200) if line.startswith(train.subject))
     assert row.split() == [train.subject, "train", "running", "n7", "1:40", "400/2000", "steps", "16.4k", "tokens/s"]
 
@@ -179,7 +179,7 @@ def test_lines_fit_the_terminal_and_names_are_never_cut(plan_of, width):
     seeds, rules = [0, 1], ["previous", "within:8"]
     grid = {"training.pair_rule": rules, "objective.temporal_alpha": [0.1, 0.25], "training.seed": seeds}
     plan = plan_of(grid=grid)
-    standings = {stage.key: Standing("running", "node-0017", time.time() - 90000) for stage in plan.stages}
+    standings = {stage.key: Record("running", "node-0017", time.time() - 90000) for stage in plan.stages}
     lines = point_rows(plan, plan.stages, standings, width)
     assert all(len(line) <= width for line in lines)
     assert all(any(line.startswith(point.name) for line in lines) for point in plan.points)
@@ -187,9 +187,9 @@ def test_lines_fit_the_terminal_and_names_are_never_cut(plan_of, width):
 
 def test_of_many_points_those_that_need_a_look_come_first_and_the_rest_is_counted(plan_of):
     plan = plan_of(grid={"sae.k": list(range(1, 101))})
-    standings = {stage.key: Standing("done") for stage in plan.stages}
+    standings = {stage.key: Record("done") for stage in plan.stages}
     last = [stage for stage in plan.stages if stage.kind == "train"][-1]
-    standings[last.key] = Standing("failed", error="it broke")
+    standings[last.key] = Record("failed", error="it broke")
     lines = point_rows(plan, plan.stages, standings, 100)
     assert lines[1].startswith(last.subject)
     assert lines[-1] == "... and 60 more: 60 done (--all shows them)"
@@ -200,7 +200,7 @@ def test_logs_are_shown_from_their_end(plan, tmp_path):
     train, other = (stage for stage in plan.stages if stage.kind == "train")
     log = tmp_path / "a.log"
     log.write_text("\n".join(f"line {number}" for number in range(100)))
-    lines = log_texts([train, other], {train.key: Standing("failed", log=str(log)), other.key: Standing("waiting")})
+    lines = log_texts([train, other], {train.key: Record("failed", log=str(log)), other.key: Record("waiting")})
     assert lines[0] == f"== {train.label}: failed; the end of {log}"
     assert lines[-2:] == ["line 99", f"== {other.label}: waiting, no log"]
 
@@ -209,7 +209,7 @@ def test_progress_of_an_earlier_attempt_is_not_shown(plan):
     train = next(stage for stage in plan.stages if stage.kind == "train")
     train.progress.parent.mkdir(parents=True)
     train.progress.write_text(json.dumps({"stage": train.label, "done": 1, "total": 2, "unit": "steps", "time": 5.0}))
-    standings = {stage.key: Standing("running", since=time.time()) for stage in plan.stages}
+    standings = {stage.key: Record("running", started=time.time()) for stage in plan.stages}
     assert not any("steps" in line for line in point_rows(plan, plan.stages, standings, 200))
 
 

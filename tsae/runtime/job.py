@@ -1,7 +1,6 @@
-"""A stage as a job: what a scheduler, a local queue or a debugger runs, and the record that a job keeps of itself.
+"""A stage as a job: what a scheduler, a local queue or a debugger runs, while it keeps a record of itself.
 
-The record is a folder with one file, state.json, whole at every moment. Schedulers are asked only whether a job lives;
-what became of it is what it wrote itself. Importing this module is cheap: a job that waits or is refused loads no torch.
+Schedulers are asked only whether a job lives; what became of it is what it wrote itself. Importing this module is cheap: a job that waits or is refused loads no torch.
 """
 
 from __future__ import annotations
@@ -22,6 +21,7 @@ from tsae.runtime import files, preemption
 from tsae.runtime.environment import process_count, process_rank
 from tsae.runtime.errors import TsaeError
 from tsae.runtime.locks import LockHeld
+from tsae.runtime.state import Record, State
 
 MOST_RESTARTS = "TSAE_MOST_RESTARTS"
 """Names the variable that bounds how often one job may be started again."""
@@ -76,53 +76,38 @@ def run_stage(call: Call, place: Place | None = None) -> None:
 
     Waits while another process works on the same output. Raises what the stage raises, `Preempted` among it.
     """
-    first, place = process_rank() == 0, place or Place()
-    record = Record(Path(call.record), _identity(call, place))
+    first, place, folder = process_rank() == 0, place or Place(), Path(call.record)
+    record = Record(
+        stage=call.label,
+        executor=call.executor,
+        job=place.job,
+        cluster=place.cluster,
+        attempt=call.attempt,
+        restarts=place.restarts,
+        host=place.host,
+        pid=os.getpid(),
+        gpus=os.environ.get("CUDA_VISIBLE_DEVICES"),
+        log=call.log or place.log or "",
+        started=time.time(),
+    )
     try:
         with preemption.watched():
             _require_restarts_left(place)
             _require_company(call)
             if first:
-                record.write("running")
+                record.enter(folder, State.RUNNING)
             _leaving_when_asked(lambda: _when_free(_resolved(call.function), call.arguments))
     except preemption.Preempted:
         if not first:
             # The first process may still be writing, and Slurm would kill it if this one ended with another code.
             sys.exit(0)
-        record.write("preempted")
+        record.enter(folder, State.PREEMPTED)
         raise
     except Exception as error:
-        record.write("failed", error=_line(error))
+        record.enter(folder, State.FAILED, _line(error))
         raise
     if first:
-        record.write("done")
-
-
-class Record:
-    """state.json of one stage: who works on it or worked on it last, and how that ended."""
-
-    def __init__(self, folder: Path, identity: dict[str, Any]) -> None:
-        self._path = state_path(folder)
-        self._state = {**identity, "started": time.time()}
-
-    def write(self, state: str, error: str = "") -> None:
-        """Enter `state`: running, done, failed or preempted. Of several processes that fail the first one tells why."""
-        known = read_state(self._path.parent) or {}
-        same = all(known.get(name) == self._state[name] for name in ("attempt", "restarts"))
-        if state != "done" and same and known["state"] == "failed":
-            return
-        ended = None if state == "running" else time.time()
-        files.write_json(self._path, {"state": state, **self._state, "ended": ended, "error": error})
-
-
-def state_path(record: Path) -> Path:
-    """Where the record in folder `record` lies."""
-    return record / "state.json"
-
-
-def read_state(record: Path) -> dict[str, Any] | None:
-    """What the stage's last job said of itself, or None if none has started, or what it said cannot be read."""
-    return files.read_whole_json(state_path(record)) or None
+        record.enter(folder, State.DONE)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -138,21 +123,6 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"tsae: {preempted}", file=sys.stderr)
         return preemption.REQUEUE
     return 0
-
-
-def _identity(call: Call, place: Place) -> dict[str, Any]:
-    return {
-        "stage": call.label,
-        "executor": call.executor,
-        "job": place.job,
-        "cluster": place.cluster,
-        "attempt": call.attempt,
-        "restarts": place.restarts,
-        "host": place.host,
-        "pid": os.getpid(),
-        "gpus": os.environ.get("CUDA_VISIBLE_DEVICES"),
-        "log": call.log or place.log,
-    }
 
 
 def _require_restarts_left(place: Place) -> None:

@@ -10,6 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from tsae.runtime import locks
+from tsae.runtime.state import State
 from tsae.sweep import schedulers
 from tsae.sweep.attempt import Attempt, attempts, job_name
 from tsae.sweep.queue.background import lock_of, read_queue
@@ -27,9 +28,9 @@ def cancel(sweep_folder: Path) -> list[str]:
             lines.append(f"a queue runs on {owner.host}; cancel it there")
             continue
         tasks = read_queue(attempt).values()
-        groups = {task.pid: task.pid_started for task in tasks if task.state == "running" and task.pid}
+        groups = {task.pid: task.pid_started for task in tasks if task.state == State.RUNNING and task.pid}
         if owner is not None:
-            waiting = sum(task.state == "waiting" for task in tasks)
+            waiting = sum(task.state == State.WAITING for task in tasks)
             os.kill(owner.pid, signal.SIGTERM)
             _wait_until(lambda pid=owner.pid, started=owner.started: locks.started_at(pid) != started)  # type: ignore[misc]
             lines.append(f"ended a local queue with {len(groups)} running and {waiting} waiting stages")

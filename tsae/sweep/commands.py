@@ -174,7 +174,7 @@ def _interrupt(_number: int, _frame: FrameType | None) -> None:
 def _verdict(plan: Plan, launched: Launched) -> int:
     """Name what failed, now or before; the exit code."""
     choice = launched.choice
-    broken = [(task.stage, task.state, task.status.error, task.status.log) for task in launched.broken]
+    broken = [(task.stage, str(task.state), task.status.error, task.status.log) for task in launched.broken]
     for stage in choice.failed:
         standing = choice.standings[stage.key]
         broken.append((stage, "failed before", standing.error, standing.log))

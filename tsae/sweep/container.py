@@ -17,7 +17,7 @@ from tsae.runtime.errors import TsaeError
 
 PYTHON = "python3"
 PASSED_ON = re.compile(
-    r"(TSAE|HF|SLURM|SUBMITIT|NCCL|CUDA|NVIDIA|OMP|MKL|OPENBLAS|PYTHON|WANDB|TORCH)_?\w*|MASTER_(ADDR|PORT)|RANK|WORLD_SIZE|LOCAL_RANK|LOCAL_WORLD_SIZE|NUMEXPR_NUM_THREADS|TOKENIZERS_PARALLELISM|MPLBACKEND|OPENAI_API_KEY|(?i:(HTTPS?|ALL|NO)_PROXY)"
+    r"(TSAE|HF|NCCL|CUDA|NVIDIA|OMP|MKL|OPENBLAS|PYTHON|WANDB|TORCH)_?\w*|MASTER_(ADDR|PORT)|RANK|WORLD_SIZE|LOCAL_RANK|LOCAL_WORLD_SIZE|NUMEXPR_NUM_THREADS|TOKENIZERS_PARALLELISM|MPLBACKEND|OPENAI_API_KEY|(?i:(HTTPS?|ALL|NO)_PROXY)"
 )
 """Variables that a Docker container gets; Apptainer's gets all."""
 
@@ -69,7 +69,7 @@ def container(name: str, places: Iterable[str | Path] = (), binds: Sequence[str]
     """The image that `--container` or the YAML names.
 
     `tsae.sif`: Apptainer; `docker://owner/image:tag`: Apptainer if there is one, else Docker; `docker:image`: Docker,
-    with an image that it has. TSAE_HOME, HF_HOME, the working directory and `places` (data, the code's copy) are bound,
+    with an image that it has. TSAE_HOME, HF_HOME, the working directory and `places` (data, folders on PYTHONPATH) are bound,
     and `binds` besides. Raises TsaeError for an image or a folder that is not there, and without the program.
     """
     runtime, image = _image(name)

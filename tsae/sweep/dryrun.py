@@ -72,7 +72,7 @@ def _stages(plan: Plan, choice: Choice) -> list[str]:
         standing = choice.standings[stage.key]
         if standing.state not in ("waiting", "blocked"):
             verdicts[stage.key] += f", {standing.state} before" if standing.state in ("failed", "interrupted") else ""
-            verdicts[stage.key] += f"; {standing.state} on {standing.node}" if standing.state == "running" else ""
+            verdicts[stage.key] += f"; {standing.state} on {standing.host}" if standing.state == "running" else ""
     rows = [["stage", "subject", "points", "state"]]
     for stage in plan.stages:
         verdict = verdicts.get(stage.key) or (

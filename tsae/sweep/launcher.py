@@ -13,20 +13,21 @@ from typing import Any
 from tsae.config import schema
 from tsae.runtime import locks
 from tsae.runtime.errors import TsaeError
+from tsae.runtime.state import LIVE, Record, State
 from tsae.sweep import schedulers
-from tsae.sweep.attempt import Attempt
+from tsae.sweep.attempt import Attempt, shell_path
 from tsae.sweep.cancel import undo_half_submissions
 from tsae.sweep.cluster import Cluster, load_cluster
 from tsae.sweep.container import Container
 from tsae.sweep.container import container as container_of
 from tsae.sweep.plan import Plan
-from tsae.sweep.queue import local
+from tsae.sweep.queue import background
 from tsae.sweep.queue.display import Terminal
 from tsae.sweep.queue.runner import Task
 from tsae.sweep.schedulers.base import Scheduler
 from tsae.sweep.schedulers.submission import Submission
 from tsae.sweep.stage import Stage
-from tsae.sweep.survey import LIVE, Standing, Survey
+from tsae.sweep.survey import Survey
 
 WAIT_SECONDS = 0.2
 
@@ -56,7 +57,7 @@ class Choice:
     """Failed before, and not to be tried again."""
     blocked: tuple[Stage, ...]
     """Need one that failed, or one that another executor has."""
-    standings: dict[str, Standing]
+    standings: dict[str, Record]
 
     @property
     def alive(self) -> dict[str, str]:
@@ -76,7 +77,7 @@ def choose(plan: Plan, executor: str, retry_failed: bool) -> Choice:
     out_of_reach: set[str] = set()
     for stage in unfinished:
         standing = standings[stage.key]
-        if standing.state == "failed" and not retry_failed:
+        if standing.state == State.FAILED and not retry_failed:
             failed.append(stage)
             out_of_reach.add(stage.key)
         elif standing.state in LIVE and standing.executor not in ("", executor):
@@ -124,13 +125,13 @@ def launch(plan: Plan, options: Options) -> Launched:
         own = [*choice.own, *stages[len(choice.start) :]]
         terminal = Terminal()
         if executor == "local":
-            queue = local.start(plan, stages, own, attempt, image)
+            queue = background.start(plan, stages, own, attempt, image)
         terminal.say(_headline(plan, choice, attempt))
     if executor == "debug":
-        return Launched(choice, tuple(local.run_here(plan, stages, attempt, terminal)))
+        return Launched(choice, tuple(background.run_here(plan, stages, attempt, terminal)))
     if options.detach:
         return Launched(choice, submitted=len(choice.own))
-    return Launched(choice, tuple(local.follow(stages, attempt, queue, terminal)))
+    return Launched(choice, tuple(background.follow(stages, attempt, queue, terminal)))
 
 
 def resolve(executor: str) -> Scheduler | None:
@@ -184,7 +185,7 @@ def container_for(plan: Plan, options: Options, site: Cluster, executor: str) ->
     if name is None:
         return None
     named = {text for point in plan.points for text in _texts(schema.to_plain(point.config))}
-    image = container_of(name, sorted(named), site.binds)
+    image = container_of(name, [*sorted(named), *shell_path(in_image=True)], site.binds)
     if executor in schedulers.SCHEDULERS and image.runtime == "docker":
         raise TsaeError(
             f"--container {name}: jobs of {schedulers.find(executor).title} run in Apptainer, not in Docker; "

@@ -7,19 +7,22 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from tsae.runtime.state import Record, State
 from tsae.sweep.plan import Plan
 from tsae.sweep.queue.display import duration, read_progress
 from tsae.sweep.stage import KINDS, Stage
-from tsae.sweep.survey import STATES, Standing
 
-NOTABLE = ("failed", "interrupted", "running", "preempted", "queued", "blocked", "waiting", "done")
+NOTABLE = (
+    *(State.FAILED, State.INTERRUPTED, State.RUNNING, State.PREEMPTED, State.QUEUED),
+    *(State.BLOCKED, State.WAITING, State.DONE),
+)
 """States by what a person wants to see first."""
-WITH_LOG = ("failed", "interrupted", "running", "preempted")
+WITH_LOG = NOTABLE[:4]
 MOST_ROWS = 40
 LOG_LINES = 30
 COLUMNS = ("point", "stage", "state", "node", "elapsed", "progress", "rate")
 
-Standings = Mapping[str, Standing]
+Standings = Mapping[str, Record]
 
 
 def headline(plan: Plan, stages: Sequence[Stage], standings: Standings) -> list[str]:
@@ -36,7 +39,7 @@ def counts(stages: Sequence[Stage], standings: Standings) -> list[str]:
     found: dict[str, Counter[str]] = {}
     for stage in stages:
         found.setdefault(stage.kind, Counter())[standings[stage.key].state] += 1
-    columns = [state for state in STATES if state == "done" or any(counter[state] for counter in found.values())]
+    columns = [state for state in State if state == "done" or any(counter[state] for counter in found.values())]
     rows = [["stage", *columns]]
     for kind in sorted(found, key=KINDS.index):
         counter = found[kind]
@@ -67,7 +70,7 @@ def point_rows(
             lines.append(f"    log: {_relative(standing.log, plan.folder)}")
     if hidden:
         states = Counter(standing.state for _, _, standing in hidden)
-        rest = ", ".join(f"{states[state]} {state}" for state in STATES if states[state])
+        rest = ", ".join(f"{states[state]} {state}" for state in State if states[state])
         lines.append(f"... and {len(hidden)} more: {rest} (--all shows them)")
     return lines
 
@@ -86,7 +89,7 @@ def log_texts(stages: Sequence[Stage], standings: Standings) -> list[str]:
     return lines
 
 
-def _shown(plan: Plan, stages: Sequence[Stage], standings: Standings) -> list[tuple[str, Stage, Standing]]:
+def _shown(plan: Plan, stages: Sequence[Stage], standings: Standings) -> list[tuple[str, Stage, Record]]:
     """Name, stage and standing of each line: shared stages that are not done, and the most telling stage of each point."""
     shared = [stage for stage in stages if stage.kind in ("harvest", "report") and standings[stage.key].state != "done"]
     own: dict[str, list[Stage]] = {point.name: [] for point in plan.points}
@@ -109,17 +112,17 @@ def _most_telling(stages: Sequence[Stage], standings: Standings) -> Stage:
     )
 
 
-def _cells(stage: Stage, standing: Standing) -> list[str]:
+def _cells(stage: Stage, standing: Record) -> list[str]:
     elapsed = ""
-    if standing.since is not None and (standing.until is not None or standing.state == "running"):
-        elapsed = duration(max(0.0, (standing.until or time.time()) - standing.since))
+    if standing.started is not None and (standing.ended is not None or standing.state == "running"):
+        elapsed = duration(max(0.0, (standing.ended or time.time()) - standing.started))
     progress, rate = _progress(stage, standing) if standing.state in ("running", "preempted") else ("", "")
-    return [stage.kind, standing.state, standing.node, elapsed, progress, rate]
+    return [stage.kind, standing.state, standing.host, elapsed, progress, rate]
 
 
-def _progress(stage: Stage, standing: Standing) -> tuple[str, str]:
+def _progress(stage: Stage, standing: Record) -> tuple[str, str]:
     """`200/800 steps` and `12.5k tokens/s`, of what the stage's progress file says."""
-    record = read_progress(stage, standing.since or 0.0)
+    record = read_progress(stage, standing.started or 0.0)
     if not record or str(record.get("stage", "")).split(" ")[0] != stage.kind:
         return "", ""
     reached = f"{_short(record['done'])}/{_short(record['total'])}" if record.get("total") else _short(record["done"])

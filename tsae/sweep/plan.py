@@ -22,8 +22,7 @@ from tsae.config.points import Point
 from tsae.config.schema import flatten
 from tsae.report.compared import Compared
 from tsae.runtime.errors import TsaeError
-from tsae.sweep.chain import Chain
-from tsae.sweep.packing import pack
+from tsae.sweep.chain import Chain, pack
 from tsae.sweep.points import expand
 from tsae.sweep.stage import KINDS, Stage
 from tsae.sweep.sweepfile import Sweep

@@ -10,9 +10,10 @@ import sys
 import time
 
 from tsae.runtime.errors import TsaeError, suggestion
+from tsae.runtime.state import LIVE
 from tsae.sweep.overview import counts, headline, log_texts, point_rows
 from tsae.sweep.plan import Plan
-from tsae.sweep.survey import LIVE, Survey
+from tsae.sweep.survey import Survey
 
 WATCH_SECONDS = 3.0
 WIDE = 200

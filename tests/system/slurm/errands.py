@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import site
@@ -23,6 +24,12 @@ def note(_configs: str, path: str, seconds: float = 0.0) -> None:
     place: dict[str, Any] = {"code": preemption.__file__, "image": os.environ.get("APPTAINER_CONTAINER")}
     place["no_user_site"] = not site.ENABLE_USER_SITE
     write_json(Path(path), {"began": began, "ended": time.time(), "environment": seen, **place})
+
+
+def note_package(_configs: str, path: str, name: str) -> None:
+    """Write down where package `name` and this code come from, and what PYTHONPATH is."""
+    found = {"package": importlib.import_module(name).__file__, "code": preemption.__file__}
+    write_json(Path(path), {**found, "path": os.environ["PYTHONPATH"]})
 
 
 def fail(_configs: str, words: str) -> None:

@@ -9,7 +9,8 @@ from typing import Any
 
 import yaml
 
-from tsae.runtime.job import read_state
+from tsae.runtime.files import read_whole_json
+from tsae.runtime.state import state_path
 from tsae.sweep.attempt import Attempt, Submitted, job_name
 from tsae.sweep.cluster import Cluster
 from tsae.sweep.resources import StageResources
@@ -91,7 +92,7 @@ class SweepOnSlurm:
 
     def state(self, name: str) -> dict[str, Any]:
         """The record of a stage; empty before there is one."""
-        return read_state(self.folder / "stages" / name) or {}
+        return read_whole_json(state_path(self.folder / "stages" / name))
 
     def alive(self) -> list[str]:
         """Jobs that run or will."""

@@ -144,6 +144,36 @@ def test_jobs_run_the_code_of_their_attempt_whatever_happens_to_the_checkout(swe
     assert attempt.jobs() == list(jobs.values())
 
 
+def test_jobs_find_what_the_launching_shell_and_the_site_s_modules_put_on_pythonpath(
+    sweep: SweepOnSlurm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The copy of the code wins over both, and over a package of its name that stands there."""
+    places = {name: sweep.home / name for name in ("shell", "module")}
+    for name, place in places.items():
+        (place / f"my_{name}").mkdir(parents=True)
+        (place / f"my_{name}" / "__init__.py").touch()
+        (place / "tsae").mkdir()
+        (place / "tsae" / "__init__.py").write_text("raise SystemExit('the wrong one')")
+    monkeypatch.chdir(sweep.home)
+    monkeypatch.setenv("PYTHONPATH", ":shell:")
+    errand = "tests.system.slurm.errands:note_package"
+    stages = [sweep.stage(name, errand, str(sweep.home / f"{name}.json"), f"my_{name}") for name in places]
+    submission = sweep.submission(setup=(f'export PYTHONPATH={places["module"]}:"$PYTHONPATH"',))
+    submission.submit(stages)
+    sweep.wait_until_over()
+    for name, place in places.items():
+        seen = read(sweep.home / f"{name}.json")
+        assert Path(seen["package"]).is_relative_to(place)
+        assert Path(seen["code"]).is_relative_to(submission.attempt.code)
+        own = submission.cluster.environment["PYTHONPATH"]
+        assert seen["path"].split(":") == [
+            str(submission.attempt.code),
+            own,
+            str(places["module"]),
+            str(places["shell"]),
+        ]
+
+
 def test_a_dry_run_shows_the_scripts_that_are_submitted(sweep: SweepOnSlurm) -> None:
     stages = [sweep.stage(name, "tests.system.slurm.errands:note", str(sweep.home / name)) for name in "ab"]
     stages.append(

@@ -8,13 +8,14 @@ import sys
 import time
 from typing import Any, TextIO
 
+from tsae.runtime.state import State
 from tsae.sweep.queue.runner import Task
 from tsae.sweep.stage import Stage
 
 TERMINAL_SECONDS = 0.5
 LOG_SECONDS = 5.0
 BAR = 16
-STATES = ("done", "running", "elsewhere", "waiting", "failed", "interrupted", "blocked")
+COUNTED = (State.DONE, State.RUNNING, State.ELSEWHERE, State.WAITING, State.FAILED, State.INTERRUPTED, State.BLOCKED)
 
 
 class Terminal:
@@ -34,18 +35,18 @@ class Terminal:
     def changed(self, task: Task) -> None:
         """Print the line of an event; what a failure blocks is counted in the live lines and named at the end."""
         label, status = task.stage.label, task.status
-        if task.state == "running":
+        if task.state == State.RUNNING:
             gpus = f", GPU {status.gpus}" if status.gpus else ""
             plural = "s" if status.cpus > 1 else ""
             self.say(f"{label}: started ({status.cpus} core{plural}{gpus}; log {status.log})")
-        elif task.state == "elsewhere":
+        elif task.state == State.ELSEWHERE:
             self.say(f"{label}: {status.elsewhere} is working on it; waiting for that")
-        elif task.state == "waiting" and status.preemptions:
+        elif task.state == State.WAITING and status.restarts:
             self.say(f"{label}: was preempted; it continues when there is room")
-        elif task.state == "done":
-            spent = f" in {duration(status.ended - status.began)}" if status.began else ""
+        elif task.state == State.DONE:
+            spent = f" in {duration((status.ended or 0.0) - status.started)}" if status.started else ""
             self.say(f"{label}: done{spent}")
-        elif task.state in ("failed", "interrupted"):
+        elif task.state in (State.FAILED, State.INTERRUPTED):
             self.say(f"{label}: {task.state.upper()}: {status.error}")
             if status.log:
                 self.say(f"    log: {status.log}")
@@ -56,12 +57,12 @@ class Terminal:
         if now - self._shown < (TERMINAL_SECONDS if self._in_place else LOG_SECONDS):
             return
         self._shown = now
-        lines = [progress_line(task) for task in tasks if task.state in ("running", "elsewhere")]
+        lines = [progress_line(task) for task in tasks if task.state in (State.RUNNING, State.ELSEWHERE)]
         if not lines:
             return
         counts = ", ".join(
             f"{sum(task.state == state for task in tasks)} {state}"
-            for state in STATES
+            for state in COUNTED
             if any(task.state == state for task in tasks)
         )
         lines.append(f"[{duration(now - self._began)}] {len(tasks)} stages: {counts}")
@@ -81,7 +82,7 @@ class Terminal:
 
 def progress_line(task: Task) -> str:
     """`train k=16  [####    ] 200/800 steps  12.5/s  0:48 left  loss 0.31`."""
-    began = task.status.began
+    began = task.status.started or 0.0
     label = f"  {task.stage.label}"
     record = read_progress(task.stage, began)
     if not record or not record.get("total"):

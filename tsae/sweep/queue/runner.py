@@ -8,12 +8,13 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
-from typing import Any, Protocol
+from dataclasses import dataclass, field
+from typing import Protocol
 
 from tsae.runtime import locks
-from tsae.sweep.queue.jobs import Executor, Job, Outcome, Share
-from tsae.sweep.queue.machine import Machine
+from tsae.runtime.state import BROKEN, OPEN, Record, State, mark_failed
+from tsae.sweep.queue.executors import Executor, Job
+from tsae.sweep.queue.machine import Machine, Share
 from tsae.sweep.stage import Stage
 
 POLL_SECONDS = 0.2
@@ -22,40 +23,6 @@ MOST_PREEMPTIONS = 100
 """Times that a preempted stage is started again; one that never gets anywhere must end."""
 MOST_CORES = 16
 """A job that names no number of cores gets no more than this: small models do not gain from more threads."""
-OPEN = ("waiting", "running", "elsewhere")
-"""States of a task that is not settled."""
-BROKEN = ("failed", "interrupted", "blocked")
-
-
-@dataclass
-class Status:
-    """What a queue knows of one stage; plain values, for other processes to read."""
-
-    state: str = "waiting"
-    """waiting, running, elsewhere (another process works on it), done, failed, interrupted (killed) or blocked."""
-    error: str = ""
-    cpus: int = 0
-    gpus: str = ""
-    began: float = 0.0
-    """When its job started, in seconds since the epoch."""
-    ended: float = 0.0
-    log: str = ""
-    pid: int = 0
-    """Process group of its job."""
-    pid_started: str = ""
-    elsewhere: str = ""
-    """Who works on it instead of this queue."""
-    preemptions: int = 0
-
-    def plain(self) -> dict[str, Any]:
-        """As JSON; what is at its default is left out."""
-        return {name: value for name, value in asdict(self).items() if value != getattr(Status, name)}
-
-    @classmethod
-    def read(cls, plain: dict[str, Any]) -> Status:
-        """From JSON, of this version or another."""
-        known = {entry.name for entry in fields(cls)}
-        return cls(**{name: value for name, value in plain.items() if name in known})
 
 
 @dataclass
@@ -63,14 +30,14 @@ class Task:
     """A stage of the queue, and what is known of it now."""
 
     stage: Stage
-    status: Status
+    status: Record = field(default_factory=Record)
     job: Job | None = None
     share: Share | None = None
     looked: float = -LOOK_SECONDS
 
     @property
-    def state(self) -> str:
-        """The state of its status."""
+    def state(self) -> State:
+        """Of its status."""
         return self.status.state
 
 
@@ -84,20 +51,8 @@ class Display(Protocol):
         """Show what is running; called several times a second."""
 
 
-@dataclass(frozen=True)
-class Claim:
-    """What another queue says of a stage."""
-
-    owner: str
-    alive: bool
-    """Whether it works on the stage or will."""
-    error: str = ""
-    """How its job failed, if it did."""
-
-
-def nobody(_stage: Stage) -> Claim | None:
-    """No other queue has the stage."""
-    return None
+Claims = Callable[[Stage], Record | None]
+"""What another queue says of a stage, with its stamp as `attempt`; None if no other queue has it."""
 
 
 class Queue:
@@ -110,9 +65,9 @@ class Queue:
         display: Display,
         machine: Machine,
         most: int | None = None,
-        claims: Callable[[Stage], Claim | None] = nobody,
+        claims: Claims = lambda _stage: None,
     ) -> None:
-        self.tasks = [Task(stage, Status()) for stage in stages]
+        self.tasks = [Task(stage) for stage in stages]
         self._by_key = {task.stage.key: task for task in self.tasks}
         self._executor, self._display, self._machine, self._claims = executor, display, machine, claims
         self._most = most or len(stages)
@@ -131,7 +86,7 @@ class Queue:
 
     def end(self) -> None:
         """Stop every job of this queue; each is asked first, so that it can save what it has."""
-        running = [task for task in self.tasks if task.job is not None and task.state == "running"]
+        running = [task for task in self.tasks if task.job is not None and task.state == State.RUNNING]
         for task in running:
             assert task.job is not None
             task.job.ask()
@@ -140,38 +95,39 @@ class Queue:
             task.job.end()
             self._release(task)
             task.status.error = "was stopped"
-            self._enter(task, "interrupted")
+            self._enter(task, State.INTERRUPTED)
 
     def _step(self) -> None:
         for task in self.tasks:
-            if task.state == "running":
+            if task.state == State.RUNNING:
                 self._watch(task)
-        waiting = [task for task in self.tasks if task.state in ("waiting", "elsewhere")]
-        peers = Counter(task.stage.kind for task in self.tasks if task.state in ("waiting", "running"))
+        waiting = [task for task in self.tasks if task.state in (State.WAITING, State.ELSEWHERE)]
+        peers = Counter(task.stage.kind for task in self.tasks if task.state in (State.WAITING, State.RUNNING))
         self._running = sum(task.share is not None for task in self.tasks)
         full: set[str] = set()
         for task in waiting:
-            if self._is_ready(task) and not (task.state == "waiting" and task.stage.kind in full):
+            if self._is_ready(task) and not (task.state == State.WAITING and task.stage.kind in full):
                 self._advance(task, peers[task.stage.kind], full)
 
     def _watch(self, task: Task) -> None:
         assert task.job is not None
-        outcome = task.job.poll()
-        if outcome is None:
+        ending = task.job.poll()
+        if ending is None:
             return
         self._release(task)
-        if outcome.error is not None and self._taken(task):
+        state, error = ending
+        if state != State.DONE and self._taken(task):
             return
-        if outcome.preempted and task.status.preemptions < MOST_PREEMPTIONS:
-            task.status.preemptions += 1
-            self._enter(task, "waiting")
+        if state == State.PREEMPTED and task.status.restarts < MOST_PREEMPTIONS:
+            task.status.restarts += 1
+            self._enter(task, State.WAITING)
             return
         # A report may be out of date as soon as it is written; every other output is there or is not.
-        if outcome.error is None and not task.stage.after_failures and not task.stage.is_done():
-            outcome = Outcome("ended without an error, but its output is not complete")
-            task.job.mark_failed(str(outcome.error))
-        task.status.error = outcome.error or ""
-        self._enter(task, "done" if outcome.error is None else "interrupted" if outcome.killed else "failed")
+        if state == State.DONE and not task.stage.after_failures and not task.stage.is_done():
+            state, error = State.FAILED, "ended without an error, but its output is not complete"
+            mark_failed(task.stage.record, error)
+        task.status.error = error
+        self._enter(task, State.FAILED if state == State.PREEMPTED else state)
 
     def _advance(self, task: Task, peers: int, full: set[str]) -> None:
         """Start `task` if nobody has it and a share is free; else its kind of stage is `full` for this step."""
@@ -179,13 +135,13 @@ class Queue:
         if now - task.looked < LOOK_SECONDS:
             return
         share = self._share(task, peers)
-        if share is None and task.state == "waiting":
+        if share is None and task.state == State.WAITING:
             full.add(task.stage.kind)
             return
         task.looked = now
         if task.stage.is_done():
-            self._enter(task, "done")
-        elif not self._taken(task) and share is not None and task.state == "waiting":
+            self._enter(task, State.DONE)
+        elif not self._taken(task) and share is not None and task.state == State.WAITING:
             self._start(task, share)
             return
         if share is not None:
@@ -199,39 +155,38 @@ class Queue:
         broken = next((entry for entry in inputs if entry.state in BROKEN), None)
         if broken is not None:
             task.status.error = f"not started, because '{broken.stage.label}' is not done"
-            self._enter(task, "blocked")
+            self._enter(task, State.BLOCKED)
             return False
-        return all(entry.state == "done" for entry in inputs)
+        return all(entry.state == State.DONE for entry in inputs)
 
     def _start(self, task: Task, share: Share) -> None:
         task.share = share
         self._running += 1
         task.job = self._executor.start(task.stage, share)
-        before = task.status.preemptions
-        task.status = Status(
+        task.status = Record(
             cpus=share.cpus,
             gpus=",".join(share.gpus),
-            began=task.job.started,
+            started=task.job.started,
             log=str(task.job.log),
             pid=task.job.pid,
             pid_started=locks.started_at(task.job.pid),
-            preemptions=before,
+            restarts=task.status.restarts,
         )
-        self._enter(task, "running")
+        self._enter(task, State.RUNNING)
 
     def _taken(self, task: Task) -> bool:
         """Whether another live process has it; then this queue waits for that one, and takes its failure for its own."""
         owner, claim = locks.owner(task.stage.lock), self._claims(task.stage)
-        if owner is None and (claim is None or not claim.alive):
-            if task.state == "elsewhere":
-                task.status.state = "waiting"
-                if claim is not None and claim.error:
+        if owner is None and (claim is None or claim.state not in (State.WAITING, State.RUNNING)):
+            if task.state == State.ELSEWHERE:
+                task.status.state = State.WAITING
+                if claim is not None and claim.state == State.FAILED:
                     task.status.error = claim.error
-                    self._enter(task, "failed")
-            return task.state == "failed"
-        task.status.elsewhere = str(owner) if owner is not None else claim.owner if claim else ""
-        if task.state != "elsewhere":
-            self._enter(task, "elsewhere")
+                    self._enter(task, State.FAILED)
+            return task.state == State.FAILED
+        task.status.elsewhere = str(owner) if owner is not None else claim.attempt if claim else ""
+        if task.state != State.ELSEWHERE:
+            self._enter(task, State.ELSEWHERE)
         return True
 
     def _share(self, task: Task, peers: int) -> Share | None:
@@ -250,7 +205,7 @@ class Queue:
             self._machine.give_back(task.share)
             task.share = None
 
-    def _enter(self, task: Task, state: str) -> None:
+    def _enter(self, task: Task, state: State) -> None:
         task.status.state = state
         if state not in OPEN:
             task.status.ended = time.time()

@@ -35,7 +35,7 @@ To add one: a folder beside slurm/ with a class that has what `Scheduler` lists,
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -89,9 +89,9 @@ class Order:
     max_parallel: int
     """Most of its jobs that run at the same time."""
     cluster: Cluster
-    """The site's setup lines, notice before the end of a job's time, and the like."""
-    variables: Mapping[str, str]
-    """What the script exports for each job."""
+    """The site's notice before the end of a job's time, and the like."""
+    setup: Sequence[str]
+    """Lines of shell that the script runs before python: the site's own, then the variables of the jobs."""
     python: Sequence[str]
     """The command before python's arguments: an interpreter, or a container's command that ends with one."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -12,13 +13,12 @@ from pathlib import Path
 from tsae.runtime import environment
 from tsae.runtime.errors import TsaeError
 from tsae.runtime.job import MOST_RESTARTS, Call
-from tsae.sweep.attempt import Attempt, Submitted, job_name
+from tsae.sweep.attempt import Attempt, Submitted, job_name, python_path, shell_path
 from tsae.sweep.cancel import undo_half_submissions
 from tsae.sweep.cluster import Cluster
 from tsae.sweep.container import Container
 from tsae.sweep.schedulers.arrays import Array, to_arrays
 from tsae.sweep.schedulers.base import Limits, Order, Scheduler
-from tsae.sweep.snapshot import python_path
 from tsae.sweep.stage import Stage
 
 
@@ -94,11 +94,11 @@ class Submission:
 
     def _order(self, number: int, array: Array, ids: Mapping[Array, str]) -> Order:
         """`array` as the scheduler gets it; `ids` are those of the arrays before."""
-        variables = self._variables(array.resources.cpus)
         python = [sys.executable]
         if self.container is not None:
             # An image keeps the host's PYTHONPATH out, so the copy of the code is named to it.
-            code = {"PYTHONPATH": variables["PYTHONPATH"]}
+            own = self.cluster.environment.get("PYTHONPATH")
+            code = {"PYTHONPATH": python_path(self.attempt.code, own, *shell_path(in_image=True))}
             python = self.container.command(code, gpus=bool(array.resources.gpus))
         return Order(
             kind=array.kind,
@@ -122,19 +122,28 @@ class Submission:
             hold=array.is_free,
             max_parallel=self.max_parallel or self.cluster.max_parallel or len(array.stages),
             cluster=self.cluster,
-            variables=variables,
+            setup=self._setup(array.resources.cpus),
             python=python,
         )
 
-    def _variables(self, cpus: int | None) -> dict[str, str]:
-        own = self.cluster.environment
-        # The copy comes first, or an installed package would stand in for it.
-        path = [python_path(self.attempt.code), *([own["PYTHONPATH"]] if "PYTHONPATH" in own else [])]
-        return {
+    def _setup(self, cpus: int | None) -> list[str]:
+        """The site's lines, with PYTHONPATH as the launching shell had it, and then the variables of the jobs.
+
+        What `module load` in the site's lines puts on PYTHONPATH stays, like all of it behind the copy of the code.
+        """
+        own = dict(self.cluster.environment)
+        path = python_path(self.attempt.code, own.pop("PYTHONPATH", None))
+        variables = {
             "TSAE_HOME": str(environment.home()),
             "PYTHONSAFEPATH": "1",  # else a folder `tsae` in the working directory would stand in for the copy
             MOST_RESTARTS: str(self.cluster.max_restarts),
             **({"OMP_NUM_THREADS": str(cpus)} if cpus else {}),
             **own,
-            "PYTHONPATH": os.pathsep.join(path),
         }
+        return [
+            # Absolute, and without the empty entries that mean the working directory.
+            f"export PYTHONPATH={shlex.quote(os.pathsep.join(shell_path()))}",
+            *self.cluster.setup,
+            *(f"export {name}={shlex.quote(value)}" for name, value in variables.items()),
+            f"export PYTHONPATH={shlex.quote(path)}${{PYTHONPATH:+:$PYTHONPATH}}",
+        ]

@@ -136,7 +136,6 @@ def _parameters(order: Order) -> dict[str, Any]:
     minutes, cpus = asked.minutes, asked.cpus
     notice = cluster.signal_seconds if minutes is None else min(cluster.signal_seconds, minutes * 60 // 3)
     extra = {name: value for name, value in asked.extra.items() if value not in (None, False)}
-    variables = [f"export {name}={shlex.quote(value)}" for name, value in order.variables.items()]
     own: dict[str, Any] = {
         "requeue": True,
         "kill-on-invalid-dep": "yes",
@@ -163,7 +162,7 @@ def _parameters(order: Order) -> dict[str, Any]:
         "wckey": None,  # submitit's own default would be refused where keys are checked
         "stderr_to_stdout": True,
         "additional_parameters": {**own, **extra},
-        "setup": [*cluster.setup, *variables, KEEP_SHELL],
+        "setup": [*order.setup, KEEP_SHELL],
         # srun does not inherit the cores; a dead process must not leave the others waiting for it.
         "srun_args": ["--kill-on-bad-exit=1", *([f"--cpus-per-task={cpus}"] if cpus else [])],
         "teardown": REQUEUE.replace("{folder}", shlex.quote(str(order.folder))).splitlines(),

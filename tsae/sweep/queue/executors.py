@@ -19,26 +19,22 @@ from typing import Protocol
 
 from tsae.runtime import job
 from tsae.runtime.preemption import REQUEUE
-from tsae.sweep.attempt import Attempt
+from tsae.runtime.state import Record, State, mark_failed
+from tsae.sweep.attempt import Attempt, python_path, shell_path
 from tsae.sweep.container import Container
-from tsae.sweep.queue.calls import call_of, last_line, mark_failed
 from tsae.sweep.queue.machine import Share
 from tsae.sweep.resources import StageResources
-from tsae.sweep.snapshot import python_path
 from tsae.sweep.stage import Stage
 
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS")
 PATIENCE_SECONDS = 10.0
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """How a job ended: `error` is None, or one line; one that was `preempted` has saved its state and can go on."""
+LAST_WORDS = 4096
+"""Bytes from the end of a log in which a job's last line is looked for."""
 
-    error: str | None
-    preempted: bool = False
-    killed: bool = False
-    """Whether it was ended from outside, and so said nothing of its own."""
+Ending = tuple[State, str]
+"""How a job ended: DONE, FAILED, PREEMPTED (saved, and can go on) or INTERRUPTED (killed); and one line of why."""
 
 
 class Job(Protocol):
@@ -56,7 +52,7 @@ class Job(Protocol):
     def pid(self) -> int:
         """Its process group."""
 
-    def poll(self) -> Outcome | None:
+    def poll(self) -> Ending | None:
         """How it ended, or None while it runs."""
 
     def ask(self) -> None:
@@ -64,9 +60,6 @@ class Job(Protocol):
 
     def end(self) -> None:
         """Wait a little for it to leave, then stop it and everything it started."""
-
-    def mark_failed(self, error: str) -> None:
-        """Record what its own process could not say."""
 
 
 class Executor(Protocol):
@@ -95,18 +88,17 @@ class DebugExecutor:
 
     def start(self, stage: Stage, share: Share) -> Job:  # noqa: ARG002 (this process has all it has)
         """Run `stage` to its end; its output goes to the terminal."""
-        call, started = call_of(stage, self._attempt, self.name), time.time()
-        assert call.log is not None
-        log = Path(call.log)
+        call, started = _call(stage, self._attempt, self.name), time.time()
+        log = log_path(stage, self._attempt)
         log.parent.mkdir(exist_ok=True)
         try:
             job.run_stage(call)
         except Exception as error:
             log.write_text(traceback.format_exc())
             traceback.print_exc()
-            state = job.read_state(Path(call.record)) or {}
-            return FinishedJob(log, started, Outcome(state.get("error") or str(error)), stage.record)
-        return FinishedJob(log, started, Outcome(None), stage.record)
+            record = Record.of(stage.record)
+            return FinishedJob(log, started, (State.FAILED, (record.error if record else "") or str(error)))
+        return FinishedJob(log, started, (State.DONE, ""))
 
 
 @dataclass(frozen=True)
@@ -115,23 +107,18 @@ class FinishedJob:
 
     log: Path
     started: float
-    outcome: Outcome
-    record: Path
+    ending: Ending
     pid: int = 0
 
-    def poll(self) -> Outcome | None:
+    def poll(self) -> Ending | None:
         """How it ended."""
-        return self.outcome
+        return self.ending
 
     def ask(self) -> None:
         """Nothing is left to ask."""
 
     def end(self) -> None:
         """Nothing is left to stop."""
-
-    def mark_failed(self, error: str) -> None:
-        """Record what the stage could not say."""
-        mark_failed(self.record, error)
 
 
 class LocalExecutor:
@@ -149,12 +136,11 @@ class LocalExecutor:
     def start(self, stage: Stage, share: Share) -> LocalJob:
         """Start `stage`; threads and visible GPUs are those of `share`."""
         count = self.processes(stage.resources, len(share.gpus))
-        call = call_of(stage, self._attempt, self.name, count)
+        call = _call(stage, self._attempt, self.name, count)
         path = self._attempt.folder / "calls" / f"{stage.record.name}.json"
         call.save(path)
         environ = {**self._variables(share, count), **_meeting_point(count)}
-        assert call.log is not None
-        log = Path(call.log)
+        log = log_path(stage, self._attempt)
         log.parent.mkdir(exist_ok=True)
         processes: list[subprocess.Popen[bytes]] = []
         with open(log, "ab") as stream:
@@ -183,7 +169,7 @@ class LocalExecutor:
         return {
             **dict.fromkeys(THREAD_VARIABLES, str(max(1, share.cpus // processes))),
             "CUDA_VISIBLE_DEVICES": ",".join(share.gpus),
-            "PYTHONPATH": python_path(self._attempt.code),
+            "PYTHONPATH": python_path(self._attempt.code, *shell_path(in_image=self._container is not None)),
             "PYTHONUNBUFFERED": "1",
             # Without it, a folder `tsae` in the working directory would stand in for the launcher's own package.
             "PYTHONSAFEPATH": "1",
@@ -199,7 +185,7 @@ class LocalJob:
         self._first_code: int | None = None
         self._deadline: float | None = None
 
-    def poll(self) -> Outcome | None:
+    def poll(self) -> Ending | None:
         """What its record says, or the word of the log if it was killed before it could say anything."""
         codes = [process.poll() for process in self._processes]
         bad = [code for code in codes if code not in (None, 0)]
@@ -210,19 +196,19 @@ class LocalJob:
                 self._end_the_rest()
             return None
         code = self._first_code or 0
-        if code == REQUEUE:
-            return Outcome("was preempted", preempted=True)
-        if code < 0:
-            return Outcome(
-                f"was killed ({_signal_name(-code)}; out of memory?); its last words: {self._last_words()}", killed=True
-            )
         if code == 0:
-            return Outcome(None)
-        state = job.read_state(self._record) or {}
-        if state.get("state") != "failed" or state.get("started", 0.0) < self.started - 1:
-            self.mark_failed(f"a process ended with code {code}; its last words: {self._last_words()}")
-            state = job.read_state(self._record) or {}
-        return Outcome(str(state["error"]))
+            return State.DONE, ""
+        if code == REQUEUE:
+            return State.PREEMPTED, "was preempted"
+        words = f"its last words: {last_line(self.log) or 'none'}"
+        if code < 0:
+            return State.INTERRUPTED, f"was killed ({_signal_name(-code)}; out of memory?); {words}"
+        record = Record.of(self._record)
+        if record is None or record.state != State.FAILED or (record.started or 0.0) < self.started - 1:
+            error = f"a process ended with code {code}; {words}"
+            mark_failed(self._record, error)
+            return State.FAILED, error
+        return State.FAILED, record.error
 
     def ask(self) -> None:
         """Ask all of its processes to leave."""
@@ -237,10 +223,6 @@ class LocalJob:
                     self._signal(number)
                     break
                 time.sleep(0.05)
-
-    def mark_failed(self, error: str) -> None:
-        """Record what its own process could not say."""
-        mark_failed(self._record, error)
 
     def _end_the_rest(self) -> None:
         if self._deadline is None:
@@ -264,8 +246,35 @@ class LocalJob:
             return False
         return True
 
-    def _last_words(self) -> str:
-        return last_line(self.log) or "none"
+
+def log_path(stage: Stage, attempt: Attempt) -> Path:
+    """Where a local job of `attempt` writes."""
+    return attempt.folder / "logs" / f"{stage.record.name}.log"
+
+
+def last_line(log: Path) -> str:
+    """The last line of a log that says something."""
+    try:
+        with open(log, "rb") as stream:
+            stream.seek(max(0, stream.seek(0, os.SEEK_END) - LAST_WORDS))
+            lines = stream.read().decode(errors="replace").splitlines()
+    except FileNotFoundError:
+        return ""
+    return next((line.strip() for line in reversed(lines) if line.strip()), "")
+
+
+def _call(stage: Stage, attempt: Attempt, executor: str, processes: int = 1) -> job.Call:
+    """`stage` as a job of `attempt` on this machine."""
+    return job.Call(
+        record=str(stage.record),
+        function=stage.function,
+        arguments=stage.arguments_in(attempt.points),
+        label=stage.label,
+        attempt=attempt.stamp,
+        executor=executor,
+        processes=processes,
+        log=str(log_path(stage, attempt)),
+    )
 
 
 def _meeting_point(processes: int) -> dict[str, str]:

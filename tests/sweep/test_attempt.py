@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tsae.sweep import snapshot
+from tsae.sweep import attempt
 
 
 @pytest.fixture
@@ -21,13 +21,13 @@ def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     author = ["-c", "user.name=a", "-c", "user.email=a@b"]
     for command in (["init", "-q"], ["add", "."], [*author, "commit", "-qm", "first"]):
         subprocess.run(["git", *command], cwd=folder, check=True)
-    monkeypatch.setattr(snapshot, "PACKAGE", folder / "tsae")
+    monkeypatch.setattr(attempt, "PACKAGE", folder / "tsae")
     return folder
 
 
 def recorded(folder: Path, image: str | None = None) -> dict[str, object]:
     folder.mkdir(exist_ok=True)
-    snapshot.write_provenance(folder, image)
+    attempt.write_provenance(folder, image)
     record: dict[str, object] = json.loads((folder / "provenance.json").read_text())
     return record
 
