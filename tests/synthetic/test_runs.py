@@ -85,7 +85,7 @@ def test_tasks_in_any_order_write_the_same_bytes(config: RunConfig, tmp_path: Pa
 
 def test_no_language_model_is_imported(tmp_path: Path) -> None:
     code = (
-        "import sys, json; from tsae import config; from tsae.stages import harvest_stage\n"
+        "import sys, json; from tsae.config import run as config; from tsae.stages import harvest_stage\n"
         "harvest_stage(config.from_mapping(json.loads(sys.argv[1]), 'test'))\n"
         "sys.exit(any(name in sys.modules for name in ('transformers', 'nnsight', 'datasets')))"
     )

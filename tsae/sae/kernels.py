@@ -239,7 +239,8 @@ def round_rows(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 # The list of entries above guesses needs no atomics and does not wait for the GPU: one program takes one row; a first
 # pass counts its entries, a second writes them from where the rows before it end. So the list ascends by row and latent,
-# and is the same in every run. In the kernels below a `row` is counted within its block, and `first_row` is the number of the block's first row.
+# and is the same in every run. In the kernels below a `row` is counted within its block, and `first_row` is the number
+# of the block's first row.
 
 
 @triton.jit

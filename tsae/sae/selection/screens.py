@@ -215,8 +215,8 @@ class CpuScreen:
     With F 16384 a row has 256 segments. A block of rows, whose products are in memory at a time, has 1024: 32 MB. For a
     guess of 5.05, a segment whose largest bias is 0.1, and whose largest norm and largest error make a margin of 0.04
     with those of the row, needs a product above (5.05 − 0.1 − 0.04) / (1 + 2^-8) = 4.89. If its largest is not above
-    that, as in most segments of a row that keeps 20 of 16384, none of its 64 entries is looked at. In the others those above
-    4.89 are judged once more, each by its own bias and margin: what is left are the candidates.
+    that, as in most segments of a row that keeps 20 of 16384, none of its 64 entries is looked at. In the others those
+    above 4.89 are judged once more, each by its own bias and margin: what is left are the candidates.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor, memory: Memory) -> None:
