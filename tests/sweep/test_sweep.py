@@ -243,7 +243,7 @@ def test_bad_input_is_one_line_and_code_2(sweep_file, home, arguments, message):
 
 
 def test_help_loads_nothing_heavy():
-    script = "import sys; from tsae.cli import _parser; _parser("")\n"
+    script = "import sys; from tsae.cli import _parser; _parser()\n"
     script += (
         "print([name for name in ('torch', 'numpy', 'submitit', 'matplotlib', 'transformers') if name in sys.modules])"
     )
