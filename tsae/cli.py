@@ -18,7 +18,7 @@ from tsae.interop.commands import add_commands
 from tsae.runtime import preemption
 from tsae.runtime.environment import home, load_dotenv, process_count, process_rank
 from tsae.runtime.errors import TsaeError, os_error_line, suggestion
-from tsae.sweep.commandline import add_commands as add_sweep_commands
+from tsae.sweep.commands import add_commands as add_sweep_commands
 from tsae.sweep.schedulers import adopt_place
 
 

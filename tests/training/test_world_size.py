@@ -57,7 +57,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict[str, Any
     folder = tmp_path_factory.mktemp("world-size")
     found = {1: everything(ALONE, folder)}
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["world_size_worker"])
+    context.set_forkserver_preload(["tests.training.world_size_worker"])
     processes = [context.Process(target=work_together, args=(rank, folder)) for rank in range(max(WORLDS))]
     for process in processes:
         process.start()

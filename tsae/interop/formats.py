@@ -17,7 +17,6 @@ from tsae.interop import sae_lens
 from tsae.interop.export import Source, write
 from tsae.interop.origin import Origin, read_json
 from tsae.interop.portable import Portable, encode, has_unit_rows, portable
-from tsae.interop.sae_lens_config import imported_config
 from tsae.runtime.files import write_json
 from tsae.sae.dictionary import Dictionary, ThresholdDictionary
 from tsae.sae.init import random_dictionary
@@ -157,4 +156,4 @@ ORIGIN = Origin("EleutherAI/pythia-160m", 8, "gpt_neox.layers.8", None, 256, 1, 
 
 def _config(dictionary: Dictionary) -> dict[str, Any]:
     metadata = {"model_name": ORIGIN.lens_model, "hook_name": ORIGIN.lens_hook, "context_size": ORIGIN.context_length}
-    return imported_config(type(dictionary).__name__, dictionary, {"metadata": metadata})
+    return sae_lens.imported_config(type(dictionary).__name__, dictionary, {"metadata": metadata})

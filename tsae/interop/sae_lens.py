@@ -6,19 +6,19 @@ named `temporal` is another method (Lubana et al. 2025, arXiv 2511.01836) and is
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from tsae.interop.origin import Origin, read_json
+from tsae.interop.origin import TRANSFORMER_LENS_PREFIXES, Origin, read_json
 from tsae.interop.portable import Portable, has_unit_rows, portable, recentred, state_dict, with_unit_rows
-from tsae.interop.sae_lens_config import imported_config, is_modern, modernised
 from tsae.runtime.errors import TsaeError, suggestion
 from tsae.runtime.files import write_json
 from tsae.sae.dictionary import Dictionary, ThresholdDictionary
-from tsae.sae.kinds import AutoEncoderTopK, classes, from_state
+from tsae.sae.kinds import AutoEncoderTopK, TemporalMatryoshkaBatchTopKSAE, classes, from_state
 
 CONFIG = "cfg.json"
 WEIGHTS = "sae_weights.safetensors"
@@ -98,8 +98,8 @@ def load(folder: str | Path) -> tuple[Dictionary, dict[str, Any]]:
     """
     folder = Path(folder)
     config = read_json(folder / CONFIG)
-    if not is_modern(config):
-        config = modernised(config, str(folder / CONFIG))
+    if not _is_modern(config):
+        config = _modernised(config, str(folder / CONFIG))
     form = _form(folder, config)
     metadata = config.get("metadata") or {}
     name, form = _class_for(form, metadata)
@@ -214,3 +214,74 @@ def _class_for(form: Portable, metadata: dict[str, Any]) -> tuple[str, Portable]
         # A top-k dictionary calibrated to a threshold: under its own name it would be read as top-k again.
         return ("BatchTopKSAE" if ours is AutoEncoderTopK else ours.__name__), form
     return "JumpReluAutoEncoder", recentred(form, False)
+
+
+def _is_modern(config: dict[str, Any]) -> bool:
+    """Whether a cfg.json has the form of version 6."""
+    version = config.get("sae_lens_version") or (config.get("metadata") or {}).get("sae_lens_version") or "0"
+    return bool(re.match(r"0*(\d+)", str(version))) and int(str(version).partition(".")[0]) >= 6
+
+
+def _modernised(config: dict[str, Any], where: str) -> dict[str, Any]:
+    """A cfg.json from before version 6 in the form of version 6. Raises TsaeError for activation functions it lost."""
+    config = dict(config)
+    activation = config.get("activation_fn_str") or config.get("activation_fn") or "relu"
+    architecture = config.get("architecture") or "standard"
+    if activation == "topk":
+        architecture = "topk"
+        config["k"] = (config.get("activation_fn_kwargs") or {}).get("k")
+    elif activation != "relu":
+        raise TsaeError(f"{where}: activation_fn {activation!r} cannot be read; readable: relu, topk")
+    if config.get("finetuning_scaling_factor"):
+        raise TsaeError(
+            f"{where}: finetuning_scaling_factor has no counterpart here; fold it in SAELens and save again"
+        )
+    normalisation = config.get("normalize_activations") or "none"
+    hook = config.get("hook_name") or config.get("hook_point")
+    names = ("model_name", "dataset_path", "context_size", "prepend_bos", "neuronpedia_id")
+    return {
+        **config,
+        "architecture": architecture,
+        "normalize_activations": "expected_average_only_in" if normalisation is True else normalisation,
+        "reshape_activations": config.get("reshape_activations") or ("hook_z" if "hook_z" in str(hook) else "none"),
+        "metadata": {"hook_name": hook, **{name: config.get(name) for name in names}},
+    }
+
+
+def imported_config(name: str, dictionary: Dictionary, config: dict[str, Any]) -> dict[str, Any]:
+    """The config.json of an imported dictionary of class `name`: what other loaders need, and the metadata as found."""
+    metadata = config.get("metadata") or {}
+    layer, submodule = _block(str(metadata.get("hook_name") or ""))
+    trainer: dict[str, Any] = {
+        "trainer_class": classes()[name].trainer_class,
+        "dict_class": name,
+        "activation_dim": dictionary.activation_dim,
+        "dict_size": dictionary.dict_size,
+        "layer": layer,
+        "lm_name": _hub_name(str(metadata.get("model_name") or "unknown")),
+        "submodule_name": submodule or metadata.get("hf_hook_name") or metadata.get("hook_name"),
+        "device": "cpu",
+    }
+    if isinstance(dictionary, ThresholdDictionary):
+        trainer["k"] = int(dictionary.k)
+    if "group_sizes" in dictionary.file_tensors:
+        trainer["group_sizes"] = list(dictionary.group_sizes)
+    if isinstance(dictionary, TemporalMatryoshkaBatchTopKSAE):
+        trainer["temporal"] = metadata.get("tsae_temporal", "p")
+    buffer = {"ctx_len": metadata.get("context_size"), "dataset": metadata.get("dataset_path")}
+    return {"trainer": trainer, "buffer": buffer, "sae_lens": metadata}
+
+
+def _block(hook: str) -> tuple[int | None, str | None]:
+    """Block whose output a TransformerLens hook reads, and the reference's name of that place."""
+    found = re.fullmatch(r"blocks\.(\d+)\.hook_resid_(pre|post)", hook)
+    layer = int(found[1]) - (found[2] == "pre") if found else -1
+    return (layer, f"resid_post_layer_{layer}") if layer >= 0 else (None, None)
+
+
+def _hub_name(lens_name: str) -> str:
+    """The hub id of a model that TransformerLens calls `lens_name`."""
+    for prefix, owner in TRANSFORMER_LENS_PREFIXES.items():
+        if lens_name.startswith(prefix.removeprefix(owner)):
+            return owner + lens_name
+    return lens_name

@@ -1,4 +1,4 @@
-"""The commands `tsae sweep`, `status`, `report`, `claims`, `cancel` and `runs`: what names a sweep, and its plan."""
+"""What names a sweep on a command line, and the plan it stands for."""
 
 from __future__ import annotations
 
@@ -6,65 +6,19 @@ import argparse
 import json
 import os
 import shlex
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tsae.runtime import environment
 from tsae.runtime.environment import SWEEPS
 from tsae.runtime.errors import TsaeError, suggestion
-from tsae.sweep.schedulers import SCHEDULERS
 
 if TYPE_CHECKING:
     from tsae.sweep.plan import Plan
     from tsae.sweep.sweepfile import Sweep
 
-AddCommand = Callable[[str, Callable[[argparse.Namespace], int | None], str], argparse.ArgumentParser]
 
-
-def add_commands(add: AddCommand) -> None:
-    """The commands that take a sweep. Heavy imports wait until one of them runs."""
-    sweep = add("sweep", _sweep, "run what is missing of a sweep, and report it")
-    _add_sweep_arguments(sweep)
-    bases = ", ".join(sorted(path.stem for path in (SWEEPS / "bases").glob("*.yaml")))
-    sweep.epilog = (
-        f"bases: {bases}. Everything lands under TSAE_HOME (default ./runs). "
-        "Running the same command again continues and does only what is missing."
-    )
-    sweep.add_argument(
-        "--executor",
-        choices=("auto", *SCHEDULERS, "local", "debug"),
-        default="auto",
-        help=f"{', '.join(SCHEDULERS)}: submit and return; local: processes of this machine; debug: inside this process; "
-        "auto: the first scheduler that answers, else local",
-    )
-    sweep.add_argument(
-        "--cluster", type=Path, metavar="FILE", help="a site's defaults, instead of ~/.config/tsae/cluster.yaml"
-    )
-    sweep.add_argument(
-        "--container", metavar="IMAGE", help="run every job in tsae.sif, docker://owner/image or docker:image"
-    )
-    sweep.add_argument("--retry-failed", action="store_true", help="try again what failed; else it is only named")
-    sweep.add_argument("--detach", action="store_true", help="local: return once the queue runs, do not follow it")
-    sweep.add_argument("--cancel", action="store_true", help="end what runs or waits of this sweep, and nothing else")
-    sweep.add_argument("--dry-run", action="store_true", help="show points, stages and job scripts, start nothing")
-    sweep.add_argument("--settings", action="store_true", help="print every setting with its meaning")
-
-    status = add("status", _status, "how a sweep is doing")
-    _add_sweep_arguments(status)
-    status.add_argument("--watch", action="store_true", help="draw anew every few seconds until nothing runs or waits")
-    status.add_argument("--logs", metavar="POINT", help="the end of each log of one point")
-    status.add_argument("--all", action="store_true", help="every point, however many there are")
-
-    _add_sweep_arguments(add("report", _report, "write the tables, figures and page of a sweep, whatever is there"))
-    _add_sweep_arguments(add("claims", _claims, "judge the paper's claims on a sweep over kinds and seeds"))
-    _add_sweep_arguments(add("cancel", _cancel, "end what runs or waits of a sweep, and nothing else"))
-
-    runs = add("runs", _runs, "list the runs and sweeps under TSAE_HOME")
-    runs.add_argument("folder", nargs="?", type=Path, metavar="FOLDER", help="another folder than TSAE_HOME")
-
-
-def _add_sweep_arguments(parser: argparse.ArgumentParser) -> None:
+def add_sweep_arguments(parser: argparse.ArgumentParser) -> None:
+    """What names a sweep on a command line."""
     parser.add_argument(
         "file",
         nargs="?",
@@ -144,43 +98,7 @@ def words_of(given: argparse.Namespace) -> str:
 def _overrides_given(launch: Path) -> list[str]:
     """The overrides of a launch from before they were recorded: they are in the command that provenance.json keeps."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    _add_sweep_arguments(parser)
+    add_sweep_arguments(parser)
     command = json.loads((launch / "provenance.json").read_text())["command"][1:]
     given, rest = parser.parse_known_args(command)
     return [*given.overrides, *(word for word in rest if "=" in word and not word.startswith("-"))]
-
-
-def _sweep(given: argparse.Namespace) -> int:
-    from tsae.sweep import command
-
-    return command.sweep(given)
-
-
-def _cancel(given: argparse.Namespace) -> int:
-    from tsae.sweep import command
-
-    return command.cancel_sweep(given)
-
-
-def _status(given: argparse.Namespace) -> None:
-    from tsae.sweep import status
-
-    status.show(plan_of(given), logs=given.logs, watch=given.watch, everything=given.all)
-
-
-def _report(given: argparse.Namespace) -> None:
-    from tsae.sweep import command
-
-    command.report(plan_of(given))
-
-
-def _claims(given: argparse.Namespace) -> None:
-    from tsae.sweep import command
-
-    command.claims(plan_of(given))
-
-
-def _runs(given: argparse.Namespace) -> None:
-    from tsae.sweep.runs import listing
-
-    print("\n".join(listing(given.folder or environment.home())))

@@ -74,7 +74,17 @@ def _train(runs: Sequence[tuple[RunConfig, RunFolder]], group: Group) -> None:
     running = [_Training(config, run, store, group) for config, run in runs]
     failed: list[Exception] = []
     first, end = min(training.step for training in running), max(training.steps for training in running)
-    stream = _stream(store, config, group)
+    settings = config.training
+    stream = PairStream(
+        store,
+        settings.pair_rule,
+        settings.batch_size,
+        settings.seed,
+        skip_positions=config.data.skip_positions,
+        pool_sequences=settings.pool_sequences,
+        rank=group.rank,
+        world=group.world,
+    )
     stream.read_first(first, preemption.requested)
     if group.start_any([preemption.requested()])()[0]:
         raise preemption.Preempted
@@ -112,20 +122,6 @@ def _leave(running: Sequence[_Training], group: Group) -> None:
     raise preemption.Preempted
 
 
-def _stream(store: Store, config: RunConfig, group: Group) -> PairStream:
-    settings = config.training
-    return PairStream(
-        store,
-        settings.pair_rule,
-        settings.batch_size,
-        settings.seed,
-        skip_positions=config.data.skip_positions,
-        pool_sequences=settings.pool_sequences,
-        rank=group.rank,
-        world=group.world,
-    )
-
-
 class _Training:
     """One run in training: its trainer, and what the first of its processes writes."""
 
@@ -145,7 +141,8 @@ class _Training:
         group.on_first(lambda: self._open_files(store, state.get("metrics_bytes", 0)))
         if state:
             self._trainer.load_state(state["trainer"])
-            _continue_generators(state["random"], group.rank)
+            if group.rank < len(state["random"]):  # of more processes than saved the state, the new ones keep their own
+                set_random_state(state["random"][group.rank])
         self._saved, self._saved_at = self.step, time.monotonic()
         self._progress = Progress(f"train {run.path.parent.name}", self.steps, "steps", run.progress, self.step)
 
@@ -277,12 +274,6 @@ class _Training:
             tracker.finish()
         save_dictionary(self.run.weights, self._trainer.dictionary, self._trainer.scale)
         self._states.remove()
-
-
-def _continue_generators(states: Sequence[dict[str, Any]], rank: int) -> None:
-    """Set this process's random generators; of more processes than saved the state, the new ones keep their own."""
-    if rank < len(states):
-        set_random_state(states[rank])
 
 
 def _origin(config: RunConfig, store: Store) -> dict[str, str]:

@@ -153,7 +153,7 @@ def _linear_dots(high: SparseCode, other: SparseCode, pairs: Pairs, scale: float
     )
 
 
-def _contrastive_dots(high: SparseCode, own_other: SparseCode, pairs: Pairs, scale: float) -> Differentiated:
+def _contrastive_dots(high: SparseCode, other: SparseCode, pairs: Pairs, scale: float) -> Differentiated:
     """InfoNCE of dot products, one block of rows of the logits S [B, all B] after the other, twice.
 
     With S_ij = h_i · o_j / τ the two directions are the means over i of lse_j S_ij − S_ii and of lse_j S_ji − S_ii (lse:
@@ -171,9 +171,9 @@ def _contrastive_dots(high: SparseCode, own_other: SparseCode, pairs: Pairs, sca
     the logits again, which costs less than to keep B² numbers, and from them the gradients.
     """
     group, n_rows, temperature, document = pairs.negatives, len(high.offsets) - 1, pairs.temperature, pairs.document
-    other, mine = _of_all_processes(own_other, group)
+    others, mine = _of_all_processes(other, group)
     batch, shift = n_rows * group.world, n_rows * group.rank
-    columns = other.dense_by_latent()
+    columns = others.dense_by_latent()
     documents = None if document is None else group.gather(document)
 
     def logits_of(block: SparseCode, start: int, stop: int) -> Tensor:
@@ -205,7 +205,7 @@ def _contrastive_dots(high: SparseCode, own_other: SparseCode, pairs: Pairs, sca
     loss = scale * (row_lse + column_lse[group.share(n_rows)] - 2 * diagonal).mean() / group.world
 
     current = torch.empty_like(high.values)
-    partner = torch.zeros_like(other.values)
+    partner = torch.zeros_like(others.values)
     factor = scale / (batch * temperature)
     for start, stop in blocks:
         block = _row_block(high, start, stop)
@@ -215,7 +215,7 @@ def _contrastive_dots(high: SparseCode, own_other: SparseCode, pairs: Pairs, sca
         gradient *= factor
         first, last = int(high.offsets[start]), int(high.offsets[stop])
         current[first:last] = sampled_products(block, gradient, columns)
-        partner += sampled_products(other, gradient.T.contiguous(), block.dense_by_latent())
+        partner += sampled_products(others, gradient.T.contiguous(), block.dense_by_latent())
     return Differentiated(loss, current, group.sum(partner)[mine])
 
 

@@ -1,4 +1,4 @@
-"""What `tsae sweep`, `cancel`, `report` and `claims` do.
+"""The commands `tsae sweep`, `status`, `report`, `claims`, `cancel` and `runs`.
 
 A sweep is expanded into points and stages; what is complete is skipped, the rest is run, and a report ends it. Running
 the same command again is always safe: it continues what was interrupted and does exactly what is still missing.
@@ -9,24 +9,74 @@ from __future__ import annotations
 import argparse
 import signal
 import sys
+from collections.abc import Callable
+from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
-from tsae.config import run as configuration
-from tsae.sweep.commandline import plan_of, sweep_of, words_of
-from tsae.sweep.plan import Plan
+from tsae.runtime import environment
+from tsae.runtime.environment import SWEEPS
+from tsae.sweep.commandline import add_sweep_arguments, plan_of, sweep_of, words_of
+from tsae.sweep.schedulers import SCHEDULERS
 
 if TYPE_CHECKING:
     from tsae.sweep.launcher import Launched, Options
+    from tsae.sweep.plan import Plan
+
+AddCommand = Callable[[str, Callable[[argparse.Namespace], int | None], str], argparse.ArgumentParser]
 
 
-def sweep(given: argparse.Namespace) -> int:
-    """`tsae sweep`: 0 when everything is complete or under way, 1 when a point failed. Raises TsaeError."""
+def add_commands(add: AddCommand) -> None:
+    """The commands that take a sweep. Heavy imports wait until one of them runs."""
+    sweep = add("sweep", _sweep, "run what is missing of a sweep, and report it")
+    add_sweep_arguments(sweep)
+    bases = ", ".join(sorted(path.stem for path in (SWEEPS / "bases").glob("*.yaml")))
+    sweep.epilog = (
+        f"bases: {bases}. Everything lands under TSAE_HOME (default ./runs). "
+        "Running the same command again continues and does only what is missing."
+    )
+    sweep.add_argument(
+        "--executor",
+        choices=("auto", *SCHEDULERS, "local", "debug"),
+        default="auto",
+        help=f"{', '.join(SCHEDULERS)}: submit and return; local: processes of this machine; debug: inside this process; "
+        "auto: the first scheduler that answers, else local",
+    )
+    sweep.add_argument(
+        "--cluster", type=Path, metavar="FILE", help="a site's defaults, instead of ~/.config/tsae/cluster.yaml"
+    )
+    sweep.add_argument(
+        "--container", metavar="IMAGE", help="run every job in tsae.sif, docker://owner/image or docker:image"
+    )
+    sweep.add_argument("--retry-failed", action="store_true", help="try again what failed; else it is only named")
+    sweep.add_argument("--detach", action="store_true", help="local: return once the queue runs, do not follow it")
+    sweep.add_argument("--cancel", action="store_true", help="end what runs or waits of this sweep, and nothing else")
+    sweep.add_argument("--dry-run", action="store_true", help="show points, stages and job scripts, start nothing")
+    sweep.add_argument("--settings", action="store_true", help="print every setting with its meaning")
+
+    status = add("status", _status, "how a sweep is doing")
+    add_sweep_arguments(status)
+    status.add_argument("--watch", action="store_true", help="draw anew every few seconds until nothing runs or waits")
+    status.add_argument("--logs", metavar="POINT", help="the end of each log of one point")
+    status.add_argument("--all", action="store_true", help="every point, however many there are")
+
+    add_sweep_arguments(add("report", _report, "write the tables, figures and page of a sweep, whatever is there"))
+    add_sweep_arguments(add("claims", _claims, "judge the paper's claims on a sweep over kinds and seeds"))
+    add_sweep_arguments(add("cancel", _cancel, "end what runs or waits of a sweep, and nothing else"))
+
+    runs = add("runs", _runs, "list the runs and sweeps under TSAE_HOME")
+    runs.add_argument("folder", nargs="?", type=Path, metavar="FOLDER", help="another folder than TSAE_HOME")
+
+
+def _sweep(given: argparse.Namespace) -> int:
+    """0 when everything is complete or under way, 1 when a point failed."""
     if given.settings:
+        from tsae.config import run as configuration
+
         print(configuration.help_text())
         return 0
     if given.cancel:
-        return cancel_sweep(given)
+        return _cancel(given)
     plan = plan_of(given)
     from tsae.sweep.launcher import Options
 
@@ -45,8 +95,7 @@ def sweep(given: argparse.Namespace) -> int:
     return run(plan, options, f"{given.status_command} {words_of(given)}")
 
 
-def cancel_sweep(given: argparse.Namespace) -> int:
-    """`tsae cancel`: end what runs or waits of a sweep."""
+def _cancel(given: argparse.Namespace) -> int:
     from tsae.sweep.cancel import cancel
     from tsae.sweep.chain import Chain
 
@@ -55,20 +104,32 @@ def cancel_sweep(given: argparse.Namespace) -> int:
     return 0
 
 
-def report(plan: Plan) -> None:
-    """`tsae report`: write it, and print the short table and where the page is."""
+def _status(given: argparse.Namespace) -> None:
+    from tsae.sweep import status
+
+    status.show(plan_of(given), logs=given.logs, watch=given.watch, everything=given.all)
+
+
+def _report(given: argparse.Namespace) -> None:
     from tsae.report.write import short_table, write_report
 
+    plan = plan_of(given)
     page = write_report(plan.compared)
     print("\n".join(short_table(plan.compared)))
     print(f"report: {page}")
 
 
-def claims(plan: Plan) -> None:
-    """`tsae claims`: write the verdicts, and print them."""
+def _claims(given: argparse.Namespace) -> None:
     from tsae.report.claims import as_text, write_claims
 
+    plan = plan_of(given)
     print(as_text(plan.compared, write_claims(plan.compared)), end="")
+
+
+def _runs(given: argparse.Namespace) -> None:
+    from tsae.sweep.runs import listing
+
+    print("\n".join(listing(given.folder or environment.home())))
 
 
 def run(plan: Plan, options: Options, status: str) -> int:
