@@ -54,6 +54,8 @@ class Measure:
     """The name of its line in the chart."""
     card: str = ""
     """Its name on a model card, where it stands on one."""
+    rank: int = 0
+    """Where there is room for few, the lower come first."""
     stands_for: str = ""
     """The measure in whose place it is shown where the truth is known."""
 
@@ -82,6 +84,8 @@ def label(key: str) -> str:
 def shown_in(place: Place, available: Collection[str]) -> list[str]:
     """The keys of the available measures that have that place; tables keep the paper's measures whatever is known."""
     named = [key for key, measure in REGISTRY.items() if place in measure.places]
+    if place not in ("summary", "differences"):
+        named.sort(key=lambda key: REGISTRY[key].rank)
     if place not in ("summary", "terminal"):
         named = [instead_of(key, available) for key in named]
     return [key for key in named if key in available]

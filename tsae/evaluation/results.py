@@ -177,41 +177,6 @@ declare(
             ("l", "low", "low-level", (*_SUMMARY, "terminal")),
         )
     ),
-    *(
-        Measure(f"truth_{name}", "Recovery", _MATCHED.format(part), member, "", "higher", places, chart, line)
-        for name, part, member, places, chart, line in (
-            ("slow", "slow", "slow", _STANDING, _CHARTS["recovery"], "slow anywhere"),
-            ("slow_high", "slow", "slow in high", _SUMMARY, _CHARTS["recovery"], "slow in high-level"),
-            ("fast", "fast", "fast", (), None, ""),
-            ("fast_low", "fast", "fast in low", _SUMMARY, _CHARTS["recovery"], "fast in low-level"),
-            ("post_hoc_slow_high", "slow", "slow in high, post-hoc", (), None, ""),
-        )
-    ),
-    Measure(
-        "truth_disentanglement",
-        "Disentanglement",
-        "½ (slow in high - slow in low + fast in low - fast in high), of recovery: 1 perfect, 0 a random split",
-        better="higher",
-        places=(*_STANDING, "trade-offs"),
-        chart=_CHARTS["disentanglement"],
-        line="as trained",
-    ),
-    Measure(
-        "truth_post_hoc_disentanglement",
-        "Disentanglement",
-        "the same of the same latents, split by their autocorrelation",
-        "post-hoc",
-        better="higher",
-        places=_SUMMARY,
-        chart=_CHARTS["disentanglement"],
-        line="re-split",
-    ),
-    Measure(
-        "truth_purity",
-        "Purity",
-        "share of the high-level split's live latents whose best match is slow",
-        better="higher",
-    ),
     Measure(
         "frac_recovered",
         "CE recovered",
@@ -237,12 +202,49 @@ declare(
         places=("summary", "terminal", "differences", "effects"),
         chart=_CHARTS["alive"],
         card="Latents that fired",
+        rank=4,
     ),
     *(
         Measure(f"frac_alive_{split}", "Alive", _ALIVE, split, "", "higher", (), _CHARTS["alive"], f"{split}-level")
         for split in ("high", "low")
     ),
     Measure("l0", "L0", _L0, "", "latents", "", ("summary", "terminal"), card="Active latents per token (L0)"),
+    *(
+        Measure(f"truth_{name}", "Recovery", _MATCHED.format(part), member, "", "higher", places, chart, line, rank=2)
+        for name, part, member, places, chart, line in (
+            ("slow", "slow", "slow", _STANDING, _CHARTS["recovery"], "slow anywhere"),
+            ("slow_high", "slow", "slow in high", _SUMMARY, _CHARTS["recovery"], "slow in high-level"),
+            ("fast", "fast", "fast", (), None, ""),
+            ("fast_low", "fast", "fast in low", _SUMMARY, _CHARTS["recovery"], "fast in low-level"),
+            ("post_hoc_slow_high", "slow", "slow in high, post-hoc", (), None, ""),
+        )
+    ),
+    Measure(
+        "truth_disentanglement",
+        "Disentanglement",
+        "½ (slow in high - slow in low + fast in low - fast in high), of recovery: 1 perfect, 0 a random split",
+        better="higher",
+        places=(*_STANDING, "trade-offs"),
+        chart=_CHARTS["disentanglement"],
+        line="as trained",
+        rank=1,
+    ),
+    Measure(
+        "truth_post_hoc_disentanglement",
+        "Disentanglement",
+        "the same of the same latents, split by their autocorrelation",
+        "post-hoc",
+        better="higher",
+        places=_SUMMARY,
+        chart=_CHARTS["disentanglement"],
+        line="re-split",
+    ),
+    Measure(
+        "truth_purity",
+        "Purity",
+        "share of the high-level split's live latents whose best match is slow",
+        better="higher",
+    ),
     Measure("l0_high", "L0", _L0, "high", "latents", card="... in the high-level split"),
     Measure("l0_low", "L0", _L0, "low", "latents"),
 )

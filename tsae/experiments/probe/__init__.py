@@ -25,6 +25,7 @@ declare(
                 f"Balanced accuracy of a sparse linear probe for {meaning}, on feature activations of one split.",
             ),
             line=split,
+            rank=3,
         )
         for task, (meaning, places) in _SHOWN.items()
         for chunk, split in ((2, "all latents"), (0, "high-level"), (1, "low-level"))
