@@ -17,6 +17,7 @@ from importlib import metadata
 from pathlib import Path
 
 import tsae
+from tsae.evaluation.measures import FVE
 from tsae.runtime import files
 from tsae.runtime.environment import home
 from tsae.runtime.errors import TsaeError
@@ -130,7 +131,7 @@ def pipeline() -> str:
         stages.train_stage(config, Path(folder), "run")
         run = stages.evaluate_stage(config, Path(folder), "run")
         results = json.loads((run / "eval_results.json").read_text())
-    fve = float(results["frac_variance_explained"])
+    fve = float(results[FVE])
     if not fve > MINIMUM_FVE:
         raise TsaeError(f"a tiny training explains {fve:.2f} of the variance; more than {MINIMUM_FVE} is expected")
     return f"harvest, train, evaluate; {fve:.2f} of the variance explained"

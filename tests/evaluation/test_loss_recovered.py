@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from tsae.config.run import RunConfig
-from tsae.evaluation.loss_recovered import loss_results, replaced, sequence_losses
+from tsae.evaluation.loss_recovered import replaced, sequence_losses
+from tsae.evaluation.results import loss_results
 from tsae.lm.model import LanguageModel, load_language_model
 
 LENGTHS = torch.tensor([12, 7, 12])

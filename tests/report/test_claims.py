@@ -73,7 +73,7 @@ def test_the_report_holds_the_claims_and_what_decides_them(write_sweep, home):
     grid = {"sae.kind": ["temporal", "matryoshka"], "training.seed": [0, 1]}
     path = write_sweep(file="judged", grid=grid, report={"claims": True})
     page = report.write_report(make_plan(load_sweep(path)).compared).read_text()
-    assert all(html.escape(claim.text) in page for claim in CLAIMS)
+    assert all(claim.text in html.unescape(page) for claim in CLAIMS)
     assert f"python launch/sweep.py {path} --base pythia-160m" in page
     assert list(home.glob("sweeps/*/report/claims.json"))
     larger = report.write_report(make_plan(load_sweep(path, "pythia-160m")).compared).read_text()

@@ -12,13 +12,13 @@ import pytest
 from tsae.config import run as configuration
 from tsae.config import schema
 from tsae.experiments import driver
-from tsae.report import charts, forest, grids
+from tsae.report import figures as drawing
+from tsae.report import grids
 from tsae.report import write as report
-from tsae.report.axis import SweptAxis
-from tsae.report.comparison import compare
-from tsae.report.summary import summarise
+from tsae.report.figures import front
+from tsae.report.grids import SweptAxis
+from tsae.report.summary import compare, summarise
 from tsae.report.text import sentences
-from tsae.report.trade_offs import front
 
 
 def measured(plan, values):
@@ -113,10 +113,10 @@ def test_the_front_holds_what_nothing_beats_in_both():
 )
 def test_figures_suit_the_number_of_swept_settings(plan_of, tmp_path, monkeypatch, grid, figures):
     grids = []
-    draw = charts.draw_heat_map
-    monkeypatch.setattr(charts, "draw_heat_map", lambda *given: (grids.append(given), draw(*given)))
+    draw = drawing.draw_heat_map
+    monkeypatch.setattr(drawing, "draw_heat_map", lambda *given: (grids.append(given), draw(*given)))
     plan = measured(plan_of(grid=grid), lambda p: (0.5 + p.config.sae.k / 100, 0.1 + p.config.sae.k / 1000, 0.2))
-    drawn = charts.draw_charts(summarise(plan.compared), tmp_path)
+    drawn = drawing.draw_figures(summarise(plan.compared), tmp_path)
     assert {chart.name for chart, _ in drawn} == figures
     assert all(path.read_bytes().startswith(b"\x89PNG") for _, path in drawn)
     assert bool(grids) == (len(grid) > 1)
@@ -130,9 +130,9 @@ def test_settings_that_were_named_one_by_one_get_a_row_each(plan_of, tmp_path):
         report={"x": "objective.preset", "baseline": {"objective.preset": "scale_free"}},
     )
     summary = summarise(measured(plan, lambda _: (0.5, 0.1, 0.2)).compared)
-    assert forest.suits(summary, charts.series_of(summary))
-    assert {chart.name for chart, _ in charts.draw_charts(summary, tmp_path)} == {"settings", "trade_offs"}
-    names = [forest._difference(summary, group) for group in summary.groups]
+    assert grids.suits_rows(summary, drawing.series_of(summary))
+    assert {chart.name for chart, _ in drawing.draw_figures(summary, tmp_path)} == {"settings", "trade_offs"}
+    names = [grids._difference(summary, group) for group in summary.groups]
     assert names[:4] == ["(the first)", "temporal alpha 1", "(the first)", "k 4"]
 
 
@@ -141,7 +141,7 @@ def test_drawn_settings_show_the_effect_of_each(plan_of, tmp_path, n):
     draws = {"n": n, "seed": 0, "training.lr": {"log_uniform": [1e-4, 1e-2]}}
     draws["objective.temporal_alpha"] = {"uniform": [0.0, 1.0]}
     plan = measured(plan_of(random=draws), lambda point: (point.config.training.lr, 0.1, 0.2))
-    assert {chart.name for chart, _ in charts.draw_charts(summarise(plan.compared), tmp_path)} == {
+    assert {chart.name for chart, _ in drawing.draw_figures(summarise(plan.compared), tmp_path)} == {
         "effects",
         "trade_offs",
     }

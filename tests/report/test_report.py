@@ -15,10 +15,13 @@ import pytest
 from tsae.cli import main
 from tsae.config import run as configuration
 from tsae.config import schema
+from tsae.evaluation import measures
+from tsae.evaluation.measures import EVERYWHERE, FVE, Chart, Measure
 from tsae.report import write as report
-from tsae.report.charts import SweptAxis, series_of
-from tsae.report.measures import figures, shown_of
+from tsae.report.figures import series_of
+from tsae.report.grids import SweptAxis
 from tsae.report.summary import summarise
+from tsae.report.text import figures
 from tsae.sweep.plan import make_plan
 from tsae.sweep.sweepfile import load_sweep
 
@@ -172,13 +175,33 @@ def test_a_group_that_took_over_is_told_on_the_page(seeded):
 
 
 def test_variance_is_pooled_over_tokens_where_the_truth_is_known():
-    names, known = (
-        ["frac_variance_explained", "l0"],
-        ["frac_variance_explained", "frac_variance_explained_pooled", "l0"],
-    )
-    assert shown_of(names, known) == names
-    assert shown_of(names, [*known, "truth_slow"]) == ["frac_variance_explained_pooled", "l0"]
-    assert shown_of(names, ["l0"]) == ["l0"]
+    known = [FVE, f"{FVE}_pooled", "frac_alive"]
+    assert measures.shown_in("effects", known) == [FVE, "frac_alive"]
+    assert measures.shown_in("effects", [*known, "truth_slow"]) == [f"{FVE}_pooled", "truth_slow", "frac_alive"]
+    assert measures.shown_in("terminal", [*known, "truth_slow"]) == [FVE, "frac_alive"]
+    assert measures.shown_in("effects", ["frac_alive"]) == ["frac_alive"]
+
+
+def test_a_new_measure_is_declared_once_and_is_everywhere(seeded, monkeypatch):
+    """All that a new measure costs beside its number: the registry is the one thing that is touched here."""
+    chart = Chart("sharpness", "Sharpness", "share of the sharp", "How sharp the latents are.")
+    sharpness = Measure("sharpness", "Sharpness", "sharp latents over all", "of all", "", "lower", EVERYWHERE, chart)
+    monkeypatch.setitem(measures.REGISTRY, "sharpness", sharpness)
+    for number, point in enumerate(seeded.points):
+        path = seeded.run(point).eval_results
+        path.write_text(json.dumps({**json.loads(path.read_text()), "sharpness": 0.25 + number / 100}))
+
+    page = report.write_report(seeded.compared)
+    rows = list(csv.DictReader(page.with_name("table.csv").open()))
+    assert float(rows[1]["sharpness"]) == 0.26
+    assert page.with_name("sharpness.png").read_bytes().startswith(b"\x89PNG")
+    text = page.read_text()
+    assert "<figcaption>How sharp the latents are.</figcaption>" in text
+    assert re.search(r"<th( rowspan=.2.| class=.family. colspan=.1.)>Sharpness</th>", text)
+    assert "Sharpness of all goes from 0.260 (split fraction 0.2) to 0.290 (split fraction 0.5)" in text
+    assert "<th>Sharpness of all</th>" in text  # among the differences seed by seed
+    assert "Sharpness of all" in report.short_table(seeded.compared)[0]
+    assert "sharpness" in measures.shown_in("trade-offs", summarise(seeded.compared).measures)
 
 
 @pytest.mark.parametrize("command", ["report", "claims"])

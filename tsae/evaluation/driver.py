@@ -14,8 +14,8 @@ from tsae.config import schema
 from tsae.config.run import RunConfig
 from tsae.evaluation import figure, ground_truth
 from tsae.evaluation.held_out import held_out_batches
-from tsae.evaluation.loss_recovered import SequenceLosses, loss_results, sequence_losses
-from tsae.evaluation.results import plain, summarise
+from tsae.evaluation.loss_recovered import SequenceLosses, sequence_losses
+from tsae.evaluation.results import loss_results, plain, summarise, truth_results
 from tsae.evaluation.scores import Scores
 from tsae.parallel.group import Group, in_turns
 from tsae.parallel.meeting import together
@@ -65,7 +65,7 @@ def _write(
     results = summarise(scores)
     if config.is_synthetic:
         # No language model stands behind a synthetic world; the truth takes the place of its loss.
-        results |= ground_truth.headline(ground_truth.measure(config, run, dictionary, store))
+        results |= truth_results(ground_truth.measure(config, run, dictionary, store))
     if losses is not None:
         for name, interval in losses.items():
             results[name], results["half_width_95"][name] = (plain(number) for number in interval)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from tsae.evaluation.measures import FVE
 from tsae.plotting import PALETTE, figure
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ def draw(results: dict[str, Any], path: Path) -> None:
 
 def _draw_explained(axes: Axes, results: dict[str, Any]) -> None:
     """Pooled FVE of the whole code and of each split alone, and the recovered loss, with intervals."""
-    name = "frac_variance_explained_pooled"
+    name = f"{FVE}_pooled"
     bars = [(name, "all", 0), (f"{name}_high", "high\nonly", 1), (f"{name}_low", "low\nonly", 2)]
     if "frac_recovered" in results:
         bars.append(("frac_recovered", "CE\nrecovered", 0))

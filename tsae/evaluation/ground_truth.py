@@ -27,16 +27,6 @@ from tsae.sae.dictionary import Dictionary
 from tsae.store.layout import store_path
 from tsae.store.reader import Store
 
-SHOWN = {
-    "slow": "truth_slow",
-    "slow_high": "truth_slow_high",
-    "fast": "truth_fast",
-    "fast_low": "truth_fast_low",
-    "disentanglement": "truth_disentanglement",
-    "purity": "truth_purity",
-}
-"""Measures that also stand in eval_results.json, with their names there."""
-
 
 def measure_run(config: RunConfig, run: RunFolder) -> dict[str, Any]:
     """Measure the dictionary in `run` against the truth; write and return the results.
@@ -70,14 +60,6 @@ def measure(config: RunConfig, run: RunFolder, dictionary: Dictionary, store: St
     truth_figure.draw(results, run.result("synthetic", "png"))
     files.write_json(run.result("synthetic", "json"), results)
     return results
-
-
-def headline(results: dict[str, Any]) -> dict[str, float | None]:
-    """The measures that a sweep's report shows, under their names there."""
-    shown = {name: results["dictionary"][measure] for measure, name in SHOWN.items()}
-    shown["truth_post_hoc_disentanglement"] = results["post_hoc"]["disentanglement"]
-    shown["truth_post_hoc_slow_high"] = results["post_hoc"]["slow_high"]
-    return shown
 
 
 def summary(results: dict[str, Any]) -> str:

@@ -1,6 +1,6 @@
 """What of the language model's next-token prediction survives when its activations are replaced.
 
-frac_recovered = (CE with reconstructions - CE ablated) / (CE original - CE ablated), the reference's ratio: 1 if nothing
+`results.loss_results` makes the measures of it. frac_recovered = (CE with reconstructions - CE ablated) / (CE original - CE ablated), the reference's ratio: 1 if nothing
 is lost, 0 if reconstructions are as bad as none. Here cross-entropies are pooled over the tokens of held-out contexts
 (the reference averages ratios of texts), in nats; only valid positions are replaced (the reference replaces BOS as well)
 and only targets whose token and predecessor are valid positions of one document count.
@@ -11,13 +11,11 @@ Shapes: S sequences, L positions, V vocabulary, D activation_dim.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
-
-from tsae.evaluation.statistics import ratio_interval
 
 if TYPE_CHECKING:
     from tsae.lm.model import LanguageModel
@@ -76,20 +74,3 @@ def _summed(logits: Tensor, tokens: Tensor, targets: Tensor) -> np.ndarray:
         for row, token, wanted in zip(logits, tokens, targets, strict=True)
     ]
     return torch.stack(sums).cpu().numpy()
-
-
-def loss_results(losses: SequenceLosses, documents: np.ndarray, ablation: str) -> dict[str, Any]:
-    """Value and half-width of the pooled losses and of frac_recovered, under the reference's names, and of the loss that
-    reconstructions add (an absolute measure: frac_recovered is close to 1 wherever ablation is a catastrophe).
-
-    `documents` [S] names the document of each sequence; `ablation` is `zero` or `mean` and names the third loss.
-    """
-    return {
-        "loss_original": ratio_interval(losses.original, losses.targets, documents),
-        "loss_reconstructed": ratio_interval(losses.reconstructed, losses.targets, documents),
-        f"loss_{ablation}": ratio_interval(losses.ablated, losses.targets, documents),
-        "loss_increase": ratio_interval(losses.reconstructed - losses.original, losses.targets, documents),
-        "frac_recovered": ratio_interval(
-            losses.reconstructed - losses.ablated, losses.original - losses.ablated, documents
-        ),
-    }

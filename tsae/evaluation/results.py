@@ -9,12 +9,16 @@ single group there are no splits.
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tsae.evaluation.scores import Scores
+from tsae.evaluation.measures import EVERYWHERE, FVE, Chart, Measure, Place, declare
 from tsae.evaluation.statistics import mean_interval, ratio_interval
+
+if TYPE_CHECKING:
+    from tsae.evaluation.loss_recovered import SequenceLosses
+    from tsae.evaluation.scores import Scores
 
 SMOOTHNESS_NAMES = {
     "total_variation": "smoothness_tv",
@@ -30,8 +34,220 @@ TOKEN_MEANS = ("l2_loss", "cossim", "l2_ratio", "relative_reconstruction_bias")
 ALL, HIGH, LOW, FIRST_GROUP, SECOND_GROUP = range(5)
 """Positions in the list of ranges."""
 
+TRUTHS = ("slow", "slow_high", "fast", "fast_low", "disentanglement", "purity")
 RATE_EXPONENTS = np.linspace(-6, 0, 25)
 """Edges of the histogram of firing rates, as powers of ten."""
+
+_CHARTS = {
+    "fve": Chart(
+        "fve",
+        "Reconstruction",
+        "fraction of variance explained",
+        "Fraction of the activations' variance that the reconstruction explains, mean over held-out contexts; "
+        "with the latents of one split alone, the other split contributes nothing.",
+    ),
+    "smoothness": Chart(
+        "smoothness",
+        "Smoothness",
+        "largest |Δf| / ‖Δx‖",
+        "The largest change of an active latent from one token to the next, relative to the change of the activation, "
+        "mean over active latents and held-out contexts. Lower is smoother.",
+    ),
+    "loss": Chart(
+        "loss_recovered",
+        "Cross-entropy recovered",
+        "fraction recovered",
+        "The language model's cross-entropy with the reconstruction spliced in: 1 is the untouched model, 0 the "
+        "ablated layer.",
+    ),
+    "alive": Chart(
+        "alive",
+        "Latents in use",
+        "fraction alive",
+        "Share of the latents that fire at least once on the held-out contexts.",
+    ),
+    "recovery": Chart(
+        "recovery",
+        "Recovery",
+        "correlation with matches",
+        "Mean correlation of a synthetic world's slow or fast features with the latents matched to them, of any split "
+        "or of one.",
+    ),
+    "disentanglement": Chart(
+        "disentanglement",
+        "Disentanglement",
+        "disentanglement",
+        "How much better slow features are recovered in the high-level split than in the low-level one, and fast ones "
+        "the other way round: 1 is perfect, 0 a random split. Re-split: the same latents, divided by their "
+        "autocorrelation.",
+    ),
+}
+_SUMMARY: tuple[Place, ...] = ("summary",)
+_EXPLAINED = "1 - Σ‖x - x̂‖² / Σ‖x - mean x‖² of a context, mean over contexts"
+_POOLED = "1 - Σ‖x - x̂‖² / Σ‖x - mean x‖², both sums over all tokens"
+_ONE_SPLIT = "{}; x̂ from the {} latents alone and the bias"
+_MATCHED = "mean correlation of a world's {} features with the latents matched to them"
+_ALIVE = "share of latents that fire at least once on the held-out contexts"
+_L0 = "active latents of a token, mean over contexts"
+_STANDING: tuple[Place, ...] = ("summary", "sentences", "differences", "effects")
+_SMOOTHNESS = {
+    "lipschitz": ("Smoothness", "largest |f_t - f_{t-1}| / ‖x_t - x_{t-1}‖ of a latent, mean over active latents"),
+    "total_variation": ("Total variation", "Σ |f_t - f_{t-1}| over the steps and latents of a context"),
+    "fft": ("FFT ratio", "spectral power in the upper half of the frequencies over the lower half, mean over latents"),
+    "wavelet": ("Wavelet ratio", "energy of three levels of Haar details over the energy of the rest"),
+    "multiscale": ("Multiscale ratio", "variance of differences over 1 step against that over 8 steps"),
+    "relative_variation": (
+        "Relative variation",
+        "total variation over twice the summed activation: 0 constant, 1 spikes",
+    ),
+}
+"""Measure → family and formula; the first is the paper's smoothness, the first five are the reference's."""
+_CARD = {
+    "smoothness_tv_h": "Total variation over time, high-level split",
+    "smoothness_tv_l": "Total variation over time, low-level split",
+    "lipschitz_cont_h": "Lipschitz constant, high-level split",
+    "lipschitz_cont_l": "Lipschitz constant, low-level split",
+}
+
+declare(
+    Measure(
+        FVE,
+        "FVE",
+        _EXPLAINED,
+        "all",
+        better="higher",
+        places=("summary", "terminal", "sentences", "differences", "effects"),
+        chart=_CHARTS["fve"],
+    ),
+    *(
+        Measure(
+            f"{FVE}_{split}",
+            "FVE",
+            _ONE_SPLIT.format(_EXPLAINED, f"{split}-level"),
+            f"{split} only",
+            better="higher",
+            places=_SUMMARY,
+            chart=_CHARTS["fve"],
+            line=f"{split}-level only",
+        )
+        for split in ("high", "low")
+    ),
+    Measure(
+        f"{FVE}_pooled",
+        "FVE",
+        _POOLED,
+        "pooled",
+        better="higher",
+        places=_SUMMARY,
+        card="Fraction of variance explained",
+        stands_for=FVE,
+    ),
+    Measure(
+        f"{FVE}_pooled_high",
+        "FVE",
+        _ONE_SPLIT.format(_POOLED, "high-level"),
+        "pooled, high only",
+        better="higher",
+        card="... by the high-level split alone",
+    ),
+    Measure(
+        "cossim",
+        "Cosine",
+        "cosine of x and x̂, mean over the tokens of a context",
+        better="higher",
+        places=_SUMMARY,
+        card="Cosine similarity of reconstructions",
+    ),
+    *(
+        Measure(
+            f"{SMOOTHNESS_NAMES[name]}_{suffix}",
+            family,
+            formula,
+            member,
+            better="lower",
+            places=places if name == "lipschitz" else (),
+            chart=_CHARTS["smoothness"] if name == "lipschitz" else None,
+            line=line,
+            card=_CARD.get(f"{SMOOTHNESS_NAMES[name]}_{suffix}", ""),
+        )
+        for name, (family, formula) in _SMOOTHNESS.items()
+        for suffix, member, line, places in (
+            ("tot", "all", "all latents", _SUMMARY),
+            ("h", "high", "high-level", EVERYWHERE),
+            ("l", "low", "low-level", (*_SUMMARY, "terminal")),
+        )
+    ),
+    Measure(
+        "frac_recovered",
+        "CE recovered",
+        "(CE with x̂ - CE ablated) / (CE of the model - CE ablated), pooled over tokens",
+        better="higher",
+        places=("summary", "terminal", "sentences", "differences"),
+        chart=_CHARTS["loss"],
+        card="Loss recovered",
+    ),
+    Measure(
+        "loss_increase",
+        "CE added",
+        "CE with x̂ - CE of the model, pooled over tokens",
+        unit="nats",
+        better="lower",
+        card="Loss added by reconstructions (nats)",
+    ),
+    Measure(
+        "frac_alive",
+        "Alive",
+        _ALIVE,
+        better="higher",
+        places=("summary", "terminal", "differences", "effects"),
+        chart=_CHARTS["alive"],
+        card="Latents that fired",
+        rank=4,
+    ),
+    *(
+        Measure(f"frac_alive_{split}", "Alive", _ALIVE, split, "", "higher", (), _CHARTS["alive"], f"{split}-level")
+        for split in ("high", "low")
+    ),
+    Measure("l0", "L0", _L0, "", "latents", "", ("summary", "terminal"), card="Active latents per token (L0)"),
+    *(
+        Measure(f"truth_{name}", "Recovery", _MATCHED.format(part), member, "", "higher", places, chart, line, rank=2)
+        for name, part, member, places, chart, line in (
+            ("slow", "slow", "slow", _STANDING, _CHARTS["recovery"], "slow anywhere"),
+            ("slow_high", "slow", "slow in high", _SUMMARY, _CHARTS["recovery"], "slow in high-level"),
+            ("fast", "fast", "fast", (), None, ""),
+            ("fast_low", "fast", "fast in low", _SUMMARY, _CHARTS["recovery"], "fast in low-level"),
+            ("post_hoc_slow_high", "slow", "slow in high, post-hoc", (), None, ""),
+        )
+    ),
+    Measure(
+        "truth_disentanglement",
+        "Disentanglement",
+        "½ (slow in high - slow in low + fast in low - fast in high), of recovery: 1 perfect, 0 a random split",
+        better="higher",
+        places=(*_STANDING, "trade-offs"),
+        chart=_CHARTS["disentanglement"],
+        line="as trained",
+        rank=1,
+    ),
+    Measure(
+        "truth_post_hoc_disentanglement",
+        "Disentanglement",
+        "the same of the same latents, split by their autocorrelation",
+        "post-hoc",
+        better="higher",
+        places=_SUMMARY,
+        chart=_CHARTS["disentanglement"],
+        line="re-split",
+    ),
+    Measure(
+        "truth_purity",
+        "Purity",
+        "share of the high-level split's live latents whose best match is slow",
+        better="higher",
+    ),
+    Measure("l0_high", "L0", _L0, "high", "latents", card="... in the high-level split"),
+    Measure("l0_low", "L0", _L0, "low", "latents"),
+)
 
 
 class Results:
@@ -64,8 +280,8 @@ def summarise(scores: Scores) -> dict[str, Any]:
     for measure in ("l0", "l1_loss", "sequence_l0"):
         names = (measure, f"{measure}_high", f"{measure}_low", f"{measure}_group")
         results.put_ranges(names, _means(table[measure], documents))
-    _put_variance_explained(results, "frac_variance_explained", _means(table["variance_explained"], documents))
-    _put_variance_explained(results, "frac_variance_explained_pooled", _pooled_variance_explained(scores, table))
+    _put_variance_explained(results, FVE, _means(table["variance_explained"], documents))
+    _put_variance_explained(results, f"{FVE}_pooled", _pooled_variance_explained(scores, table))
     for measure in TOKEN_MEANS:
         results.put(measure, mean_interval(table[measure], documents))
     return {
@@ -143,8 +359,30 @@ def reference_results(scores: Scores) -> dict[str, float | None]:
         name = SMOOTHNESS_NAMES[measure]
         out[f"{name}_tot"] = ratios[measure][:, ALL].mean()
         out[f"{name}_h"], out[f"{name}_l"] = splits(measure)
-    explained = "frac_variance_explained"
-    out[explained] = table["variance_explained"][:, ALL].mean()
-    out[f"{explained}_high"], out[f"{explained}_low"] = splits("variance_explained")
+    out[FVE] = table["variance_explained"][:, ALL].mean()
+    out[f"{FVE}_high"], out[f"{FVE}_low"] = splits("variance_explained")
     out["frac_alive"] = (scores.firings > 0).double().mean().item()
     return {name: plain(value) for name, value in out.items()}
+
+
+def loss_results(losses: SequenceLosses, documents: np.ndarray, ablation: str) -> dict[str, Any]:
+    """Value and half-width of the pooled losses and of frac_recovered, under the reference's names, and of the loss that
+    reconstructions add (an absolute measure: frac_recovered is close to 1 wherever ablation is a catastrophe).
+
+    `documents` [S] names the document of each sequence; `ablation` is `zero` or `mean` and names the third loss.
+    """
+    return {
+        "loss_original": ratio_interval(losses.original, losses.targets, documents),
+        "loss_reconstructed": ratio_interval(losses.reconstructed, losses.targets, documents),
+        f"loss_{ablation}": ratio_interval(losses.ablated, losses.targets, documents),
+        "loss_increase": ratio_interval(losses.reconstructed - losses.original, losses.targets, documents),
+        "frac_recovered": ratio_interval(
+            losses.reconstructed - losses.ablated, losses.original - losses.ablated, documents
+        ),
+    }
+
+
+def truth_results(results: dict[str, Any]) -> dict[str, float | None]:
+    """Of a dictionary's measures against a synthetic world's truth (synthetic.json), those that eval_results.json holds."""
+    shown = {f"truth_{name}": results["dictionary"][name] for name in TRUTHS}
+    return shown | {f"truth_post_hoc_{name}": results["post_hoc"][name] for name in ("disentanglement", "slow_high")}

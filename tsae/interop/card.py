@@ -7,23 +7,9 @@ from typing import Any
 
 import yaml
 
+import tsae.evaluation.results  # noqa: F401  (declares what the table may hold)
+from tsae.evaluation.measures import REGISTRY
 from tsae.interop.export import Source
-
-MEASURES = (
-    ("frac_variance_explained_pooled", "Fraction of variance explained"),
-    ("frac_variance_explained_pooled_high", "... by the high-level split alone"),
-    ("l0", "Active latents per token (L0)"),
-    ("l0_high", "... in the high-level split"),
-    ("cossim", "Cosine similarity of reconstructions"),
-    ("frac_recovered", "Loss recovered"),
-    ("loss_increase", "Loss added by reconstructions (nats)"),
-    ("frac_alive", "Latents that fired"),
-    ("smoothness_tv_h", "Total variation over time, high-level split"),
-    ("smoothness_tv_l", "Total variation over time, low-level split"),
-    ("lipschitz_cont_h", "Lipschitz constant, high-level split"),
-    ("lipschitz_cont_l", "Lipschitz constant, low-level split"),
-)
-"""Keys of eval_results.json and their names in the card's table."""
 
 TITLES = {
     "TemporalMatryoshkaBatchTopKSAE": "Temporal Sparse Autoencoder ([arXiv 2511.05541](https://arxiv.org/abs/2511.05541))",
@@ -125,9 +111,9 @@ def _calibration(record: dict[str, Any]) -> str:
 def _measures(source: Source) -> str:
     results = source.results
     rows = [
-        f"| {name} | {results[key]:.4g}{_half_width(results, key)} |"
-        for key, name in MEASURES
-        if isinstance(results.get(key), (int, float))
+        f"| {measure.card} | {results[key]:.4g}{_half_width(results, key)} |"
+        for key, measure in REGISTRY.items()
+        if measure.card and isinstance(results.get(key), (int, float))
     ]
     if not rows:
         return "## Measures\n\nNot evaluated."

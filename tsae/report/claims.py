@@ -8,12 +8,12 @@ of the mean difference does, fails if no part of it does, and is undecided other
 
 from __future__ import annotations
 
-import html
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from tsae.evaluation.measures import FVE
 from tsae.report.compared import Compared
 from tsae.runtime import files
 from tsae.runtime.errors import TsaeError
@@ -60,10 +60,9 @@ class Verdict:
 def _against(kind: str, name: str, high: str, smoothness: str) -> list[Claim]:
     """The claims against one baseline, whose codes are probed in split `high`."""
     chunk = f"probing_chunk{high}"
-    fve = "frac_variance_explained"
     return [
         Claim(f"Smoother than {name}", "lipschitz_cont_h", kind, smoothness, below=0.0),
-        Claim(f"Explains at most {FVE_COST} less variance than {name}", fve, kind, fve, above=-FVE_COST),
+        Claim(f"Explains at most {FVE_COST} less variance than {name}", FVE, kind, FVE, above=-FVE_COST),
         Claim(f"Better for semantics than {name}", "probing_chunk0/semantics", kind, f"{chunk}/semantics", above=0.0),
         Claim(f"Better for context than {name}", "probing_chunk0/context", kind, f"{chunk}/context", above=0.0),
         _equal_syntax(f"Equal for syntax to {name}", "0", kind, high),
@@ -137,21 +136,13 @@ def as_text(compared: Compared, verdicts: Sequence[Verdict]) -> str:
     return "\n".join(lines) + "\n" + _outlook(compared, verdicts)
 
 
-def section(compared: Compared, verdicts: Sequence[Verdict]) -> str:
-    """The same as a section of the report's page."""
-    rows = [
-        f"<tr><td class=key>{text}</td><td>{difference}</td><td>{interval}</td><td>{seeds}</td><td class=key>{word}</td></tr>"
-        for text, difference, interval, seeds, word in (map(html.escape, _cells(verdict)) for verdict in verdicts)
-    ]
-    head = "".join(f"<th{'' if i else ' class=key'}>{html.escape(name)}</th>" for i, name in enumerate(HEAD))
-    outlook = _outlook(compared, verdicts).strip()
-    return (
-        f"<h2>The paper's claims</h2><div class=wide><table><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody>"
-        '</table></div><p class="note">Differences between dictionaries of one seed: mean and 95 % interval over seeds '
-        "(Student's t). A claim holds if the whole interval lies where it should, fails if no part of it does, and is "
-        "undecided otherwise; the intervals are not corrected for their number.</p>"
-        + (f"<pre>{html.escape(outlook)}</pre>" if outlook else "")
-    )
+def section(compared: Compared, verdicts: Sequence[Verdict]) -> dict[str, Any]:
+    """The same for the report's page."""
+    return {
+        "head": HEAD,
+        "rows": [_cells(verdict) for verdict in verdicts],
+        "outlook": _outlook(compared, verdicts).strip(),
+    }
 
 
 def _cells(verdict: Verdict) -> tuple[str, str, str, str, str]:

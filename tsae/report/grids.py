@@ -1,4 +1,7 @@
-"""Figures for sweeps of several settings: heat maps of two, and each setting's effect where there are more."""
+"""Figures of sweeps over several settings: heat maps of two, a row for each that was named, the effect of each of many.
+
+`SweptAxis` is where the values of one setting stand, in these and in all other figures.
+"""
 
 from __future__ import annotations
 
@@ -10,30 +13,69 @@ from typing import TYPE_CHECKING, Any
 
 from tsae import plotting
 from tsae.config.points import short_names, shown
-from tsae.report.axis import SweptAxis
-from tsae.report.measures import figures, label, shown_of
+from tsae.evaluation.measures import label, shown_in
 from tsae.report.summary import Group, Summary
+from tsae.report.text import figures
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+WIDE_RATIO = 20.0
+"""Swept values that span more than this factor are spread evenly or logarithmically."""
+MOST_TICKS = 10
 MOST_NUMBERED_CELLS = 80
-MOST_TICKS = 12
+MOST_CELL_NAMES = 12
 LARGEST_PANEL = (5.2, 4.6)
 """Inches of a heat map, however many cells it has: a larger picture would be shrunk until its labels vanish."""
 MOST_LEVELS, BINS = 12, 8
 """Ordered values above which an effect is the mean over so many bins of equal counts."""
 MOST_PAIRED = 30
-EFFECTS = (
-    "frac_variance_explained",
-    "lipschitz_cont_h",
-    "truth_disentanglement",
-    "truth_slow",
-    "probing_chunk0/semantics",
-    "frac_alive",
-)
-"""Rows of the figure of effects, where a sweep has them."""
 MOST_EFFECTS, MOST_SETTINGS = 4, 6
+MOST_ROWS = 40
+
+
+class SweptAxis:
+    """The values of one swept setting, in the order and on the scale in which they are drawn."""
+
+    def __init__(self, key: str, values: list[Any]) -> None:
+        self.key = key
+        self.values = list(dict.fromkeys(tuple(v) if isinstance(v, list) else v for v in values))
+        numbers = [v for v in self.values if isinstance(v, (int, float)) and not isinstance(v, bool)]
+        self.scale = "category"
+        if len(numbers) == len(self.values) > 1:
+            self.values.sort()
+            smallest = min((abs(v) for v in numbers if v), default=1.0)
+            wide = max(numbers) / smallest > WIDE_RATIO
+            self.scale = "linear" if not wide else "log" if min(numbers) > 0 else "category"
+
+    def position(self, value: Any) -> float:
+        """Where `value` stands."""
+        value = tuple(value) if isinstance(value, list) else value
+        return float(self.values.index(value)) if self.scale == "category" else float(value)
+
+    @property
+    def label(self) -> str:
+        """The setting's name for people."""
+        return short_names([self.key])[self.key].replace("_", " ")
+
+    @property
+    def is_ordered(self) -> bool:
+        """Whether a line between neighbours means something."""
+        return all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in self.values)
+
+    def apply(self, axes: Axes) -> None:
+        """Set scale, ticks and label of `axes`."""
+        if self.scale == "log":
+            axes.set_xscale("log")
+        if len(self.values) <= MOST_TICKS:
+            labels = [shown(value) for value in self.values]
+            long = max(map(len, labels)) * len(labels) > 44
+            axes.set_xticks([self.position(v) for v in self.values], labels, rotation=30 if long else 0)
+            axes.minorticks_off()
+        if self.scale == "category":
+            axes.set_xlim(-0.5, len(self.values) - 0.5)
+            axes.grid(visible=False, axis="x")
+        axes.set_xlabel(self.label)
 
 
 def draw_heat_map(
@@ -53,12 +95,12 @@ def draw_heat_map(
 
 
 def _heat_map(axes: Axes, groups: dict[tuple[str, ...], list[Group]], measure: str, x: SweptAxis, y: SweptAxis) -> None:
-    columns, rows = ([shown(_as_setting(value)) for value in axis.values] for axis in (x, y))
+    columns, rows = ([shown(value) for value in axis.values] for axis in (x, y))
     cells = [[_mean(groups.get((column, row), []), measure) for column in columns] for row in rows]
     image = axes.imshow(cells, cmap="viridis", aspect="auto", origin="lower")
     axes.grid(visible=False)
     for ticks, names in ((axes.set_xticks, columns), (axes.set_yticks, rows)):
-        marked = range(0, len(names), -(-len(names) // MOST_TICKS))
+        marked = range(0, len(names), -(-len(names) // MOST_CELL_NAMES))
         ticks(marked, [names[i] for i in marked])
     axes.set_xlabel(x.label)
     axes.set_ylabel(y.label)
@@ -75,7 +117,7 @@ def _heat_map(axes: Axes, groups: dict[tuple[str, ...], list[Group]], measure: s
 
 def draw_effects(summary: Summary, path: Path) -> None:
     """A panel for each measure and setting: every group as a dot, and the mean over the groups that share a value."""
-    measures = shown_of(EFFECTS, summary.measures)[:MOST_EFFECTS]
+    measures = shown_in("effects", summary.measures)[:MOST_EFFECTS]
     keys = summary.telling[:MOST_SETTINGS]
     size = (2.6 * len(keys) + 0.6, 2.1 * len(measures) + 0.4)
     with plotting.figure(path, len(measures), len(keys), size=size, sharey="row") as (_, panels):
@@ -106,7 +148,7 @@ def _levels(summary: Summary, axis: SweptAxis) -> list[tuple[float, list[Group]]
         bins = [ordered[start:stop] for start, stop in itertools.pairwise(edges)]
         return [(axis.position(members[len(members) // 2].value(axis.key)), members) for members in bins]
     groups = _by_values(summary, [axis.key])
-    return [(axis.position(value), groups[(shown(_as_setting(value)),)]) for value in axis.values]
+    return [(axis.position(value), groups[(shown(value),)]) for value in axis.values]
 
 
 def _by_values(summary: Summary, keys: Sequence[str]) -> dict[tuple[str, ...], list[Group]]:
@@ -115,10 +157,6 @@ def _by_values(summary: Summary, keys: Sequence[str]) -> dict[tuple[str, ...], l
     for group in summary.groups:
         found.setdefault(tuple(shown(group.value(key)) for key in keys), []).append(group)
     return found
-
-
-def _as_setting(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value
 
 
 def _mean(groups: list[Group], measure: str) -> float:
@@ -142,3 +180,79 @@ def pair_of(summary: Summary) -> list[str]:
     counts = {key: len({shown(group.value(key)) for group in summary.groups}) for key in summary.telling}
     few = [key for key, count in counts.items() if 2 < count <= MOST_PAIRED]
     return few[:2] if len(few) >= 2 else []
+
+
+def suits_rows(summary: Summary, series: dict[str, list[Group]]) -> bool:
+    """Whether the settings are a list: neither a grid nor drawn, which can be looked at one setting at a time."""
+    if summary.compared.drawn:
+        return False
+    cells = math.prod(len({shown(group.value(key)) for group in summary.groups}) for key in summary.telling)
+    return len(series) <= MOST_ROWS and len(summary.groups) < cells
+
+
+def draw_rows(summary: Summary, series: dict[str, list[Group]], path: Path) -> str:
+    """Write the figure: a panel for each measure, a colour for each swept value; returns its caption."""
+    measures = shown_in("effects", summary.measures)[:MOST_EFFECTS]
+    first = _first_group(summary)
+    rows = sorted(series.values(), key=lambda members: first not in members)
+    axis = SweptAxis(summary.x, [group.value(summary.x) for group in summary.groups])
+    size = (2.5 * len(measures) + 2.6, 0.24 * len(rows) + 1.2)
+    with plotting.figure(path, columns=len(measures), size=size, sharey=True) as (drawn, panels):
+        for axes, measure in zip(panels, measures, strict=True):
+            _row_panel(axes, rows, axis, measure)
+            axes.set_xlabel(label(measure))
+        panels[0].set_yticks(range(len(rows)), [_difference(summary, members[0]) for members in rows])
+        panels[0].set_ylim(len(rows) - 0.5, -0.5)
+        if len(axis.values) > 1:
+            drawn.legend(*panels[0].get_legend_handles_labels(), title=axis.label, loc="outside right upper")
+    return (
+        f"Each row is one setting, named by what tells it from the first ({summary.name(first, summary.telling[1:])}); "
+        "marks are means with their 95 % intervals."
+    )
+
+
+def _row_panel(axes: Axes, rows: list[list[Group]], axis: SweptAxis, measure: str) -> None:
+    for number, value in enumerate(axis.values):
+        name = shown(value)
+        members = [
+            (row, group.interval(measure))
+            for row, groups in enumerate(rows)
+            for group in groups
+            if shown(group.value(axis.key)) == name
+        ]
+        shift = 0.5 * ((number + 0.5) / len(axis.values) - 0.5)
+        axes.errorbar(
+            [mean for _, (mean, _) in members],
+            [row + shift for row, _ in members],
+            xerr=[0.0 if half != half else half for _, (_, half) in members],
+            color=plotting.PALETTE[number % len(plotting.PALETTE)],
+            marker=plotting.MARKERS[number % len(plotting.MARKERS)],
+            markersize=4,
+            markeredgecolor="white",
+            markeredgewidth=0.5,
+            elinewidth=1.0,
+            linestyle="none",
+            label=name,
+        )
+
+
+def _first_group(summary: Summary, like: Group | None = None) -> Group:
+    """What others are named after: a group of the report's baseline, else the first; with the swept value of `like`."""
+    wanted = dict(summary.compared.settings.baseline)
+    if like is not None:
+        wanted.setdefault(summary.x, like.value(summary.x))
+    agreeing = (
+        group
+        for group in summary.groups
+        if all(shown(group.value(key)) == shown(value) for key, value in wanted.items())
+    )
+    return next(agreeing, summary.groups[0] if like is None else _first_group(summary))
+
+
+def _difference(summary: Summary, group: Group) -> str:
+    """The settings that were given, for one of the two, and differ; what only follows from a preset is left out."""
+    first = _first_group(summary, group)
+    given = dict.fromkeys([*group.axes, *first.axes])
+    keys = [key for key in given if key != summary.x and shown(group.value(key)) != shown(first.value(key))]
+    own = [key for key in summary.compared.settings.baseline if key in summary.telling and key != summary.x]
+    return summary.name(group, keys) or summary.name(group, own) or "(the first)"

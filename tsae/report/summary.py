@@ -6,14 +6,19 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
+from importlib import import_module
 from typing import Any
 
+import tsae.evaluation.results  # noqa: F401  (declares its measures)
 from tsae.checkpoint import RunFolder
 from tsae.config.points import Point, short_names, shown
-from tsae.experiments.driver import headlines
+from tsae.evaluation.measures import in_order, scalars, shown_in
+from tsae.experiments.driver import EXPERIMENTS, headlines
 from tsae.report.compared import Compared
-from tsae.report.measures import LABELS, scalars
 from tsae.training.metrics import last_imbalance
+
+for _name in EXPERIMENTS:
+    import_module(f"tsae.experiments.{_name}")  # declares its measures
 
 SEED_AXES = ("training.seed", "data.seed")
 SOURCES = frozenset({"model", "data", "synthetic"})
@@ -103,8 +108,7 @@ class Summary:
     @property
     def measures(self) -> list[str]:
         """Every measure that any point has, the summary's first."""
-        names = dict.fromkeys(name for row in self.rows for name in row.values)
-        return [name for name in (*LABELS, *(name for name in names if name not in LABELS)) if name in names]
+        return in_order(list(dict.fromkeys(name for row in self.rows for name in row.values)))
 
     @cached_property
     def telling(self) -> list[str]:
@@ -180,6 +184,54 @@ def _swept_key(compared: Compared) -> str:
 
 def _shared_axes(point: Point, x: str) -> dict[str, Any]:
     return {key: value for key, value in point.axes.items() if key == x or key not in SEED_AXES}
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A group and the one it is held against."""
+
+    group: Group
+    reference: Group
+    differences: dict[str, tuple[float, float, int]]
+    """Measure → mean difference, half-width of its 95 % interval, shared seeds."""
+
+
+def compare(summary: Summary) -> list[Comparison]:
+    """Every group against the reference that it agrees with in most settings, where both have two seeds in common.
+
+    References are the groups that `report.baseline` names, else those with the first of the swept values.
+    """
+    references = _references(summary)
+    measures = shown_in("differences", summary.measures)
+    found = []
+    for group in summary.groups:
+        others = [reference for reference in references if reference is not group]
+        if any(reference is group for reference in references) or not others:
+            continue
+        reference = max(others, key=lambda other: _agreement(group, other))
+        differences = {name: group.difference(reference, name) for name in measures}
+        differences = {name: values for name, values in differences.items() if values[2] >= 2}
+        if differences:
+            found.append(Comparison(group, reference, differences))
+    return found
+
+
+def _references(summary: Summary) -> list[Group]:
+    wanted = summary.compared.settings.baseline
+    if wanted:
+        return [
+            group
+            for group in summary.groups
+            if all(shown(group.value(key)) == shown(value) for key, value in wanted.items())
+        ]
+    first = shown(summary.groups[0].value(summary.x)) if summary.groups else ""
+    return [group for group in summary.groups if shown(group.value(summary.x)) == first]
+
+
+def _agreement(group: Group, other: Group) -> int:
+    """In how many swept settings two groups agree."""
+    keys = dict.fromkeys([*group.axes, *other.axes])
+    return sum(shown(group.value(key)) == shown(other.value(key)) for key in keys)
 
 
 def student_interval(values: Sequence[float]) -> tuple[float, float]:

@@ -1,23 +1,15 @@
-"""What a sweep's numbers say, in a few sentences made from them."""
+"""What a report says without pictures: sentences made from its numbers, and plain tables."""
 
 from __future__ import annotations
 
+import csv
+import io
 import math
 
 from tsae.config.points import short_names, shown
-from tsae.report.comparison import compare
-from tsae.report.measures import figures, label, shown_of
-from tsae.report.summary import Group, Summary
+from tsae.evaluation.measures import label, shown_in
+from tsae.report.summary import Group, Summary, compare
 
-RANGED = (
-    "frac_variance_explained",
-    "lipschitz_cont_h",
-    "frac_recovered",
-    "truth_disentanglement",
-    "truth_slow",
-    "probing_chunk0/semantics",
-)
-"""Measures whose range is told, where a sweep has them."""
 MOST_WORLDS = 6
 """Kinds of activations that get a sentence each."""
 MOST_NAMED = 3
@@ -38,7 +30,7 @@ def sentences(summary: Summary) -> list[str]:
 
 def _ranges(summary: Summary, groups: list[Group], world: str) -> str:
     parts = []
-    for measure in shown_of(RANGED, summary.measures):
+    for measure in shown_in("sentences", summary.measures):
         known = [(mean, group) for group in groups if not math.isnan(mean := group.interval(measure)[0])]
         if not known:
             continue
@@ -99,3 +91,58 @@ def _reference(summary: Summary) -> str:
         return "the baseline"
     names = short_names(list(wanted))
     return ", ".join(f"{names[key].replace('_', ' ')} {shown(value)}" for key, value in wanted.items())
+
+
+def short_table(summary: Summary) -> list[str]:
+    """A few measures of each point, for the terminal."""
+    columns = shown_in("terminal", summary.measures)
+    cells = [["point", *(label(name) for name in columns)]]
+    for row in summary.rows:
+        values = [figures(row.values.get(name, float("nan")), 3) for name in columns]
+        cells.append([row.point.name, *values] if not row.missing else [row.point.name, f"({row.missing})"])
+    widths = [max(len(line[i]) for line in cells if len(line) == len(cells[0]) or not i) for i in range(len(cells[0]))]
+    return ["  ".join(_aligned(line, widths)).rstrip() for line in cells]
+
+
+def _aligned(line: list[str], widths: list[int]) -> list[str]:
+    # The remark on a missing point stands in the place of all its figures, and there may be no column of figures.
+    return [
+        line[0].ljust(widths[0]),
+        *(cell.rjust(width) for cell, width in zip(line[1:], [*widths[1:], 0], strict=False)),
+    ]
+
+
+def as_csv(summary: Summary) -> str:
+    """One line for each point: name, swept values, every measure."""
+    axes = list(dict.fromkeys(key for row in summary.rows for key in row.point.axes))
+    text = io.StringIO()
+    table = csv.writer(text, lineterminator="\n")
+    table.writerow(["point", *axes, "missing", *summary.measures])
+    for row in summary.rows:
+        swept = [shown(row.point.value(key)) for key in axes]
+        table.writerow([row.point.name, *swept, row.missing, *(row.values.get(name, "") for name in summary.measures)])
+    return text.getvalue()
+
+
+def as_markdown(summary: Summary) -> str:
+    """Measures as rows, points as columns."""
+
+    rows = [row for row in summary.rows if not row.missing]
+    lines = ["| measure | " + " | ".join(row.point.name for row in rows) + " |", "|---|" + "---:|" * len(rows)]
+    for name in summary.measures:
+        values = (figures(row.values.get(name, float("nan"))) for row in rows)
+        lines.append(f"| {name} | " + " | ".join(values) + " |")
+    lines += [f"\nMissing: {row.point.name} ({row.missing})" for row in summary.missing]
+    return "\n".join(lines) + "\n"
+
+
+def figures(value: float, digits: int = 4) -> str:
+    """A number with about `digits` significant figures, without exponent where that is readable."""
+    if value != value:
+        return "–"
+    magnitude = abs(value)
+    if magnitude and (magnitude < 1e-3 or magnitude >= 1e6):
+        return f"{value:.{digits - 1}e}"
+    before_point = len(str(int(magnitude))) if magnitude >= 1 else 0
+    decimals = max(0, digits - before_point)
+    return f"{value:.{decimals}f}"

@@ -13,6 +13,7 @@ from tsae.checkpoint import RunFolder
 from tsae.config import schema
 from tsae.config.points import short_names, shown
 from tsae.config.schema import flatten
+from tsae.evaluation.measures import FVE
 from tsae.runtime import files, locks
 from tsae.runtime.errors import TsaeError
 
@@ -53,7 +54,7 @@ def _table(runs: list[RunFolder]) -> list[str]:
     for run, own in zip(runs, settings, strict=True):
         differing = [f"{names[key]}={shown(own[key])}" for key in told if key in own]
         more = f" and {len(differing) - MOST_SETTINGS} more" if len(differing) > MOST_SETTINGS else ""
-        fve = run.read_results().get("frac_variance_explained")
+        fve = run.read_results().get(FVE)
         rows.append(
             [
                 run.path.parent.name,

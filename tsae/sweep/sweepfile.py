@@ -12,7 +12,7 @@ from tsae.config import run as configuration
 from tsae.config import schema
 from tsae.config.points import file_name, shown
 from tsae.config.sections import DataConfig
-from tsae.report.settings import ReportConfig
+from tsae.report.compared import ReportConfig
 from tsae.runtime.environment import SWEEPS
 from tsae.runtime.errors import TsaeError, suggestion
 from tsae.sweep.resources import Resources

@@ -1,0 +1,33 @@
+"""Linear probes on feature activations, and the measures that they give the report."""
+
+from tsae.evaluation.measures import Chart, Measure, Place, declare
+
+_SHOWN: dict[str, tuple[str, tuple[Place, ...]]] = {
+    "semantics": ("the text's topic", ("summary", "sentences", "differences", "effects", "trade-offs")),
+    "context": ("which text a token is from", ("summary", "differences")),
+    "syntax": ("a token's class", ("summary", "differences")),
+}
+"""Task → what its probe tells, and where the report shows how well it does on the high-level split."""
+
+declare(
+    *(
+        Measure(
+            f"probing_chunk{chunk}/{task}",
+            f"Probing, {split.removesuffix('-level')}",
+            f"balanced accuracy of a sparse linear probe for {meaning}, mean over splits of the tokens",
+            task,
+            better="higher",
+            places=places if chunk == 0 else (),
+            chart=Chart(
+                f"probing_{task}",
+                f"Probing: {task}",
+                "balanced accuracy",
+                f"Balanced accuracy of a sparse linear probe for {meaning}, on feature activations of one split.",
+            ),
+            line=split,
+            rank=3,
+        )
+        for task, (meaning, places) in _SHOWN.items()
+        for chunk, split in ((2, "all latents"), (0, "high-level"), (1, "low-level"))
+    )
+)

@@ -1,0 +1,116 @@
+"""What the numbers of a run are called, what they mean and where they are shown.
+
+Each is declared once, beside the code that computes it; the report, the model card and the documentation read it here.
+A new measure: `declare(Measure("my_measure", "Sharpness", "...", places=EVERYWHERE))` where its number is made.
+Declaring modules load no torch, so that a report is quick.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Any, Literal
+
+FVE = "frac_variance_explained"
+"""The measure that others are traded against."""
+TRUTH = "truth_"
+"""How measures begin that only a synthetic world has."""
+NOT_MEASURES = frozenset({"contexts", "documents", "tokens"})
+"""Counts that say how much was measured."""
+
+Place = Literal["summary", "terminal", "sentences", "differences", "effects", "trade-offs"]
+EVERYWHERE: tuple[Place, ...] = ("summary", "terminal", "sentences", "differences", "effects", "trade-offs")
+
+
+@dataclass(frozen=True)
+class Chart:
+    """One of the report's figures: its measures are lines over the swept value."""
+
+    name: str
+    title: str
+    axis: str
+    caption: str
+
+
+@dataclass(frozen=True)
+class Measure:
+    """One number of a run."""
+
+    key: str
+    """Its name in eval_results.json, or `<file>/<name>` of an experiment's headline."""
+    family: str
+    """What it is called in tables, as the paper does."""
+    formula: str
+    """How it is made, in a line."""
+    member: str = ""
+    """What tells it from others of its family, which stand under one head."""
+    unit: str = ""
+    """Nothing for a ratio or a share."""
+    better: Literal["higher", "lower", ""] = ""
+    places: tuple[Place, ...] = ()
+    """Where the report shows it, beside the tables of every measure."""
+    chart: Chart | None = None
+    line: str = "all latents"
+    """The name of its line in the chart."""
+    card: str = ""
+    """Its name on a model card, where it stands on one."""
+    rank: int = 0
+    """Where there is room for few, the lower come first."""
+    stands_for: str = ""
+    """The measure in whose place it is shown where the truth is known."""
+
+    @property
+    def label(self) -> str:
+        """Its name in one line."""
+        return f"{self.family} {self.member}".strip()
+
+
+REGISTRY: dict[str, Measure] = {}
+"""Key → measure, in the order in which they are shown."""
+
+
+def declare(*measures: Measure) -> None:
+    """Make measures known. A key that is taken is an error."""
+    for measure in measures:
+        assert measure.key not in REGISTRY, f"{measure.key} is declared twice"
+        REGISTRY[measure.key] = measure
+
+
+def label(key: str) -> str:
+    """A measure's name for people; one that nobody declared keeps its key."""
+    return REGISTRY[key].label if key in REGISTRY else key
+
+
+def shown_in(place: Place, available: Collection[str]) -> list[str]:
+    """The keys of the available measures that have that place; tables keep the paper's measures whatever is known."""
+    named = [key for key, measure in REGISTRY.items() if place in measure.places]
+    if place not in ("summary", "differences"):
+        named.sort(key=lambda key: REGISTRY[key].rank)
+    if place not in ("summary", "terminal"):
+        named = [instead_of(key, available) for key in named]
+    return [key for key in named if key in available]
+
+
+def instead_of(key: str, available: Collection[str]) -> str:
+    """What is shown in the place of a measure where the truth is known: of FVE, the one pooled over all tokens.
+
+    The paper's is a mean over contexts and misses what differs between them, which is where slow features show.
+    """
+    stands_in = (name for name, measure in REGISTRY.items() if measure.stands_for == key)
+    return next(stands_in, key) if any(name.startswith(TRUTH) for name in available) else key
+
+
+def in_order(available: Collection[str]) -> list[str]:
+    """The keys of all available measures: the summary's first, the rest as they come."""
+    first = shown_in("summary", available)
+    return [*first, *(key for key in available if key not in first)]
+
+
+def scalars(results: dict[str, Any]) -> dict[str, float]:
+    """The measures of an eval_results.json that are single numbers, in order."""
+    found = {
+        name: float(value)
+        for name, value in results.items()
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and name not in NOT_MEASURES
+    }
+    return {name: found[name] for name in in_order(found)}
