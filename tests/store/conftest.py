@@ -153,7 +153,7 @@ def start_harvest() -> Callable[..., multiprocessing.Process]:
     """Start `harvest(config, task, tasks)` in a process of its own, forked from a server that has the imports done."""
     os.environ["OMP_NUM_THREADS"] = "1"
     context = multiprocessing.get_context("forkserver")
-    heavy = ["tsae.store.harvest", "tsae.store.writer", "tsae.data.contexts", "tsae.lm.verification", "zarr", "nnsight"]
+    heavy = ["tsae.store.harvest", "tsae.store.writer", "tsae.data.contexts", "zarr", "nnsight"]
     context.set_forkserver_preload([*heavy, "transformers.models.gpt_neox.modeling_gpt_neox"])
 
     def start(config: RunConfig, task: int = 0, tasks: int = 1) -> multiprocessing.Process:

@@ -24,7 +24,6 @@ PRELOADED = [
     "accelerate.state",
     "tsae.training.run",
     "tsae.evaluation.driver",
-    "tsae.lm.verification",
     "nnsight",
     "transformers.models.gpt_neox.modeling_gpt_neox",
 ]

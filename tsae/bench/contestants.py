@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable
+from pathlib import Path
 from typing import Protocol
 
 import torch
@@ -45,9 +47,6 @@ def build(name: str, shape: Shape) -> Contestant:
     Raises TsaeError for an unknown name, ImportError if the library is not installed.
     """
     if name == "sparse+state":
-        # Needs more than torch, which is all that another library's environment has.
-        from tsae.bench.saving import Saving
-
         return Saving(shape)
     engine, _, kind = name.partition(":")
     if engine in OWN:
@@ -90,6 +89,24 @@ class Own:
     def _strong_activation(self, batch: Tensor) -> Tensor:
         """What few pre-activations exceed: a bias lower by that keeps a latent silent."""
         return self.trainer.dictionary.pre_activations(batch[:32, 0]).amax(dim=1).median()
+
+
+class Saving(Own):
+    """A step after which a resumable state is written and waited for; a training goes on meanwhile."""
+
+    def __init__(self, shape: Shape) -> None:
+        # Needs more than torch, which is all that another library's environment has.
+        from tsae.training.resume import ResumeStates
+
+        super().__init__(shape, "sparse", shape.kind)
+        self.algorithm += ", and after every step a resumable state is written and waited for"
+        self._folder = tempfile.TemporaryDirectory(prefix="tsae-bench-")
+        self._states = ResumeStates(Path(self._folder.name), {}, keep=2)
+
+    def step(self, batch: Tensor) -> None:
+        super().step(batch)
+        self._states.save(self.trainer.steps_done, self.trainer.state(), first=lambda: None)
+        self._states.wait()
 
 
 class Floor:

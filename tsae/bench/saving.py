@@ -7,9 +7,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
-from tsae.bench.contestants import Own
 from tsae.bench.report import spread
 from tsae.bench.shape import Shape, batches
 from tsae.training.resume import ResumeStates
@@ -17,21 +14,6 @@ from tsae.training.trainer import Trainer
 
 EVERY = 50
 """Steps between states, for which the cost is told."""
-
-
-class Saving(Own):
-    """A step after which a resumable state is written and waited for; a training goes on meanwhile."""
-
-    def __init__(self, shape: Shape) -> None:
-        super().__init__(shape, "sparse", shape.kind)
-        self.algorithm += ", and after every step a resumable state is written and waited for"
-        self._folder = tempfile.TemporaryDirectory(prefix="tsae-bench-")
-        self._states = ResumeStates(Path(self._folder.name), {}, keep=2)
-
-    def step(self, batch: Tensor) -> None:
-        super().step(batch)
-        self._states.save(self.trainer.steps_done, self.trainer.state(), first=lambda: None)
-        self._states.wait()
 
 
 def cost(record: dict[str, Any]) -> dict[str, Any]:

@@ -4,6 +4,17 @@ An epoch is a permutation of blocks of consecutive sequences; the pairs of its b
 that fit in memory, and a pool's pairs are permuted among its batches. Every pair comes once an epoch, but for the
 remainder of less than one batch. A pool and each of its batches are cut alike into lanes that mix within
 themselves, so that a process reads only the lanes that its part of the batch touches.
+
+An example: 1,000 training sequences of 128 positions, of which position 0 is BOS, each sequence one document; batches
+of B = 1,024 pairs. The first real token has no earlier one to be paired with, so a sequence gives 126 pairs (positions
+2 to 127) and the epoch 126,000: 123 steps, and a remainder of 48 pairs.
+    block    with 10 sequences a block, 100 blocks of 1,260 pairs; the epoch's order of blocks is drawn from (seed, epoch)
+    pool     with `pool_sequences` 250, at most 250 · 126,000 / (1,000 · 1,024) = 30 steps: 5 pools of 24 or 25 steps
+    lane     B is cut into 8 lanes of 128; a pool of 24 steps has 24,576 pairs, of which each lane mixes 3,072
+    step 30  lies in pool 1 (which begins at step 24), at its offset 6: rows 768 to 895 of each of the 8 lanes
+Of 2 processes, process 0 takes rows 0 to 511 of each batch, which are lanes 0 to 3, and reads only their blocks. The
+current token at position 5, with 4 earlier tokens of its document, is paired with position 4 by `previous`, with one
+of 1 to 4 by `random`, and with one of 3 and 4 by `within:2`; `none` pairs it with nothing and takes position 1 too.
 """
 
 from __future__ import annotations
