@@ -19,6 +19,9 @@ from tsae.config.bounds import (
 
 Draws = Annotated[int, at_least(100)]
 """Of an interval; fewer give none."""
+Strengths = Annotated[
+    tuple[float, ...], Bound(lambda given: min(given, default=0) >= 0, "strengths of at least 0 are expected")
+]
 PositiveShare = Annotated[float, Bound(lambda share: 0 < share <= 1, "a share above 0 and up to 1 is allowed")]
 
 
@@ -158,7 +161,7 @@ class AlignConfig:
 
     dataset: str = "embedded"
     """Pairs of dialogues: `hh-rlhf`, a local file or hub id with columns chosen and rejected, or `embedded` (passages on two topics, which have nothing to do with preferences)."""
-    pairs: Annotated[int, at_least(20)] = 1000
+    pairs: Annotated[int, Bound(lambda n: n >= 20, "at least 20 pairs are needed for a test")] = 1000
     """Pairs that are read, at most."""
     max_tokens: Annotated[int, at_least(16)] = 512
     """Tokens of a dialogue, or the model's positions where these are fewer; what is too much is cut from the prompt's beginning, then from the response's end."""
@@ -166,7 +169,7 @@ class AlignConfig:
     """Largest difference in length of a pair in the subset matched for length."""
     min_pairs: Annotated[int, at_least(2)] = 10
     """Pairs that a latent has to be active in to be tested."""
-    level: Fraction = 0.05
+    level: Annotated[float, Bound(lambda rate: 0 < rate < 1, "a rate between 0 and 1 is expected")] = 0.05
     """False discovery rate (Benjamini and Hochberg)."""
     table: Count = 30
     """Latents in the table."""
@@ -194,9 +197,9 @@ class SteerConfig:
     """How a concept's latent is chosen: mean activation on the concept's texts minus that on all, or ROC AUC of a text's mean activation."""
     mode: Literal["set", "add"] = "set"
     """`set`: the latent's activation becomes the strength; `add`: the strength comes on top of it."""
-    multiples: tuple[NonNegative, ...] = (0.5, 1.0, 2.0, 4.0, 8.0)
+    multiples: Strengths = (0.5, 1.0, 2.0, 4.0, 8.0)
     """Strengths in units of the latent's 99.9th percentile over the tokens on which it is active; 0 is the unsteered text."""
-    strengths: tuple[NonNegative, ...] = ()
+    strengths: Strengths = ()
     """Further, absolute strengths; the paper's are 10, 100, 150, 500, 1000, 1500, 5000, 10000, 15000."""
     steer_first: bool = False
     """Whether the first position, BOS or the attention sink, is steered too."""
