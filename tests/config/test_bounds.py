@@ -17,8 +17,6 @@ from tsae.runtime.errors import TsaeError
 ANY_NUMBER = {
     "sae.group_fractions": "positive and of sum 1, which the whole list is checked for",
     "objective.group_weights": "as many as groups, which is checked together with them",
-    "experiments.steer.multiples": "below 0 pushes a concept away",
-    "experiments.steer.strengths": "below 0 pushes a concept away",
 }
 
 
@@ -68,6 +66,14 @@ def test_an_impossible_number_is_one_line_that_names_its_key(path):
         ("experiments.probe.seeds", 0),
         ("experiments.steer.tokens", -3),
         ("experiments.probe.features", [1, 0]),
+        ("experiments.probe.gap", 0),
+        ("experiments.align.pairs", 19),
+        ("experiments.sequences.texts", ["one text"]),
+        ("experiments.sequences.splices", 9),
+        ("experiments.steer.bootstrap", 99),
+        ("experiments.steer.tokens", 3),
+        ("experiments.steer.multiples", [1, -0.5]),
+        ("experiments.steer.coherence", 1.5),
         ("experiments.probe.features", []),
         ("experiments.explain.answers.tries", 0),
         ("experiments.steer.judge.timeout", 0),

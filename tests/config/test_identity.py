@@ -100,3 +100,9 @@ def test_what_decided_a_training_is_not_passed_over(resolved):
     run.resolved.write_text("training_hash: 0123456789ab\n" + text.partition("\n")[2])
     with pytest.raises(TsaeError, match=r"training\.momentum: unknown key; it decided this training"):
         run.load_config()
+
+
+def test_a_resolved_file_as_the_configuration_of_a_command_follows_the_same_rule(resolved):
+    assert configuration.load(resolved(experiments__probe__depth=3).resolved) == resolved().load_config()
+    with pytest.raises(TsaeError, match=r"evaluation\.colour: unknown key"):
+        configuration.load(resolved(evaluation__colour=3).resolved)

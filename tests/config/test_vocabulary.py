@@ -82,9 +82,19 @@ def test_a_contradiction_is_refused_where_both_are_asked_for(tmp_path):
             TsaeError, match=r"sae\.split_fraction: it has no effect beside sae\.group_fractions|sweeps it"
         ):
             expand(load_sweep(path, overrides=words))
+    (tmp_path / "groups_base.yaml").write_text("sae: {group_fractions: [0.5, 0.5]}\n")
+    with pytest.raises(TsaeError, match=r"split_fraction: it has no effect beside sae\.group_fractions"):
+        expand(load_sweep(path, str(tmp_path / "groups_base.yaml")))
     only = tmp_path / "groups.yaml"  # over a base that has a split_fraction
     only.write_text("grid: {sae.group_fractions: [[0.5, 0.5], [0.2, 0.8]]}\n")
     assert [point.config.sae.fractions for point in expand(load_sweep(only))] == [(0.5, 0.5), (0.2, 0.8)]
+
+
+def test_a_preset_that_is_named_twice_is_refused(tmp_path):
+    path = tmp_path / "sweep.yaml"
+    path.write_text("grid: {objective.preset: [paper, reference]}\n")
+    with pytest.raises(TsaeError, match=r"objective\.preset: objective names a preset too"):
+        expand(load_sweep(path, overrides=["objective=paper"]))
 
 
 def test_the_last_of_two_values_counts():

@@ -5,7 +5,24 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
-from tsae.config.bounds import Count, Fraction, Natural, NonNegative, Positive, Probability, SmallSeed, at_least, some
+from tsae.config.bounds import (
+    Bound,
+    Count,
+    Fraction,
+    Natural,
+    NonNegative,
+    Positive,
+    SmallSeed,
+    at_least,
+    some,
+)
+
+Draws = Annotated[int, at_least(100)]
+"""Of an interval; fewer give none."""
+Strengths = Annotated[
+    tuple[float, ...], Bound(lambda given: min(given, default=0) >= 0, "strengths of at least 0 are expected")
+]
+PositiveShare = Annotated[float, Bound(lambda share: 0 < share <= 1, "a share above 0 and up to 1 is allowed")]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +59,7 @@ class TextsConfig:
     """Labels to read; by default those that the paper takes of the dataset, or all."""
     context_length: Annotated[int, at_least(2)] = 128
     """Tokens of each text that the language model reads, at most."""
-    min_characters: Natural = 200
+    min_characters: Count = 200
     """Shorter texts are passed over."""
     categories: str | None = None
     """CSV table (columns Article, Category) that labels the articles of `wikipedia`."""
@@ -74,7 +91,7 @@ class ProbeConfig:
     """Tokens of each task, at most."""
     context_texts: Annotated[int, at_least(2)] = 32
     """Texts told apart by the task `context`."""
-    gap: Natural = 5
+    gap: Count = 5
     """Distance, in tokens, of a text's training tokens from its test tokens in the task `context`, at least."""
     test_share: Fraction = 0.25
     """Share of texts, or in `context` of tokens, that probes are scored on."""
@@ -94,9 +111,9 @@ class TsneConfig:
     """Texts on the map, in equal shares of the classes."""
     tokens: Count = 20
     """Last tokens of each text."""
-    dimensions: Count = 50
+    dimensions: Annotated[int, at_least(2)] = 50
     """Dimensions left by the singular value decomposition before t-SNE."""
-    perplexity: Positive = 30.0
+    perplexity: Annotated[float, at_least(1)] = 30.0
     """Perplexity of t-SNE."""
     neighbours: Count = 15
     """Nearest neighbours of a token, in the original space, whose labels are compared with its own."""
@@ -110,7 +127,7 @@ class SequencesConfig:
 
     dataset: str = "embedded"
     """Labelled texts that passages are drawn from, as for probing."""
-    texts: tuple[str, ...] = ()
+    texts: Annotated[tuple[str, ...], Bound(lambda texts: len(texts) != 1, "one text has no border")] = ()
     """What the figure shows: files, or texts themselves (anything with a space in it), one passage each; by default passages drawn from the dataset."""
     labels: tuple[str, ...] = ()
     """Labels of the dataset that passages are drawn from; by default all."""
@@ -118,7 +135,7 @@ class SequencesConfig:
     """Passages in a context drawn from the dataset, each of another label."""
     passage_tokens: Count | None = None
     """Tokens of a passage, of drawn ones on average; none: an equal share of the model's positions, at most 200."""
-    splices: Count = 100
+    splices: Annotated[int, at_least(10)] = 100
     """Contexts drawn for the scores."""
     top: Count = 8
     """Latents of a context that stand for its figure."""
@@ -130,9 +147,9 @@ class SequencesConfig:
     """Tokens on either side of a place that a change of the code is measured over."""
     tolerance: Natural = 10
     """Tokens between a border and a change point that found it, at most."""
-    smoothest: Fraction = 0.2
+    smoothest: PositiveShare = 0.2
     """Share of all latents, the smoothest ones, that the control takes in place of a split made in training."""
-    bootstrap: Count = 1000
+    bootstrap: Draws = 1000
     """Draws of contexts behind each interval."""
     seed: SmallSeed = 0
     """Seed of every draw."""
@@ -144,21 +161,21 @@ class AlignConfig:
 
     dataset: str = "embedded"
     """Pairs of dialogues: `hh-rlhf`, a local file or hub id with columns chosen and rejected, or `embedded` (passages on two topics, which have nothing to do with preferences)."""
-    pairs: Annotated[int, at_least(2)] = 1000
+    pairs: Annotated[int, Bound(lambda n: n >= 20, "at least 20 pairs are needed for a test")] = 1000
     """Pairs that are read, at most."""
-    max_tokens: Annotated[int, at_least(2)] = 512
+    max_tokens: Annotated[int, at_least(16)] = 512
     """Tokens of a dialogue, or the model's positions where these are fewer; what is too much is cut from the prompt's beginning, then from the response's end."""
     matched_tokens: Natural = 2
     """Largest difference in length of a pair in the subset matched for length."""
-    min_pairs: Count = 10
+    min_pairs: Annotated[int, at_least(2)] = 10
     """Pairs that a latent has to be active in to be tested."""
-    level: Fraction = 0.05
+    level: Annotated[float, Bound(lambda rate: 0 < rate < 1, "a rate between 0 and 1 is expected")] = 0.05
     """False discovery rate (Benjamini and Hochberg)."""
-    table: Natural = 30
+    table: Count = 30
     """Latents in the table."""
     examples: Natural = 3
     """Pairs shown of each of them: those that differ most."""
-    bootstrap: Count = 1000
+    bootstrap: Draws = 1000
     """Draws of pairs behind each interval."""
     seed: SmallSeed = 0
     """Seed of every draw."""
@@ -172,7 +189,7 @@ class SteerConfig:
     """Labelled texts, as for probing; a concept is a label."""
     concepts: tuple[str, ...] = ()
     """Labels to steer towards; by default the first of the dataset's."""
-    max_concepts: Count = 8
+    max_concepts: Annotated[int, at_least(2)] = 8
     """Concepts where none are named."""
     latents: tuple[Natural, ...] = ()
     """Latents to steer with, one for each of `concepts`; by default they are chosen."""
@@ -180,9 +197,9 @@ class SteerConfig:
     """How a concept's latent is chosen: mean activation on the concept's texts minus that on all, or ROC AUC of a text's mean activation."""
     mode: Literal["set", "add"] = "set"
     """`set`: the latent's activation becomes the strength; `add`: the strength comes on top of it."""
-    multiples: tuple[float, ...] = (0.5, 1.0, 2.0, 4.0, 8.0)
+    multiples: Strengths = (0.5, 1.0, 2.0, 4.0, 8.0)
     """Strengths in units of the latent's 99.9th percentile over the tokens on which it is active; 0 is the unsteered text."""
-    strengths: tuple[float, ...] = ()
+    strengths: Strengths = ()
     """Further, absolute strengths; the paper's are 10, 100, 150, 500, 1000, 1500, 5000, 10000, 15000."""
     steer_first: bool = False
     """Whether the first position, BOS or the attention sink, is steered too."""
@@ -192,19 +209,19 @@ class SteerConfig:
     """Further prompts: openings of texts on any label that nothing else uses."""
     prompt_tokens: Count = 8
     """Tokens of those."""
-    tokens: Count = 32
+    tokens: Annotated[int, at_least(4)] = 32
     """Tokens that are generated."""
     temperature: NonNegative = 0.0
     """0: greedy; above: sampled."""
     classifier_texts: Count = 150
     """Texts of each concept, beyond those whose activations are read, that the classifier learns from, at most."""
-    success: Probability = 0.5
+    success: PositiveShare = 0.5
     """Probability of the concept from which steering counts as successful."""
-    coherence: NonNegative = 0.5
+    coherence: PositiveShare = 0.5
     """Coherence, relative to unsteered and real text, from which steered text counts as coherent."""
     judge: AnswersConfig = field(default_factory=AnswersConfig)
     """A language model that grades the samples for concept and coherence, 0 to 3 each as in the paper; none by default."""
-    bootstrap: Count = 1000
+    bootstrap: Draws = 1000
     """Draws of concepts behind each interval."""
     seed: SmallSeed = 0
     """Seed of every draw."""
@@ -220,7 +237,7 @@ class ExplainConfig:
     """Latents that are explained, drawn evenly over firing rates and groups; none: 200 with a language model, 2048 without."""
     sequences: Count = 2048
     """Stored sequences that are read, at most: so many to explain from, and so many held-out ones to score on."""
-    window: Count = 32
+    window: Annotated[int, at_least(2)] = 32
     """Tokens of a text that is shown; longer ones show what a slow latent follows."""
     examples: Count = 15
     """Texts that an explanation is written from: two thirds with the strongest activations, the rest spread over all."""

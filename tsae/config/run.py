@@ -105,23 +105,30 @@ class RunConfig:
 def load(path: str | Path, overrides: list[str] | None = None) -> RunConfig:
     """The run described by a YAML file, such as a run folder's resolved.yaml, and `section.key=value` overrides."""
     tree = schema.read_yaml(path)
-    tree.pop("training_hash", None)  # the first line of a resolved.yaml
+    if "training_hash" in tree:  # the first line of a resolved.yaml
+        tree = schema.to_plain(load_resolved(Path(path), evaluates=True))
     extra = schema.parse_overrides(overrides or [])
     # Overrides are checked on their own first, so that an error names the command line, not the file.
     check_part(extra, "command line")
-    return from_mapping(lay_over(tree, extra), str(path))
+    config = from_mapping(lay_over(tree, extra), str(path))
+    refuse_without_effect(config, extra, "command line")
+    return config
 
 
-def load_resolved(path: Path) -> RunConfig:
+def load_resolved(path: Path, evaluates: bool = False) -> RunConfig:
     """The configuration that a run folder's resolved.yaml records, perhaps written by another version of tsae.
 
     What this version does not know is left out where it decides nothing: a setting of evaluation or experiments, or one
-    without which the training hash is the recorded one. Raises TsaeError for one that decided the training.
+    without which the training hash is the recorded one. Raises TsaeError for one that decided the training, and for one
+    of evaluation if the caller `evaluates`.
     """
     tree = schema.read_yaml(path)
     recorded = tree.pop("training_hash", None)
     unknown = schema.drop_unknown(RunConfig, tree)
     config = from_mapping(tree, str(path))
+    measures = [key for key in unknown if key.startswith("evaluation.")]
+    if evaluates and measures:
+        raise TsaeError(f"{path}: {measures[0]}: unknown key; another version of tsae wrote it, evaluate with that one")
     deciding = [key for key in unknown if key.partition(".")[0] not in ("evaluation", "experiments")]
     if deciding and config.training_hash != recorded:
         raise TsaeError(
@@ -150,12 +157,27 @@ def lay_over(tree: dict[str, Any], asked: Mapping[str, Any]) -> dict[str, Any]:
 
 def check_part(asked: Mapping[str, Any], where: str) -> None:
     """Refuse settings by key path that no run can have, whatever stands below them. Raises TsaeError."""
-    _build(lay_over({}, asked), where)
-    if asked.get("sae.group_fractions") is not None and "sae.split_fraction" in asked:
-        raise TsaeError(
-            f"{where}: sae.split_fraction: it has no effect beside sae.group_fractions, which says the share of every "
-            "group; give one of them"
-        )
+    for name in PRESETS:
+        if name in asked and f"{name}.preset" in asked:
+            raise TsaeError(f"{where}: {name}.preset: {name} names a preset too; give one of them")
+    refuse_without_effect(_build(lay_over({}, asked), where), asked, where)
+
+
+def refuse_without_effect(config: RunConfig, asked: Mapping[str, Any], where: str) -> None:
+    """Refuse settings that were asked for and that another one, asked for or of the base, takes all effect from.
+
+    What only a base or a resolved.yaml says of them is passed over: it may be laid over, or be a default.
+    """
+    sae, steer, sequences = config.sae, config.experiments.steer, config.experiments.sequences
+    shadowed = {
+        "sae.split_fraction": ("sae.group_fractions", sae.group_fractions is not None),
+        "experiments.steer.choose": ("experiments.steer.latents", bool(steer.latents)),
+        "experiments.steer.max_concepts": ("experiments.steer.concepts", bool(steer.concepts)),
+        "experiments.sequences.labels": ("experiments.sequences.texts", bool(sequences.texts)),
+    }
+    for key, (other, given) in shadowed.items():
+        if given and key in asked:
+            raise TsaeError(f"{where}: {key}: it has no effect beside {other}; leave one of them out")
 
 
 def from_mapping(tree: Mapping[str, Any], where: str) -> RunConfig:

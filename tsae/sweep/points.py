@@ -26,8 +26,10 @@ def expand(sweep: Sweep) -> tuple[Point, ...]:
     for row in rows:
         name = file_name(",".join(f"{short[key]}={shown(value)}" for key, value in row.items()) or "run")
         where = f"{sweep.path}: {name}" if row else str(sweep.path)
-        configuration.check_part({**sweep.asked, **row}, where)
+        asked = {**sweep.asked, **row}
+        configuration.check_part(asked, where)
         config = configuration.from_mapping(sweep.settings_with(row), where)
+        configuration.refuse_without_effect(config, asked, where)
         points.append(Point(name, row, config))
     _refuse_duplicates(sweep, points)
     x = sweep.config.report.x
