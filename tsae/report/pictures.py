@@ -8,7 +8,8 @@ import os
 import urllib.parse
 from pathlib import Path
 
-from tsae.experiments.driver import EXPERIMENTS, draw_again, files_of
+from tsae.experiments.driver import draw_again, files_of
+from tsae.experiments.registry import EXPERIMENTS
 from tsae.report.summary import Summary
 
 MOST_BYTES = 24_000_000

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cached_property
 from typing import Any
 
 from tsae.checkpoint import RunFolder
@@ -72,6 +72,8 @@ class Group:
             return math.nan, math.nan
         if len(found) == 1:
             return found[0], next(row for row in self.rows if measure in row.values).half_width(measure)
+        from tsae.evaluation.statistics import student_interval
+
         return student_interval(found)
 
     def difference(self, reference: Group, measure: str) -> tuple[float, float, int]:
@@ -82,6 +84,8 @@ class Group:
         ]
         if len(found) < 2:
             return math.nan, math.nan, len(found)
+        from tsae.evaluation.statistics import student_interval
+
         return *student_interval(found), len(found)
 
 
@@ -180,18 +184,3 @@ def _swept_key(compared: Compared) -> str:
 
 def _shared_axes(point: Point, x: str) -> dict[str, Any]:
     return {key: value for key, value in point.axes.items() if key == x or key not in SEED_AXES}
-
-
-def student_interval(values: Sequence[float]) -> tuple[float, float]:
-    """Mean of at least two values and the half-width of its 95 % interval (Student's t)."""
-    mean = sum(values) / len(values)
-    deviation = math.sqrt(sum((value - mean) ** 2 for value in values) / (len(values) - 1))
-    return mean, student_quantile(len(values) - 1) * deviation / math.sqrt(len(values))
-
-
-@cache
-def student_quantile(degrees: int) -> float:
-    """The 97.5 % quantile of Student's t."""
-    from scipy.stats import t
-
-    return float(t.ppf(0.975, degrees))
