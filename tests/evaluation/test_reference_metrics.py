@@ -11,10 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tsae.evaluation.codes import active_code, split_ranges
 from tsae.evaluation.results import ALL, FIRST_GROUP, HIGH, LOW, SECOND_GROUP, summarise
 from tsae.evaluation.scores import Scores
-from tsae.evaluation.smoothness import smoothness
+from tsae.evaluation.smoothness import active_code, smoothness, split_ranges
 from tsae.sae.dictionary import Dictionary
 from tsae.sae.kinds import from_state
 

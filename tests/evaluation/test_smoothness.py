@@ -7,8 +7,7 @@ import math
 import pytest
 import torch
 
-from tsae.evaluation.codes import active_code, split_ranges
-from tsae.evaluation.smoothness import smoothness
+from tsae.evaluation.smoothness import active_code, smoothness, split_ranges
 
 
 def measure(f: torch.Tensor, x: torch.Tensor | None = None, groups: tuple[int, ...] | None = None) -> dict[str, list]:

@@ -110,8 +110,7 @@ def harvest_rate(device: str, rounds: int) -> list[float]:
 
 def smoothness_cost(shape: Shape, rounds: int) -> list[float]:
     """Seconds of processor time for all smoothness measures, of all splits, of one context's sparse code."""
-    from tsae.evaluation.codes import context_code, split_ranges
-    from tsae.evaluation.smoothness import smoothness
+    from tsae.evaluation.smoothness import context_code, smoothness, split_ranges
     from tsae.sae.sparse import from_dense
 
     code = from_dense(_persistent_codes(shape.dict_size, min(shape.k, shape.dict_size // 2)))

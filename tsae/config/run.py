@@ -381,8 +381,9 @@ def evaluation_settings(config: RunConfig) -> dict[str, Any]:
 
 def experiment_settings(config: RunConfig, name: str) -> dict[str, Any]:
     """The part that decides the results of experiment `name`."""
-    own, texts = (schema.identity(getattr(config.experiments, part)) for part in (name, "texts"))
-    return {**training_settings(config), "experiment": own, "texts": texts}
+    own, texts = getattr(config.experiments, name, None), schema.identity(config.experiments.texts)
+    identity = {} if own is None else schema.identity(own)  # an experiment may have no settings
+    return {**training_settings(config), "experiment": identity, "texts": texts}
 
 
 def help_text() -> str:

@@ -8,7 +8,8 @@ their place; it tells whether training for placement was needed. `oracle`: a lin
 from __future__ import annotations
 
 import math
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -17,15 +18,18 @@ from torch import Tensor
 from tsae.checkpoint import RunFolder, load_dictionary
 from tsae.config.run import RunConfig
 from tsae.data.synthetic import Truth
-from tsae.evaluation import recovery, truth_figure
-from tsae.evaluation.codes import active_code, split_ranges
+from tsae.evaluation import recovery
 from tsae.evaluation.recovery import Split
-from tsae.evaluation.smoothness import smoothness
+from tsae.evaluation.smoothness import active_code, smoothness, split_ranges
+from tsae.plotting import MARKERS, PALETTE, figure
 from tsae.runtime import files
 from tsae.runtime.errors import TsaeError
 from tsae.sae.dictionary import Dictionary
 from tsae.store.layout import store_path
 from tsae.store.reader import Store
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 
 def measure_run(config: RunConfig, run: RunFolder) -> dict[str, Any]:
@@ -57,7 +61,7 @@ def measure(config: RunConfig, run: RunFolder, dictionary: Dictionary, store: St
         high = max(1, int(config.sae.split_fraction * dictionary.dict_size))
         sizes = (high, dictionary.dict_size - high)
     results = compare(truth, features, codes, x, dictionary.W_dec.cpu(), sizes)
-    truth_figure.draw(results, run.result("synthetic", "png"))
+    draw(results, run.result("synthetic", "png"))
     files.write_json(run.result("synthetic", "json"), results)
     return results
 
@@ -165,3 +169,68 @@ def _plain(value: Any) -> Any:
     if isinstance(value, list):
         return [_plain(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+CODES = {
+    "dictionary": "dictionary",
+    "post_hoc": "re-split by\nautocorrelation",
+    "random": "random\ndirections",
+    "oracle": "oracle",
+}
+BARS = (
+    ("slow_high", "slow, high-level group", PALETTE[0]),
+    ("slow_low", "slow, the rest", PALETTE[5]),
+    ("fast_low", "fast, the rest", PALETTE[1]),
+    ("fast_high", "fast, high-level group", PALETTE[4]),
+)
+
+
+def draw(results: dict[str, Any], path: Path) -> None:
+    """Draw the content of synthetic.json to the PNG `path`."""
+    with figure(path, columns=2, size=(10, 3.1), width_ratios=(1.4, 1)) as (_, (bars, latents)):
+        _draw_recovery(bars, results)
+        _draw_latents(latents, results["latents"])
+
+
+def _draw_recovery(axes: Axes, results: dict[str, Any]) -> None:
+    width = 0.8 / len(BARS)
+    for place, (measure, label, colour) in enumerate(BARS):
+        positions = np.arange(len(CODES)) + (place - (len(BARS) - 1) / 2) * width
+        heights = [results[code][measure] or 0.0 for code in CODES]
+        axes.bar(positions, heights, width * 0.92, color=colour, label=label)
+    names = [f"{label}\n({_figure(results[code]['disentanglement'])})" for code, label in CODES.items()]
+    axes.set_xticks(range(len(CODES)), names)
+    axes.set_ylim(0, 1)
+    axes.grid(visible=False, axis="x")
+    axes.set_ylabel("correlation with matches")
+    axes.set_title("Recovery of true features (disentanglement)")
+    axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
+
+
+def _draw_latents(axes: Axes, latents: dict[str, Any]) -> None:
+    kinds, group = np.array(latents["kind"]), np.array(latents["group"])
+    x = np.array([np.nan if value is None else value for value in latents["autocorrelation"]], float)
+    y = np.array(latents["correlation"], float)
+    for number, kind in enumerate(sorted(set(kinds.tolist()), key=lambda kind: (kind == "fast", kind))):
+        for high in (True, False):
+            chosen = (kinds == kind) & ((group == 0) == high)
+            colour = PALETTE[number]
+            where = "high-level" if high else "rest"
+            axes.scatter(
+                x[chosen],
+                y[chosen],
+                s=16,
+                marker=MARKERS[number],
+                facecolors=colour if high else "none",
+                edgecolors=colour,
+                linewidths=0.9,
+                label=f"{kind.replace('_', ' ')}, {where}",
+            )
+    axes.set_xlabel("autocorrelation from token to token")
+    axes.set_ylabel("best correlation")
+    axes.set_title("Latents by the feature they are closest to")
+    axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
+
+
+def _figure(value: float | None) -> str:
+    return "–" if value is None else f"{value:.2f}"

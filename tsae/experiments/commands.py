@@ -12,7 +12,8 @@ from tsae.config import run as configuration
 from tsae.config import schema
 from tsae.config.run import RunConfig
 from tsae.config.sections import ModelConfig
-from tsae.experiments.driver import EXPERIMENTS, with_dataset
+from tsae.experiments.driver import with_dataset
+from tsae.experiments.registry import EXPERIMENTS
 from tsae.runtime import environment
 from tsae.runtime.errors import TsaeError, suggestion
 

@@ -13,14 +13,14 @@ import dataclasses
 import logging
 import os
 from collections.abc import Mapping, Sequence
-from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from tsae.checkpoint import BASELINE, RunFolder
 from tsae.config import run as configuration
 from tsae.config import schema
 from tsae.config.run import RunConfig
+from tsae.experiments.registry import EXPERIMENTS, module_of, settings_of
 from tsae.runtime import files, preemption
 from tsae.runtime.errors import TsaeError
 
@@ -29,38 +29,6 @@ if TYPE_CHECKING:
 
 
 log = logging.getLogger("tsae")
-
-
-class Experiment(NamedTuple):
-    """Where an experiment is, and what its files are called."""
-
-    file: str
-    """Stem of its results."""
-    splits: bool
-    """Whether it is made for each split of the latents; else once for the run."""
-    dense: bool
-    """Whether it can be made for the residual stream itself."""
-    help: str
-    explained: bool = False
-    """Whether its results show explanations of latents."""
-    compared: bool = False
-    """Whether its picture shows the results beside it, too, some of which are made later."""
-
-
-EXPERIMENTS = {
-    "probe": Experiment(
-        "probing", True, True, "probe feature activations for semantics, context and syntax", compared=True
-    ),
-    "tsne": Experiment("tsne", True, True, "map feature activations with t-SNE, coloured by three labels"),
-    "sequences": Experiment(
-        "sequences", True, False, "follow latents over passages spliced into one context", explained=True
-    ),
-    "align": Experiment("alignment", True, False, "compare latents on chosen and rejected responses", explained=True),
-    "steer": Experiment("steering", True, False, "generate text while a latent is held up", explained=True),
-    "explain": Experiment("autointerp", False, False, "explain latents with a language model, and score that"),
-    "features": Experiment("features", False, False, "make one page with all latents of a run", explained=True),
-}
-"""Command → experiment; the module has the command's name."""
 
 
 def run(
@@ -108,7 +76,7 @@ def run(
 def draw_again(name: str, path: Path) -> None:
     """Draw the picture beside complete results, with what lies beside them now; in a folder that may be written."""
     if os.access(path.parent, os.W_OK):
-        import_module(f"tsae.experiments.{name}.experiment").draw(files.read_whole_json(path), path.with_suffix(".png"))
+        module_of(name).draw(files.read_whole_json(path), path.with_suffix(".png"))
 
 
 def is_done(config: RunConfig, run: RunFolder, name: str) -> bool:
@@ -141,7 +109,7 @@ def explanations_hash(explanations: Mapping[Any, str]) -> str:
 
 def _local_files(config: RunConfig, name: str) -> list[list[int]]:
     """Size and time of the local files that an experiment reads its texts from: an edited file has other results."""
-    own = getattr(config.experiments, name)
+    own = settings_of(config, name)
     passages = own.texts if name == "sequences" else ()
     named = [getattr(own, "dataset", None), config.experiments.texts.categories, *passages]
     paths = [os.path.expanduser(text) for text in named if text]
@@ -173,13 +141,13 @@ def headlines(run: RunFolder, config: RunConfig) -> dict[str, tuple[float, float
 
 def _make(name: str, subject: Subject, chunk: int | None) -> None:
     preemption.check()
-    module = import_module(f"tsae.experiments.{name}.experiment")
-    settings = getattr(subject.config.experiments, name)
+    module = module_of(name)
+    settings = settings_of(subject.config, name)
     results: dict[str, Any] = {
         "experiment": name,
         "config_hash": settings_hash(subject.config, name, chunk, subject.checkpoint),
         "subject": subject.description(),
-        "settings": schema.to_plain(settings),
+        "settings": {} if settings is None else schema.to_plain(settings),
     }
     if EXPERIMENTS[name].explained:
         results["explanations_hash"] = explanations_hash(subject.explanations)
@@ -198,7 +166,7 @@ def _make(name: str, subject: Subject, chunk: int | None) -> None:
 def _stem(config: RunConfig, name: str, chunk: int | None, checkpoint: str | None) -> str:
     """Stem of the files of one experiment; another protocol than the usual one has files of its own."""
     parts = [EXPERIMENTS[name].file]
-    if getattr(getattr(config.experiments, name), "protocol", None) == "reference":
+    if getattr(settings_of(config, name), "protocol", None) == "reference":
         parts.append("reference")
     if chunk is not None:
         parts.append(f"chunk{chunk}")
@@ -217,7 +185,7 @@ def with_dataset(config: RunConfig, name: str, dataset: str | None) -> RunConfig
     """`config` with another dataset for one experiment. Raises TsaeError if it takes none."""
     if dataset is None:
         return config
-    settings = getattr(config.experiments, name)
+    settings = settings_of(config, name)
     if not hasattr(settings, "dataset"):
         raise TsaeError(f"--dataset: tsae {name} takes none; it reads the run's own store")
     changed = dataclasses.replace(settings, dataset=dataset)

@@ -113,7 +113,7 @@ def judge(rows: Sequence[Row], claims: Sequence[Claim] = CLAIMS) -> list[Verdict
 
 
 def _verdict(claim: Claim, differences: Sequence[float]) -> Verdict:
-    from tsae.report.summary import student_interval
+    from tsae.evaluation.statistics import student_interval
 
     if len(differences) < 2:
         mean = differences[0] if differences else math.nan

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cached_property
 from importlib import import_module
 from typing import Any
 
@@ -13,7 +13,8 @@ import tsae.evaluation.results  # noqa: F401  (declares its measures)
 from tsae.checkpoint import RunFolder
 from tsae.config.points import Point, short_names, shown
 from tsae.evaluation.measures import in_order, scalars, shown_in
-from tsae.experiments.driver import EXPERIMENTS, headlines
+from tsae.experiments.driver import headlines
+from tsae.experiments.registry import EXPERIMENTS
 from tsae.report.compared import Compared
 from tsae.training.metrics import last_imbalance
 
@@ -77,6 +78,8 @@ class Group:
             return math.nan, math.nan
         if len(found) == 1:
             return found[0], next(row for row in self.rows if measure in row.values).half_width(measure)
+        from tsae.evaluation.statistics import student_interval
+
         return student_interval(found)
 
     def difference(self, reference: Group, measure: str) -> tuple[float, float, int]:
@@ -87,6 +90,8 @@ class Group:
         ]
         if len(found) < 2:
             return math.nan, math.nan, len(found)
+        from tsae.evaluation.statistics import student_interval
+
         return *student_interval(found), len(found)
 
 
@@ -232,18 +237,3 @@ def _agreement(group: Group, other: Group) -> int:
     """In how many swept settings two groups agree."""
     keys = dict.fromkeys([*group.axes, *other.axes])
     return sum(shown(group.value(key)) == shown(other.value(key)) for key in keys)
-
-
-def student_interval(values: Sequence[float]) -> tuple[float, float]:
-    """Mean of at least two values and the half-width of its 95 % interval (Student's t)."""
-    mean = sum(values) / len(values)
-    deviation = math.sqrt(sum((value - mean) ** 2 for value in values) / (len(values) - 1))
-    return mean, student_quantile(len(values) - 1) * deviation / math.sqrt(len(values))
-
-
-@cache
-def student_quantile(degrees: int) -> float:
-    """The 97.5 % quantile of Student's t."""
-    from scipy.stats import t
-
-    return float(t.ppf(0.975, degrees))

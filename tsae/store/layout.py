@@ -93,6 +93,8 @@ class StoreLayout:
         self.activations = self.path / "activations"
         self.progress = self.path / "progress.json"
         self._metadata = self.path / "zarr.json"
+        self._read: tuple[tuple[int, int], dict[str, Any]] | None = None
+        """Which file the attributes were read from last, and what it held."""
 
     def exists(self) -> bool:
         """Whether a store, complete or not, is here. Raises TsaeError if the folder holds something else."""
@@ -106,6 +108,11 @@ class StoreLayout:
     def attributes(self) -> dict[str, Any]:
         """The group's attributes as they are on disk now. Raises TsaeError if this is no store."""
         try:
+            status = self._metadata.stat()
+            # Whoever changes attributes puts another file in the place of this one.
+            file = (status.st_ino, status.st_mtime_ns)
+            if self._read is not None and self._read[0] == file:
+                return self._read[1]
             attributes = json.loads(self._metadata.read_text())["attributes"]
         except (FileNotFoundError, NotADirectoryError):
             raise TsaeError(
@@ -120,6 +127,7 @@ class StoreLayout:
                 f"{self.path}: has store version {attributes.get('version')}, this tsae reads version {VERSION}; "
                 "harvest it again"
             )
+        self._read = (file, attributes)
         return attributes
 
     def set_attributes(self, **values: Any) -> None:

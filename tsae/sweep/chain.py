@@ -19,7 +19,7 @@ from tsae.config import schema
 from tsae.config.points import Point, file_name
 from tsae.config.run import RunConfig
 from tsae.experiments import driver
-from tsae.experiments.driver import EXPERIMENTS
+from tsae.experiments.registry import EXPERIMENTS
 from tsae.runtime import environment
 from tsae.runtime.errors import TsaeError
 from tsae.sweep.resources import StageResources

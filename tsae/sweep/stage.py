@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tsae.experiments.driver import EXPERIMENTS
+from tsae.experiments.registry import EXPERIMENTS
 from tsae.sweep.resources import StageResources
 
 KINDS = ("harvest", "train", "evaluate", *EXPERIMENTS, "report")

@@ -16,17 +16,18 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from tsae.config.experiments import AlignConfig
-from tsae.experiments.align.figure import draw_figure, write_table
-from tsae.experiments.align.means import Differences, differences
-from tsae.experiments.align.pairs import Pairs, as_texts, read_pairs
-from tsae.experiments.align.statistics import (
+from tsae.evaluation.statistics import bootstrap_means
+from tsae.experiments.align.differences import (
+    Differences,
     LengthTest,
     PairedTest,
-    bootstrap_means,
+    differences,
     false_discovery,
     length_test,
     paired_test,
 )
+from tsae.experiments.align.figure import draw_figure, write_table
+from tsae.experiments.align.pairs import Pairs, as_texts, read_pairs
 from tsae.experiments.shared.subject import Subject
 from tsae.experiments.shared.texts import TextActivations, harvest_texts
 from tsae.runtime.errors import TsaeError

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING
 
+from tsae.experiments.answers.prompts import Answer, Prompt, Respondent
 from tsae.runtime import preemption
 from tsae.runtime.environment import home
 from tsae.runtime.errors import TsaeError
@@ -22,32 +22,6 @@ from tsae.runtime.errors import TsaeError
 if TYPE_CHECKING:
     from tsae.config.experiments import AnswersConfig
     from tsae.runtime.progress import Progress
-
-
-class Prompt(NamedTuple):
-    """One question."""
-
-    system: str
-    """What the model is and how it should answer."""
-    user: str
-    """What it is asked."""
-    max_tokens: int
-    """Longest answer."""
-
-
-class Answer(NamedTuple):
-    """What came back: a text, or the reason why there is none."""
-
-    text: str | None
-    failure: str | None = None
-
-
-class Respondent(Protocol):
-    """Whoever answers prompts that have no answer yet."""
-
-    def ask(self, prompts: Sequence[Prompt]) -> Iterator[tuple[int, Answer]]:
-        """Index and answer of each prompt, in any order. Raises TsaeError where asking on is pointless."""
-        ...
 
 
 class Backend:
@@ -161,8 +135,3 @@ def _folder_name(model: str) -> str:
     """A model's name as a folder's; two models never share one."""
     readable = "".join(letter if letter.isalnum() or letter in "-._" else "_" for letter in model)
     return f"{readable[-60:].lstrip('._')}-{hashlib.sha256(model.encode()).hexdigest()[:8]}"
-
-
-def key_of(settings: AnswersConfig) -> str | None:
-    """The endpoint's key, from the environment variable that the settings name."""
-    return os.environ.get(settings.key_variable) or None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import queue
 import random
 import threading
@@ -14,7 +15,7 @@ from email.message import Message
 from http.client import HTTPException
 from typing import TYPE_CHECKING
 
-from tsae.experiments.answers.ask import Answer, Prompt, key_of
+from tsae.experiments.answers.prompts import Answer, Prompt
 from tsae.runtime import preemption
 from tsae.runtime.errors import TsaeError
 
@@ -131,7 +132,7 @@ class Endpoint:
         request = urllib.request.Request(
             self._url, json.dumps(body).encode(), {"Content-Type": "application/json", "Accept": "application/json"}
         )
-        key = key_of(self._settings)
+        key = _key(self._settings)
         if key is not None:
             request.add_unredirected_header("Authorization", f"Bearer {key}")
         with self._opener.open(request, timeout=self._settings.timeout) as response:
@@ -146,7 +147,7 @@ class Endpoint:
 
     def _give_up(self, status: int, failure: str) -> None:
         variable = self._settings.key_variable
-        about_key = f"the key is read from {variable}, which is {'set' if key_of(self._settings) else 'not set'}"
+        about_key = f"the key is read from {variable}, which is {'set' if _key(self._settings) else 'not set'}"
         remedy = f"the model is called {self._settings.model!r} here" if status == 404 else about_key
         self._hopeless = f"{HOPELESS[status]} ({failure}); {remedy}"
 
@@ -179,3 +180,8 @@ def _seconds(headers: Message) -> float:
         return max(0.0, float(headers.get("Retry-After") or 0))
     except ValueError:
         return 0.0
+
+
+def _key(settings: AnswersConfig) -> str | None:
+    """The endpoint's key, from the environment variable that the settings name."""
+    return os.environ.get(settings.key_variable) or None

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from tsae.config.sections import ModelConfig
-from tsae.experiments.answers.ask import Answer, Prompt
+from tsae.experiments.answers.prompts import Answer, Prompt
 from tsae.runtime import preemption
 
 if TYPE_CHECKING:

@@ -12,21 +12,22 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from tsae.config.experiments import ExplainConfig
-from tsae.experiments.explain.token_rules import TokenRules
-from tsae.experiments.shared.firings import Firings, collect
-from tsae.experiments.shared.latents import latent_statistics
-from tsae.experiments.shared.subject import Subject
-from tsae.experiments.shared.token_text import token_texts
-from tsae.experiments.shared.windows import (
+from tsae.experiments.explain.explainers import TokenRules
+from tsae.experiments.shared.firings import (
+    Firings,
     Windows,
     any_per_document,
+    collect,
     cut,
     excerpt,
+    latent_statistics,
     peaks,
     silent,
     spread,
     strongest_per_document,
+    token_texts,
 )
+from tsae.experiments.shared.subject import Subject
 from tsae.runtime import preemption
 from tsae.runtime.errors import TsaeError
 from tsae.runtime.progress import Progress

@@ -7,7 +7,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from tsae.experiments.answers.ask import Answer, Prompt
+from tsae.experiments.answers.prompts import Answer, Prompt
 
 TEXTS_PER_PROMPT = 5
 EXPLANATION_TOKENS, VERDICT_TOKENS = 400, 200

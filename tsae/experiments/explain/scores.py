@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from tsae.evaluation.statistics import NORMAL_95
+from tsae.evaluation.statistics import NORMAL_95, student_quantile
 from tsae.experiments.explain.examples import DECADES, stratum
 
 CHANCE = 0.5
@@ -101,12 +101,10 @@ def _mean(
     records: Sequence[dict[str, Any]], scores: dict[int, dict[str, Any]], scorer: str, part: str = "score"
 ) -> dict[str, Any]:
     """Mean of a few latents with Student's interval."""
-    from scipy.stats import t
-
     values = _values(records, scores, scorer, part)
     if len(values) < 2:
         return _plain(values.mean() if len(values) else np.nan, np.nan) | {"latents": len(values)}
-    wider = t.ppf(0.975, len(values) - 1) / NORMAL_95
+    wider = student_quantile(len(values) - 1) / NORMAL_95
     return _plain(values.mean(), wider**2 * values.var(ddof=1) / len(values)) | {"latents": len(values)}
 
 

@@ -16,9 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from tsae.config.experiments import FeaturesConfig
-from tsae.experiments.shared.firings import Firings
-from tsae.experiments.shared.latents import LatentStatistics, texts
-from tsae.experiments.shared.windows import spread
+from tsae.experiments.shared.firings import Firings, LatentStatistics, spread, texts
 from tsae.runtime import preemption
 from tsae.runtime.progress import Progress
 

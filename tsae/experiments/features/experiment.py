@@ -7,22 +7,19 @@ features.png/.json  firing rates and smoothness by split
 from __future__ import annotations
 
 import base64
-import html
 from collections.abc import Mapping
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from tsae import pages
 from tsae.config.experiments import FeaturesConfig
 from tsae.experiments.features import data
 from tsae.experiments.features.figure import draw
-from tsae.experiments.shared.firings import Firings, collect
+from tsae.experiments.shared.firings import Firings, LatentStatistics, collect, latent_statistics, token_texts
 from tsae.experiments.shared.journal import read_lines
-from tsae.experiments.shared.latents import LatentStatistics, latent_statistics
 from tsae.experiments.shared.subject import Subject
-from tsae.experiments.shared.token_text import token_texts
 from tsae.runtime import files
 from tsae.runtime.errors import TsaeError
 from tsae.runtime.progress import Progress
@@ -84,14 +81,10 @@ def write_page(subject: Subject, settings: FeaturesConfig, firings: Firings, sta
     }
     suffix = "" if subject.checkpoint is None else f"_step{subject.checkpoint}"
     path = subject.run.result(f"features{suffix}", "html")
-    files.write_text(path, render(subject.name, data.pack(about, arrays)))
+    packed = base64.b64encode(data.pack(about, arrays)).decode()
+    title = f"{subject.name}: latents"
+    files.write_text(path, pages.render("experiments/features/page.html", title=title, name=subject.name, data=packed))
     return path
-
-
-def render(name: str, packed: bytes) -> str:
-    """The page around a packed block."""
-    template = resources.files(__package__).joinpath("page.html").read_text(encoding="utf-8")
-    return template.replace("@TITLE@", html.escape(name)).replace("@DATA@", base64.b64encode(packed).decode())
 
 
 def _check(subject: Subject, settings: FeaturesConfig) -> None:

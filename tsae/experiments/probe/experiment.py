@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from tsae.config.experiments import ProbeConfig
+from tsae.evaluation.statistics import over_seeds
 from tsae.experiments.probe import fit as probe_fit
 from tsae.experiments.probe.samples import Samples, choose_samples, split
-from tsae.experiments.shared.intervals import over_seeds
 from tsae.experiments.shared.subject import Subject
 from tsae.experiments.shared.texts import TextActivations, harvest_dataset, texts_read
 from tsae.runtime.errors import TsaeError

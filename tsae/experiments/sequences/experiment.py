@@ -12,15 +12,15 @@ from typing import Any
 
 import numpy as np
 
+from tsae import pages
 from tsae.config.experiments import SequencesConfig
+from tsae.evaluation.statistics import Interval, bootstrap_mean
 from tsae.experiments.sequences.contexts import Coded, draw_contexts, encode_contexts
 from tsae.experiments.sequences.figure import draw_figure
-from tsae.experiments.sequences.page import write_page
-from tsae.experiments.sequences.scores import Scores, score, top_latents
-from tsae.experiments.shared.bootstrap import Interval, mean_interval, plain
-from tsae.experiments.shared.smooth_latents import SmoothnessCounts
+from tsae.experiments.sequences.scores import Scores, SmoothnessCounts, score, top_latents
+from tsae.experiments.shared.firings import token_texts
 from tsae.experiments.shared.subject import Subject
-from tsae.experiments.shared.token_text import token_texts
+from tsae.runtime import files
 from tsae.runtime.errors import TsaeError
 from tsae.runtime.progress import Progress
 
@@ -115,11 +115,11 @@ class _Table:
 
     def _intervals(self, scores: np.ndarray) -> dict[str, Interval]:
         draws, seed = self._settings.bootstrap, self._settings.seed
-        return {name: mean_interval(scores[:, i], draws, seed) for i, name in enumerate(Scores._fields)}
+        return {name: bootstrap_mean(scores[:, i], draws, seed) for i, name in enumerate(Scores._fields)}
 
 
 def _plain(intervals: dict[str, Interval]) -> dict[str, Any]:
-    return {name: plain(interval) for name, interval in intervals.items()}
+    return {name: interval.plain() for name, interval in intervals.items()}
 
 
 def _inside(latents: np.ndarray, split: slice) -> np.ndarray:
@@ -171,3 +171,15 @@ def _check(settings: SequencesConfig, subject: Subject) -> None:
             value = getattr(settings, name)
             shown = list(value) if isinstance(value, tuple) else value
             raise TsaeError(f"experiments.sequences.{name}: {shown} is impossible; {rule}")
+
+
+def write_page(results: dict[str, Any], path: Path) -> None:
+    """Write the page on which any latent that fires colours the tokens of the contexts."""
+    firing = len({latent for context in results["contexts"] for latent in context["activations"]})
+    page = pages.render(
+        "experiments/sequences/page.html",
+        title=f"{results['subject']['run']}: {results['split']} over spliced passages",
+        summary=f"{firing} latents ({results['split']})",
+        data=results["contexts"],
+    )
+    files.write_text(path, page)

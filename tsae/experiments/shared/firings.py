@@ -7,8 +7,8 @@ no places of a text and hold no activations.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -18,6 +18,8 @@ from tsae.runtime.errors import TsaeError
 from tsae.runtime.progress import Progress
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
     from tsae.experiments.shared.subject import Subject
     from tsae.store.reader import Store
 
@@ -129,3 +131,197 @@ def _by_latent(
     order = np.argsort(latents, kind="stable")  # a radix sort, where latents fit into 16 bits
     counts = np.bincount(latents, minlength=dict_size)
     return np.concatenate([[0], np.cumsum(counts)]), places[order], values[order]
+
+
+class LatentStatistics(NamedTuple):
+    """Each [F]; NaN where a latent never fires."""
+
+    rate: np.ndarray
+    """Share of the tokens at which it fires."""
+    largest: np.ndarray
+    """Largest activation."""
+    mean: np.ndarray
+    """Mean activation where it fires."""
+    smoothness: np.ndarray
+    """Largest step of the activation over the step of x, mean over the texts in which it fires (paper section 4.3)."""
+    persistence: np.ndarray
+    """Share of its firings after which it fires at the next token too, among those that have a next token."""
+
+
+def latent_statistics(firings: Firings) -> LatentStatistics:
+    """The figures of every latent; lower smoothness is smoother."""
+    counts = firings.counts.astype(np.float64)
+    fires = counts > 0
+    sums = np.add.reduceat(np.append(firings.values, 0.0), firings.offsets[:-1])
+    tops = np.maximum.reduceat(np.append(firings.values, 0.0), firings.offsets[:-1])
+    undefined = np.full(len(counts), np.nan)
+    return LatentStatistics(
+        rate=counts / firings.n_tokens,
+        largest=np.where(fires, tops, np.nan),
+        mean=np.divide(sums, counts, out=undefined.copy(), where=fires),
+        smoothness=_smoothness(firings),
+        persistence=_persistence(firings),
+    )
+
+
+def texts(firings: Firings) -> np.ndarray:
+    """[S, L] int32: number of the text that each position belongs to, a run of one document in one sequence; -1: none."""
+    document = firings.document
+    begins = np.ones(document.shape, bool)
+    begins[:, 1:] = document[:, 1:] != document[:, :-1]
+    begins &= document >= 0
+    return np.where(document >= 0, np.cumsum(begins).reshape(document.shape) - 1, -1).astype(np.int32)
+
+
+def _continues(firings: Firings) -> np.ndarray:
+    """[S · L + 1] bool: whether a position goes on with the text of the position before it."""
+    return np.append(~np.isnan(firings.distance.reshape(-1)), False)
+
+
+def _persistence(firings: Firings) -> np.ndarray:
+    places, latents = firings.places, firings.latents
+    has_next = _continues(firings)[places + 1]
+    again = np.zeros(len(places), bool)
+    again[:-1] = (places[1:] == places[:-1] + 1) & (latents[1:] == latents[:-1])
+    possible = np.bincount(latents[has_next], minlength=firings.dict_size).astype(np.float64)
+    repeated = np.bincount(latents[has_next & again], minlength=firings.dict_size)
+    return np.divide(repeated, possible, out=np.full(firings.dict_size, np.nan), where=possible > 0)
+
+
+def _smoothness(firings: Firings) -> np.ndarray:
+    """Every firing is a step up from the value before it and, unless it goes on, a step down to the value after it."""
+    places, values, latents = firings.places, firings.values, firings.latents
+    follows = np.zeros(len(places), bool)
+    follows[1:] = (places[1:] == places[:-1] + 1) & (latents[1:] == latents[:-1])
+    before = np.where(follows, np.append(np.float32(0), values[:-1]), 0)
+    ends = ~np.append(follows[1:], False)
+    steepness = np.maximum(
+        _slope(firings, places, np.abs(values - before)), np.where(ends, _slope(firings, places + 1, values), 0)
+    )
+    text = texts(firings).reshape(-1)[places]
+    first = np.ones(len(places), bool)
+    first[1:] = (text[1:] != text[:-1]) | (latents[1:] != latents[:-1])
+    starts = np.flatnonzero(first)
+    if not len(starts):
+        return np.full(firings.dict_size, np.nan)
+    steepest = np.maximum.reduceat(steepness, starts)
+    owner = latents[starts]
+    number = np.bincount(owner, minlength=firings.dict_size).astype(np.float64)
+    total = np.bincount(owner, weights=steepest, minlength=firings.dict_size)
+    return np.divide(total, number, out=np.full(firings.dict_size, np.nan), where=number > 0)
+
+
+def _slope(firings: Firings, places: np.ndarray, steps: np.ndarray) -> np.ndarray:
+    """|step of f| over |step of x| at each place; 0 where no text goes on, or x does not move."""
+    distance = np.append(firings.distance.reshape(-1), np.nan)[places]
+    moves = np.nan_to_num(distance, nan=0.0) > 0
+    return np.divide(steps, distance, out=np.zeros(len(places), np.float64), where=moves)
+
+
+class Windows(NamedTuple):
+    """W texts of consecutive positions of one document, none overlapping."""
+
+    first: np.ndarray
+    """Place of the first position of each [W]."""
+    last: np.ndarray
+    """Place of the last position of each [W]."""
+    document: np.ndarray
+    """Document of each [W]."""
+    number: np.ndarray
+    """Window of each place [S · L], -1 for none."""
+
+
+def cut(firings: Firings, length: int) -> Windows:
+    """Windows of `length` positions; what remains of a text is one too if it is half as long."""
+    text = texts(firings).reshape(-1)
+    places = np.flatnonzero(text >= 0)
+    owner = text[places]
+    begins = np.flatnonzero(np.append(True, owner[1:] != owner[:-1]))
+    step = np.arange(len(places)) - np.repeat(begins, np.diff(np.append(begins, len(places))))
+    starts = np.flatnonzero(step % length == 0)
+    ends = np.append(starts[1:], len(places)) - 1
+    long_enough = ends - starts + 1 >= (length + 1) // 2
+    starts, ends = starts[long_enough], ends[long_enough]
+    number = np.full(text.shape, -1, np.int32)
+    for window, (start, end) in enumerate(zip(starts, ends, strict=True)):
+        number[places[start : end + 1]] = window
+    document = firings.document.reshape(-1)[places[starts]]
+    return Windows(places[starts], places[ends], document, number)
+
+
+def peaks(firings: Firings, windows: Windows, latent: int) -> tuple[np.ndarray, np.ndarray]:
+    """The windows in which a latent is active, ascending, and its largest activation in each."""
+    places, values = firings.of(latent)
+    number = windows.number[places]
+    inside = number >= 0
+    number, values = number[inside], values[inside]
+    starts = np.flatnonzero(np.append(True, number[1:] != number[:-1])) if len(number) else np.empty(0, np.int64)
+    return number[starts], np.maximum.reduceat(values, starts) if len(starts) else values
+
+
+def strongest_per_document(windows: Windows, active: np.ndarray, peak: np.ndarray) -> np.ndarray:
+    """Of the windows `active`, the one with the largest peak of each document, strongest first."""
+    order = np.lexsort((active, -peak))
+    _, first = np.unique(windows.document[active[order]], return_index=True)
+    return active[order[np.sort(first)]]
+
+
+def any_per_document(
+    windows: Windows, active: np.ndarray, peak: np.ndarray, generator: np.random.Generator
+) -> np.ndarray:
+    """Of the windows `active`, a random one of each document, those with the largest peaks first."""
+    order = generator.permutation(len(active))
+    _, first = np.unique(windows.document[active[order]], return_index=True)
+    chosen = np.sort(order[first])
+    return active[chosen[np.argsort(-peak[chosen], kind="stable")]]
+
+
+def spread(ranked: np.ndarray, count: int) -> np.ndarray:
+    """`count` of the items, evenly over their ranks, the first and the last among them; all if there are fewer."""
+    if len(ranked) <= count:
+        return ranked
+    return ranked[np.linspace(0, len(ranked) - 1, count).round().astype(np.int64)]
+
+
+def silent(windows: Windows, active: np.ndarray, count: int, generator: np.random.Generator) -> np.ndarray:
+    """Up to `count` windows that are not `active`, of different documents where possible, at random."""
+    quiet = np.ones(len(windows.first), bool)
+    quiet[active] = False
+    order = generator.permutation(np.flatnonzero(quiet))
+    _, first = np.unique(windows.document[order], return_index=True)
+    distinct = np.zeros(len(order), bool)
+    distinct[first] = True
+    return np.concatenate([order[distinct], order[~distinct]])[:count]
+
+
+def excerpt(firings: Firings, windows: Windows, window: int, latent: int, strings: dict[int, str]) -> dict[str, Any]:
+    """A window as `{"document", "tokens": [text of each], "values": {position: activation of the latent}}`."""
+    first, last = int(windows.first[window]), int(windows.last[window])
+    places, values = firings.of(latent)
+    begin, end = np.searchsorted(places, [first, last + 1])
+    fired = zip((places[begin:end] - first).tolist(), values[begin:end].tolist(), strict=True)
+    tokens = firings.tokens.reshape(-1)[first : last + 1]
+    return {
+        "document": int(windows.document[window]),
+        "tokens": [strings[token] for token in tokens.tolist()],
+        "values": {str(position): float(f"{value:.4g}") for position, value in fired},
+    }
+
+
+def token_texts(tokenizer: PreTrainedTokenizerFast, ids: Iterable[int]) -> dict[int, str]:
+    """Token → its text inside a sentence; a part of a character is shown as �.
+
+    A token is decoded after another one, since decoders drop the space at the beginning of a text.
+    """
+    wanted = sorted(set(map(int, ids)))
+    anchor = tokenizer("a", add_special_tokens=False)["input_ids"][-1:]
+
+    def decoded(tokens: list[int]) -> str:
+        return str(tokenizer.decode(tokens, clean_up_tokenization_spaces=False))
+
+    before = decoded(anchor)
+    texts = {}
+    for token in wanted:
+        after = decoded([*anchor, token])
+        texts[token] = after.removeprefix(before) if after.startswith(before) else decoded([token])
+    return texts

@@ -6,7 +6,9 @@ one fifth gives prompts and the measure of real text. Shapes: C concepts, S text
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+import itertools
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -15,6 +17,7 @@ from torch import Tensor
 
 from tsae.config.experiments import SteerConfig
 from tsae.experiments.shared.subject import Subject
+from tsae.experiments.shared.texts import draw_texts
 from tsae.runtime.errors import TsaeError, suggestion
 
 if TYPE_CHECKING:
@@ -171,3 +174,78 @@ def _differences(texts: TextActivations, rows: np.ndarray, concept: np.ndarray) 
         tokens.index_add_(0, owner, valid.sum(1).float())
     total, every = sums.sum(0), tokens.sum()
     return [sums[i] / tokens[i] - (total - sums[i]) / (every - tokens[i]) for i in range(count)]
+
+
+PASSAGES_PER_TEXT = 8
+
+
+class ConceptClassifier:
+    """Logistic regression on the words of passages as long as those that are generated."""
+
+    def __init__(self, passages: Sequence[str], concept: np.ndarray, seed: int) -> None:
+        from sklearn.feature_extraction.text import TfidfVectorizer
+        from sklearn.linear_model import LogisticRegression
+        from sklearn.pipeline import make_pipeline
+
+        words = TfidfVectorizer(sublinear_tf=True)
+        model = LogisticRegression(C=3.0, max_iter=1000, class_weight="balanced", random_state=seed)
+        self._model = make_pipeline(words, model).fit(passages, concept)
+
+    def probabilities(self, texts: Sequence[str]) -> np.ndarray:
+        """[N, C]"""
+        return np.asarray(self._model.predict_proba(texts))
+
+
+def concept_classifier(
+    subject: Subject, texts: TextActivations, uses: Uses, settings: SteerConfig
+) -> tuple[ConceptClassifier, float]:
+    """A classifier trained on texts of its own, and its balanced accuracy on the texts that chose the latents.
+
+    Raises TsaeError if a concept has no text as long as those that are generated.
+    """
+    from sklearn.metrics import balanced_accuracy_score
+
+    training = [*_texts(texts, uses, TRAINING), *_further(subject, texts, uses, settings)]
+    learnt = _passages(subject, training, settings.tokens)
+    tested = _passages(subject, _texts(texts, uses, SELECTION), settings.tokens)
+    for index, name in enumerate(uses.concepts):
+        if index not in learnt[1] or index not in tested[1]:
+            raise TsaeError(
+                f"experiments.steer.tokens: no text on '{name}' has {settings.tokens} tokens to learn the concept from; "
+                "generate fewer tokens"
+            )
+    classifier = ConceptClassifier(*learnt, settings.seed)
+    guesses = classifier.probabilities(tested[0]).argmax(1)
+    return classifier, float(balanced_accuracy_score(tested[1], guesses))
+
+
+def _texts(texts: TextActivations, uses: Uses, folds: Sequence[int]) -> list[tuple[str, int]]:
+    return [(texts.texts[row].text, int(uses.concept[row])) for row in uses.of(folds)]
+
+
+def _further(subject: Subject, texts: TextActivations, uses: Uses, settings: SteerConfig) -> Iterator[tuple[str, int]]:
+    """Texts of the concepts that are not among those whose activations are read."""
+    if not settings.classifier_texts:
+        return
+    read = {text.text for text in texts.texts}
+    wanted = subject.config.experiments.texts
+    count = (settings.classifier_texts + len(read) // len(uses.concepts)) * len(uses.concepts)
+    left = dict.fromkeys(uses.concepts, settings.classifier_texts)
+    for text in draw_texts(settings.dataset, dataclasses.replace(wanted, classes=uses.concepts, count=count)):
+        if text.text not in read and left[text.label]:
+            left[text.label] -= 1
+            yield text.text, uses.concepts.index(text.label)
+
+
+def _passages(subject: Subject, texts: Sequence[tuple[str, int]], tokens: int) -> tuple[list[str], np.ndarray]:
+    """Pieces of `tokens` tokens of each text, and the concept of each."""
+    tokenizer = subject.language_model.tokenizer
+    pieces, concepts = [], []
+    for text, concept in texts:
+        offsets = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)[
+            "offset_mapping"
+        ]
+        edges = [0, *(end for _, end in offsets[tokens - 1 :: tokens])][: PASSAGES_PER_TEXT + 1]
+        pieces += [text[start:end] for start, end in itertools.pairwise(edges)]
+        concepts += [concept] * (len(edges) - 1)
+    return pieces, np.array(concepts)

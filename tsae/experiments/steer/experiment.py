@@ -16,11 +16,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from tsae.config.experiments import SteerConfig
-from tsae.experiments.shared.bootstrap import mean_interval
+from tsae.evaluation.statistics import bootstrap_mean
 from tsae.experiments.shared.subject import Subject
 from tsae.experiments.shared.texts import TextActivations, harvest_dataset
-from tsae.experiments.steer.classifier import concept_classifier
-from tsae.experiments.steer.concepts import Direction, Uses, directions, divide
+from tsae.experiments.steer.concepts import ConceptClassifier, Direction, Uses, concept_classifier, directions, divide
 from tsae.experiments.steer.figure import draw_figure
 from tsae.experiments.steer.generation import (
     Condition,
@@ -31,8 +30,7 @@ from tsae.experiments.steer.generation import (
     generate,
     real_text,
 )
-from tsae.experiments.steer.measures import ConceptClassifier, coherence
-from tsae.experiments.steer.scores import Curve, curve_results, curves, doublings
+from tsae.experiments.steer.scores import Curve, coherence, curve_results, curves, doublings
 from tsae.runtime.errors import TsaeError
 
 
@@ -128,7 +126,7 @@ def _headline(drawn: Sequence[Curve], settings: SteerConfig) -> dict[str, Any]:
         headline[f"pareto_area{name}"] = results["area"]
         half_width[f"pareto_area{name}"] = results["area_half_width_95"]
         headline[f"usable_doublings{name}"] = float(width.mean())
-        half_width[f"usable_doublings{name}"] = mean_interval(width, settings.bootstrap, settings.seed).half_width
+        half_width[f"usable_doublings{name}"] = bootstrap_mean(width, settings.bootstrap, settings.seed).half_width
     return {"headline": headline, "half_width_95": half_width}
 
 
@@ -208,7 +206,7 @@ def _judged(settings: SteerConfig, samples: list[dict[str, Any]]) -> dict[str, A
     """Grades of the samples by a language model, written beside each of them; None without one."""
     if settings.judge.backend == "none":
         return None
-    from tsae.experiments.steer.judge import judge
+    from tsae.experiments.steer.scores import judge
 
     return judge(settings.judge, samples)
 

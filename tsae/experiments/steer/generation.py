@@ -1,4 +1,4 @@
-"""Texts generated under steering: which conditions there are, from which prompts, and their tokens.
+"""Steering at the hook, and the texts generated under it: which conditions there are, from which prompts, and their tokens.
 
 Shapes: N conditions, P prompts, T generated tokens.
 """
@@ -11,18 +11,71 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from tsae.config.experiments import SteerConfig
 from tsae.experiments.shared.subject import Subject
 from tsae.experiments.steer.concepts import REAL, Direction, Uses
-from tsae.experiments.steer.intervention import NO_LATENT, Rows, Steering
-from tsae.experiments.steer.measures import distinct, losses
 from tsae.runtime.errors import TsaeError
 from tsae.runtime.preemption import polled
 from tsae.runtime.progress import Progress
+from tsae.sae.inference import encode_sparse
+from tsae.sae.selection.top_k import Encoder
 
 if TYPE_CHECKING:
     from tsae.experiments.shared.texts import TextActivations
+    from tsae.lm.model import LanguageModel
+
+NO_LATENT = -1
+
+
+class Rows(NamedTuple):
+    """What happens to each of R rows of a batch; a strength of 0 leaves the row as it is."""
+
+    latents: Tensor
+    """[R] the latent that is set; NO_LATENT where the strength is added along the vector, whatever the code is."""
+    vectors: Tensor
+    """[R, D]"""
+    strengths: Tensor
+    """[R]"""
+
+
+class Steering:
+    """Exchanges the activations [R, T, D] of a generation's successive steps, the prompt first."""
+
+    def __init__(self, subject: Subject, rows: Rows, *, first_position: bool = False) -> None:
+        self._subject, self._rows, self._first_position = subject, rows, first_position
+        self._encoder = Encoder()
+        self._begun = False
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        """The steered activations."""
+        steered = hidden.float() + self._change(hidden)
+        if not (self._begun or self._first_position):
+            steered[:, 0] = hidden[:, 0].float()
+        self._begun = True
+        unsteered = (self._rows.strengths == 0).to(hidden.device)
+        return torch.where(unsteered[:, None, None], hidden, steered.to(hidden))
+
+    def _change(self, hidden: Tensor) -> Tensor:
+        """[R, T, D] what is added."""
+        rows = self._rows
+        strength = rows.strengths[:, None].to(hidden.device, torch.float32)  # [R, 1]
+        if bool((rows.latents != NO_LATENT).any()):
+            strength = strength - self._activations(hidden)
+        return strength[..., None] * rows.vectors[:, None].to(hidden.device, torch.float32)
+
+    def _activations(self, hidden: Tensor) -> Tensor:
+        """[R, T] feature activation of each row's latent; 0 for a row without one."""
+        count, length, width = hidden.shape
+        dictionary, device = self._subject.dictionary, self._subject.device
+        x = hidden.reshape(-1, width).to(device, torch.float32)
+        code = encode_sparse(dictionary, x, self._encoder)
+        wanted = self._rows.latents.to(device).repeat_interleave(length)
+        hits = code.latents == wanted[code.rows]
+        found = torch.zeros(len(x), device=device)
+        found[code.rows[hits]] = code.values[hits].float()
+        return found.reshape(count, length).to(hidden.device)
 
 
 class Condition(NamedTuple):
@@ -159,3 +212,22 @@ def _sampling(settings: SteerConfig) -> dict[str, Any]:
     if settings.temperature == 0:
         return {"do_sample": False}
     return {"do_sample": True, "temperature": settings.temperature, "top_k": 0, "top_p": 1.0}
+
+
+LARGEST_LOSS = 50.0  # nats; text so improbable that its probability underflows
+
+
+def losses(lm: LanguageModel, tokens: Tensor, first: int, batch_size: int) -> np.ndarray:
+    """[N] mean next-token loss in nats, under the model as it is, of the tokens [N, T] from position `first` on."""
+    found = []
+    for part in tokens.split(batch_size):
+        logits = lm.logits(part, torch.full((len(part),), part.shape[1]))[:, first - 1 : -1].float()
+        goal = part[:, first:].to(logits.device).long()
+        found.append(torch.nn.functional.cross_entropy(logits.transpose(1, 2), goal, reduction="none").mean(1).cpu())
+    return torch.cat(found).clamp(max=LARGEST_LOSS).double().numpy()
+
+
+def distinct(tokens: np.ndarray, n: int = 2) -> np.ndarray:
+    """[N] share of the n-grams of each row of tokens [N, T] that are different ones."""
+    grams = np.lib.stride_tricks.sliding_window_view(tokens, n, axis=1)
+    return np.array([len(np.unique(row, axis=0)) / len(row) for row in grams])

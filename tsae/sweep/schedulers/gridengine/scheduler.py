@@ -109,7 +109,6 @@ class GridEngine:
     def script(self, order: Order) -> str:
         """The script for qsub, with its options in lines that begin with `#$`."""
         count = order.resources.processes
-        variables = [f"export {name}={shlex.quote(value)}" for name, value in order.variables.items()]
         batch = BATCH.format(
             folder=shlex.quote(str(order.folder)),
             restarts=RESTARTS,
@@ -119,7 +118,7 @@ class GridEngine:
             blocked=BLOCKED,
         )
         options = "\n".join(f"#$ {option}" for option in _options(order))
-        return "\n".join(["#!/bin/bash", f"# {order.comment}", options, *order.cluster.setup, *variables, batch])
+        return "\n".join(["#!/bin/bash", f"# {order.comment}", options, *order.setup, batch])
 
     def log(self, order: Order, job: str) -> Path:
         """The output of a task's script."""

@@ -5,13 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from tsae.experiments.answers.ask import Answer
+from tsae.experiments.answers.prompts import Answer
 from tsae.experiments.explain import prompts
-from tsae.experiments.explain.explainers import DETECTION, FUZZING, TokenExplainer, tasks_of
+from tsae.experiments.explain.explainers import DETECTION, FUZZING, TokenExplainer, TokenRules, describe, tasks_of
 from tsae.experiments.explain.scores import balanced_accuracy, headline, summarise
-from tsae.experiments.explain.token_rules import TokenRules, describe
-from tsae.experiments.shared.firings import Firings
-from tsae.experiments.shared.windows import cut, peaks
+from tsae.experiments.shared.firings import Firings, cut, peaks
 
 LENGTH = 16
 

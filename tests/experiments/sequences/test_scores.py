@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from tsae.experiments.sequences.scores import (
+    SmoothnessCounts,
     boundary_lags,
     change_point_f1,
     leakage,
@@ -15,7 +16,6 @@ from tsae.experiments.sequences.scores import (
     score,
     top_latents,
 )
-from tsae.experiments.shared.smooth_latents import SmoothnessCounts
 
 PASSAGE = np.repeat([0, 1, 2], [20, 30, 25])
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.experiments.tagged_sentences import train_pipeline
+from tests.experiments.shared.tagged_sentences import train_pipeline
 from tsae.data.labelled import LabelledText
 from tsae.experiments.shared.tags import MARGIN, find_tagger, tags_of
 from tsae.runtime.errors import TsaeError

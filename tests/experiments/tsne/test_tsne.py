@@ -17,8 +17,7 @@ from tsae.checkpoint import RunFolder
 from tsae.config import run as configuration
 from tsae.config.experiments import TextsConfig, TsneConfig
 from tsae.config.run import RunConfig
-from tsae.experiments.tsne.page import write_page
-from tsae.experiments.tsne.space import draw_map, purity, silhouette, unit_rows
+from tsae.experiments.tsne.experiment import draw_map, purity, silhouette, unit_rows, write_page
 from tsae.runtime.errors import TsaeError
 from tsae.stages import experiment_stage
 

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.experiments.chat_server import Server
+from tests.experiments.answers.chat_server import Server
 from tsae.checkpoint import RunFolder
 from tsae.cli import main
 from tsae.config import run as configuration

@@ -11,13 +11,21 @@ import torch
 from tsae.checkpoint import RunFolder
 from tsae.config import run as configuration
 from tsae.config.run import RunConfig
-from tsae.evaluation.codes import active_code
-from tsae.evaluation.smoothness import smoothness
+from tsae.evaluation.smoothness import active_code, smoothness
 from tsae.experiments.shared import firings as firings_module
-from tsae.experiments.shared.firings import Firings, collect
-from tsae.experiments.shared.latents import latent_statistics, texts
+from tsae.experiments.shared.firings import (
+    Firings,
+    any_per_document,
+    collect,
+    cut,
+    latent_statistics,
+    peaks,
+    silent,
+    spread,
+    strongest_per_document,
+    texts,
+)
 from tsae.experiments.shared.subject import Subject
-from tsae.experiments.shared.windows import any_per_document, cut, peaks, silent, spread, strongest_per_document
 from tsae.runtime.errors import TsaeError
 from tsae.stages import harvest_stage, train_stage
 from tsae.store.reader import Store

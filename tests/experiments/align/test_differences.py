@@ -11,9 +11,9 @@ from scipy import stats
 from scipy.sparse import csr_array
 
 from tsae.config.experiments import AlignConfig
+from tsae.evaluation.statistics import bootstrap_means
+from tsae.experiments.align.differences import Differences, false_discovery, length_test, paired_test
 from tsae.experiments.align.experiment import CONCEPT, LENGTH, NOTHING, run_tests
-from tsae.experiments.align.means import Differences
-from tsae.experiments.align.statistics import bootstrap_means, false_discovery, length_test, paired_test
 
 PAIRS, LATENTS = 400, 60
 

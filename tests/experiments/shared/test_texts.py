@@ -15,9 +15,8 @@ from tsae.config import run as configuration
 from tsae.config.experiments import TextsConfig
 from tsae.config.run import RunConfig
 from tsae.data.labelled import LabelledText
-from tsae.experiments.shared.choice import draw_texts
 from tsae.experiments.shared.subject import Subject
-from tsae.experiments.shared.texts import harvest_dataset, harvest_texts, texts_read
+from tsae.experiments.shared.texts import draw_texts, harvest_dataset, harvest_texts, texts_read
 from tsae.runtime.errors import TsaeError
 from tsae.runtime.preemption import Preempted
 

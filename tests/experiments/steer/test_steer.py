@@ -14,8 +14,7 @@ from tsae.config import run as configuration
 from tsae.config.run import RunConfig
 from tsae.experiments import driver
 from tsae.experiments.shared.subject import Subject
-from tsae.experiments.steer.intervention import Rows, Steering
-from tsae.experiments.steer.measures import losses
+from tsae.experiments.steer.generation import Rows, Steering, losses
 from tsae.runtime.errors import TsaeError
 
 SMALL = {

@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 
-from tests.experiments.chat_server import Server
+from tests.experiments.answers.chat_server import Server
 from tsae.config.experiments import AnswersConfig
 from tsae.experiments.answers import endpoint
-from tsae.experiments.answers.ask import Answer, Prompt, open_backend
+from tsae.experiments.answers.ask import open_backend
+from tsae.experiments.answers.prompts import Answer, Prompt
 from tsae.runtime import preemption
 from tsae.runtime.errors import TsaeError
 

@@ -14,12 +14,19 @@ from scipy.sparse import csc_array
 
 from tsae.config.experiments import AnswersConfig, SteerConfig
 from tsae.config.sections import SaeConfig
-from tsae.experiments.steer.concepts import Direction, choose_latents
-from tsae.experiments.steer.generation import Condition
-from tsae.experiments.steer.intervention import NO_LATENT, Rows, Steering
-from tsae.experiments.steer.judge import SYSTEM, judge
-from tsae.experiments.steer.measures import ConceptClassifier, area, coherence, distinct, pareto_front, usable_interval
-from tsae.experiments.steer.scores import Curve, curves, doublings
+from tsae.experiments.steer.concepts import ConceptClassifier, Direction, choose_latents
+from tsae.experiments.steer.generation import NO_LATENT, Condition, Rows, Steering, distinct
+from tsae.experiments.steer.scores import (
+    SYSTEM,
+    Curve,
+    area,
+    coherence,
+    curves,
+    doublings,
+    judge,
+    pareto_front,
+    usable_interval,
+)
 from tsae.sae.inference import encode_sparse
 from tsae.sae.init import new_dictionary
 

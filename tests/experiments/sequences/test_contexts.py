@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from tsae.data.labelled import LabelledText
-from tsae.experiments.sequences.splices import draw_lengths, draw_splice, from_texts, read_pool, total_tokens
+from tsae.experiments.sequences.contexts import draw_lengths, draw_splice, from_texts, read_pool, total_tokens
 from tsae.runtime.errors import TsaeError
 
 BOS = [99]

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from tests.experiments.chromium import Browser, find_chromium
-from tsae.experiments.sequences.page import write_page
+from tsae.experiments.sequences.experiment import write_page
 
 RESULTS = {
     "subject": {"run": "<run>"},

@@ -1,0 +1,32 @@
+"""What a language model is asked, what comes back, and what every one that answers can do."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple, Protocol
+
+
+class Prompt(NamedTuple):
+    """One question."""
+
+    system: str
+    """What the model is and how it should answer."""
+    user: str
+    """What it is asked."""
+    max_tokens: int
+    """Longest answer."""
+
+
+class Answer(NamedTuple):
+    """What came back: a text, or the reason why there is none."""
+
+    text: str | None
+    failure: str | None = None
+
+
+class Respondent(Protocol):
+    """Whoever answers prompts that have no answer yet."""
+
+    def ask(self, prompts: Sequence[Prompt]) -> Iterator[tuple[int, Answer]]:
+        """Index and answer of each prompt, in any order. Raises TsaeError where asking on is pointless."""
+        ...

@@ -1,0 +1,58 @@
+"""The table of experiments: the commands, the driver, the stages of a sweep and the report read it.
+
+A new experiment is a module and a line here. The module has `measure(subject, settings, chunk)` and `draw(results, path)`,
+as `driver` says, and is imported when the experiment runs; this table is read by `tsae --help`, so it imports nothing.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from types import ModuleType
+from typing import Any, NamedTuple
+
+from tsae.config.run import RunConfig
+
+
+class Experiment(NamedTuple):
+    """Where an experiment is, and what it is made of."""
+
+    file: str
+    """Stem of its results."""
+    splits: bool
+    """Whether it is made for each split of the latents; else once for the run."""
+    dense: bool
+    """Whether it can be made for the residual stream itself."""
+    help: str
+    """What the command does, and what the report calls it."""
+    explained: bool = False
+    """Whether its results show explanations of latents."""
+    compared: bool = False
+    """Whether its picture shows the results beside it, too, some of which are made later."""
+    module: str = ""
+    """Where `measure` and `draw` are; by default tsae.experiments.NAME.experiment."""
+
+
+EXPERIMENTS = {
+    "probe": Experiment(
+        "probing", True, True, "probe feature activations for semantics, context and syntax", compared=True
+    ),
+    "tsne": Experiment("tsne", True, True, "map feature activations with t-SNE, coloured by three labels"),
+    "sequences": Experiment(
+        "sequences", True, False, "follow latents over passages spliced into one context", explained=True
+    ),
+    "align": Experiment("alignment", True, False, "compare latents on chosen and rejected responses", explained=True),
+    "steer": Experiment("steering", True, False, "generate text while a latent is held up", explained=True),
+    "explain": Experiment("autointerp", False, False, "explain latents with a language model, and score that"),
+    "features": Experiment("features", False, False, "make one page with all latents of a run", explained=True),
+}
+"""Command → experiment. Its settings are the section experiments.NAME, if config/experiments.py has one."""
+
+
+def module_of(name: str) -> ModuleType:
+    """The module that measures and draws the experiment `name`."""
+    return import_module(EXPERIMENTS[name].module or f"tsae.experiments.{name}.experiment")
+
+
+def settings_of(config: RunConfig, name: str) -> Any:
+    """The experiment's own section of the settings; None for one without."""
+    return getattr(config.experiments, name, None)
