@@ -96,7 +96,7 @@ def _parser(script: str = "") -> argparse.ArgumentParser:
     evaluate = _command(commands, "evaluate", _evaluate, "measure a trained dictionary on held-out activations")
     _add_run_arguments(evaluate)
 
-    add_experiment_commands(functools.partial(_command, commands))
+    add_experiment_commands(functools.partial(_command, commands), _experiment)
 
     calibrate = _command(
         commands, "calibrate", _calibrate, "set a run's threshold to a wanted number of active latents"
@@ -212,6 +212,13 @@ def _evaluate(options: argparse.Namespace) -> None:
     from tsae.stages import evaluate_stage
 
     _print_once(evaluate_stage(configuration.load(options.config, options.overrides), *_run_of(options)))
+
+
+def _experiment(name: str, options: argparse.Namespace) -> None:
+    from tsae.experiments.commands import arguments_of
+    from tsae.stages import experiment_stage
+
+    print("\n".join(experiment_stage(**arguments_of(name, options))))
 
 
 def _print_once(path: Path) -> None:

@@ -123,7 +123,7 @@ def test_imports_go_downward():
 def test_experiments_do_not_import_each_other():
     def own(module: str) -> str:
         parts = module.split(".")
-        return parts[2] if parts[1] == "experiments" and len(parts) > 3 else ""
+        return parts[2] if parts[1:2] == ["experiments"] and len(parts) > 3 else ""
 
     rooms = {own(name) for name in arrows()} - {"", "shared", "answers"}
     assert {"probe", "steer", "explain"} <= rooms

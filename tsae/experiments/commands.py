@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from tsae.checkpoint import BASELINE, RunFolder, find_dictionary
 from tsae.config import run as configuration
@@ -24,10 +25,10 @@ AddCommand = Callable[[str, object, str], argparse.ArgumentParser]
 """Makes the parser of a command from its name, its function and its help."""
 
 
-def add_commands(add: AddCommand) -> None:
-    """Declare the commands; nothing heavy is imported before one runs."""
+def add_commands(add: AddCommand, run: Callable[[str, argparse.Namespace], None]) -> None:
+    """Declare the commands, which call `run` with the experiment's name and the options."""
     for name, experiment in EXPERIMENTS.items():
-        parser = add(name, partial(_run, name), experiment.help)
+        parser = add(name, partial(run, name), experiment.help)
         parser.add_argument("overrides", nargs="*", metavar="section.key=value", help=f"such as experiments.{name}.…")
         _option(parser, "run-name", help=f"the run; {BASELINE}: the dense residual stream", required=True)
         _option(parser, "checkpoints-path", type=Path, help="folder of runs (default: TSAE_HOME/checkpoints)")
@@ -56,25 +57,22 @@ def _option(parser: argparse.ArgumentParser, name: str, **options: object) -> No
     parser.add_argument(*spellings, **options)  # type: ignore[arg-type]
 
 
-def _run(name: str, options: argparse.Namespace) -> None:
-    from tsae.stages import experiment_stage
-
+def arguments_of(name: str, options: argparse.Namespace) -> dict[str, Any]:
+    """What the stage of experiment `name` is called with. Raises TsaeError."""
     checkpoints = options.checkpoints_path or environment.home() / "checkpoints"
     if getattr(options, "protocol", None) is not None:
         options.overrides = [*options.overrides, f"experiments.{name}.protocol={options.protocol}"]
     config = with_dataset(_config(checkpoints, options), name, options.dataset)
     chunk = getattr(options, "chunk", None)
-    chunks = None if chunk is None else [chunk]
-    for path in experiment_stage(
-        config,
-        checkpoints,
-        options.run_name,
-        name,
-        chunks,
-        options.checkpoint,
-        getattr(options, "explanation_path", None),
-    ):
-        print(path)
+    return {
+        "config": config,
+        "checkpoints_path": checkpoints,
+        "run_name": options.run_name,
+        "name": name,
+        "chunks": None if chunk is None else [chunk],
+        "checkpoint": options.checkpoint,
+        "explanations": getattr(options, "explanation_path", None),
+    }
 
 
 def _existing(checkpoints: Path, name: str) -> Path:
