@@ -2,6 +2,7 @@
 
 A new experiment is a module and a line here. The module has `measure(subject, settings, chunk)` and `draw(results, path)`,
 as `driver` says, and is imported when the experiment runs; this table is read by `tsae --help`, so it imports nothing.
+The `__init__` of its folder may declare its headline measures, as tsae.evaluation.measures says.
 """
 
 from __future__ import annotations
@@ -50,7 +51,18 @@ EXPERIMENTS = {
 
 def module_of(name: str) -> ModuleType:
     """The module that measures and draws the experiment `name`."""
-    return import_module(EXPERIMENTS[name].module or f"tsae.experiments.{name}.experiment")
+    return import_module(_module(name))
+
+
+def declare_measures() -> None:
+    """Import the experiments' folders, whose `__init__` says what their headline measures are; nothing heavy."""
+    for folder in (_module(name).rpartition(".")[0] for name in EXPERIMENTS):
+        if folder:
+            import_module(folder)
+
+
+def _module(name: str) -> str:
+    return EXPERIMENTS[name].module or f"tsae.experiments.{name}.experiment"
 
 
 def settings_of(config: RunConfig, name: str) -> Any:

@@ -15,7 +15,8 @@ import yaml
 
 from tsae.config.points import short_names, shown
 from tsae.evaluation.measures import REGISTRY, Chart, label, shown_in
-from tsae.experiments.driver import EXPERIMENTS, draw_again, files_of
+from tsae.experiments.driver import draw_again, files_of
+from tsae.experiments.registry import EXPERIMENTS
 from tsae.pages import render
 from tsae.report.summary import Group, Summary, compare
 from tsae.report.text import figures, sentences

@@ -6,7 +6,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from importlib import import_module
 from typing import Any
 
 import tsae.evaluation.results  # noqa: F401  (declares its measures)
@@ -14,12 +13,11 @@ from tsae.checkpoint import RunFolder
 from tsae.config.points import Point, short_names, shown
 from tsae.evaluation.measures import in_order, scalars, shown_in
 from tsae.experiments.driver import headlines
-from tsae.experiments.registry import EXPERIMENTS
+from tsae.experiments.registry import declare_measures
 from tsae.report.compared import Compared
 from tsae.training.metrics import last_imbalance
 
-for _name in EXPERIMENTS:
-    import_module(f"tsae.experiments.{_name}")  # declares its measures
+declare_measures()
 
 SEED_AXES = ("training.seed", "data.seed")
 SOURCES = frozenset({"model", "data", "synthetic"})
