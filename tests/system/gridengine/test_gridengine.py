@@ -96,17 +96,16 @@ def starts_of(sweep: GridSweep, array: str) -> dict[str, int]:
 
 def test_a_failure_blocks_what_waits_for_it_and_nothing_else(sweep_of: Make) -> None:
     sweep = sweep_of()
-    in_the_way = sweep.home / "checkpoints" / "tiny-base" / POINTS[0]
+    in_the_way = sweep.weights(POINTS[0]).with_name("metrics.jsonl")  # a folder where a file should be
+    in_the_way.mkdir(parents=True)
     sweep.tsae("sweep", "--executor", "gridengine")
-    in_the_way.parent.mkdir(parents=True, exist_ok=True)
-    in_the_way.write_text("a file where the run's folder should be")
     sweep.wait_until_over()
     assert sweep.states()[POINTS[0]] == ["train", "failed"]
     assert sweep.states()[POINTS[1]] == ["evaluate", "done"]
     assert (sweep.folder / "report" / "report.html").exists()
     blocked = [path.read_text() for path in sweep.folder.glob("attempts/*/02-evaluate/*.log")]
     assert sum("not begun: " in text for text in blocked) == 1
-    in_the_way.unlink()
+    in_the_way.rmdir()
     assert "3 stages were submitted" in sweep.tsae("sweep", "--executor", "gridengine", "--retry-failed")
     sweep.wait_until_over()
     assert sweep.states() == {point: ["evaluate", "done"] for point in POINTS}
