@@ -101,5 +101,5 @@ def sweep_of(gridengine: dict[str, str], tmp_path: Path) -> Iterator[Callable[..
         return made[-1]
 
     yield make
-    for sweep in made:
-        subprocess.run(["qdel", "-f", "*"], env=sweep.environment, capture_output=True, check=False)
+    if made:
+        subprocess.run(["qdel", "-f", "*"], env={**os.environ, **gridengine}, capture_output=True, check=False)

@@ -145,5 +145,5 @@ def test_what_grid_engine_cannot_give_is_one_line(sweep_of: Make) -> None:
 
 def test_the_commands_are_missed_in_one_line(sweep_of: Make) -> None:
     sweep = sweep_of()
-    sweep.environment["PATH"] = os.path.dirname(sys.executable)
+    sweep.environment = {**sweep.environment, "PATH": os.path.dirname(sys.executable)}
     assert "no qmaster answers" in sweep.tsae("sweep", "--executor", "gridengine", code=2)
