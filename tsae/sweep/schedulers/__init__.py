@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
 SCHEDULERS = {
     "slurm": "tsae.sweep.schedulers.slurm.scheduler:Slurm",
+    "gridengine": "tsae.sweep.schedulers.gridengine.scheduler:GridEngine",
 }
 """Name, as `--executor` takes it and jobs.json keeps it → `module:class`; `auto` takes the first that answers."""
 
