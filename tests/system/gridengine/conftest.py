@@ -108,4 +108,5 @@ def sweep_of(gridengine: dict[str, str], tmp_path: Path) -> Iterator[Callable[..
 
     yield make
     for sweep in made:
-        subprocess.run(["qdel", "-f", "*"], env=sweep.environment, capture_output=True, check=False)
+        found = {**sweep.environment, "PATH": os.environ["PATH"]}
+        subprocess.run(["qdel", "-f", "*"], env=found, capture_output=True, check=False)
