@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from tsae.config.sections import ModelConfig
 from tsae.lm.source import check_layer, local_folder, weights_fingerprint
-from tsae.runtime.devices import own_device
+from tsae.runtime.environment import own_device
 from tsae.runtime.errors import TsaeError
 
 if TYPE_CHECKING:
