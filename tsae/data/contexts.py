@@ -77,16 +77,22 @@ def make_contexts(documents: Iterable[Document], tokenizer: Any, data: DataConfi
     that the limit takes a random sample of them. Raises TsaeError if no context is left or no document can be held out.
     """
     bos = _bos_token(tokenizer, data)
+    ids = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
+    pad = next(int(token) for token in ids if token is not None)
     room = data.context_length - len(bos)  # tokens of text per row
     enough = data.max_tokens if may_stop_early(data) else None
     tokenized = tokenize(documents, tokenizer, enough, lambda sizes: _kept(sizes, room, len(bos), data))
     random = np.random.default_rng(data.seed)
+    limit = float("inf") if data.max_tokens is None else float(data.max_tokens)
+    budgets = (limit * (1 - data.holdout), limit * data.holdout)
     parts = []
-    for part, budget in zip(_split_documents(tokenized, room, len(bos), data, random), _budgets(data), strict=True):
+    for part, budget in zip(_split_documents(tokenized, room, len(bos), data, random), budgets, strict=True):
         stream, pieces = _cut(tokenized, part, room, len(bos), tokenizer, data)
         pieces = pieces.pick(random.permutation(len(pieces.start)))
-        pieces = pieces.pick(np.arange(_rows_within(pieces.size + len(bos), budget)))
-        parts.append(_fill(stream, pieces, bos, _pad_token(tokenizer), data.context_length))
+        # The row that crosses the budget is the last.
+        within = int(np.searchsorted(np.cumsum(pieces.size + len(bos)), budget)) + 1
+        pieces = _Pieces(pieces.start[:within], pieces.size[:within])
+        parts.append(_fill(stream, pieces, bos, pad, data.context_length))
     for name, part_rows in zip(("training", "held-out"), parts, strict=True):
         if not len(part_rows[0]):
             raise TsaeError(
@@ -173,24 +179,6 @@ def _bos_token(tokenizer: Any, data: DataConfig) -> list[int]:
     if wanted and tokenizer.bos_token_id is None:
         raise TsaeError("data.bos: the tokenizer has no BOS token; auto or never are possible")
     return [tokenizer.bos_token_id] if wanted else []
-
-
-def _pad_token(tokenizer: Any) -> int:
-    for token in (tokenizer.pad_token_id, tokenizer.eos_token_id):
-        if token is not None:
-            return int(token)
-    return 0
-
-
-def _budgets(data: DataConfig) -> tuple[float, float]:
-    """Tokens that the training and the held-out part may have."""
-    limit = float("inf") if data.max_tokens is None else float(data.max_tokens)
-    return limit * (1 - data.holdout), limit * data.holdout
-
-
-def _rows_within(lengths: np.ndarray, budget: float) -> int:
-    """How many of the first rows reach `budget` tokens: the row that crosses it is the last."""
-    return min(int(np.searchsorted(np.cumsum(lengths), budget)) + 1, len(lengths))
 
 
 def _kept(sizes: np.ndarray, room: int, extra: int, data: DataConfig) -> np.ndarray:

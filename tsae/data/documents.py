@@ -40,7 +40,9 @@ class Document(NamedTuple):
 def read_documents(data: DataConfig) -> Iterator[Document]:
     """The documents of `data.source` in a fixed order, at most `data.max_documents`. Raises TsaeError."""
     if data.source == EMBEDDED:
-        documents: Iterator[Document] = iter(_mixed([Document(text, topic) for topic, text in embedded.read_corpus()]))
+        corpus = [Document(text, topic) for topic, text in embedded.read_corpus()]
+        # Topics mixed in an order that follows from the texts, so that the first documents are a fair sample.
+        documents = iter(sorted(corpus, key=lambda document: hashlib.sha256(document.text.encode()).digest()))
     elif _is_local(data.source):
         documents = _read_local(data)
     else:
@@ -53,11 +55,6 @@ def read_documents(data: DataConfig) -> Iterator[Document]:
         raise TsaeError(
             f"data.source: {data.source}: no text in it; the column '{data.text_field}' is empty throughout"
         )
-
-
-def _mixed(documents: list[Document]) -> list[Document]:
-    """The topics mixed in an order that follows from the texts, so that the first documents are a fair sample."""
-    return sorted(documents, key=lambda document: hashlib.sha256(document.text.encode()).digest())
 
 
 def may_stop_early(data: DataConfig) -> bool:
@@ -88,14 +85,9 @@ def _is_local(source: str) -> bool:
     """A path rather than a hub id; a folder with a dataset card is a copy of a hub dataset and is read as one."""
     path = Path(source).expanduser()
     if path.is_dir():
-        return not _has_dataset_card(path)
+        card = path / "README.md"  # begins with a block of metadata where the hub reads it
+        return not (card.is_file() and card.read_bytes().startswith(b"---\n"))
     return path.exists() or kind_of(path) is not None or not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", source)
-
-
-def _has_dataset_card(folder: Path) -> bool:
-    """Whether README.md begins with the block of metadata that the hub reads."""
-    card = folder / "README.md"
-    return card.is_file() and card.read_bytes().startswith(b"---\n")
 
 
 def _read_hub(data: DataConfig) -> Iterator[Document]:

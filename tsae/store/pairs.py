@@ -19,6 +19,7 @@ of 1 to 4 by `random`, and with one of 3 and 4 by `within:2`; `none` pairs it wi
 
 from __future__ import annotations
 
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -32,7 +33,6 @@ from torch import Tensor
 
 from tsae.config.sections import parse_pair_rule
 from tsae.runtime.errors import TsaeError
-from tsae.store.memory import Recycled
 from tsae.store.reader import Store, uninitialised
 
 BLOCK_BYTES = 2_000_000
@@ -41,6 +41,7 @@ MOST_LANES = 8
 BATCHES_AHEAD = 3
 SCRATCH_BYTES = 512 * 1024
 SEQUENCES_AT_A_TIME = 4096
+MOST_FREE = 8
 BLOCK_ORDER, PAIR_ORDER = 1, 2  # keep the two kinds of random streams apart
 
 
@@ -312,6 +313,26 @@ class _Ahead:
         if self._stream._begins(following) < self._stop:
             spare = None if before is None or before.buffer is self._pool.buffer else before.buffer
             self._next = self._loader.submit(self._stream._load, following, self._pool, spare, self._leaving)
+
+
+class Recycled:
+    """Memory for batches that serves again once no tensor refers to it: new pages cost as much as filling them."""
+
+    def __init__(self) -> None:
+        self._free: list[np.ndarray] = []
+
+    def take(self, shape: tuple[int, ...]) -> Tensor:
+        """An uninitialised float32 tensor."""
+        fitting = self._free and self._free[-1].shape == shape
+        memory = self._free.pop() if fitting else np.empty(shape, np.float32)
+        # torch holds this very object until the last view of the tensor is gone.
+        held = memory[:]
+        weakref.finalize(held, self._give_back, memory).atexit = False
+        return torch.from_numpy(held)
+
+    def _give_back(self, memory: np.ndarray) -> None:
+        if len(self._free) < MOST_FREE:
+            self._free.append(memory)
 
 
 def _block_sequences(store: Store) -> int:
