@@ -34,6 +34,17 @@ from tsae.runtime.errors import TsaeError, suggestion
 PRESETS = {"objective": OBJECTIVE_PRESETS, "synthetic": SYNTHETIC_PRESETS}
 """Sections with presets, the default one first."""
 
+PAGE = """
+# Settings
+
+Every setting of a run, made by `tsae settings --markdown`. In a run's YAML `sae.k` is the key `k` of the section `sae`; in a sweep's
+grid, and on a command line (`sae.k=40`), it is written with its whole path. `tsae settings CONFIG sae.k=40` prints what a run would
+be made with. A value that cannot be is refused before anything starts.
+
+Two sections take the name of a preset in place of their keys, such as `objective=reference`; keys given beside it come on top.
+{presets}. The defaults below are those of the first.
+"""
+
 SYNTHETIC = "synthetic"
 """The value of `data.source` that stands for a synthetic world."""
 
@@ -396,6 +407,12 @@ def experiment_settings(config: RunConfig, name: str) -> dict[str, Any]:
 def help_text() -> str:
     """Every setting with its type, default and meaning."""
     return "\n".join(schema.describe(RunConfig)).strip()
+
+
+def help_page() -> str:
+    """The same as a page of the documentation."""
+    presets = "; ".join(f"`{name}`: {', '.join(map('`{}`'.format, kinds))}" for name, kinds in PRESETS.items())
+    return "\n".join([PAGE.format(presets=presets).strip(), *schema.describe_in_markdown(RunConfig)])
 
 
 def replace(config: RunConfig, **sections: Mapping[str, Any]) -> RunConfig:
