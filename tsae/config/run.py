@@ -17,6 +17,7 @@ from tsae.config.experiments import ExperimentsConfig
 from tsae.config.sections import (
     KIND_SETTINGS,
     OBJECTIVE_PRESETS,
+    PAIR_RULE_SETTINGS,
     TERM_SETTINGS,
     DataConfig,
     EvaluationConfig,
@@ -290,7 +291,13 @@ def _validate(config: RunConfig, where: str) -> None:
         )
     rule, _ = parse_pair_rule(training.pair_rule, f"{where}: training.pair_rule")
     if kind.temporal:
-        check("training.pair_rule", rule != "none", "a temporal SAE needs pairs: previous, random or within:N")
+        *most, last = [
+            f"{name}:N" if settings.numbered else name
+            for name, settings in PAIR_RULE_SETTINGS.items()
+            if settings.paired
+        ]
+        needed = f"a temporal SAE needs pairs: {', '.join(most)} or {last}"
+        check("training.pair_rule", PAIR_RULE_SETTINGS[rule].paired, needed)
         check("training.batch_size", training.batch_size > 1, "a contrastive term needs at least 2 pairs")
 
     length = data.context_length
