@@ -18,3 +18,11 @@ def test_a_mistyped_word_is_told_the_nearest_one(
         main(arguments)
     assert ended.value.code == 2
     assert f"did you mean {near}?" in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("words", [["train", "a.yaml", "--run-nam", "k"], ["sweep", "seeds", "--dry"]])
+def test_an_option_is_not_taken_by_half_its_name(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(words)
+    assert ended.value.code == 2
+    assert "unrecognized arguments" in capsys.readouterr().err

@@ -110,8 +110,14 @@ def _parser(script: str = "") -> argparse.ArgumentParser:
     synthetic.add_argument("path", type=Path, metavar="RUN", help="folder of a run with data.source: synthetic")
 
     settings = _command(commands, "settings", _settings, "print every setting, or a run's resolved configuration")
-    settings.add_argument("config", nargs="?", type=Path, metavar="CONFIG", help="YAML file of a run")
+    what = settings.add_mutually_exclusive_group()
+    what.add_argument("config", nargs="?", type=Path, metavar="CONFIG", help="YAML file of a run")
+    what.add_argument("--markdown", action="store_true", help="print every setting as the page docs/settings.md")
     settings.add_argument("overrides", nargs="*", metavar="section.key=value")
+    measures = _command(
+        commands, "measures", _measures, "print every measure with its key, unit, direction and formula"
+    )
+    measures.add_argument("--markdown", action="store_true", help="print the table of docs/measures.md")
 
     store = commands.add_parser("store", help="inspect an activation store").add_subparsers(
         required=True, metavar="COMMAND"
@@ -253,13 +259,20 @@ def _settings(options: argparse.Namespace) -> None:
     from tsae.config import run as configuration
 
     if options.config is None:
-        print(configuration.help_text())
+        print(configuration.help_page() if options.markdown else configuration.help_text())
         return
     import yaml
 
     from tsae.config.schema import to_plain
 
     print(yaml.safe_dump(to_plain(configuration.load(options.config, options.overrides)), sort_keys=False), end="")
+
+
+def _measures(options: argparse.Namespace) -> None:
+    import tsae.report.summary  # noqa: F401  (declares them)
+    from tsae.evaluation import measures
+
+    print(measures.markdown() if options.markdown else measures.help_text())
 
 
 def _verify(options: argparse.Namespace) -> int:

@@ -124,7 +124,7 @@ def _started_together(config: RunConfig) -> Iterator[Group | None]:
     if process_count() == 1:
         yield None
         return
-    from tsae.parallel.meeting import together
+    from tsae.parallel.rendezvous import together
 
     with together(cpu=config.training.device == "cpu") as group:
         yield group

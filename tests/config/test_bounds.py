@@ -13,6 +13,8 @@ from tsae.config import schema
 from tsae.config.bounds import Bound
 from tsae.config.run import RunConfig
 from tsae.runtime.errors import TsaeError
+from tsae.sweep.cluster import Cluster
+from tsae.sweep.sweepfile import SweepConfig
 
 ANY_NUMBER = {
     "sae.group_fractions": "positive and of sum 1, which the whole list is checked for",
@@ -38,6 +40,13 @@ def parts(hint: Any) -> tuple[set[Any], list[Bound]]:
     own = [mark for mark in getattr(hint, "__metadata__", ()) if isinstance(mark, Bound)]
     inner = [parts(part) for part in (get_args(hint)[:1] if get_origin(hint) is Annotated else get_args(hint))]
     return set().union(*(leaves for leaves, _ in inner)), own + [bound for _, bounds in inner for bound in bounds]
+
+
+@pytest.mark.parametrize("cls", [Cluster, SweepConfig])
+def test_every_number_of_sweeps_and_sites_has_a_bound(cls):
+    found = dict(numbers(cls))
+    assert found
+    assert all(found.values()), found
 
 
 def test_every_number_has_a_bound_or_a_reason():

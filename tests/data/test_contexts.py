@@ -133,7 +133,7 @@ def test_max_tokens_is_a_random_sample_of_whole_contexts_of_both_parts(make_toke
 
 @pytest.mark.parametrize("packing", PACKINGS)
 def test_a_streamed_source_is_read_only_until_there_is_enough(make_tokenizer, monkeypatch, packing):
-    monkeypatch.setattr("tsae.data.tokens.BATCH_CHARACTERS", 1000)
+    monkeypatch.setattr("tsae.data.contexts.BATCH_CHARACTERS", 1000)
     read = []
 
     def endless():

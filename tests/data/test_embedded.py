@@ -80,7 +80,7 @@ def test_the_fingerprint_follows_the_versions_of_packages(monkeypatch):
 def test_the_fingerprint_needs_no_heavy_import():
     code = """
 import sys
-from tsae.sections import DataConfig
+from tsae.config.sections import DataConfig
 from tsae.data.documents import fingerprint
 assert fingerprint(DataConfig())
 print(sorted({"torch", "transformers", "datasets", "pyarrow", "numpy", "zarr"} & set(sys.modules)))

@@ -108,9 +108,9 @@ def test_offline_the_hub_cache_is_read_and_what_is_not_in_it_is_refused_with_the
     (repository / "refs").mkdir()
     (repository / "refs" / "main").write_text(commit)
     code = """
-from tsae.sections import DataConfig
+from tsae.config.sections import DataConfig
 from tsae.data.documents import read_documents
-from tsae.errors import TsaeError
+from tsae.runtime.errors import TsaeError
 print([d.text for d in read_documents(DataConfig(source="org/small", subset="plain"))])
 try:
     list(read_documents(DataConfig(source="org/other")))

@@ -62,7 +62,7 @@ def test_the_fingerprint_follows_the_weights_and_not_the_place(folders: dict[str
 
 def test_checking_needs_no_heavy_import() -> None:
     program = (
-        "import sys; from tsae.config.run import ModelConfig; from tsae.lm.model import check_layer, weights_fingerprint;"
+        "import sys; from tsae.config.run import ModelConfig; from tsae.lm.source import check_layer, weights_fingerprint;"
         "import tsae.lm.embedded_lm; check_layer(ModelConfig(), 'x');"
         "print([name for name in ('torch', 'transformers', 'nnsight', 'sklearn') if name in sys.modules])"
     )

@@ -40,7 +40,7 @@ def test_time_limits_are_minutes(text: str, minutes: int) -> None:
 
 @pytest.mark.parametrize("text", ["12:00", "soon", "00:00:00", "-5m", "1.5h", "60", "0m"])
 def test_a_time_limit_that_can_be_misread_is_refused(text: str) -> None:
-    with pytest.raises(TsaeError, match=f"'{text}' is no time limit"):
+    with pytest.raises(TsaeError, match=f"time: {text} is impossible; allowed: '90m'"):
         to_minutes(text)
 
 
@@ -49,11 +49,11 @@ def test_a_time_limit_that_can_be_misread_is_refused(text: str) -> None:
     [
         ("default: {}", "did you mean 'defaults'"),
         ("train: {gpu: 1}", "did you mean 'gpus'"),
-        ("max_parallel: 0", "max_parallel: 0 is too small"),
+        ("max_parallel: 0", "max_parallel: 0 is impossible"),
         ("train: {time: 4:00:00}", "train.time"),
-        ("train: {time: tomorrow}", "'tomorrow' is no time limit"),
+        ("train: {time: tomorrow}", "train.time: tomorrow is impossible; allowed: '90m'"),
         ("train: {gpus: -1}", "train.gpus: -1"),
-        ("train: {mem: 1.5G}", "train.mem: '1.5G' is no amount of memory"),
+        ("train: {mem: 1.5G}", "train.mem: 1.5G is impossible; allowed: '32G'"),
         ("train: {gres: 'gpu:{count}', gpus: 1}", "gres"),
     ],
 )
@@ -68,7 +68,7 @@ def test_a_bad_cluster_file_is_refused_in_one_line(tmp_path: Path, text: str, wo
 def test_a_sweep_s_own_resources_are_checked_too(tmp_path: Path) -> None:
     file = tmp_path / "sweep.yaml"
     file.write_text("grid: {sae.k: [1, 2]}\nresources: {train: {time: '12:00'}}\n")
-    with pytest.raises(TsaeError, match=r"sweep.yaml: resources.train.time: '12:00' is no time limit"):
+    with pytest.raises(TsaeError, match=r"sweep.yaml: resources.train.time: 12:00 is impossible; allowed: '90m'"):
         load_sweep(file)
 
 

@@ -20,7 +20,7 @@ from tsae.store.harvest import harvest
 PRELOADED = [
     "dying",
     "tsae.cli",
-    "tsae.parallel.meeting",
+    "tsae.parallel.rendezvous",
     "accelerate.state",
     "tsae.training.run",
     "tsae.evaluation.driver",

@@ -20,8 +20,8 @@ import torch
 from tsae import cli, stages
 from tsae.checkpoint import RunFolder
 from tsae.config.run import RunConfig
-from tsae.parallel import heart
-from tsae.parallel.meeting import together
+from tsae.parallel import liveness
+from tsae.parallel.rendezvous import together
 from tsae.runtime import preemption
 from tsae.training.resume import ResumeStates
 from tsae.training.run import train
@@ -85,7 +85,7 @@ def while_another_dies(rank: int, world: int, port: int, folder: Path, _argument
     """Be one of several processes of which number 1 dies while the others work alone for long."""
     _write_errors_to(folder / f"rank{rank}.err")
     os.environ.update(_torchrun(rank, world, port))
-    heart.GRACE_SECONDS = 0.1
+    liveness.GRACE_SECONDS = 0.1
     with together(cpu=True):
         if rank == 1:
             _die()

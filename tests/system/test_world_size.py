@@ -19,7 +19,7 @@ from tsae.config import run as configuration
 from tsae.config import schema
 from tsae.config.run import RunConfig
 from tsae.evaluation.driver import evaluate
-from tsae.parallel import heart
+from tsae.parallel import liveness
 from tsae.runtime import preemption
 from tsae.store.layout import StoreLayout
 from tsae.sweep.schedulers.slurm.job import adopt_step, first_host
@@ -78,7 +78,7 @@ def test_a_killed_process_takes_the_others_down_with_one_line(
 
 
 def test_a_process_that_works_alone_ends_when_another_dies(run_ranks: Ranks, tmp_path: Path) -> None:
-    assert run_ranks(2, [], target=while_another_dies) == [heart.LOST, -9]
+    assert run_ranks(2, [], target=while_another_dies) == [liveness.LOST, -9]
     assert "tsae: process 0 of 2: ends, because another one" in (tmp_path / "rank0.err").read_text()
 
 
@@ -228,7 +228,7 @@ def test_processes_that_are_done_end_without_threads_that_could_abort_them(tmp_p
         "    return ' '.join(path.read_text().strip() for path in pathlib.Path('/proc/self/task').glob('*/comm'))\n"
         f"told = pathlib.Path({str(tmp_path)!r}, 'threads' + os.environ['RANK'])\n"
         "atexit.register(lambda: told.write_text(threads()))  # what is registered first is called last\n"
-        "from tsae.parallel.meeting import together\n"
+        "from tsae.parallel.rendezvous import together\n"
         "with together(cpu=True) as group:\n"
         "    group.sum(torch.ones(100))\n"
         "    assert 'gloo' in threads()\n"

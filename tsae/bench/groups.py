@@ -24,7 +24,7 @@ from tsae.bench.rounds import Memory
 from tsae.bench.shape import Shape, batches
 from tsae.config import run as configuration
 from tsae.parallel.group import Group
-from tsae.parallel.meeting import together
+from tsae.parallel.rendezvous import together
 from tsae.runtime.errors import TsaeError
 from tsae.training.trainer import Trainer
 

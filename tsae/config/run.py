@@ -17,6 +17,7 @@ from tsae.config.experiments import ExperimentsConfig
 from tsae.config.sections import (
     KIND_SETTINGS,
     OBJECTIVE_PRESETS,
+    PAIR_RULE_SETTINGS,
     TERM_SETTINGS,
     DataConfig,
     EvaluationConfig,
@@ -32,6 +33,17 @@ from tsae.runtime.errors import TsaeError, suggestion
 
 PRESETS = {"objective": OBJECTIVE_PRESETS, "synthetic": SYNTHETIC_PRESETS}
 """Sections with presets, the default one first."""
+
+PAGE = """
+# Settings
+
+Every setting of a run, made by `tsae settings --markdown`. In a run's YAML `sae.k` is the key `k` of the section `sae`; in a sweep's
+grid, and on a command line (`sae.k=40`), it is written with its whole path. `tsae settings CONFIG sae.k=40` prints what a run would
+be made with. A value that cannot be is refused before anything starts.
+
+Two sections take the name of a preset in place of their keys, such as `objective=reference`; keys given beside it come on top.
+{presets}. The defaults below are those of the first.
+"""
 
 SYNTHETIC = "synthetic"
 """The value of `data.source` that stands for a synthetic world."""
@@ -279,7 +291,13 @@ def _validate(config: RunConfig, where: str) -> None:
         )
     rule, _ = parse_pair_rule(training.pair_rule, f"{where}: training.pair_rule")
     if kind.temporal:
-        check("training.pair_rule", rule != "none", "a temporal SAE needs pairs: previous, random or within:N")
+        *most, last = [
+            f"{name}:N" if settings.numbered else name
+            for name, settings in PAIR_RULE_SETTINGS.items()
+            if settings.paired
+        ]
+        needed = f"a temporal SAE needs pairs: {', '.join(most)} or {last}"
+        check("training.pair_rule", PAIR_RULE_SETTINGS[rule].paired, needed)
         check("training.batch_size", training.batch_size > 1, "a contrastive term needs at least 2 pairs")
 
     length = data.context_length
@@ -389,6 +407,12 @@ def experiment_settings(config: RunConfig, name: str) -> dict[str, Any]:
 def help_text() -> str:
     """Every setting with its type, default and meaning."""
     return "\n".join(schema.describe(RunConfig)).strip()
+
+
+def help_page() -> str:
+    """The same as a page of the documentation."""
+    presets = "; ".join(f"`{name}`: {', '.join(map('`{}`'.format, kinds))}" for name, kinds in PRESETS.items())
+    return "\n".join([PAGE.format(presets=presets).strip(), *schema.describe_in_markdown(RunConfig)])
 
 
 def replace(config: RunConfig, **sections: Mapping[str, Any]) -> RunConfig:

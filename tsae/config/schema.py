@@ -18,7 +18,7 @@ import types
 from collections.abc import Iterator, Mapping
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
@@ -279,21 +279,67 @@ def field_docs(cls: type) -> dict[str, str]:
     return docs
 
 
-def describe(cls: type, path: str = "") -> Iterator[str]:
-    """Lines of `--help`: every key path with its type, default and documentation."""
+class Setting(NamedTuple):
+    """One setting, or a section of settings, in the words of a YAML author."""
+
+    path: str
+    type: str
+    """Empty for a section."""
+    default: str
+    bound: str
+    """Which values are possible, where the type alone does not say it."""
+    doc: str
+
+
+def settings(cls: type, path: str = "") -> Iterator[Setting]:
+    """Every setting of a dataclass and of the sections in it; a section comes before its own."""
     hints = type_hints(cls)
     for field in dataclasses.fields(cls):
         dotted = f"{path}.{field.name}" if path else field.name
         hint = hints[field.name]
         if dataclasses.is_dataclass(hint):
-            yield f"\n{dotted}: {(hint.__doc__ or '').splitlines()[0]}"
-            yield from describe(hint, dotted)  # type: ignore[arg-type]
+            yield Setting(dotted, "", "", "", (hint.__doc__ or "").splitlines()[0])
+            yield from settings(hint, dotted)  # type: ignore[arg-type]
             continue
         default = field.default
         if default is dataclasses.MISSING:
             default = field.default_factory() if field.default_factory is not dataclasses.MISSING else "required"
-        yield f"  {dotted} ({type_name(hint)}; default {_shown(default)})"
-        yield textwrap.indent(textwrap.fill(field_docs(cls)[field.name], 96), "      ")
+        yield Setting(dotted, type_name(hint), _shown(default), "; ".join(_bounds(hint)), field_docs(cls)[field.name])
+
+
+def _bounds(hint: Any) -> Iterator[str]:
+    """The words of every bound in a type; of a list's items too."""
+    for part in get_args(hint):
+        if isinstance(part, Bound):
+            yield part.words
+        elif get_origin(hint) is not Literal:
+            yield from (f"each: {words}" if get_origin(hint) is tuple else words for words in _bounds(part))
+
+
+def describe(cls: type) -> Iterator[str]:
+    """Lines of `--help`: every key path with its type, default and documentation."""
+    for setting in settings(cls):
+        if not setting.type:
+            yield f"\n{setting.path}: {setting.doc}"
+            continue
+        yield f"  {setting.path} ({setting.type}; default {setting.default})"
+        yield textwrap.indent(textwrap.fill(setting.doc, 96), "      ")
+
+
+def describe_in_markdown(cls: type) -> Iterator[str]:
+    """The same in tables, one for each section, with the bounds."""
+    for setting in settings(cls):
+        if not setting.type:
+            yield f"\n{'#' * (2 + setting.path.count('.'))} {setting.path}\n\n{setting.doc}\n"
+            yield "| Setting | Value | Default | Meaning |\n|---|---|---|---|"
+            continue
+        value = f"{setting.type}; {setting.bound}" if setting.bound else setting.type
+        yield markdown_row(f"`{setting.path}`", value, f"`{setting.default}`", setting.doc)
+
+
+def markdown_row(*cells: str) -> str:
+    """One row of a table."""
+    return f"| {' | '.join(' '.join(cell.split()).replace('|', chr(92) + '|') for cell in cells)} |"
 
 
 def _shown(default: Any) -> str:

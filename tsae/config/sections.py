@@ -207,6 +207,25 @@ OBJECTIVE_PRESETS: dict[str, dict[str, Any]] = {
 
 
 @dataclass(frozen=True, kw_only=True)
+class PairRuleSettings:
+    """What other settings must know of a rule that pairs tokens."""
+
+    numbered: bool = False
+    """It is written with a number, at least 1: NAME:N."""
+    paired: bool = True
+    """It gives a token a partner, which a temporal SAE needs."""
+
+
+PAIR_RULE_SETTINGS = {
+    "previous": PairRuleSettings(),
+    "random": PairRuleSettings(),
+    "within": PairRuleSettings(numbered=True),
+    "none": PairRuleSettings(paired=False),
+}
+"""The pair rules; `tsae.store.pairs.PAIR_RULES` has what each does."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainingConfig:
     """Optimisation and bookkeeping."""
 
@@ -299,14 +318,15 @@ class EvaluationConfig:
     """What stands for 'no information' in the loss-recovered ratio."""
 
 
-def parse_pair_rule(rule: str, where: str = "pair_rule") -> tuple[str, int | None]:
-    """`"within:8"` → `("within", 8)`; the other rules have no number. Raises TsaeError."""
+def parse_pair_rule(rule: str, where: str = "pair_rule") -> tuple[str, int]:
+    """`"within:8"` → `("within", 8)`; a rule without a number has 0. Raises TsaeError."""
     name, colon, number = rule.replace(" ", "").partition(":")
-    if name == "within" and number.isdigit() and int(number) > 0:
+    settings = PAIR_RULE_SETTINGS.get(name)
+    if settings is not None and settings.numbered and number.isdigit() and int(number) > 0:
         return name, int(number)
-    if name in ("previous", "random", "none") and not colon:
-        return name, None
-    raise TsaeError(
-        f"{where}: {rule!r} is not allowed; {suggestion(rule, ('previous', 'random', 'within:8', 'none'))}"
-        "allowed: previous, random, within:N (N at least 1), none"
-    )
+    if settings is not None and not settings.numbered and not colon:
+        return name, 0
+    rules = PAIR_RULE_SETTINGS.items()
+    examples = [f"{known}:8" if kind.numbered else known for known, kind in rules]
+    allowed = [f"{known}:N (N at least 1)" if kind.numbered else known for known, kind in rules]
+    raise TsaeError(f"{where}: {rule!r} is not allowed; {suggestion(rule, examples)}allowed: {', '.join(allowed)}")

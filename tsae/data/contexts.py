@@ -1,19 +1,20 @@
-"""Documents to contexts: rows of token ids of one fixed length, shuffled, with whole documents held out."""
+"""Documents to contexts: tokenised, cut into rows of one fixed length, shuffled, with whole documents held out."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from tsae.config.sections import DataConfig
 from tsae.data.documents import Document, may_stop_early
-from tsae.data.tokens import TokenizedDocuments, starts_with_bos, tokenize
 from tsae.runtime.errors import TsaeError
+from tsae.runtime.progress import Progress
 
 ROWS_AT_ONCE = 65_536
+BATCH_CHARACTERS = 1_000_000  # of text, given to the tokenizer at a time
 
 
 class Contexts(NamedTuple):
@@ -38,6 +39,27 @@ class Contexts(NamedTuple):
     """sha256 of tokens and lengths."""
 
 
+class TokenizedDocuments(NamedTuple):
+    """The ids of all documents in reading order, without special tokens."""
+
+    tokens: np.ndarray
+    """[tokens] int32."""
+    ends: np.ndarray
+    """[documents] int64: where each document ends in `tokens`."""
+    label: np.ndarray
+    """[documents] int32: index into `label_names`, -1 for none."""
+    label_names: tuple[str, ...]
+
+    @property
+    def sizes(self) -> np.ndarray:
+        """[documents] int64: tokens per document."""
+        return np.diff(self.ends, prepend=0)
+
+    def of(self, index: int) -> np.ndarray:
+        """The token ids of one document."""
+        return self.tokens[self.ends[index - 1] if index else 0 : self.ends[index]]
+
+
 class _Pieces(NamedTuple):
     """Stretches of the token stream that become one row each."""
 
@@ -55,16 +77,22 @@ def make_contexts(documents: Iterable[Document], tokenizer: Any, data: DataConfi
     that the limit takes a random sample of them. Raises TsaeError if no context is left or no document can be held out.
     """
     bos = _bos_token(tokenizer, data)
+    ids = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
+    pad = next(int(token) for token in ids if token is not None)
     room = data.context_length - len(bos)  # tokens of text per row
     enough = data.max_tokens if may_stop_early(data) else None
     tokenized = tokenize(documents, tokenizer, enough, lambda sizes: _kept(sizes, room, len(bos), data))
     random = np.random.default_rng(data.seed)
+    limit = float("inf") if data.max_tokens is None else float(data.max_tokens)
+    budgets = (limit * (1 - data.holdout), limit * data.holdout)
     parts = []
-    for part, budget in zip(_split_documents(tokenized, room, len(bos), data, random), _budgets(data), strict=True):
+    for part, budget in zip(_split_documents(tokenized, room, len(bos), data, random), budgets, strict=True):
         stream, pieces = _cut(tokenized, part, room, len(bos), tokenizer, data)
         pieces = pieces.pick(random.permutation(len(pieces.start)))
-        pieces = pieces.pick(np.arange(_rows_within(pieces.size + len(bos), budget)))
-        parts.append(_fill(stream, pieces, bos, _pad_token(tokenizer), data.context_length))
+        # The row that crosses the budget is the last.
+        within = int(np.searchsorted(np.cumsum(pieces.size + len(bos)), budget)) + 1
+        pieces = _Pieces(pieces.start[:within], pieces.size[:within])
+        parts.append(_fill(stream, pieces, bos, pad, data.context_length))
     for name, part_rows in zip(("training", "held-out"), parts, strict=True):
         if not len(part_rows[0]):
             raise TsaeError(
@@ -82,30 +110,75 @@ def make_contexts(documents: Iterable[Document], tokenizer: Any, data: DataConfi
     )
 
 
+def starts_with_bos(tokenizer: Any) -> bool:
+    """Whether the tokenizer by itself puts BOS before a text."""
+    ids = tokenizer("x")["input_ids"]
+    return tokenizer.bos_token_id is not None and ids[:1] == [tokenizer.bos_token_id]
+
+
+def tokenize(
+    documents: Iterable[Document],
+    tokenizer: Any,
+    enough: int | None = None,
+    counted: Callable[[np.ndarray], np.ndarray] = lambda sizes: sizes,
+) -> TokenizedDocuments:
+    """The ids of `documents`, read in batches until `enough` tokens count; labels are numbered in sorted order.
+
+    `counted` says how many tokens of documents of given sizes will be of use: [documents] to [documents].
+    A text that spells a special token is split like any other text.
+    """
+    progress = Progress("tokenize", enough, "tokens")
+    ids: list[np.ndarray] = []
+    labels: list[str | None] = []
+    total = 0
+    for batch in _batches(documents):
+        encoded = tokenizer(
+            [encodable(document.text) for document in batch],
+            add_special_tokens=False,
+            split_special_tokens=True,
+            return_attention_mask=False,
+            verbose=False,
+        )
+        ids += [np.asarray(sequence, np.int32) for sequence in encoded["input_ids"]]
+        labels += [document.label for document in batch]
+        total += int(counted(np.array([len(sequence) for sequence in encoded["input_ids"]])).sum())
+        progress.update(total, documents=len(ids))
+        if enough is not None and total >= enough:
+            break
+    names = tuple(sorted({label for label in labels if label is not None}))
+    number = {name: index for index, name in enumerate(names)}
+    return TokenizedDocuments(
+        tokens=np.concatenate(ids) if ids else np.zeros(0, np.int32),
+        ends=np.cumsum([len(sequence) for sequence in ids], dtype=np.int64),
+        label=np.array([-1 if label is None else number[label] for label in labels], np.int32),
+        label_names=names,
+    )
+
+
+def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
+    batch: list[Document] = []
+    size = 0
+    for document in documents:
+        batch.append(document)
+        size += len(document.text)
+        if size >= BATCH_CHARACTERS:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def encodable(text: str) -> str:
+    """`text` with lone surrogates, which scraped JSON holds and no tokenizer takes, replaced by U+FFFD."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
 def _bos_token(tokenizer: Any, data: DataConfig) -> list[int]:
     """What each row begins with: the BOS id, or nothing."""
     wanted = data.bos == "always" or (data.bos == "auto" and starts_with_bos(tokenizer))
     if wanted and tokenizer.bos_token_id is None:
         raise TsaeError("data.bos: the tokenizer has no BOS token; auto or never are possible")
     return [tokenizer.bos_token_id] if wanted else []
-
-
-def _pad_token(tokenizer: Any) -> int:
-    for token in (tokenizer.pad_token_id, tokenizer.eos_token_id):
-        if token is not None:
-            return int(token)
-    return 0
-
-
-def _budgets(data: DataConfig) -> tuple[float, float]:
-    """Tokens that the training and the held-out part may have."""
-    limit = float("inf") if data.max_tokens is None else float(data.max_tokens)
-    return limit * (1 - data.holdout), limit * data.holdout
-
-
-def _rows_within(lengths: np.ndarray, budget: float) -> int:
-    """How many of the first rows reach `budget` tokens: the row that crosses it is the last."""
-    return min(int(np.searchsorted(np.cumsum(lengths), budget)) + 1, len(lengths))
 
 
 def _kept(sizes: np.ndarray, room: int, extra: int, data: DataConfig) -> np.ndarray:

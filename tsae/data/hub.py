@@ -1,39 +1,11 @@
-"""Documents of a Hugging Face dataset: streamed from the hub, or from what an offline machine has of it."""
+"""Datasets of Hugging Face: streamed from the hub, or from what an offline machine has of them."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
 from typing import Any
 
-from tsae.config.sections import DataConfig
-from tsae.data.records import Document, documents_of
 from tsae.runtime.errors import TsaeError
-
-
-def read_hub(data: DataConfig) -> Iterator[Document]:
-    """The documents of one split of a dataset, streamed in its order. Raises TsaeError.
-
-    `data.source` is a hub id or a local folder in the hub's format. With HF_HUB_OFFLINE=1 the snapshot in the local
-    hub cache is read.
-    """
-    dataset = open_dataset(data.source, data.split, subset=data.subset, revision=data.revision)
-    features = getattr(dataset, "features", None) or {}
-    names = getattr(features.get(data.label_field), "names", None)
-    rows = ((data.source, _with_label_name(row, data.label_field, names)) for row in dataset)
-    try:
-        yield from documents_of(rows, data)
-    except TsaeError:
-        raise
-    except Exception as error:  # the network, a decoder or a builder: `datasets` has no common class for them
-        raise TsaeError(f"data.source: {data.source}: reading stopped: {_reason(error)}") from error
-
-
-def _with_label_name(row: Any, field: str | None, names: list[str] | None) -> Any:
-    """A ClassLabel column holds indices; its name is the label."""
-    if names is None or field is None or not isinstance(row.get(field), int) or row[field] < 0:
-        return row
-    return {**row, field: names[row[field]]}
 
 
 def quiet_datasets() -> Any:
@@ -73,7 +45,7 @@ def open_dataset(
         except (FileNotFoundError, ConnectionError) as error:
             last = error
         except Exception as error:
-            raise TsaeError(f"{setting}: {source}: {_reason(error)}") from error
+            raise TsaeError(f"{setting}: {source}: {reason_of(error)}") from error
     reached = isinstance(last, FileNotFoundError)
     remedy = (
         "check the id, or give an existing path"
@@ -83,7 +55,7 @@ def open_dataset(
     )
     raise TsaeError(
         f"{setting}: {source}: neither a local file or folder nor a dataset that can be "
-        f"reached ({_reason(last)}); {remedy}"
+        f"reached ({reason_of(last)}); {remedy}"
     ) from last
 
 
@@ -98,6 +70,7 @@ def _snapshot(source: str, revision: str | None) -> str | None:
         return None
 
 
-def _reason(error: BaseException | None) -> str:
+def reason_of(error: BaseException | None) -> str:
+    """Kind and first line of an error that came out of `datasets`."""
     first = str(error).strip().splitlines()[:1]
     return f"{type(error).__name__}: {first[0] if first else ''}"

@@ -183,8 +183,7 @@ class _Rows:
         except TsaeError:
             raise
         except Exception as error:  # the network, a decoder or a builder: `datasets` has no common class for them
-            reason = (str(error).strip().splitlines() or [""])[0]
-            raise TsaeError(f"--dataset {self.dataset}: reading stopped: {type(error).__name__}: {reason}") from error
+            raise TsaeError(f"--dataset {self.dataset}: reading stopped: {hub.reason_of(error)}") from error
 
     def text(self, row: Mapping[str, Any]) -> str | None:
         """The text of a row, None if it is blank. Raises TsaeError if the column is not there or holds no text."""

@@ -18,9 +18,9 @@ from tsae.evaluation.loss_recovered import SequenceLosses, sequence_losses
 from tsae.evaluation.results import loss_results, plain, summarise, truth_results
 from tsae.evaluation.scores import Scores
 from tsae.parallel.group import Group, in_turns
-from tsae.parallel.meeting import together
+from tsae.parallel.rendezvous import together
 from tsae.runtime import files
-from tsae.runtime.devices import own_device
+from tsae.runtime.environment import own_device
 from tsae.runtime.errors import TsaeError
 from tsae.runtime.progress import Progress
 from tsae.sae.dictionary import Dictionary

@@ -11,6 +11,8 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from tsae.config.schema import markdown_row
+
 FVE = "frac_variance_explained"
 """The measure that others are traded against."""
 TRUTH = "truth_"
@@ -98,6 +100,29 @@ def instead_of(key: str, available: Collection[str]) -> str:
     """
     stands_in = (name for name, measure in REGISTRY.items() if measure.stands_for == key)
     return next(stands_in, key) if any(name.startswith(TRUTH) for name in available) else key
+
+
+def help_text() -> str:
+    """Every measure with its key, unit, direction and formula."""
+    lines = []
+    for measure in REGISTRY.values():
+        better = measure.better and f"{measure.better} is better"
+        lines.append(f"  {measure.label} ({', '.join(filter(None, (measure.key, measure.unit, better)))})")
+        lines.append(f"      {measure.formula}")
+    return "\n".join(lines)
+
+
+def markdown() -> str:
+    """All measures as a table of the documentation, a row for those of one family that are made in the same way."""
+    rows: dict[tuple[str, str, str, str], list[Measure]] = {}
+    for measure in REGISTRY.values():
+        rows.setdefault((measure.family, measure.formula, measure.unit, measure.better), []).append(measure)
+    lines = ["| Name | Of | Key | Unit | Better | Formula |", "|---|---|---|---|---|---|"]
+    for (family, formula, unit, better), measures in rows.items():
+        of = "; ".join(measure.member or "all" for measure in measures)
+        keys = ", ".join(f"`{measure.key}`" for measure in measures)
+        lines.append(markdown_row(family, of, keys, unit, better, formula))
+    return "\n".join(lines)
 
 
 def in_order(available: Collection[str]) -> list[str]:

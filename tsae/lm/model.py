@@ -6,22 +6,22 @@ given: the fast kernels need none, and numbers do not depend on the padding.
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+from torch import Tensor, nn
+
 from tsae.config.sections import ModelConfig
-from tsae.lm.source import check_layer, local_folder, weights_fingerprint
-from tsae.runtime.devices import own_device
+from tsae.lm.source import local_folder, weights_fingerprint
+from tsae.runtime.environment import own_device
 from tsae.runtime.errors import TsaeError
 
 if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
-
-__all__ = ["LanguageModel", "check_layer", "load_language_model", "load_tokenizer", "weights_fingerprint"]
 
 TOLERANCE = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 3e-2}
 """Largest relative difference of two readings of one activation vector that still counts as the same."""
@@ -35,10 +35,7 @@ class LanguageModel:
     """
 
     def __init__(self, module: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, model: ModelConfig) -> None:
-        import torch
         from nnsight import NNsight
-
-        from tsae.lm.hook import find_hook, probe
 
         self.module = module.eval().requires_grad_(False)
         self.tokenizer = tokenizer
@@ -63,10 +60,6 @@ class LanguageModel:
 
     def read(self, tokens: Tensor, lengths: Tensor) -> Tensor:
         """[S, L, D] activations at the hook point; nothing after it is computed."""
-        import torch
-
-        from tsae.lm.hook import hidden_of
-
         inputs = self._inputs(tokens, lengths)
         with torch.no_grad(), self._traced.trace(**inputs) as tracer:
             output = self._hook.output.save()
@@ -75,16 +68,11 @@ class LanguageModel:
 
     def logits(self, tokens: Tensor, lengths: Tensor) -> Tensor:
         """[S, L, V] next-token scores."""
-        import torch
-
         with torch.no_grad():
             return self.module(**self._inputs(tokens, lengths)).logits
 
     def splice(self, tokens: Tensor, lengths: Tensor, replace: Callable[[Tensor], Tensor]) -> Tensor:
         """[S, L, V] next-token scores when the activations [S, L, D] at the hook point are exchanged by `replace`."""
-        import torch
-
-        from tsae.lm.hook import hidden_of, with_hidden
 
         def exchanged(output: Any) -> Any:
             hidden = hidden_of(output)
@@ -105,10 +93,6 @@ class LanguageModel:
         The first step gives `replace` the prompt's activations [S, L, D], each later one those of the newest token
         [S, 1, D]. No row ends early. `options` go to `PreTrainedModel.generate`, such as `do_sample`.
         """
-        import torch
-
-        from tsae.lm.hook import hidden_of, with_hidden
-
         room = self.max_length
         if room is not None and tokens.shape[1] + length > room:
             raise TsaeError(
@@ -141,8 +125,6 @@ class LanguageModel:
         The last block's entry of that tuple is final-normed, so there the raw output is traced through the norm.
         Raises TsaeError with the largest relative difference.
         """
-        import torch
-
         found = self.read(tokens, lengths)
         with torch.no_grad():
             expected, what = _expected_activations(self, self._inputs(tokens, lengths))
@@ -155,8 +137,6 @@ class LanguageModel:
 
     def _inputs(self, tokens: Tensor, lengths: Tensor) -> dict[str, Any]:
         """Keyword arguments of the forward pass; pad positions get token 0, whatever stands there."""
-        import torch
-
         if self.max_length is not None and tokens.shape[1] > self.max_length:
             raise TsaeError(
                 f"data.context_length: {tokens.shape[1]} is impossible; {self.identity['name']} has {self.max_length} positions"
@@ -171,12 +151,75 @@ class LanguageModel:
         return {"input_ids": ids.to(self.device), "use_cache": False}
 
 
+def find_hook(module: nn.Module, model: ModelConfig, depth: int) -> str:
+    """The path of the module to read: `model.hook_point`, or block `model.layer`. Raises TsaeError."""
+    if model.hook_point is None:
+        if model.layer >= depth:
+            raise TsaeError(f"model.layer: {model.layer} is impossible; {model.name} has blocks 0 to {depth - 1}")
+        return f"{find_blocks(module, depth)}.{model.layer}"
+    paths = [path for path, _ in module.named_modules() if path]
+    if model.hook_point not in paths:
+        near = difflib.get_close_matches(model.hook_point, paths, n=3, cutoff=0.0)
+        raise TsaeError(
+            f"model.hook_point: {model.name} has no module {model.hook_point!r}; the nearest are {', '.join(near)}"
+        )
+    return model.hook_point
+
+
+def find_blocks(module: nn.Module, depth: int) -> str:
+    """The path of the list of blocks: of the module lists with `depth` members, the one with the most parameters."""
+    lists = {
+        path: sum(parameter.numel() for parameter in part.parameters())
+        for path, part in module.named_modules()
+        if isinstance(part, nn.ModuleList) and len(part) == depth
+    }
+    if not lists:
+        raise TsaeError(
+            f"model: no list of {depth} blocks in {type(module).__name__}; name a module in model.hook_point"
+        )
+    return max(lists, key=lambda path: lists[path])
+
+
+def hidden_of(output: Any) -> Any:
+    """The activations in what a module returns: a tensor, or the first member of a tuple (attention, older blocks)."""
+    return output[0] if type(output) in (tuple, list) and output else output
+
+
+def with_hidden(output: Any, hidden: Tensor) -> Any:
+    """What a module returned, with its activations exchanged."""
+    return type(output)([hidden, *output[1:]]) if type(output) in (tuple, list) else hidden
+
+
+def probe(module: nn.Module, path: str, tokens: Tensor) -> int:
+    """Run a few tokens [S, L] through the model and return the size D of what the module at `path` gives.
+
+    Raises TsaeError unless the module runs exactly once and gives a float tensor [S, L, D].
+    """
+    seen: list[Any] = []
+    handle = module.get_submodule(path).register_forward_hook(lambda *call: seen.append(hidden_of(call[-1])))
+    try:
+        module(input_ids=tokens, use_cache=False)
+    finally:
+        handle.remove()
+    if len(seen) != 1:
+        raise TsaeError(
+            f"model.hook_point: {path} runs {len(seen)} times in a forward pass; name a module that runs once, "
+            "such as a block, its mlp or its attention"
+        )
+    hidden = seen[0]
+    if not isinstance(hidden, Tensor) or hidden.shape[:-1] != tokens.shape or not hidden.is_floating_point():
+        given = f"shape {list(hidden.shape)}" if isinstance(hidden, Tensor) else type(hidden).__name__
+        raise TsaeError(
+            f"model.hook_point: {path} gives {given} for {list(tokens.shape)} tokens; name a module that gives one "
+            "vector for each token"
+        )
+    return hidden.shape[-1]
+
+
 def _expected_activations(lm: LanguageModel, inputs: dict[str, Any]) -> tuple[Tensor, str]:
     """[S, L, D] and its name: what reading must give for one batch, found without nnsight: the model's own hidden
     states, or a plain forward hook.
     """
-    import torch
-
     if lm.layer is None:
         return _watch(lm, [lm.hook_path], inputs)[0][1], "the output of that module"
     if lm.layer + 1 < lm.n_layers:
@@ -193,8 +236,6 @@ def _expected_activations(lm: LanguageModel, inputs: dict[str, Any]) -> tuple[Te
 
 def _largest_difference(found: Tensor, expected: Tensor, lengths: Tensor) -> float:
     """The largest norm of the difference over the real positions, relative to the expected vector's; inf if shapes differ."""
-    import torch
-
     if found.shape != expected.shape:
         return float("inf")
     real = torch.arange(found.shape[1], device=found.device) < lengths.to(found.device)[:, None]
@@ -208,8 +249,6 @@ def _states(lm: LanguageModel, inputs: dict[str, Any]) -> tuple[Tensor, ...]:
 
 def _watch(lm: LanguageModel, paths: list[str], inputs: dict[str, Any]) -> list[tuple[Any, Any]]:
     """(first input, output) of the modules at `paths`, in the order in which they run."""
-    from tsae.lm.hook import hidden_of
-
     seen: list[tuple[Any, Any]] = []
 
     def hook(_module: Any, args: tuple[Any, ...], output: Any) -> None:
@@ -226,7 +265,6 @@ def _watch(lm: LanguageModel, paths: list[str], inputs: dict[str, Any]) -> list[
 
 def load_language_model(model: ModelConfig) -> LanguageModel:
     """The language model of a configuration, in its precision, on its device. Raises TsaeError."""
-    import torch
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging as hf_logging
 

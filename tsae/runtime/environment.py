@@ -1,4 +1,4 @@
-"""Where things land (`TSAE_HOME`) and the variables that a `.env` file brings."""
+"""What surrounds a process: where things land (`TSAE_HOME`), a `.env` file, its cores, its device, its place among others."""
 
 from __future__ import annotations
 
@@ -48,6 +48,22 @@ def process_count() -> int:
 def local_rank() -> int:
     """Which of the processes on this machine this one is (torchrun's LOCAL_RANK); 0 if it is alone."""
     return _whole("LOCAL_RANK", 0, process_count() - 1)
+
+
+def own_device(name: str, where: str) -> str:
+    """What the setting `where`, such as `auto` or `cuda`, means in this process: of several on a machine each has its GPU.
+
+    Raises TsaeError for a GPU that is not here.
+    """
+    import torch
+
+    gpus = torch.cuda.device_count()
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name.startswith("cuda") and int(name.partition(":")[2] or 0) >= gpus:
+        raise TsaeError(f"{where}: {name} is not here; this machine shows {gpus} GPUs to PyTorch")
+    # As accelerate does it: where the scheduler shows each process its own GPU alone, that is number 0.
+    return f"cuda:{local_rank() % gpus}" if name == "cuda" else name
 
 
 def _whole(name: str, least: int, most: int | None) -> int:

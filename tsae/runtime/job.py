@@ -99,7 +99,7 @@ def run_stage(call: Call, place: Place | None = None) -> None:
             _leaving_when_asked(lambda: _when_free(_resolved(call.function), call.arguments))
     except preemption.Preempted:
         if not first:
-            # The first process may still be writing, and Slurm would kill it if this one ended with another code.
+            # The first process may still be writing, and its scheduler would kill it if this one ended with another code.
             sys.exit(0)
         record.enter(folder, State.PREEMPTED)
         raise

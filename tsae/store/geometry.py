@@ -3,6 +3,13 @@
 A chunk is some whole sequences followed by their crc32c; a shard is the chunks of consecutive sequences followed by
 zarr's shard index (offset and size of each chunk, then the index's own crc32c). All chunks have the same size, so
 every offset is arithmetic.
+
+An example: 1,000 sequences of 128 positions and 512 dimensions in bfloat16, so 131,072 bytes each and 131 MB in all.
+    chunk    2 sequences reach 256 KiB: 262,144 bytes and 4 of checksum, a stride of 262,148; there are 500 chunks
+    shard    a sixteenth of all is 8.19 MB, room for 31 chunks: 17 shards, evened out to 30 chunks (60 sequences) each
+    index    30 entries of 16 bytes and a checksum, 484 bytes; a full shard's file has 30 · 262,148 + 484 = 7,864,924
+    last     shard 16 has the 20 chunks that are left, and still an index of 30, whose last 10 entries say `ABSENT`
+Sequence 75 is the second one of chunk 37, which is number 7 in shard 1: its bytes begin at 7 · 262,148 + 131,072.
 """
 
 from __future__ import annotations

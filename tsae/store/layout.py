@@ -18,6 +18,7 @@ last of all. Nothing else in the package builds a path into a store.
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import re
@@ -262,6 +263,16 @@ def digest(array: np.ndarray) -> str:
     hasher = hashlib.sha256(f"{array.dtype.str}{array.shape}".encode())
     hasher.update(np.ascontiguousarray(array).data)
     return hasher.hexdigest()
+
+
+def encode(array: np.ndarray, dtype: str) -> str:
+    """A small array as base64 text."""
+    return base64.b64encode(array.astype(dtype).tobytes()).decode()
+
+
+def decode(text: str, dtype: str) -> np.ndarray:
+    """The array that `encode` wrote, one-dimensional."""
+    return np.frombuffer(base64.b64decode(text), dtype)
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

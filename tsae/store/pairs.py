@@ -19,6 +19,7 @@ of 1 to 4 by `random`, and with one of 3 and 4 by `within:2`; `none` pairs it wi
 
 from __future__ import annotations
 
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -32,7 +33,6 @@ from torch import Tensor
 
 from tsae.config.sections import parse_pair_rule
 from tsae.runtime.errors import TsaeError
-from tsae.store.memory import Recycled
 from tsae.store.reader import Store, uninitialised
 
 BLOCK_BYTES = 2_000_000
@@ -41,7 +41,33 @@ MOST_LANES = 8
 BATCHES_AHEAD = 3
 SCRATCH_BYTES = 512 * 1024
 SEQUENCES_AT_A_TIME = 4096
+MOST_FREE = 8
 BLOCK_ORDER, PAIR_ORDER = 1, 2  # keep the two kinds of random streams apart
+
+
+class PairRule(NamedTuple):
+    """Which earlier token of its document is the partner of a token."""
+
+    partners: Callable[[np.ndarray, np.ndarray, int, np.random.Generator], np.ndarray] | None
+    """Partners [n] of the tokens `rows` [n], given `earlier`, the rule's number, and where to draw from. Tokens go by
+    their rows in a buffer, where `row - 1` is the token before; `earlier[row]` of its document stand directly before
+    it, and its partner must be one of those. None: no token has a partner."""
+    fewest: Callable[[int], int] = lambda _: 1
+    """How many must stand before a token, given the rule's number; tokens with fewer are left out."""
+
+
+def _drawn(reach: np.ndarray, random: np.random.Generator) -> np.ndarray:
+    """[n]: one of 1 to `reach` [n], each as likely."""
+    return 1 + (random.random(len(reach)) * reach).astype(reach.dtype)
+
+
+PAIR_RULES = {
+    "previous": PairRule(lambda rows, *_: rows - 1),
+    "random": PairRule(lambda rows, earlier, _, random: rows - _drawn(earlier[rows], random)),
+    "within": PairRule(lambda rows, earlier, most, random: rows - _drawn(np.minimum(earlier[rows], most), random)),
+    "none": PairRule(None, fewest=lambda _: 0),
+}
+"""What each rule of `tsae.config.sections.PAIR_RULE_SETTINGS` does."""
 
 
 class Abandoned(Exception):
@@ -83,7 +109,11 @@ class PairStream:
         if batch_size % world or not 0 <= rank < world:
             raise TsaeError(f"training.batch_size: {batch_size} cannot be shared by {world} processes; use a multiple")
         self._store, self._batch_size, self._seed = store, batch_size, seed % 2**64
-        self._rule, self._reach = parse_pair_rule(rule)
+        name, number = parse_pair_rule(rule)
+        self._rule = PAIR_RULES[name]
+        # Of any greater number, too, no token has as many before it.
+        self._number = min(number, store.context_length)
+        self._fewest = self._rule.fewest(self._number)
         self._skip = skip_positions
         self._block = _block_sequences(store)
         self._pairs = self._pairs_per_block()
@@ -212,7 +242,10 @@ class PairStream:
         for lane, mine in zip(self._my_lanes, rows[begin - before : end - before].reshape(-1, per_lane), strict=True):
             random = np.random.default_rng([self._seed, epoch, PAIR_ORDER, pool, lane])
             mine = random.permutation(mine)
-            lanes.append(mine[:, None] if self._rule == "none" else self._with_partners(mine, earlier, random))
+            slots = [mine]
+            if self._rule.partners is not None:
+                slots.append(self._rule.partners(mine, earlier, self._number, random))
+            lanes.append(np.stack(slots, axis=1))
         return blocks, np.stack(lanes)
 
     def _rows_of(self, order: np.ndarray, slots: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -228,20 +261,6 @@ class PairStream:
         found = np.flatnonzero(earlier[slots] >= self._fewest).astype(kind)
         shift = ((slots - np.arange(len(order))) * per_block).astype(kind)
         return earlier.reshape(-1), found + np.repeat(shift, self._pairs[order])
-
-    def _with_partners(self, rows: np.ndarray, earlier: np.ndarray, random: np.random.Generator) -> np.ndarray:
-        """[n, 2]: rows and their partners, given how many tokens of the document stand before each row of the buffer."""
-        pairs = np.repeat(rows[:, None], 2, axis=1)
-        pairs[:, 1] -= 1
-        if self._rule != "previous":
-            reach = earlier[rows] if self._reach is None else np.minimum(earlier[rows], self._reach)
-            pairs[:, 1] -= (random.random(len(rows)) * reach).astype(rows.dtype)
-        return pairs
-
-    @property
-    def _fewest(self) -> int:
-        """Earlier tokens that a current token must have."""
-        return 0 if self._rule == "none" else 1
 
     def _earlier(self, sequences: np.ndarray) -> np.ndarray:
         """[n, L]: how many tokens of its document stand directly before each position; -1: not a token to train on.
@@ -312,6 +331,26 @@ class _Ahead:
         if self._stream._begins(following) < self._stop:
             spare = None if before is None or before.buffer is self._pool.buffer else before.buffer
             self._next = self._loader.submit(self._stream._load, following, self._pool, spare, self._leaving)
+
+
+class Recycled:
+    """Memory for batches that serves again once no tensor refers to it: new pages cost as much as filling them."""
+
+    def __init__(self) -> None:
+        self._free: list[np.ndarray] = []
+
+    def take(self, shape: tuple[int, ...]) -> Tensor:
+        """An uninitialised float32 tensor."""
+        fitting = self._free and self._free[-1].shape == shape
+        memory = self._free.pop() if fitting else np.empty(shape, np.float32)
+        # torch holds this very object until the last view of the tensor is gone.
+        held = memory[:]
+        weakref.finalize(held, self._give_back, memory).atexit = False
+        return torch.from_numpy(held)
+
+    def _give_back(self, memory: np.ndarray) -> None:
+        if len(self._free) < MOST_FREE:
+            self._free.append(memory)
 
 
 def _block_sequences(store: Store) -> int:

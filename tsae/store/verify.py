@@ -11,9 +11,8 @@ import numpy as np
 from tsae.runtime.errors import TsaeError
 from tsae.runtime.progress import Progress
 from tsae.store.geometry import crc32c
-from tsae.store.layout import StoreLayout
+from tsae.store.layout import StoreLayout, decode
 from tsae.store.reader import frame_problem
-from tsae.store.summary import decode
 
 
 def verify(path: str | Path, deep: bool = False) -> list[str]:

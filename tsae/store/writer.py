@@ -31,8 +31,7 @@ from tsae.runtime.locks import started_at
 from tsae.store import geometry as cutting
 from tsae.store import layout as layouts
 from tsae.store.geometry import Geometry, crc32c
-from tsae.store.layout import StoreLayout, digest
-from tsae.store.summary import Summary, decode, encode, merge, statistics
+from tsae.store.layout import StoreLayout, decode, digest, encode
 
 if TYPE_CHECKING:
     from tsae.data.contexts import Contexts
@@ -42,6 +41,68 @@ TORCH_DTYPE = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": 
 DISK_DTYPE = {"bfloat16": "uint16", "float16": "float16", "float32": "float32"}
 # What stands where nothing was written is NaN, so that a hole can never pass for data.
 BFLOAT16_NAN = 0x7FC0
+
+
+@dataclasses.dataclass
+class Summary:
+    """Sums in float64 over activations of one width D.
+
+    Gathered shard by shard and merged in shard order: how the work is cut over tasks does not change a bit of them.
+    """
+
+    count: int
+    total: np.ndarray  # [D]
+    squares: np.ndarray  # [D]
+    largest: np.ndarray  # [D] largest magnitude
+
+    @classmethod
+    def empty(cls, activation_dim: int) -> Summary:
+        """The summary of no activations."""
+        return cls(0, *(np.zeros(activation_dim) for _ in range(3)))
+
+    def add(self, activations: Tensor) -> None:
+        """Take in activations [n, D]."""
+        if len(activations) == 0:
+            return
+        values = activations.to(torch.float64)
+        self.count += len(values)
+        self.total += values.sum(0).cpu().numpy()
+        self.squares += values.square().sum(0).cpu().numpy()
+        self.largest = np.maximum(self.largest, values.abs().amax(0).cpu().numpy())
+
+    def to_json(self) -> dict[str, Any]:
+        """The sums, exactly: float64 in base64."""
+        arrays = {"total": self.total, "squares": self.squares, "largest": self.largest}
+        return {"count": self.count, **{name: encode(array, "<f8") for name, array in arrays.items()}}
+
+    @classmethod
+    def from_json(cls, record: dict[str, Any]) -> Summary:
+        """The summary that `to_json` wrote."""
+        return cls(record["count"], *(decode(record[name], "<f8") for name in ("total", "squares", "largest")))
+
+    @classmethod
+    def merged(cls, summaries: Iterable[Summary], activation_dim: int) -> Summary:
+        """One summary of several, added up in their order."""
+        merged = cls.empty(activation_dim)
+        for summary in summaries:
+            merged.count += summary.count
+            merged.total += summary.total
+            merged.squares += summary.squares
+            merged.largest = np.maximum(merged.largest, summary.largest)
+        return merged
+
+    def statistics(self) -> dict[str, Any]:
+        """The attribute `statistics`: `count`, `mean` [D], `variance` [D], `mean_squared_norm`, `max_abs` [D]."""
+        count = max(self.count, 1)
+        mean = self.total / count
+        return {
+            "of": "training part, positions after the first that belong to a document",
+            "count": self.count,
+            "mean": mean.tolist(),
+            "variance": np.maximum(self.squares / count - mean**2, 0).tolist(),
+            "mean_squared_norm": float(self.squares.sum() / count),
+            "max_abs": self.largest.tolist(),
+        }
 
 
 def prepare(
@@ -269,13 +330,13 @@ def finalise(layout: StoreLayout) -> None:
     markers = [marker for _, marker in found if marker is not None]
     checksums = np.concatenate([decode(marker["checksums"], "<u4") for marker in markers])
     layout.write_checksums(checksums)
-    summary = merge((Summary.from_json(marker["summary"]) for marker in markers), geometry.activation_dim)
+    summary = Summary.merged((Summary.from_json(marker["summary"]) for marker in markers), geometry.activation_dim)
     manifest = {
         "shards": geometry.shards,
         "bytes": sum(marker["bytes"] for marker in markers),
         "checksums": digest(checksums),
     }
-    layout.set_attributes(statistics=statistics(summary), manifest=manifest, complete=True)
+    layout.set_attributes(statistics=summary.statistics(), manifest=manifest, complete=True)
 
 
 def _temporary_name(name: str) -> str:

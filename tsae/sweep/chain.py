@@ -21,7 +21,6 @@ from tsae.config.run import RunConfig
 from tsae.experiments import driver
 from tsae.experiments.registry import EXPERIMENTS
 from tsae.runtime import environment
-from tsae.runtime.errors import TsaeError
 from tsae.sweep.resources import StageResources
 from tsae.sweep.stage import Stage
 from tsae.sweep.sweepfile import Sweep
@@ -47,8 +46,6 @@ class Chain:
         """The harvest that `point` reads, as so many jobs as the sweep asks for."""
         config, resources = point.config, self.sweep.config.resources.harvest
         store, jobs = stages.store_path(config), resources.jobs or 1
-        if jobs < 1:
-            raise TsaeError(f"{self.sweep.path}: resources.harvest.jobs: {jobs} is impossible; it must be at least 1")
         is_done = partial(stages.is_harvested, config)
         return [
             self._stage(

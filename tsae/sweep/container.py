@@ -42,7 +42,7 @@ class Container:
 
     def _apptainer(self, variables: Mapping[str, str], gpus: bool) -> list[str]:
         # `env`, because Apptainer cuts the values of its own --env at commas. No --cleanenv or --containall: the job's
-        # place in Slurm, and its GPUs, are told by variables.
+        # place in its scheduler, and its GPUs, are told by variables.
         command = ["env", *(f"APPTAINERENV_{name}={value}" for name, value in variables.items())]
         command += ["apptainer", "exec", *(["--nv"] if gpus else []), "--pwd", os.getcwd()]
         for here, there in self._bound():

@@ -4,32 +4,71 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
+from tsae.config.bounds import Bound, Count, Natural, matching
 from tsae.runtime.errors import TsaeError
 
 EXPERIMENTS = "experiments"
 MINUTES = {"m": 1, "h": 60, "d": 24 * 60}
+TIME_LIMITS = "allowed: '90m', '4h', '2d', '12:00:00', '1-12:00:00'"
+
+
+def to_minutes(text: str) -> int:
+    """Minutes in a time limit, rounded up. Raises TsaeError for one that Slurm would not take either."""
+    short = re.fullmatch(r"0*([1-9]\d*)([mhd])", text)
+    if short:
+        return int(short[1]) * MINUTES[short[2]]
+    clock = re.fullmatch(r"(?:(\d+)-)?(\d+):(\d\d):(\d\d)", text)
+    if not clock or not any(int(part) for part in clock.groups("0")):
+        raise TsaeError(f"time: {text} is impossible; {TIME_LIMITS}")
+    days, hours, minutes, seconds = (int(part) for part in clock.groups("0"))
+    return ((days * 24 + hours) * 60 + minutes) + (seconds > 0)
+
+
+def _succeeds(attempt: Callable[[str], object], *errors: type[Exception]) -> Callable[[str], bool]:
+    """Whether `attempt` takes a text, as a test."""
+
+    def test(text: str) -> bool:
+        try:
+            attempt(text)
+        except errors:
+            return False
+        return True
+
+    return test
+
+
+Memory = Annotated[str, matching(r"(?i)\d+([KMGT]B?)?", "allowed: '32G', '500M', '64000'")]
+TimeLimit = Annotated[str, Bound(_succeeds(to_minutes, TsaeError), TIME_LIMITS)]
+GpuRequest = Annotated[
+    str,
+    Bound(
+        _succeeds(lambda text: text.format(gpus=1), KeyError, IndexError, ValueError),
+        "only {gpus} is filled in, as in gpu:a100:{gpus}",
+    ),
+]
 
 
 @dataclass(frozen=True, kw_only=True)
 class StageResources:
     """What one job of a stage may use; what is not said is the site's default, or else Slurm's own."""
 
-    gpus: int | None = None
+    gpus: Natural | None = None
     """GPUs on each node; locally one by default where there are any."""
-    nodes: int | None = None
+    nodes: Count | None = None
     """Nodes; by default 1."""
-    tasks: int | None = None
+    tasks: Count | None = None
     """Processes on each node; by default one for each GPU, and one where there is none."""
-    jobs: int | None = None
+    jobs: Count | None = None
     """Jobs that share one harvest, each with all that stands here; by default 1, and no other stage takes more."""
-    cpus: int | None = None
+    cpus: Count | None = None
     """CPU cores of each process; locally a fair share of those at hand by default."""
-    mem: str | None = None
+    mem: Memory | None = None
     """Memory on each node, such as '32G'."""
-    time: str | None = None
+    time: TimeLimit | None = None
     """Longest time that the job runs before it is stopped, saved and queued again: '90m', '4h', '2d', '12:00:00' or '1-12:00:00'."""
     partition: str | None = None
     """Slurm's partition."""
@@ -39,7 +78,7 @@ class StageResources:
     """Slurm's quality of service."""
     constraint: str | None = None
     """Features that the nodes must have."""
-    gres: str | None = None
+    gres: GpuRequest | None = None
     """How this cluster wants GPUs to be asked for, if not by --gpus-per-node: 'gpu:a100:{gpus}'."""
     exclude: str | None = None
     """Nodes that are not to be used."""
@@ -68,25 +107,6 @@ class StageResources:
             return None
         return self.gres.format(gpus=self.gpus)
 
-    def check(self, where: str) -> None:
-        """Refuse what no cluster can give, naming `where` it stands. Raises TsaeError."""
-        for name, least in (("gpus", 0), ("nodes", 1), ("tasks", 1), ("jobs", 1), ("cpus", 1)):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise TsaeError(f"{where}.{name}: {value} is impossible; at least {least} is expected")
-        if self.mem is not None and not re.fullmatch(r"\d+([KMGT]B?)?", self.mem, re.IGNORECASE):
-            raise TsaeError(f"{where}.mem: '{self.mem}' is no amount of memory; allowed: '32G', '500M', '64000'")
-        try:
-            _ = self.minutes
-        except TsaeError as error:
-            raise TsaeError(f"{where}.{error}") from None
-        try:
-            _ = self.gpu_request
-        except (KeyError, IndexError, ValueError):
-            raise TsaeError(
-                f"{where}.gres: '{self.gres}': only {{gpus}} is filled in, as in gpu:a100:{{gpus}}"
-            ) from None
-
 
 @dataclass(frozen=True, kw_only=True)
 class Resources:
@@ -108,11 +128,6 @@ class Resources:
         found: StageResources = getattr(self, kind, self.experiments)
         return found
 
-    def check(self, where: str) -> None:
-        """Refuse what no cluster can give. Raises TsaeError."""
-        for entry in dataclasses.fields(Resources):
-            self.of(entry.name).check(f"{where}{entry.name}")
-
 
 def laid_over(over: StageResources, below: StageResources) -> StageResources:
     """`over`, with what it does not say from `below`."""
@@ -122,15 +137,3 @@ def laid_over(over: StageResources, below: StageResources) -> StageResources:
         if getattr(over, entry.name) is None
     }
     return dataclasses.replace(over, **values, extra={**below.extra, **over.extra})
-
-
-def to_minutes(text: str) -> int:
-    """Minutes in a time limit, rounded up. Raises TsaeError for one that Slurm would not take either."""
-    short = re.fullmatch(r"0*([1-9]\d*)([mhd])", text)
-    if short:
-        return int(short[1]) * MINUTES[short[2]]
-    clock = re.fullmatch(r"(?:(\d+)-)?(\d+):(\d\d):(\d\d)", text)
-    if not clock or not any(int(part) for part in clock.groups("0")):
-        raise TsaeError(f"time: '{text}' is no time limit; allowed: '90m', '4h', '2d', '12:00:00', '1-12:00:00'")
-    days, hours, minutes, seconds = (int(part) for part in clock.groups("0"))
-    return ((days * 24 + hours) * 60 + minutes) + (seconds > 0)

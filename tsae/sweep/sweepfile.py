@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args
 
 from tsae.config import run as configuration
 from tsae.config import schema
+from tsae.config.bounds import Count
 from tsae.config.points import file_name, shown
 from tsae.config.sections import DataConfig
 from tsae.report.compared import ReportConfig
@@ -45,7 +46,7 @@ class SweepConfig:
     """What to do; experiments of the paper may be among it."""
     resources: Resources = field(default_factory=Resources)
     """What the jobs of each stage may use."""
-    max_parallel: int | None = None
+    max_parallel: Count | None = None
     """Jobs that run at the same time, at most: of this sweep on one machine, of each of its arrays on Slurm."""
     container: str | None = None
     """Image that the jobs run in, as for --container."""
@@ -88,9 +89,6 @@ def load_sweep(
     config = schema.build(SweepConfig, tree, str(path))
     if not config.stages or set(config.stages) <= {"report"}:
         raise TsaeError(f"{path}: stages: nothing to run; allowed: {', '.join(get_args(StageKind))}")
-    if config.max_parallel is not None and config.max_parallel < 1:
-        raise TsaeError(f"{path}: max_parallel: {config.max_parallel} is impossible; it must be at least 1")
-    config.resources.check(f"{path}: resources.")
     base_path = find_base(base or config.base, path, "--base" if base else f"{path}: base")
     settings = schema.read_yaml(base_path)
     configuration.from_mapping(settings, str(base_path))

@@ -19,7 +19,7 @@ from tsae.config import run as configuration
 from tsae.config import schema
 from tsae.config.run import RunConfig, reading_settings
 from tsae.parallel.group import Group
-from tsae.parallel.meeting import together
+from tsae.parallel.rendezvous import together
 from tsae.runtime import files, preemption
 from tsae.runtime.errors import TsaeError
 from tsae.runtime.progress import Progress

@@ -20,12 +20,13 @@ POINTS = ("split_fraction=0.2", "split_fraction=0.4")
 
 def test_a_sweep_runs_as_arrays_that_wait_for_each_other(sweep_of: Make) -> None:
     sweep = sweep_of()
-    sweep.site(defaults={"time": "10m", "cpus": 1}, train={"tasks": 2, "gpus": 1})
+    sweep.site(defaults={"time": "10m", "cpus": 1}, train={"tasks": 2, "gpus": 1, "mem": "3G"})
     planned = sweep.tsae("sweep", "--executor", "gridengine", "--dry-run")
     for option in (
         "-t 1-2",
         "-pe smp 2",
         "-l gpu=1",
+        "-l mem_free=3072M",
         "-l h_rt=600,s_rt=480",
         "-hold_jid <00-harvest>",
         "-hold_jid_ad <01-train>",
@@ -49,7 +50,7 @@ def test_a_sweep_runs_as_arrays_that_wait_for_each_other(sweep_of: Make) -> None
 
 
 def test_what_is_preempted_or_out_of_time_runs_again_and_ends_in_the_same_bits(sweep_of: Make) -> None:
-    sweep = sweep_of(steps=1500, resume_every=100)
+    sweep = sweep_of(steps=1000, resume_every=100)
     sweep.tsae("sweep", "--executor", "gridengine")
     array = sweep.wait(
         lambda: {p.name.partition(".")[0] for p in sweep.folder.glob("attempts/*/01-train/*.order")}
@@ -57,6 +58,7 @@ def test_what_is_preempted_or_out_of_time_runs_again_and_ends_in_the_same_bits(s
     runs = [sweep.weights(point).parent for point in POINTS]
     for run in runs:
         sweep.wait(lambda run=run: list(run.glob("resume/step_*")))
+    assert sweep.states() == {**{point: ["train", "running"] for point in POINTS}, "report": ["report", "queued"]}
     # One task loses its place; the other gets what its script gets when its time is nearly over.
     sweep.run("qmod", "-rj", f"{array}.1")
     [script] = {int(pid) for pid in os.listdir("/proc") if pid.isdigit() and of_task(pid, array, "2")}
@@ -95,11 +97,11 @@ def starts_of(sweep: GridSweep, array: str) -> dict[str, int]:
 
 
 def test_a_failure_blocks_what_waits_for_it_and_nothing_else(sweep_of: Make) -> None:
-    sweep = sweep_of()
-    in_the_way = sweep.home / "checkpoints" / "tiny-base" / POINTS[0]
+    sweep = sweep_of(resume_every=20)
+    in_the_way = sweep.weights(POINTS[0]).with_name("resume")
+    in_the_way.parent.mkdir(parents=True)
+    in_the_way.write_text("a file where the folder of the states should be")
     sweep.tsae("sweep", "--executor", "gridengine")
-    in_the_way.parent.mkdir(parents=True, exist_ok=True)
-    in_the_way.write_text("a file where the run's folder should be")
     sweep.wait_until_over()
     assert sweep.states()[POINTS[0]] == ["train", "failed"]
     assert sweep.states()[POINTS[1]] == ["evaluate", "done"]

@@ -76,7 +76,7 @@ def logs_of(first: str) -> str:
     ("change", "words"),
     [
         ({"partition": "nowhere"}, "nvalid partition"),
-        ({"time": "12:00"}, "'12:00' is no time limit"),
+        ({"time": "12:00"}, "time: 12:00 is impossible; allowed: '90m'"),
         ({"qos": "tight"}, "QOS policy|QOSMaxSubmitJobPerUserLimit"),
     ],
 )

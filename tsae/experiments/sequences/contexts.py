@@ -17,8 +17,8 @@ import numpy as np
 import torch
 
 from tsae.config.experiments import SequencesConfig
+from tsae.data.contexts import starts_with_bos
 from tsae.data.labelled import LabelledText, labelled_texts
-from tsae.data.tokens import starts_with_bos
 from tsae.evaluation.smoothness import context_code
 from tsae.experiments.shared.subject import Subject
 from tsae.runtime.errors import TsaeError

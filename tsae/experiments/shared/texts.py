@@ -28,9 +28,8 @@ from torch import Tensor
 from tsae.config import schema
 from tsae.config.experiments import TextsConfig
 from tsae.config.run import RunConfig
-from tsae.data.contexts import Contexts
+from tsae.data.contexts import Contexts, encodable, starts_with_bos
 from tsae.data.labelled import EMBEDDED, LabelledText, default_classes, labelled_texts
-from tsae.data.tokens import encodable, starts_with_bos
 from tsae.experiments.shared.subject import Subject
 from tsae.lm.model import load_tokenizer
 from tsae.lm.source import weights_fingerprint

@@ -1,4 +1,4 @@
-"""Inside a job of Grid Engine: `python -m tsae.sweep.schedulers.gridengine.job FOLDER`, in the folder of its order."""
+"""Inside a job of Grid Engine: `python -m tsae.sweep.schedulers.gridengine.job FOLDER`, the folder of its order."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ FAILED = 200
 
 def main(arguments: list[str]) -> int:
     """0: done; 3: an input is not done; 75: asked to leave; 200: failed."""
-    folder = Path(arguments[0]).absolute()
+    folder = Path(arguments[0])
     job, task = os.environ["JOB_ID"], int(os.environ["SGE_TASK_ID"])
     order = json.loads((folder / ORDER_FILE).read_text())
     missing = [name for name in inputs_of(order["inputs"], task) if not is_done(folder.parents[1], name)]
@@ -54,15 +54,14 @@ def inputs_of(inputs: dict[str, list[str]], task: int) -> list[str]:
 
 
 def is_done(attempts: Path, job: str) -> bool:
-    """Whether all tasks of a job, or the one that is named, left the exit code 0; in any launch of the sweep."""
+    """Whether all tasks of a job, or the one that is named, are done; in any launch of the sweep."""
     array, _, index = job.partition("_")
-    marks = list(attempts.glob(f"*/*/{array}.order"))
-    if len(marks) != 1:
+    marks = sorted(attempts.glob(f"*/*/{array}.order"))
+    if not marks:
         return False
-    folder = marks[0].parent
+    folder = marks[-1].parent  # ids begin again when a qmaster's state is wiped: the latest launch means this one
     tasks = [int(index) + 1] if index else range(1, json.loads((folder / ORDER_FILE).read_text())["tasks"] + 1)
-    codes = [folder / f"{array}.{task}.exit" for task in tasks]
-    return all(code.exists() and code.read_text().strip() == "0" for code in codes)
+    return all((folder / f"{array}.{task}.done").exists() for task in tasks)
 
 
 if __name__ == "__main__":

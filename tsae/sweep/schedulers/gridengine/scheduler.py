@@ -2,9 +2,10 @@
 
 Every order is an array job, one of a single task too. What it lacks beside Slurm is made up for by the batch script:
 
-    afterok      -hold_jid waits until inputs have ended, however they did. Each script leaves its exit code beside its log
-                 (`<job>.<task>.exit`), and a job looks for those of its inputs before it begins.
-    time limit   at s_rt the script gets SIGUSR1, and passes it to the stage as SIGUSR2, which it saves itself on.
+    afterok      -hold_jid waits until inputs have ended, however they did. A script whose stage is done leaves a mark
+                 beside its log (`<job>.<task>.done`), and a job looks for those of its inputs before it begins.
+    time limit   at s_rt the script gets SIGUSR1, and passes it to the stage as SIGUSR2, on which it saves itself. What
+                 has not left shortly before h_rt is killed by the script, which Grid Engine would kill then too.
     requeue      exit code 99 sends a job back to the queue; -r y does where its host was lost.
     restarts     the script counts its starts (`<job>.<task>.starts`).
 """
@@ -12,6 +13,7 @@ Every order is an array job, one of a single task too. What it lacks beside Slur
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import shlex
@@ -29,40 +31,65 @@ from tsae.sweep.schedulers.gridengine.job import BLOCKED, ORDER_FILE, RESTARTS
 
 PARALLEL_ENVIRONMENT = "smp"
 """Of a job with several cores, where the site's `extra: {pe: NAME}` says no other; it must give all slots on one host."""
+MEMORY = "mem_free"
+"""How memory is asked for, all of it at once, where `extra: {memory: NAME}` names no resource that each slot has: h_vmem."""
+MEGABYTES = {"K": 1 / 1024, "M": 1, "G": 1024, "T": 1024**2}
+LEAST_NOTICE = 2
+"""Seconds before h_rt at which the script makes an end."""
 BATCH = """\
-cd {folder}
-id=$JOB_ID.$SGE_TASK_ID
+folder={folder}
+id=$folder/$JOB_ID.$SGE_TASK_ID
+exec >>"$id.log" 2>&1
+{setup}
 echo start >>"$id.starts"
 export {restarts}=$(($(wc -l <"$id.starts") - 1))
-asked= children=
-leave() {{ asked=1; kill -USR2 $children 2>/dev/null; }}
-trap leave USR1 USR2 TERM
-for rank in $(seq 0 {last}); do
+asked= children= killer=
+leave() {{
+    asked=1
+    kill -USR2 $children 2>/dev/null
+}}
+time_is_over() {{
+    leave
+    (trap '' USR1 USR2; sleep {patience}; kill -KILL $children) &
+    killer=$!
+}}
+trap time_is_over USR1
+trap leave USR2 TERM
+export WORLD_SIZE={count} MASTER_ADDR=127.0.0.1 MASTER_PORT=$((20000 + (JOB_ID * 7 + SGE_TASK_ID) % 12000))
+for rank in $(seq 0 $((WORLD_SIZE - 1))); do
     # Signals reach the whole process group; the stage listens to those that the script passes on.
-    (trap '' USR1; export {meeting}; exec {python} -u -m tsae.sweep.schedulers.gridengine.job .) &
+    (trap '' USR1; RANK=$rank LOCAL_RANK=$rank exec {python} -u -m tsae.sweep.schedulers.gridengine.job "$folder") &
     children="$children $!"
 done
 code=0
-for child in $children; do
-    wait $child; ended=$?
-    while kill -0 $child 2>/dev/null; do wait $child; ended=$?; done  # a signal ends `wait`, not the child
-    # The highest code tells: of several processes one fails and the others leave because of it.
-    [ $ended -gt $code ] && code=$ended
-    [ $ended -ne 0 ] && [ $ended -ne {blocked} ] && kill -TERM $children 2>/dev/null
+while [ -n "$children" ]; do
+    sleep 0.5 &
+    wait $!  # not for a child: of several that work together any may be the first to fail
+    left=
+    for child in $children; do
+        if kill -0 $child 2>/dev/null; then
+            left="$left $child"
+            continue
+        fi
+        wait $child
+        ended=$?
+        # The highest code tells: one fails, and the others leave because of it.
+        [ $ended -gt $code ] && code=$ended
+    done
+    children=$left
+    [ $code -eq 0 ] || [ $code -eq {blocked} ] || [ -z "$children" ] || kill -TERM $children 2>/dev/null
 done
+[ -z "$killer" ] || kill $killer 2>/dev/null
 echo "batch script: the stage ended with code $code${{asked:+, asked to leave}}"
 case $code/$asked in
-    75/* | 140/1 | 143/1) exit 99 ;;
-    {blocked}/*) echo $code >"$id.exit"; exit 0 ;;
+    0/*) touch "$id.done" ;;
+    {blocked}/*) exit 0 ;;
+    # 75: left when asked to; 140, 143: was asked to before it could listen; 137: did not leave in time
+    75/* | 137/1 | 140/1 | 143/1) exit 99 ;;
+    # by itself; where nobody may read the accounting, this tells
+    *) echo $code >"$folder/${{JOB_ID}}_$((SGE_TASK_ID - 1))_exit_code"; exit 1 ;;
 esac
-echo $code >"$id.exit"
-[ $code -eq 0 ] || exit 1
 """
-ALONE = "RANK=0"
-TOGETHER = (
-    "RANK=$rank LOCAL_RANK=$rank WORLD_SIZE={count} MASTER_ADDR=127.0.0.1 "
-    "MASTER_PORT=$((20000 + (JOB_ID * 7 + SGE_TASK_ID) % 12000))"
-)
 
 
 class GridEngine:
@@ -103,22 +130,22 @@ class GridEngine:
                 f"{str(error).replace('qsub: ', f'qsub: {order.comment}: ', 1)}; nothing was submitted"
             ) from None
         job = said.split()[-1].partition(".")[0]
-        (order.folder / f"{job}.order").touch()  # by which later jobs find the exit codes of this one
+        (order.folder / f"{job}.order").touch()  # by which later jobs find the marks of this one
         return [f"{job}_{index}" for index in range(len(order.calls))]
 
     def script(self, order: Order) -> str:
         """The script for qsub, with its options in lines that begin with `#$`."""
-        count = order.resources.processes
         batch = BATCH.format(
             folder=shlex.quote(str(order.folder)),
+            setup="\n".join(order.setup),
             restarts=RESTARTS,
-            last=count - 1,
-            meeting=ALONE if count == 1 else TOGETHER.format(count=count),
+            patience=max(1, _notice(order) - LEAST_NOTICE),
+            count=order.resources.processes,
             python=shlex.join(order.python),
             blocked=BLOCKED,
         )
         options = "\n".join(f"#$ {option}" for option in _options(order))
-        return "\n".join(["#!/bin/bash", f"# {order.comment}", options, *order.setup, batch])
+        return "\n".join(["#!/bin/bash", f"# {order.comment}", options, batch])
 
     def log(self, order: Order, job: str) -> Path:
         """The output of a task's script."""
@@ -127,7 +154,7 @@ class GridEngine:
     def queued(self, job_name: str) -> dict[str, Seen]:
         """What the qmaster knows, by one call of qstat."""
         found: dict[str, Seen] = {}
-        for entry in ElementTree.fromstring(_run("qstat", "-xml", "-g", "d")).iter("job_list"):
+        for entry in ElementTree.fromstring(_run("qstat", "-xml", "-g", "d", "-u", "*")).iter("job_list"):
             value = {field.tag: field.text or "" for field in entry}
             if value.get("JB_name") == job_name:
                 job = f"{value['JB_job_number']}_{int(value.get('tasks') or 1) - 1}"
@@ -178,21 +205,20 @@ def _options(order: Order) -> list[str]:
             f"{order.comment}: resources.qos: Grid Engine has none; partition names a queue, account a project"
         )
     options = [
-        "-S /bin/bash -j y -r y -notify",
+        # The script opens its log itself: -o would cut a path at commas and colons.
+        "-S /bin/bash -cwd -o /dev/null -j y -r y -notify -V",
         f"-N {order.job_name}",
         f"-t 1-{len(order.calls)} -tc {order.max_parallel}",
-        f"-o {order.folder}/$JOB_ID.$TASK_ID.log",
     ]
     slots = asked.tasks_per_node * (asked.cpus or 1)
-    environment = extra.pop("pe", PARALLEL_ENVIRONMENT)
+    environment, memory = extra.pop("pe", PARALLEL_ENVIRONMENT), extra.pop("memory", MEMORY)
     if slots > 1:
         options.append(f"-pe {environment} {slots}")
     if asked.minutes is not None:
         seconds = asked.minutes * 60
-        notice = min(order.cluster.signal_seconds, seconds // 3)
-        options.append(f"-l h_rt={seconds},s_rt={seconds - notice}")
+        options.append(f"-l h_rt={seconds},s_rt={seconds - _notice(order)}")
     if asked.mem is not None:
-        options.append(f"-l mem_free={asked.mem}")
+        options.append(f"-l {memory}={math.ceil(_megabytes(asked.mem) / (1 if memory == MEMORY else slots))}M")
     if asked.gpus:
         options.append(f"-l {asked.gpu_request or f'gpu={asked.gpus}'}")
     if asked.constraint is not None:
@@ -211,6 +237,18 @@ def _options(order: Order) -> list[str]:
         for name, value in extra.items()
         if value not in (None, False)
     ]
+
+
+def _notice(order: Order) -> int:
+    """Seconds between the request to leave and the end of a job's time."""
+    minutes, most = order.resources.minutes, order.cluster.signal_seconds
+    return most if minutes is None else min(most, minutes * 60 // 3)
+
+
+def _megabytes(mem: str) -> float:
+    """`32G`, `500MB` or `64000`, which are megabytes as in Slurm; Grid Engine knows neither B nor T and counts in bytes."""
+    amount, unit = re.fullmatch(r"(\d+)([KMGT]?)B?", mem.upper()).groups()  # type: ignore[union-attr]  # was checked
+    return int(amount) * MEGABYTES[unit or "M"]
 
 
 def _dependencies(inputs: Inputs) -> list[str]:

@@ -20,7 +20,7 @@ LOST = 2
 """Exit code of a process that ends because another one did."""
 
 
-class Heart:
+class Heartbeat:
     """A thread that meets those of the other processes about every second until all have called `stop`.
 
     `beats` is a process group of its own, whose timeout bounds how long a process may be silent. A connection that
@@ -31,7 +31,7 @@ class Heart:
         self._group, self._beats = group, beats
         self._leaving, self._ended = threading.Event(), threading.Event()
         self._failure: TsaeError | None = None
-        self._thread = threading.Thread(target=self._beat, name="heart", daemon=True)
+        self._thread = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
         self._thread.start()
 
     def stop(self) -> None:

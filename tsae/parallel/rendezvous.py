@@ -13,7 +13,7 @@ from typing import Any
 import torch.distributed as dist
 
 from tsae.parallel.group import ALONE, Group, Processes, reason_of
-from tsae.parallel.heart import Heart
+from tsae.parallel.liveness import Heartbeat
 from tsae.runtime import preemption
 from tsae.runtime.environment import process_count
 from tsae.runtime.errors import TsaeError
@@ -47,7 +47,7 @@ def together(cpu: bool) -> Iterator[Group]:
         yield _group if _together and _group is not None else ALONE
         return
     group = _meet(cpu)
-    heart, _together = Heart(group, _beats), True
+    heartbeat, _together = Heartbeat(group, _beats), True
     reason: BaseException | None = None
     try:
         try:
@@ -55,10 +55,10 @@ def together(cpu: bool) -> Iterator[Group]:
         except (preemption.Preempted, LockHeld) as error:
             reason = error
         preempted, held = group.start_any([isinstance(reason, kind) for kind in (preemption.Preempted, LockHeld)])()
-        heart.stop()
+        heartbeat.stop()
     except BaseException:
         atexit.unregister(_part)
-        heart.abandon()
+        heartbeat.abandon()
         # It may wait for ever for what the others have left open.
         parting = threading.Thread(target=_part, daemon=True)
         parting.start()
