@@ -88,7 +88,7 @@ def test_a_preempted_harvest_keeps_its_finished_shards(
 
 def test_a_command_says_that_it_was_preempted() -> None:
     script = (
-        "import os, signal, sys; from tsae import cli, preemption, stages\n"
+        "import os, signal, sys; from tsae import cli, stages; from tsae.runtime import preemption\n"
         "def stage(*_):\n  os.kill(os.getpid(), signal.SIGTERM)\n  preemption.check()\n"
         "stages.evaluate_stage = preemption.watched()(stage)\n"
         "code = cli.main(['evaluate', sys.argv[1]])\nos.kill(os.getpid(), signal.SIGTERM)\nsys.exit(code)"
