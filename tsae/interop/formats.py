@@ -69,7 +69,7 @@ def _exports(dictionary: Dictionary, x: Tensor, note: str) -> Iterator[Row]:
             # Formats with unit rows give each latent its row's norm as a factor.
             scaled = form != "reference" and not has_unit_rows(portable(dictionary, ""))
             norms = dictionary.W_dec.norm(dim=1) if scaled else torch.ones(1)
-            expected: Codec = (lambda y, norms=norms: dictionary.encode(y) * norms, dictionary)
+            expected: Codec = (_scaled(dictionary, norms), dictionary)
             loaded, _ = sae_lens.load(folder) if form == "sae_lens" else load_dictionary(folder)
             yield _row(name, form + note, "tsae", expected, (loaded.encode, loaded), x)
             if form == "sae_lens" and installed("sae_lens"):
@@ -122,6 +122,10 @@ def _by_sae_lens(folder: Path) -> Codec:
 
         sae = SAE.load_from_disk(folder)
     return sae.encode, lambda y: sae.decode(sae.encode(y))
+
+
+def _scaled(dictionary: Dictionary, factors: Tensor) -> Callable[[Tensor], Tensor]:
+    return lambda x: dictionary.encode(x) * factors
 
 
 def _by_dictionary_learning(folder: Path) -> Codec | None:
