@@ -12,7 +12,7 @@ import pkgutil
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 
@@ -53,16 +53,12 @@ def selftest() -> int:
             line, verdict = check(), "ok"
         # Whatever goes wrong is a finding, and the checks after it are still worth making.
         except Exception as error:
-            line, verdict = _one_line(error), "FAILED"
+            kind = "" if isinstance(error, TsaeError) else f"{type(error).__name__}: "
+            line, verdict = kind + " ".join(str(error).split()), "FAILED"
             failed += 1
         print(f"{verdict:<7} {name + ':':<15} {line} ({time.monotonic() - began:.1f} s)", flush=True)
     print(f"{failed} of {len(CHECKS)} checks failed" if failed else f"all {len(CHECKS)} checks passed")
     return 2 if failed else 0
-
-
-def _one_line(error: Exception) -> str:
-    kind = "" if isinstance(error, TsaeError) else f"{type(error).__name__}: "
-    return kind + " ".join(str(error).split())
 
 
 def imports() -> str:
@@ -82,8 +78,12 @@ def imports() -> str:
 
 def versions() -> str:
     """Compare what is installed with constraints.txt; a build's local part (`+cpu`) does not count."""
-    pins = dict(_pins(_constraints()))
-    installed = {name: version for name in pins if (version := _version(name)) is not None}
+    lines = (line.partition("#")[0].strip() for line in _constraints().read_text(encoding="utf-8").splitlines())
+    pins = dict(line.split("==", 1) for line in lines if "==" in line)
+    installed = {}
+    for name in pins:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            installed[name] = metadata.version(name)
     wrong = [
         f"{name} {version} instead of {pins[name]}"
         for name, version in installed.items()
@@ -104,29 +104,27 @@ def _constraints() -> Path:
     raise TsaeError("constraints.txt is neither installed with tsae nor beside it; install tsae again")
 
 
-def _pins(path: Path) -> Iterator[tuple[str, str]]:
-    for line in path.read_text(encoding="utf-8").splitlines():
-        name, found, version = line.partition("#")[0].strip().partition("==")
-        if found:
-            yield name, version
-
-
-def _version(distribution: str) -> str | None:
-    try:
-        return metadata.version(distribution)
-    except metadata.PackageNotFoundError:
-        return None
-
-
 def pipeline() -> str:
     """Harvest, train and evaluate a tiny dictionary on the shipped language model, in a temporary folder."""
     from tsae import stages
     from tsae.config import run as configuration
+    from tsae.data import prose
 
     with tempfile.TemporaryDirectory(prefix="tsae-selftest-") as folder, contextlib.redirect_stderr(io.StringIO()):
         text = Path(folder) / "text.jsonl"
-        text.write_text("".join(json.dumps({"text": paragraph}) + "\n" for paragraph in _paragraphs()))
-        config = configuration.from_mapping(_settings(text, Path(folder) / "store"), "selftest")
+        # English that every Python brings along: documentation of its standard library.
+        sources = [inspect.getsource(importlib.import_module(name)) for name in TEXT_MODULES]
+        paragraphs = [part for source in sources for found in prose.texts(source) for part in prose.paragraphs(found)]
+        text.write_text("".join(json.dumps({"text": paragraph}) + "\n" for paragraph in paragraphs))
+        settings = {
+            "model": {"name": "embedded", "layer": 2},
+            "data": {"source": str(text), "context_length": 32, "min_length": 8, "max_tokens": 12_000, "holdout": 0.1},
+            "store": {"path": str(Path(folder) / "store")},
+            "sae": {"dict_size": 256, "k": 8},
+            "training": {"steps": 60, "batch_size": 256, "lr": 5e-3, "warmup_steps": 5, "threshold_start_step": 10},
+            "evaluation": {"sequences": 16, "loss_sequences": 4},
+        }
+        config = configuration.from_mapping(settings, "selftest")
         stages.harvest_stage(config)
         stages.train_stage(config, Path(folder), "run")
         run = stages.evaluate_stage(config, Path(folder), "run")
@@ -135,25 +133,6 @@ def pipeline() -> str:
     if not fve > MINIMUM_FVE:
         raise TsaeError(f"a tiny training explains {fve:.2f} of the variance; more than {MINIMUM_FVE} is expected")
     return f"harvest, train, evaluate; {fve:.2f} of the variance explained"
-
-
-def _paragraphs() -> list[str]:
-    """English text that every Python brings along: documentation of its standard library."""
-    from tsae.data import prose
-
-    sources = [inspect.getsource(importlib.import_module(name)) for name in TEXT_MODULES]
-    return [paragraph for source in sources for text in prose.texts(source) for paragraph in prose.paragraphs(text)]
-
-
-def _settings(text: Path, store: Path) -> dict[str, object]:
-    return {
-        "model": {"name": "embedded", "layer": 2},
-        "data": {"source": str(text), "context_length": 32, "min_length": 8, "max_tokens": 12_000, "holdout": 0.1},
-        "store": {"path": str(store)},
-        "sae": {"dict_size": 256, "k": 8},
-        "training": {"steps": 60, "batch_size": 256, "lr": 5e-3, "warmup_steps": 5, "threshold_start_step": 10},
-        "evaluation": {"sequences": 16, "loss_sequences": 4},
-    }
 
 
 def gpus() -> str:

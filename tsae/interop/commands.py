@@ -56,7 +56,7 @@ def _export(options: argparse.Namespace) -> None:
 
 
 def _import(options: argparse.Namespace) -> None:
-    from tsae.interop.importing import import_folder
+    from tsae.interop.sae_lens import import_folder
 
     print(import_folder(options.folder, options.out))
 

@@ -67,14 +67,17 @@ def _exports(dictionary: Dictionary, x: Tensor, note: str) -> Iterator[Row]:
             folder = Path(place)
             write(form, folder, source)
             # Formats with unit rows give each latent its row's norm as a factor.
-            norms = dictionary.W_dec.norm(dim=1) if form != "reference" and not _unit(dictionary) else torch.ones(1)
+            scaled = form != "reference" and not has_unit_rows(portable(dictionary, ""))
+            norms = dictionary.W_dec.norm(dim=1) if scaled else torch.ones(1)
             expected: Codec = (_scaled(dictionary, norms), dictionary)
             loaded, _ = sae_lens.load(folder) if form == "sae_lens" else load_dictionary(folder)
             yield _row(name, form + note, "tsae", expected, (loaded.encode, loaded), x)
             if form == "sae_lens" and installed("sae_lens"):
                 yield _row(name, form + note, "SAELens", expected, _by_sae_lens(folder), x)
-            if form != "sae_lens" and installed("dictionary_learning") and _is_known_there(folder):
-                yield _row(name, form + note, "d._learning", expected, _by_dictionary_learning(folder), x)
+            if form != "sae_lens" and installed("dictionary_learning"):
+                codec = _by_dictionary_learning(folder)
+                if codec is not None:
+                    yield _row(name, form + note, "d._learning", expected, codec, x)
 
 
 def _imports(form: Portable, x: Tensor) -> Iterator[Row]:
@@ -125,22 +128,14 @@ def _scaled(dictionary: Dictionary, factors: Tensor) -> Callable[[Tensor], Tenso
     return lambda x: dictionary.encode(x) * factors
 
 
-def _is_known_there(folder: Path) -> bool:
-    """Whether the dictionary_learning that is installed knows the class: temporal SAEs exist in the authors' fork only."""
+def _by_dictionary_learning(folder: Path) -> Codec | None:
+    """None if the one that is installed does not know the class: temporal SAEs exist in the authors' fork only."""
     from dictionary_learning import utils
 
-    return hasattr(utils, read_json(folder / "config.json")["trainer"]["dict_class"])
-
-
-def _by_dictionary_learning(folder: Path) -> Codec:
-    from dictionary_learning.utils import load_dictionary as load
-
-    dictionary, _ = load(str(folder), "cpu")
+    if not hasattr(utils, read_json(folder / "config.json")["trainer"]["dict_class"]):
+        return None
+    dictionary, _ = utils.load_dictionary(str(folder), "cpu")
     return dictionary.encode, lambda y: dictionary.decode(dictionary.encode(y))
-
-
-def _unit(dictionary: Dictionary) -> bool:
-    return has_unit_rows(portable(dictionary, ""))
 
 
 def _random_form(architecture: str, centred: bool) -> Portable:

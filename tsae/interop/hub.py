@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+import tsae.evaluation.results  # noqa: F401  (declares what the table may hold)
 from tsae.checkpoint import RunFolder, find_dictionary, save_dictionary
 from tsae.config.schema import read_yaml
-from tsae.interop.card import card
+from tsae.evaluation.measures import REGISTRY
 from tsae.interop.explanations import write_explanations
 from tsae.interop.export import Source, open_source, write
 from tsae.interop.folders import new_folder
@@ -18,6 +20,14 @@ from tsae.runtime.errors import TsaeError
 from tsae.runtime.files import write_json, write_text
 
 EXTRA_FORMATS = ("sae_lens", "sae_bench")
+TITLES = {
+    "TemporalMatryoshkaBatchTopKSAE": "Temporal Sparse Autoencoder ([arXiv 2511.05541](https://arxiv.org/abs/2511.05541))",
+    "MatryoshkaBatchTopKSAE": "Matryoshka BatchTopK sparse autoencoder ([arXiv 2503.17547](https://arxiv.org/abs/2503.17547))",
+    "BatchTopKSAE": "BatchTopK sparse autoencoder ([arXiv 2412.06410](https://arxiv.org/abs/2412.06410))",
+    "AutoEncoderTopK": "TopK sparse autoencoder ([arXiv 2406.04093](https://arxiv.org/abs/2406.04093))",
+    "JumpReluAutoEncoder": "JumpReLU sparse autoencoder ([arXiv 2407.14435](https://arxiv.org/abs/2407.14435))",
+    "GatedAutoEncoder": "Gated sparse autoencoder ([arXiv 2404.16014](https://arxiv.org/abs/2404.16014))",
+}
 
 
 def prepare(
@@ -40,15 +50,25 @@ def prepare(
         if form not in EXTRA_FORMATS:
             raise TsaeError(f"--with {form}: unknown; known: {', '.join(EXTRA_FORMATS)}")
     source = open_source(run, checkpoint=checkpoint)
-    source = _without_paths(source)
+    # Local paths (of a model or a text) are cut to their last part: where they lay is nobody's business.
+    source = source._replace(
+        config=_shortened(source.config),
+        origin=source.origin._replace(model=_shortened(source.origin.model), dataset=_shortened(source.origin.dataset)),
+        results=_shortened(source.results),
+    )
+    run_folder = RunFolder(find_dictionary(run))
     with new_folder(out) as folder:
         target = RunFolder(folder)
         write_json(target.config_json, source.config)
         save_dictionary(target.weights, source.dictionary)
-        _copy_settings(RunFolder(find_dictionary(run)), target)
+        if run_folder.resolved.is_file():
+            settings = _shortened(read_yaml(run_folder.resolved))
+            settings.pop("training_hash", None)
+            settings.get("store", {}).pop("path", None)
+            write_text(target.resolved, yaml.safe_dump(settings, sort_keys=False))
         if source.results:
             write_json(target.eval_results, source.results)
-            figure = RunFolder(find_dictionary(run)).result("eval_results", "png")
+            figure = run_folder.result("eval_results", "png")
             if figure.is_file():
                 target.result("eval_results", "png").write_bytes(figure.read_bytes())
         if source.explanations:
@@ -58,16 +78,6 @@ def prepare(
             write(form, folder / form, source)
         write_text(folder / "README.md", card(source, repo_id, licence, list(formats)))
     return Path(out)
-
-
-def _copy_settings(run: RunFolder, target: RunFolder) -> None:
-    """The whole configuration of our runs, without the places of files."""
-    if not run.resolved.is_file():
-        return
-    settings = _shortened(read_yaml(run.resolved))
-    settings.pop("training_hash", None)
-    settings.get("store", {}).pop("path", None)
-    write_text(target.resolved, yaml.safe_dump(settings, sort_keys=False))
 
 
 def upload(folder: Path, repo_id: str, *, private: bool = False) -> str:
@@ -112,14 +122,8 @@ def _check_repo_id(repo_id: str) -> None:
         raise TsaeError(f"{repo_id}: name the owner too: owner/{repo_id}")
 
 
-def _without_paths(source: Source) -> Source:
-    """`source` with local paths (of a model or a text) cut to their last part: where they lay is nobody's business."""
-    config: dict[str, Any] = _shortened(source.config)
-    origin = source.origin._replace(model=_shortened(source.origin.model), dataset=_shortened(source.origin.dataset))
-    return source._replace(config=config, origin=origin, results=_shortened(source.results))
-
-
 def _shortened(value: Any) -> Any:
+    """A tree with every path of this machine cut to its last part."""
     if isinstance(value, dict):
         return {key: _shortened(item) for key, item in value.items()}
     if isinstance(value, list):
@@ -129,3 +133,136 @@ def _shortened(value: Any) -> Any:
     ):
         return Path(value).name
     return value
+
+
+def card(source: Source, repo_id: str, licence: str | None, formats: list[str]) -> str:
+    """README.md for the hub repository `repo_id`, whose sub-folders hold the dictionary in `formats` as well."""
+    parts = [
+        _front_matter(source, licence, formats),
+        f"# {repo_id.rpartition('/')[2]}\n\n{_summary(source)}",
+        _inference(source),
+        _measures(source),
+        _training(source),
+        _loading(repo_id, formats, bool(source.explanations)),
+        "## Licence\n\n"
+        + (f"{licence}." if licence else "The uploader stated none; ask before you reuse the weights."),
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _front_matter(source: Source, licence: str | None, formats: list[str]) -> str:
+    origin = source.origin
+    tags = ["sparse-autoencoder", "interpretability"]
+    if type(source.dictionary).__name__.startswith("Temporal"):
+        tags.insert(1, "temporal-sae")
+    if "sae_lens" in formats:
+        tags.append("saelens")
+    head: dict[str, Any] = {"library_name": "tsae", "tags": tags}
+    if licence:
+        head["license"] = licence
+    if _is_hub_id(origin.model):
+        head["base_model"] = origin.model
+    if _is_hub_id(origin.dataset):
+        head["datasets"] = [origin.dataset]
+    return f"---\n{yaml.safe_dump(head, sort_keys=False)}---"
+
+
+def _is_hub_id(name: object) -> bool:
+    """Whether `name` has the form owner/name of the hub."""
+    return isinstance(name, str) and bool(re.fullmatch(r"[\w-]+(\.[\w-]+)*/[\w.-]+", name))
+
+
+def _summary(source: Source) -> str:
+    dictionary, origin = source.dictionary, source.origin
+    title = TITLES.get(type(dictionary).__name__, "Sparse autoencoder")
+    place = f"the output of block {origin.layer}" if origin.layer is not None else "activations"
+    module = f" (`{origin.module}`)" if origin.module else ""
+    text = (
+        f"{title} with {dictionary.dict_size:,} latents for the {dictionary.activation_dim} dimensions of {place}{module} of "
+        f"`{origin.model}`."
+    )
+    if len(dictionary.group_sizes) > 1:
+        sizes = ", ".join(f"{size:,}" for size in dictionary.group_sizes)
+        text += f" The latents lie in nested groups of {sizes}; the first is the high-level split."
+    return text
+
+
+def _inference(source: Source) -> str:
+    dictionary, threshold = source.dictionary, source.dictionary.scalar_threshold
+    rules = {
+        "threshold": f"a latent is active where its rectified pre-activation is above **{threshold}** (strictly)",
+        "top_k": f"the {source.config['trainer'].get('k')} largest rectified pre-activations of each token are kept",
+        "relu": "every positive pre-activation is kept",
+        "latent thresholds": "each latent has its own threshold (strict inequality)",
+        "gate": "a latent is active where its gate is open and its magnitude positive",
+    }
+    centring = "`b_dec` is subtracted first. " if dictionary.centre_input else ""
+    lines = [
+        f"## Decode rule\n\nApplies to raw activations: nothing has to be normalised. {centring}Encoding: "
+        f"{rules.get(dictionary.encode_rule, dictionary.encode_rule)}; `class {type(dictionary).__name__}`."
+    ]
+    l0 = source.results.get("l0")
+    if l0 is not None:
+        lines.append(f"With this rule {l0:.4g} latents are active per token on held-out text.")
+    calibration = source.config.get("calibration")
+    if calibration:
+        target, after, before = calibration["target_l0"], calibration["after"], calibration["before"]
+        how = (
+            "is the one that training tracked"
+            if target is None
+            else f"was set for {target:.4g} active latents per token"
+        )
+        text = f"The threshold {how}, on {calibration['tokens']:,} held-out tokens: L0 {after['l0']:.4g}, "
+        text += f"fraction of variance explained {after['fve']:.4f}"
+        lines.append(text + (f" (before: L0 {before['l0']:.4g}, {before['fve']:.4f})." if before else "."))
+    return " ".join(lines)
+
+
+def _measures(source: Source) -> str:
+    results = source.results
+    widths, rows = results.get("half_width_95") or {}, []
+    for key, measure in REGISTRY.items():
+        if measure.card and isinstance(results.get(key), (int, float)):
+            interval = "" if widths.get(key) is None else f" ± {widths[key]:.2g}"
+            rows.append(f"| {measure.card} | {results[key]:.4g}{interval} |")
+    if not rows:
+        return "## Measures\n\nNot evaluated."
+    counted = f"{results.get('contexts', '?')} held-out contexts of {results.get('documents', '?')} documents"
+    return (
+        f"## Measures\n\nOn {counted}, with the rule above; ± is the half-width of a 95 % interval over documents.\n\n"
+        "| measure | value |\n|---|---|\n" + "\n".join(rows) + "\n\nAll of them: `eval_results.json`."
+    )
+
+
+def _training(source: Source) -> str:
+    origin = source.origin
+    settings = {key: value for key, value in source.config["trainer"].items() if value is not None}
+    data = f"Text: `{origin.dataset or 'not recorded'}`"
+    if origin.context_length:
+        data += f", contexts of {origin.context_length} tokens"
+    if origin.skip_positions:
+        data += f", the first {origin.skip_positions} of each left out"
+    if origin.commit:
+        data += f". Code: `tsae` at commit {origin.commit}"
+    table = "\n".join(f"| {key} | `{value}` |" for key, value in settings.items())
+    return f"## Training\n\n{data}.\n\n| setting | value |\n|---|---|\n{table}"
+
+
+def _loading(repo_id: str, formats: list[str], explained: bool) -> str:
+    lines = [
+        "## Loading\n\n```python\nfrom tsae import load_dictionary\n",
+        f'dictionary, config = load_dictionary("{repo_id}")',
+        "f = dictionary.encode(x)       # x: [..., activation_dim], f: [..., dict_size]",
+        "high = f[..., dictionary.group_slices[0]]",
+        "x_hat = dictionary.decode(f)\n```",
+    ]
+    if explained:
+        lines.append('\nWhat latents respond to is in `explanations.json`: {"<latent>": "<text>"}.')
+    if "sae_lens" in formats:
+        lines.append(
+            "\nWith SAELens:\n\n```python\nfrom sae_lens import SAE\n\n"
+            f'sae = SAE.from_pretrained("{repo_id}", "sae_lens")\n```'
+        )
+    if "sae_bench" in formats:
+        lines.append("\n`sae_bench/` is for SAEBench's loader of dictionary_learning folders.")
+    return "\n".join(lines)

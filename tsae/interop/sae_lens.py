@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tsae.checkpoint import RunFolder, save_dictionary
+from tsae.interop.folders import new_folder
 from tsae.interop.origin import TRANSFORMER_LENS_PREFIXES, Origin, read_json
 from tsae.interop.portable import Portable, has_unit_rows, portable, recentred, state_dict, with_unit_rows
 from tsae.runtime.errors import TsaeError, suggestion
@@ -59,20 +61,8 @@ def write(folder: Path, dictionary: Dictionary, origin: Origin, notes: dict[str,
     }
     if form.k is not None:
         settings |= {"k": form.k, "rescale_acts_by_decoder_norm": False}
-    ours = {
-        "tsae_dict_class": type(dictionary).__name__,
-        "tsae_group_sizes": list(dictionary.group_sizes),
-        "tsae_k": int(dictionary.k) if isinstance(dictionary, ThresholdDictionary) else None,
-        "tsae_threshold": dictionary.scalar_threshold,
-        "tsae_unit_decoder_rows": has_unit_rows(form),
-        **notes,
-    }
-    write_json(folder / CONFIG, {**settings, "metadata": {**_metadata(origin), **ours}})
-
-
-def _metadata(origin: Origin) -> dict[str, Any]:
     first = origin.skip_positions
-    return {
+    metadata = {
         "sae_lens_version": VERSION,
         "sae_lens_training_version": None,
         "model_name": origin.lens_model,
@@ -87,7 +77,14 @@ def _metadata(origin: Origin) -> dict[str, Any]:
         "model_from_pretrained_kwargs": {},
         "neuronpedia_id": None,
         "tsae_commit": origin.commit,
+        "tsae_dict_class": type(dictionary).__name__,
+        "tsae_group_sizes": list(dictionary.group_sizes),
+        "tsae_k": int(dictionary.k) if isinstance(dictionary, ThresholdDictionary) else None,
+        "tsae_threshold": dictionary.scalar_threshold,
+        "tsae_unit_decoder_rows": has_unit_rows(form),
+        **notes,
     }
+    write_json(folder / CONFIG, {**settings, "metadata": metadata})
 
 
 def load(folder: str | Path) -> tuple[Dictionary, dict[str, Any]]:
@@ -111,10 +108,39 @@ def load(folder: str | Path) -> tuple[Dictionary, dict[str, Any]]:
     return dictionary.eval().requires_grad_(False), imported_config(name, dictionary, config)
 
 
+def import_folder(source: str | Path, out: str | Path) -> Path:
+    """Write the dictionary in a SAELens folder to the new run folder `out`, where every command finds it.
+
+    The authors' folders and hub repositories need no import: they are read as they are. Raises TsaeError for what
+    cannot be read exactly.
+    """
+    source = Path(source)
+    if (source / RunFolder(source).config_json.name).is_file():
+        raise TsaeError(f"{source}: is a run folder already (it holds config.json); every command reads it as it is")
+    if not (source / CONFIG).is_file():
+        raise TsaeError(f"{source}: no {CONFIG} here; a SAELens folder holds it and {WEIGHTS}")
+    dictionary, config = load(source)
+    with new_folder(out) as folder:
+        # A run's files lie in trainer_0/ below its name.
+        run = RunFolder(folder / "trainer_0")
+        write_json(run.config_json, config)
+        save_dictionary(run.weights, dictionary)
+    return Path(out)
+
+
 def _form(folder: Path, config: dict[str, Any]) -> Portable:
     """The numbers in the folder, with every setting either honoured or refused."""
     where = str(folder / CONFIG)
-    architecture = _architecture(config, where)
+    architecture = config.get("architecture")
+    if architecture not in TENSORS:
+        checkpoint = "it is a training checkpoint: save it in SAELens with save_inference_model; "
+        hints = {
+            "temporal": "it is the attention-based SAE of Lubana et al., not a temporal SAE of this package; ",
+            "batchtopk": checkpoint,
+            "matryoshka_batchtopk": checkpoint,
+        }
+        hint = hints.get(str(architecture)) or suggestion(architecture, TENSORS)
+        raise TsaeError(f"{where}: architecture {architecture!r} cannot be read; {hint}readable: {', '.join(TENSORS)}")
     if config.get("reshape_activations", "none") != "none":
         raise TsaeError(
             f"{where}: reshape_activations {config['reshape_activations']!r}: it reads attention heads, which this "
@@ -124,25 +150,17 @@ def _form(folder: Path, config: dict[str, Any]) -> Portable:
     k = config.get("k") if architecture == "topk" else None
     if architecture == "topk" and not (isinstance(k, int) and k > 0):
         raise TsaeError(f"{where}: k is {k!r}; a topk SAE needs a positive whole number")
-    _check_shapes(tensors, config.get("d_in"), config.get("d_sae"), folder)
+    d_in, d_sae = config.get("d_in"), config.get("d_sae")
+    shapes = {"W_enc": [d_in, d_sae], "W_dec": [d_sae, d_in], "b_dec": [d_in]}
+    for name, tensor in tensors.items():
+        shape = shapes.get(name, [d_sae])
+        if list(tensor.shape) != shape:
+            raise TsaeError(f"{folder / WEIGHTS}: {name} has shape {list(tensor.shape)}; {CONFIG} says {shape}")
     form = Portable(architecture, bool(config.get("apply_b_dec_to_input", True)), k, tensors)
     if config.get("rescale_acts_by_decoder_norm"):
         # Selected by activation times row norm and decoded by unit rows: scaled once, it is a plain top-k.
         form = with_unit_rows(form._replace(architecture="standard"), where)._replace(architecture="topk")
     return _without_normalisation(form, config.get("normalize_activations", "none"), folder)
-
-
-def _architecture(config: dict[str, Any], where: str) -> str:
-    name = config.get("architecture")
-    if name in TENSORS:
-        return str(name)
-    hints = {
-        "temporal": "it is the attention-based SAE of Lubana et al., not a temporal SAE of this package; ",
-        "batchtopk": "it is a training checkpoint: save it in SAELens with save_inference_model; ",
-        "matryoshka_batchtopk": "it is a training checkpoint: save it in SAELens with save_inference_model; ",
-    }
-    hint = hints.get(str(name)) or suggestion(name, TENSORS)
-    raise TsaeError(f"{where}: architecture {name!r} cannot be read; {hint}readable: {', '.join(TENSORS)}")
 
 
 def _tensors(path: Path, architecture: str) -> dict[str, Tensor]:
@@ -165,14 +183,6 @@ def _tensors(path: Path, architecture: str) -> dict[str, Tensor]:
     if not bool((scale == 1).all()):
         raise TsaeError(f"{path}: latents carry a scaling_factor other than 1, which has no counterpart here")
     return {name: tensor.float() for name, tensor in tensors.items()}
-
-
-def _check_shapes(tensors: dict[str, Tensor], d_in: object, d_sae: object, folder: Path) -> None:
-    expected = {"W_enc": [d_in, d_sae], "W_dec": [d_sae, d_in], "b_dec": [d_in]}
-    for name, tensor in tensors.items():
-        shape = expected.get(name, [d_sae])
-        if list(tensor.shape) != shape:
-            raise TsaeError(f"{folder / WEIGHTS}: {name} has shape {list(tensor.shape)}; {CONFIG} says {shape}")
 
 
 def _without_normalisation(form: Portable, rule: object, folder: Path) -> Portable:
