@@ -9,7 +9,6 @@ from __future__ import annotations
 import difflib
 import hashlib
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -106,18 +105,16 @@ class LanguageModel:
 
         inputs: dict[str, Any] = {"input_ids": tokens.long().to(self.device), "use_cache": True}
         inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
-        limits = {"max_new_tokens": length, "min_new_tokens": length, "pad_token_id": self._pad_token()}
+        # Rows of one length are never padded, but generation asks for a token to do it with.
+        ids = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, 0)
+        pad = next(int(token) for token in ids if token is not None)
+        limits = {"max_new_tokens": length, "min_new_tokens": length, "pad_token_id": pad}
         generate = self.module.generate
         with torch.no_grad(), self._traced.trace(fn=generate, **inputs, **limits, **options) as tracer:
             for _ in tracer.iter[:length]:
                 self._hook.output = exchanged(self._hook.output)
             continued = tracer.result.save()
         return continued  # noqa: RET504 - only names that were saved inside a trace outlive it
-
-    def _pad_token(self) -> int:
-        """What generation asks for, though rows of one length are never padded."""
-        ids = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, 0)
-        return next(int(token) for token in ids if token is not None)
 
     def verify_hook(self, tokens: Tensor, lengths: Tensor) -> None:
         """Prove on a batch that `read` gives the model's own `hidden_states[layer + 1]`, or what the named module gives.
@@ -222,10 +219,11 @@ def _expected_activations(lm: LanguageModel, inputs: dict[str, Any]) -> tuple[Te
     """
     if lm.layer is None:
         return _watch(lm, [lm.hook_path], inputs)[0][1], "the output of that module"
+    states = lm.module(**inputs, output_hidden_states=True).hidden_states
     if lm.layer + 1 < lm.n_layers:
-        return _states(lm, inputs)[lm.layer + 1], f"hidden_states[{lm.layer + 1}]"
+        return states[lm.layer + 1], f"hidden_states[{lm.layer + 1}]"
     # The model reports its last state after the final norm, which is one of the modules beside the list of blocks.
-    last = _states(lm, inputs)[-1]
+    last = states[-1]
     holder = lm.hook_path.rpartition(".")[0].rpartition(".")[0]
     beside = [path for path, _ in lm.module.named_modules() if path and path.rpartition(".")[0] == holder]
     for taken, given in _watch(lm, beside, inputs):
@@ -241,10 +239,6 @@ def _largest_difference(found: Tensor, expected: Tensor, lengths: Tensor) -> flo
     real = torch.arange(found.shape[1], device=found.device) < lengths.to(found.device)[:, None]
     difference = (found.float() - expected.float()).norm(dim=-1)[real]
     return float((difference / expected.float().norm(dim=-1)[real].clamp_min(1e-12)).max())
-
-
-def _states(lm: LanguageModel, inputs: dict[str, Any]) -> tuple[Tensor, ...]:
-    return lm.module(**inputs, output_hidden_states=True).hidden_states
 
 
 def _watch(lm: LanguageModel, paths: list[str], inputs: dict[str, Any]) -> list[tuple[Any, Any]]:
@@ -294,24 +288,20 @@ def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerFast:
 
 
 def _load(auto: Any, model: ModelConfig, **options: Any) -> Any:
+    from huggingface_hub import constants
+
     folder = local_folder(model)
     place: dict[str, Any] = {"local_files_only": True} if folder else {"revision": model.revision}
     try:
         return auto.from_pretrained(str(folder or model.name), **place, **options)
     except (OSError, ValueError, ImportError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        remedy = _remedy(folder, model)
-        raise TsaeError(f"model.name: {model.name} cannot be loaded: {reason} {remedy}") from error
-
-
-def _remedy(folder: Path | None, model: ModelConfig) -> str:
-    from huggingface_hub import constants
-
-    if folder is not None:
-        return "(the folder needs config.json, tokenizer.json and model.safetensors)"
-    if constants.HF_HUB_OFFLINE:
-        return f"(offline: run `hf download {model.name}` on a machine with network and the same HF_HOME)"
-    return "(check the id, the revision and HF_TOKEN)"
+        remedy = "check the id, the revision and HF_TOKEN"
+        if folder is not None:
+            remedy = "the folder needs config.json, tokenizer.json and model.safetensors"
+        elif constants.HF_HUB_OFFLINE:
+            remedy = f"offline: run `hf download {model.name}` on a machine with network and the same HF_HOME"
+        raise TsaeError(f"model.name: {model.name} cannot be loaded: {reason} ({remedy})") from error
 
 
 def _identity(lm: LanguageModel, model: ModelConfig) -> dict[str, Any]:

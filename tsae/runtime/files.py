@@ -17,25 +17,22 @@ def write_atomically(path: str | Path, write: Callable[[BinaryIO], object]) -> N
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as stream:
-            _written(write, stream)
+            write(stream)
             sync_stream(stream)
-        os.chmod(temporary, 0o664 & ~_umask())
+        mask = os.umask(0)  # it can only be read by setting it
+        os.umask(mask)
+        os.chmod(temporary, 0o664 & ~mask)
         os.replace(temporary, path)
+    except RuntimeError as error:
+        # torch's writer says only where it broke off; the disk's own error is the one to raise.
+        if isinstance(error.__context__, OSError):
+            raise error.__context__ from None
+        raise
     finally:
         # On a file system that refuses this too, the error that led here is the one to see.
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
     sync_folder(path.parent)
-
-
-def _written(write: Callable[[BinaryIO], object], stream: BinaryIO) -> None:
-    """Call `write`; of torch's writer, which says only where it broke off, the disk's own error is raised."""
-    try:
-        write(stream)
-    except RuntimeError as error:
-        if isinstance(error.__context__, OSError):
-            raise error.__context__ from None
-        raise
 
 
 def write_text(path: str | Path, text: str) -> None:
@@ -70,9 +67,3 @@ def sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

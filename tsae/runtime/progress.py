@@ -31,7 +31,8 @@ class Progress:
             return
         self._shown = now
         rate = self.rate(done)
-        message = " ".join(f"{name} {_figure(value)}" for name, value in shown.items())
+        figures = {name: f"{value:.4g}" if isinstance(value, float) else value for name, value in shown.items()}
+        message = " ".join(f"{name} {figure}" for name, figure in figures.items())
         reached = f"{done}" if self.total is None else f"{done}/{self.total}"
         print(
             f"{self.stage}: {reached} {self.unit} ({rate:.3g}/s) {message}".rstrip(),
@@ -53,7 +54,3 @@ class Progress:
     def rate(self, done: int) -> float:
         """Units per second since this process began."""
         return (done - self._start) / max(time.monotonic() - self._began, 1e-9)
-
-
-def _figure(value: float | int | str) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -92,7 +92,15 @@ def _prepare_once(layout: StoreLayout, config: RunConfig, source: Source) -> Non
             time.sleep(WAIT_SECONDS)
             preemption.check()
     layout.require(config)
-    _same_source(layout, source)
+    # The model may be another one all the same, such as a folder whose content was replaced.
+    began, now = layout.attributes["model"], json.loads(json.dumps(source.identity))
+    different = [key for key in sorted({*began, *now}) if began.get(key) != now.get(key)]
+    if different:
+        key = different[0]
+        raise TsaeError(
+            f"{layout.path}: was begun with another language model ({key} was {began.get(key)!r} and is now "
+            f"{now.get(key)!r}); remove the store to harvest anew"
+        )
 
 
 def _prepare(layout: StoreLayout, config: RunConfig, source: Source) -> None:
@@ -104,22 +112,8 @@ def _prepare(layout: StoreLayout, config: RunConfig, source: Source) -> None:
         "model": source.identity,
         "packages": {name: version(name) for name in ("tsae", "zarr", *source.packages)},
     }
-    extras = source.extras()
-    prepare(
-        layout.path, source.contexts(), source.activation_dim, store=config.store, attributes=attributes, extras=extras
-    )
-
-
-def _same_source(layout: StoreLayout, source: Source) -> None:
-    """Refuse to continue a store that another model began, such as a folder whose content was replaced."""
-    began, now = layout.attributes["model"], json.loads(json.dumps(source.identity))
-    different = [key for key in sorted({*began, *now}) if began.get(key) != now.get(key)]
-    if different:
-        key = different[0]
-        raise TsaeError(
-            f"{layout.path}: was begun with another language model ({key} was {began.get(key)!r} and is now "
-            f"{now.get(key)!r}); remove the store to harvest anew"
-        )
+    extras, contexts = source.extras(), source.contexts()
+    prepare(layout.path, contexts, source.activation_dim, store=config.store, attributes=attributes, extras=extras)
 
 
 class _Reading:

@@ -246,7 +246,8 @@ class StoreLayout:
         attributes = self.attributes
         if attributes.get("config_hash") == content_hash(config):
             return
-        wanted, found = _flat(configuration.store_settings(config)), _flat(attributes.get("settings") or {})
+        settings = (configuration.store_settings(config), attributes.get("settings") or {})
+        wanted, found = (dict(schema.flatten(tree)) for tree in settings)
         different = [key for key in sorted({*wanted, *found}) if wanted.get(key) != found.get(key)]
         reason = "its text or model has changed since"
         if different:
@@ -273,10 +274,3 @@ def encode(array: np.ndarray, dtype: str) -> str:
 def decode(text: str, dtype: str) -> np.ndarray:
     """The array that `encode` wrote, one-dimensional."""
     return np.frombuffer(base64.b64decode(text), dtype)
-
-
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat

@@ -303,16 +303,8 @@ def _accelerator(config: RunConfig, run: RunFolder, tracking: dict[str, Any]) ->
             "tensorboard": {"purge_step": tracking["step"]} if tracking["step"] else {},
             "wandb": {"id": tracking["id"], "resume": "allow"},
         }
-        accelerator.init_trackers("tsae", config=_flat(schema.to_plain(config)), init_kwargs=continued)
+        flat = schema.flatten(schema.to_plain(config))
+        # What trackers cannot store becomes text.
+        told = {key: value if isinstance(value, (int, float, str, bool)) else str(value) for key, value in flat}
+        accelerator.init_trackers("tsae", config=told, init_kwargs=continued)
     return accelerator
-
-
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """`{"a": {"b": 1}}` → `{"a.b": 1}`; what trackers cannot store becomes text."""
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            flat |= _flat(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = value if isinstance(value, (int, float, str, bool)) else str(value)
-    return flat
