@@ -18,7 +18,6 @@ OWN = ("sparse", "sparse-float32", "sparse+state", "dense", "floor")
 GROWING = ("sparse", "dense", "floor")
 LIBRARIES = ("sae_lens", "sparsify", "dictionary_learning")
 GROWTH = "0.25,0.5,2,4"
-SMOOTHNESS_ROUNDS = 50
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -58,14 +57,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> Path:
     """Measure, print tables, write `<shape>.json` and `<shape>.png`; return the JSON's path. Raises TsaeError."""
-    shape, factors = _shape(options), _numbers("--growth", options.growth, GROWTH)
+    sizes = {
+        name: size if (given := getattr(options, name)) is None else given
+        for name, size in PRESETS[options.preset].items()
+    }
+    shape = Shape(**sizes, kind=options.kind, dtype=options.dtype, device=options.device, dead=options.dead)
+    factors = _numbers("--growth", options.growth, GROWTH)
     against, interpreters = _libraries(options.against)
     _check(options, shape)
     folder = options.out or home() / "benchmarks"
     if options.processes:
         return _run_groups(options, shape, folder)
     _make(folder)
-    from tsae.bench import figure, report, saving
+    import torch
+
+    from tsae.bench import figure, rates, report
     from tsae.bench.rounds import Plan, measure
 
     clock = options.clock or ("cpu" if options.threads == 1 else "wall")
@@ -74,12 +80,16 @@ def run(options: argparse.Namespace) -> Path:
     )
     results: dict[str, Any] = {"rates": None, "step": None, "growth": []}
     if options.store_mb:
-        results["rates"] = _rates(shape, options)
+        torch.set_num_threads(options.threads)
+        results["rates"] = rates.measure(shape, options.store_mb, options.rounds)
         print(report.rates_table(results["rates"]), flush=True)
     results["step"] = report.record_of(shape, plan, measure(OWN, shape, plan, against))
     print(report.table(results["step"]), flush=True)
-    results["resuming"] = {**saving.cost(results["step"]), "resume_seconds": _resume_seconds(shape, options)}
-    print(saving.line(results["resuming"]), flush=True)
+    results["resuming"] = {
+        **report.saving_cost(results["step"]),
+        "resume_seconds": rates.resume_seconds(shape, options.rounds),
+    }
+    print(report.resuming_line(results["resuming"]), flush=True)
     if factors:
         short = dataclasses.replace(plan, rounds=options.growth_rounds, warmup=2)
         others = [report.record_of(size, short, measure(GROWING, size, short)) for size in _sizes(shape, factors)]
@@ -100,25 +110,19 @@ def _make(folder: Path) -> None:
 
 
 def _run_groups(options: argparse.Namespace, shape: Shape, folder: Path) -> Path:
-    from tsae.bench import groups, groups_figure, report
+    from tsae.bench import figure, groups, report
 
     worlds = _numbers("--processes", options.processes, "1,2,4")
     if not all(world == int(world) for world in worlds):
         raise TsaeError(f"--processes: {options.processes!r} is not a list of whole numbers such as 1,2,4")
     _make(folder)
     records = groups.measure(shape, sorted({1, *map(int, worlds)}), options.steps, options.threads)
-    print(groups.table(records), flush=True)
+    print(report.groups_table(records), flush=True)
     results = {"shape": shape.as_dict(), "groups": records, "machine": report.machine(shape.device)}
     path = folder / f"processes-{shape.name}.json"
     files.write_json(path, results)
-    groups_figure.draw(path.with_suffix(".png"), results)
+    figure.draw_groups(path.with_suffix(".png"), results)
     return path
-
-
-def _shape(options: argparse.Namespace) -> Shape:
-    sizes = dict(PRESETS[options.preset])
-    sizes.update({name: getattr(options, name) for name in sizes if getattr(options, name) is not None})
-    return Shape(**sizes, kind=options.kind, dtype=options.dtype, device=options.device, dead=options.dead)
 
 
 def _libraries(given: str) -> tuple[list[str], dict[str, str]]:
@@ -157,30 +161,6 @@ def _check(options: argparse.Namespace, shape: Shape) -> None:
 
         if int(shape.device.partition(":")[2] or 0) >= torch.cuda.device_count():
             raise TsaeError(f"--device {shape.device}: torch sees no such GPU here; use --device cpu")
-
-
-def _resume_seconds(shape: Shape, options: argparse.Namespace) -> dict[str, float]:
-    from tsae.bench import saving
-    from tsae.bench.report import spread
-
-    return spread(saving.resume_seconds(shape, options.rounds))
-
-
-def _rates(shape: Shape, options: argparse.Namespace) -> dict[str, Any]:
-    import torch
-
-    from tsae.bench import reading
-    from tsae.bench.report import spread
-
-    torch.set_num_threads(options.threads)
-    pairs = reading.read_rates(shape, options.store_mb, options.rounds)
-    return {
-        "store_mb": options.store_mb,
-        "store_pairs_per_second": spread(pairs.store),
-        "memmap_pairs_per_second": spread(pairs.memmap),
-        "harvest_tokens_per_second": spread(reading.harvest_rate(shape.device, options.rounds)),
-        "smoothness_seconds_per_context": spread(reading.smoothness_cost(shape, SMOOTHNESS_ROUNDS)),
-    }
 
 
 def _numbers(option: str, given: str, example: str) -> list[float]:

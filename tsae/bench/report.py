@@ -6,6 +6,7 @@ import os
 import platform
 import statistics
 import sys
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from tsae.bench.rounds import Measured, Plan, Result
 from tsae.bench.shape import Shape
 
 MB = 10**6
+STATE_EVERY = 50
+"""Steps between states, for which the cost is told."""
 
 
 def record_of(shape: Shape, plan: Plan, result: Result) -> dict[str, Any]:
@@ -52,12 +55,25 @@ def spread(values: list[float]) -> dict[str, float]:
     return {"median": statistics.median(values), "lowest": min(values), "highest": max(values)}
 
 
+def saving_cost(record: dict[str, Any]) -> dict[str, Any]:
+    """What a state every `STATE_EVERY` steps adds to the step time, as a share of it, from a record with both contestants."""
+    by_name = {entry["name"]: entry["seconds"]["rounds"] for entry in record["contestants"]}
+    pairs = zip(by_name["sparse+state"], by_name["sparse"], strict=True)
+    return {
+        "every": STATE_EVERY,
+        "share_of_step_time": spread([(saving / plain - 1) / STATE_EVERY for saving, plain in pairs]),
+    }
+
+
 def machine(device: str) -> dict[str, Any]:
     """Where and with what it was measured, and how busy the machine was at the end."""
     import torch
 
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    named = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     described = {
-        "processor": _processor(),
+        "processor": named[0] if named else platform.processor() or platform.machine(),
         "cores": os.cpu_count(),
         "load_average": os.getloadavg()[0],
         "python": platform.python_version(),
@@ -68,13 +84,6 @@ def machine(device: str) -> dict[str, Any]:
     if device.startswith("cuda"):
         described["gpu"] = torch.cuda.get_device_name(device)
     return described
-
-
-def _processor() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    named = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return named[0] if named else platform.processor() or platform.machine()
 
 
 def table(record: dict[str, Any]) -> str:
@@ -138,3 +147,34 @@ def rates_table(rates: dict[str, Any]) -> str:
 
 def _rate(values: dict[str, float]) -> str:
     return f"{values['median']:.0f} ({values['lowest']:.0f}-{values['highest']:.0f})"
+
+
+def resuming_line(costs: dict[str, Any]) -> str:
+    """What it costs to be resumable."""
+    share, seconds = costs["share_of_step_time"], costs["resume_seconds"]
+    return (
+        f"a resumable state every {costs['every']} steps: {100 * share['median']:+.1f} % of the step time "
+        f"({100 * share['lowest']:+.1f} to {100 * share['highest']:+.1f}); resumed in {seconds['median']:.2g} s"
+    )
+
+
+def groups_table(records: Sequence[dict[str, Any]]) -> str:
+    """One line for each training by one or several processes."""
+    lines = [
+        f"{'processes':>9}  {'shard':10}{'largest difference of a loss':>30}{'MB handed over / step':>23}"
+        f"{'of them gradients':>19}{'s / step':>10}{'MB of state':>13}{'MB at most':>12}"
+    ]
+    for record in records:
+        handed = statistics.median(record["bytes_handed"]) / 1e6
+        gradients = record["gradient_bytes"] / 1e6 if record["processes"] > 1 else 0
+        lines.append(
+            f"{record['processes']:>9}  {record['shard']:10}{max(differences(record, records[0])):>30.1e}"
+            f"{handed:>23.3f}{gradients:>19.3f}{statistics.median(record['seconds']):>10.3g}"
+            f"{record['state_bytes'] / 1e6:>13.1f}{record['peak_bytes'] / 1e6:>12.1f}"
+        )
+    return "\n".join(lines)
+
+
+def differences(record: dict[str, Any], alone: dict[str, Any]) -> list[float]:
+    """Of each step's loss from that of another record, relative to it."""
+    return [abs(found - wanted) / abs(wanted) for found, wanted in zip(record["loss"], alone["loss"], strict=True)]

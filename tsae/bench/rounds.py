@@ -1,23 +1,36 @@
-"""Interleaved rounds: every contestant does one step in each round, so that all meet the same state of the machine."""
+"""Interleaved rounds: every contestant does one step in each round, so that all meet the same state of the machine.
+
+Each contestant has a process of its own, `python -m tsae.bench.rounds`, JSON lines in, JSON lines out: so that memory is
+its own, that no two libraries share a process, and that one may live in another environment, where only torch, and what
+the contestant itself needs, is imported.
+"""
 
 from __future__ import annotations
 
+import ctypes
+import dataclasses
 import json
 import os
 import statistics
 import subprocess
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TextIO
 
-from tsae.bench.peers import INSTALL, PEERS, own_equivalent
-from tsae.bench.shape import Shape
+import torch
+
+from tsae.bench import contestants
+from tsae.bench.contestants import INSTALL, PEERS, own_equivalent
+from tsae.bench.shape import Shape, batches
 from tsae.runtime.errors import TsaeError
+from tsae.runtime.phases import record
 from tsae.runtime.progress import Progress
 
+BATCHES = 2
 GPU_PHASE_ROUNDS = 3
 DESCRIBED = ("library", "algorithm", "encoded", "state_bytes")
 
@@ -74,33 +87,26 @@ class Result(NamedTuple):
     missing: dict[str, str]
 
 
-def _remedy(name: str) -> str:
-    return (
-        f"install {INSTALL.get(name, name)} in an environment of its own that has torch and numpy, and give its "
-        f"interpreter: --against {name}=ENVIRONMENT/bin/python"
-    )
-
-
 class _Worker:
     """The process of one contestant."""
 
     def __init__(self, name: str, shape: Shape, plan: Plan) -> None:
-        threads = str(plan.threads)
         # This package is found there by its path alone: the other environment need not have it installed.
         path = os.pathsep.join(filter(None, [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH")]))
-        limits = {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "PYTHONPATH": path}
+        limits = {"OMP_NUM_THREADS": str(plan.threads), "MKL_NUM_THREADS": str(plan.threads)}
         self.name = name
         self._process = subprocess.Popen(
-            [plan.interpreters.get(name, sys.executable), "-m", "tsae.bench.worker"],
+            [plan.interpreters.get(name, sys.executable), "-m", "tsae.bench.rounds"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             # What libraries say while they load is not for the reader of a table.
             stderr=subprocess.DEVNULL if name in PEERS else None,
-            env={**os.environ, **limits},
+            env={**os.environ, **limits, "PYTHONPATH": path},
             text=True,
         )
-        request = {"name": name, "shape": shape.as_dict(), "threads": plan.threads, "clock": plan.clock}
-        self.described = self.ask(request)
+        self.described = self.ask(
+            {"name": name, "shape": shape.as_dict(), "threads": plan.threads, "clock": plan.clock}
+        )
 
     def ask(self, request: dict[str, Any]) -> dict[str, Any]:
         """The answer to a request. Raises TsaeError if the contestant failed."""
@@ -115,7 +121,11 @@ class _Worker:
             raise TsaeError(f"bench: {self.name} ended without an answer, exit code {self._process.wait()}")
         answer: dict[str, Any] = json.loads(line)
         if "missing" in answer:
-            raise TsaeError(f"{self.name}: not installed here ({answer['missing']}); {_remedy(self.name)}")
+            raise TsaeError(
+                f"{self.name}: not installed here ({answer['missing']}); install {INSTALL.get(self.name, self.name)} in an "
+                "environment of its own that has torch and numpy, and give its interpreter: "
+                f"--against {self.name}=ENVIRONMENT/bin/python"
+            )
         if "error" in answer:
             raise TsaeError(f"bench: {self.name}: {answer['error']}")
         return answer
@@ -171,3 +181,92 @@ def _rounds(workers: list[_Worker], shape: Shape, plan: Plan) -> list[Measured]:
                 entry.phases.append(answer["phases"])
             progress.update(number * len(workers) + place + 1, round=number + 1)
     return list(measured.values())
+
+
+def main() -> None:
+    """Answer requests until the input ends. What libraries print goes to stderr."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    try:
+        _serve(json.loads(sys.stdin.readline()), answers)
+    except TsaeError as error:
+        _answer(answers, {"error": str(error)})
+    except ImportError as error:
+        _answer(answers, {"missing": str(error)})
+    except Exception as error:
+        # Libraries fail in ways of their own; whoever asked says so in one line.
+        _answer(answers, {"error": f"{type(error).__name__} {error}".strip()})
+        raise
+
+
+def _serve(first: dict[str, Any], answers: TextIO) -> None:
+    torch.set_num_threads(first["threads"])
+    shape, name = Shape(**first["shape"]), first["name"]
+    data = batches(shape, BATCHES)
+    # One step of a tiny contestant: what is imported and initialised once is not a cost of the step.
+    tiny = dataclasses.replace(shape, activation_dim=16, dict_size=128, k=4, batch_size=32)
+    contestants.build(name, tiny).step(batches(tiny, 1)[0])
+    memory = Memory(shape.device)
+    contestant = contestants.build(name, shape)
+    clock = _clock(shape.device, first["clock"])
+    _answer(answers, {key: getattr(contestant, key) for key in DESCRIBED})
+    for number, line in enumerate(sys.stdin):
+        request, batch = json.loads(line), data[number % len(data)]
+        began = clock()
+        if request["record"]:
+            with record(clock) as times:
+                contestant.step(batch)
+            answer = {"seconds": clock() - began, "phases": times.seconds}
+        else:
+            contestant.step(batch)
+            answer = {"seconds": clock() - began}
+        _answer(answers, {**answer, "peak_bytes": memory.peak()})
+
+
+def _answer(answers: TextIO, value: dict[str, Any]) -> None:
+    print(json.dumps(value), file=answers, flush=True)
+
+
+def _clock(device: str, kind: str) -> Callable[[], float]:
+    """Seconds of CPU (of all threads) or of wall time; a GPU is waited for first."""
+    if device.startswith("cuda"):
+
+        def synchronized() -> float:
+            torch.cuda.synchronize(device)
+            return time.perf_counter()
+
+        return synchronized
+    return time.process_time if kind == "cpu" else time.perf_counter
+
+
+class Memory:
+    """Bytes above what is in use now: resident memory, or what torch allocates on a GPU."""
+
+    def __init__(self, device: str) -> None:
+        self._device = device if device.startswith("cuda") else None
+        if self._device is not None:
+            torch.cuda.reset_peak_memory_stats(self._device)
+            self._before: int | None = torch.cuda.memory_allocated(self._device)
+        else:
+            # Freed memory goes back to the system, where it counts again once it is used.
+            if sys.platform == "linux":
+                ctypes.CDLL(None).malloc_trim(0)
+            self._before = _status("VmRSS")
+
+    def peak(self) -> int | None:
+        """Most bytes since; none where the system does not tell."""
+        highest = torch.cuda.max_memory_allocated(self._device) if self._device else _status("VmHWM")
+        return None if highest is None or self._before is None else highest - self._before
+
+
+def _status(field: str) -> int | None:
+    """A size that Linux tells of this process, in bytes."""
+    if sys.platform != "linux":
+        return None
+    with open("/proc/self/status") as lines:
+        found = next((line for line in lines if line.startswith(field)), None)
+    return None if found is None else 1024 * int(found.split()[1])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,4 +1,4 @@
-"""How fast activations arrive: pairs from a store against rows of a plain memory map, and the harvest itself."""
+"""What goes on around the steps: how fast activations arrive and are made, what smoothness costs, and a resumed start."""
 
 from __future__ import annotations
 
@@ -6,37 +6,46 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 
-from tsae.bench.shape import Shape
+from tsae.bench.report import spread
+from tsae.bench.shape import Shape, batches
 from tsae.config.sections import ModelConfig, StoreConfig
 from tsae.data.contexts import Contexts
 from tsae.runtime.progress import Progress
 from tsae.store.pairs import PairStream
 from tsae.store.reader import Store
 from tsae.store.writer import finalise, prepare, write_shard
+from tsae.training.resume import ResumeStates
+from tsae.training.trainer import Trainer
 
 CONTEXT = 128
 LM_SEQUENCES = 64
-SMOOTHNESS_WARMUP = 5
+SMOOTHNESS_ROUNDS, SMOOTHNESS_WARMUP = 50, 5
 PERSISTENCE = 0.55
 
 
-class Reading(NamedTuple):
-    """Rates of one round after the other; the files are in the page cache."""
+def measure(shape: Shape, megabytes: int, rounds: int) -> dict[str, Any]:
+    """Spreads of all rates, as they are written down; the store that is read has about `megabytes`."""
+    store, memmap = _read_rates(shape, megabytes, rounds)
+    return {
+        "store_mb": megabytes,
+        "store_pairs_per_second": spread(store),
+        "memmap_pairs_per_second": spread(memmap),
+        "harvest_tokens_per_second": spread(_harvest_rate(shape.device, rounds)),
+        "smoothness_seconds_per_context": spread(_smoothness_cost(shape, SMOOTHNESS_ROUNDS)),
+    }
 
-    store: list[float]
-    """Pairs per second of PairStream: checksums, mixing and widening to float32 included."""
-    memmap: list[float]
-    """Pairs per second of random rows of a memory map of the same numbers, widened as well."""
 
+def _read_rates(shape: Shape, megabytes: int, rounds: int) -> tuple[list[float], list[float]]:
+    """Pairs per wall second of whole epochs of a temporary bfloat16 store, a quarter of it in memory at a time, and of
+    as many random rows of a memory map of the same numbers, in turns.
 
-def read_rates(shape: Shape, megabytes: int, rounds: int) -> Reading:
-    """Pairs per wall second of whole epochs of a temporary bfloat16 store of about `megabytes`, a quarter of it in
-    memory at a time, and of as many random rows of a memory map, in turns."""
+    Of the store's pairs checksums, mixing and widening to float32 are included; the others are widened as well.
+    """
     with tempfile.TemporaryDirectory(prefix="tsae-bench-") as folder:
         store = _write_store(Path(folder), shape, megabytes)
         batch, pool = min(shape.batch_size, len(store.train) * CONTEXT // 8), max(1, len(store.train) // 4)
@@ -44,7 +53,7 @@ def read_rates(shape: Shape, megabytes: int, rounds: int) -> Reading:
         steps = stream.steps_per_epoch
         flat = np.memmap(Path(folder) / "flat", np.uint16, mode="r").reshape(-1, shape.activation_dim)
         ways = (stream.iterate(0, (rounds + 1) * steps), _random_rows(flat, batch))
-        rates: tuple[list[float], ...] = ([], [])
+        rates: tuple[list[float], list[float]] = ([], [])
         for _ in range(rounds + 1):
             for way, found in zip(ways, rates, strict=True):
                 began = time.perf_counter()
@@ -52,7 +61,7 @@ def read_rates(shape: Shape, megabytes: int, rounds: int) -> Reading:
                     next(way)
                 found.append(steps * batch / (time.perf_counter() - began))
         # The first round fills the pool and the page cache.
-        return Reading(*(found[1:] for found in rates))
+        return rates[0][1:], rates[1][1:]
 
 
 def _write_store(folder: Path, shape: Shape, megabytes: int) -> Store:
@@ -92,7 +101,7 @@ def _random_rows(flat: np.ndarray, batch: int) -> Iterator[torch.Tensor]:
         yield torch.from_numpy(pairs).view(torch.bfloat16).float()
 
 
-def harvest_rate(device: str, rounds: int) -> list[float]:
+def _harvest_rate(device: str, rounds: int) -> list[float]:
     """Tokens per wall second of the embedded language model up to its hook point; no text, no store."""
     from tsae.lm.model import load_language_model
 
@@ -108,7 +117,7 @@ def harvest_rate(device: str, rounds: int) -> list[float]:
     return rates[1:]
 
 
-def smoothness_cost(shape: Shape, rounds: int) -> list[float]:
+def _smoothness_cost(shape: Shape, rounds: int) -> list[float]:
     """Seconds of processor time for all smoothness measures, of all splits, of one context's sparse code."""
     from tsae.evaluation.smoothness import context_code, smoothness, split_ranges
     from tsae.sae.sparse import from_dense
@@ -134,3 +143,23 @@ def _persistent_codes(dict_size: int, k: int) -> torch.Tensor:
         active = np.concatenate([kept, random.permutation(others)[: k - len(kept)]])
         f[position, active] = torch.from_numpy(random.random(k, np.float32)) + 0.5
     return f
+
+
+def resume_seconds(shape: Shape, rounds: int) -> dict[str, float]:
+    """Wall seconds from nothing to a trainer that continues, state checked and read; the store's first pool is not in it."""
+    config = shape.run_config("sparse")
+    (batch,) = batches(shape, 1)
+    with tempfile.TemporaryDirectory(prefix="tsae-bench-") as folder:
+        trainer = Trainer(config, shape.activation_dim, device=shape.device)
+        trainer.step(batch)
+        states = ResumeStates(Path(folder), {}, keep=1)
+        states.save(1, trainer.state(), first=lambda: None)
+        states.wait()
+        seconds = []
+        for _ in range(rounds):
+            began = time.perf_counter()
+            state = ResumeStates(Path(folder), {}, keep=1).load()
+            assert state is not None
+            Trainer(config, shape.activation_dim, device=shape.device).load_state(state)
+            seconds.append(time.perf_counter() - began)
+    return spread(seconds)
