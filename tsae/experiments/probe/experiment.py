@@ -23,7 +23,8 @@ from tsae.runtime.errors import TsaeError
 from tsae.runtime.progress import Progress
 
 if TYPE_CHECKING:
-    from tsae.experiments.probe.fit import Features, Scores
+    from tsae.experiments.probe.fit import Scores
+    from tsae.experiments.shared.firings import Features
 
 HEADLINE = 5
 """Features of the probes whose balanced accuracy stands for a task."""

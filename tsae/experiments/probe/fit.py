@@ -13,11 +13,9 @@ import numpy as np
 from tsae.runtime.preemption import polled
 
 if TYPE_CHECKING:
-    from typing import TypeAlias
+    from scipy.sparse import csc_array
 
-    from scipy.sparse import csc_array, csr_array
-
-    Features: TypeAlias = csr_array | np.ndarray
+    from tsae.experiments.shared.firings import Features
 
 MAX_ITERATIONS = 300
 DENSE_STRENGTH = 0.01

@@ -18,10 +18,16 @@ from tsae.runtime.errors import TsaeError
 from tsae.runtime.progress import Progress
 
 if TYPE_CHECKING:
+    from typing import TypeAlias
+
+    from scipy.sparse import csr_array
     from transformers import PreTrainedTokenizerFast
 
     from tsae.experiments.shared.subject import Subject
     from tsae.store.reader import Store
+
+    Features: TypeAlias = csr_array | np.ndarray
+    """Feature activations of tokens [N, F], sparse; dense ones are those of the residual stream."""
 
 log = logging.getLogger("tsae")
 

@@ -28,7 +28,7 @@ from tsae.runtime.progress import Progress
 if TYPE_CHECKING:
     from scipy.sparse import csr_array
 
-    from tsae.experiments.probe.fit import Features
+    from tsae.experiments.shared.firings import Features
 
 COLOURINGS = ("semantics", "context", "syntax")
 BEFORE = 24
