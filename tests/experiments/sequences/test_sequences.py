@@ -92,6 +92,5 @@ def test_own_texts_and_chosen_latents_are_shown(config: RunConfig, checkpoints: 
 def test_what_cannot_be_is_one_clear_line(
     config: RunConfig, checkpoints: Path, settings: dict[str, Any], message: str
 ) -> None:
-    wanted = with_settings(config, **{"dataset": config.experiments.sequences.dataset, **settings})
     with pytest.raises(TsaeError, match=message):
-        measured(wanted, checkpoints, 2)
+        measured(with_settings(config, **{"dataset": config.experiments.sequences.dataset, **settings}), checkpoints, 2)

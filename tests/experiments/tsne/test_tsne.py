@@ -117,9 +117,7 @@ def test_texts_shorter_than_asked_for_and_dead_latents_are_one_line(config, chec
     ):
         experiment_stage(long, checkpoints, "temporal", "tsne")
     with pytest.raises(TsaeError, match=r"experiments\.tsne\.seeds: 0 is impossible"):
-        experiment_stage(
-            configuration.replace(config, experiments={"tsne": TsneConfig(seeds=0)}), checkpoints, "temporal", "tsne"
-        )
+        configuration.from_mapping({"experiments": {"tsne": {"seeds": 0}}}, "here.yaml")
     run, dead = RunFolder.of(checkpoints, "batch_topk"), RunFolder.of(tmp_path, "dead")
     dead.path.mkdir(parents=True)
     for file in (run.config_json, run.resolved):

@@ -71,7 +71,6 @@ class Tests(NamedTuple):
 
 def measure(subject: Subject, settings: AlignConfig, chunk: int) -> dict[str, Any]:
     """The differences of one split's latents. Raises TsaeError for too few pairs."""
-    _check(settings)
     pairs, texts = _material(subject, settings)
     split = subject.latents(chunk)
     found = differences(subject, texts, pairs, split)
@@ -262,19 +261,3 @@ def _all_tested(tests: Tests, first: int, level: float) -> dict[str, Any]:
 
 def _number(value: float) -> float | None:
     return None if np.isnan(value) else float(value)
-
-
-def _check(settings: AlignConfig) -> None:
-    allowed = {
-        "pairs": (settings.pairs >= MIN_PAIRS, f"at least {MIN_PAIRS} pairs are needed for a test"),
-        "max_tokens": (settings.max_tokens >= 16, "at least 16 are expected"),
-        "matched_tokens": (settings.matched_tokens >= 0, "it must be at least 0"),
-        "min_pairs": (settings.min_pairs >= 2, "a test needs at least 2"),
-        "level": (0 < settings.level < 1, "a rate between 0 and 1 is expected"),
-        "table": (settings.table > 0, "it must be greater than 0"),
-        "examples": (settings.examples >= 0, "it must be at least 0"),
-        "bootstrap": (settings.bootstrap >= 100, "at least 100 draws are needed for an interval"),
-    }
-    for name, (possible, rule) in allowed.items():
-        if not possible:
-            raise TsaeError(f"experiments.align.{name}: {getattr(settings, name)} is impossible; {rule}")

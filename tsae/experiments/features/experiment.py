@@ -90,9 +90,6 @@ def write_page(subject: Subject, settings: FeaturesConfig, firings: Firings, sta
 def _check(subject: Subject, settings: FeaturesConfig) -> None:
     if subject.config.is_synthetic:
         raise TsaeError(f"{subject.run.path}: was trained on a synthetic world, which has no text to show")
-    for name, least in (("sequences", 1), ("examples", 1), ("before", 0), ("after", 0)):
-        if getattr(settings, name) < least:
-            raise TsaeError(f"experiments.features.{name}: {getattr(settings, name)} is impossible; at least {least}")
     if settings.before + settings.after >= data.LONGEST:
         raise TsaeError(
             f"experiments.features.before and after: {settings.before} and {settings.after} are impossible; "

@@ -24,7 +24,6 @@ from tsae.runtime import files
 from tsae.runtime.errors import TsaeError
 from tsae.runtime.progress import Progress
 
-MIN_SPLICES = 10
 SHOWN = 3
 """Contexts in the page; the first is drawn."""
 HEADLINE = ("phase_auc", "top_persistence", "boundary_lag", "leakage", "change_point_f1")
@@ -153,24 +152,11 @@ def _packed(values: np.ndarray, first: int) -> str:
 
 
 def _check(settings: SequencesConfig, subject: Subject) -> None:
-    allowed = {
-        "splices": (settings.splices >= MIN_SPLICES, f"at least {MIN_SPLICES} are needed for an interval"),
-        "top": (settings.top > 0, "it must be greater than 0"),
-        "window": (settings.window > 0, "it must be greater than 0"),
-        "tolerance": (settings.tolerance >= 0, "it must be at least 0"),
-        "smoothest": (0 < settings.smoothest <= 1, "a share above 0 and up to 1 is expected"),
-        "bootstrap": (settings.bootstrap >= 100, "at least 100 draws are needed for an interval"),
-        "texts": (len(settings.texts) != 1, "one text has no border; give at least two"),
-        "latents": (
-            all(0 <= latent < subject.dictionary.dict_size for latent in settings.latents),
-            f"latents are counted from 0 to {subject.dictionary.dict_size - 1}",
-        ),
-    }
-    for name, (possible, rule) in allowed.items():
-        if not possible:
-            value = getattr(settings, name)
-            shown = list(value) if isinstance(value, tuple) else value
-            raise TsaeError(f"experiments.sequences.{name}: {shown} is impossible; {rule}")
+    size = subject.dictionary.dict_size
+    if any(latent >= size for latent in settings.latents):
+        raise TsaeError(
+            f"experiments.sequences.latents: {list(settings.latents)} is impossible; latents are counted from 0 to {size - 1}"
+        )
 
 
 def write_page(results: dict[str, Any], path: Path) -> None:

@@ -213,30 +213,13 @@ def _judged(settings: SteerConfig, samples: list[dict[str, Any]]) -> dict[str, A
 
 def _check(settings: SteerConfig, subject: Subject, chunk: int) -> None:
     split = subject.latents(chunk)
-    strengths = (*settings.multiples, *settings.strengths)
-    named = len(settings.latents)
-    allowed = {
-        "multiples": (bool(strengths) and min(strengths, default=0) >= 0, "strengths of at least 0 are expected"),
-        "latents": (
-            not named or named == len(settings.concepts),
-            f"one for each of experiments.steer.concepts is expected; there are {len(settings.concepts)}",
-        ),
-        "max_concepts": (settings.max_concepts >= 2, "at least 2 are needed to tell them apart"),
-        "prompts": (len(settings.prompts) + settings.text_prompts > 0, "at least one prompt or text_prompts is needed"),
-        "text_prompts": (settings.text_prompts >= 0, "it must be at least 0"),
-        "prompt_tokens": (settings.prompt_tokens > 0, "it must be greater than 0"),
-        "tokens": (settings.tokens >= 4, "at least 4 are expected"),
-        "temperature": (settings.temperature >= 0, "it must be at least 0"),
-        "success": (0 < settings.success <= 1, "a probability is expected"),
-        "coherence": (0 < settings.coherence <= 1, "a share is expected"),
-        "bootstrap": (settings.bootstrap >= 100, "at least 100 draws are needed for an interval"),
-    }
-    for name, (possible, rule) in allowed.items():
-        if not possible:
-            value = getattr(settings, name)
-            raise TsaeError(
-                f"experiments.steer.{name}: {list(value) if isinstance(value, tuple) else value} is impossible; {rule}"
-            )
+    if not (settings.multiples or settings.strengths):
+        raise TsaeError("experiments.steer.multiples: [] is impossible; at least one strength is expected")
+    if settings.latents and len(settings.latents) != len(settings.concepts):
+        raise TsaeError(
+            f"experiments.steer.latents: {list(settings.latents)} is impossible; one for each of "
+            f"experiments.steer.concepts is expected; there are {len(settings.concepts)}"
+        )
     for latent in settings.latents:
         if not split.start <= latent < split.stop:
             raise TsaeError(

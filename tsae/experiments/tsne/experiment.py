@@ -37,7 +37,6 @@ BEFORE = 24
 
 def measure(subject: Subject, settings: TsneConfig, chunk: int) -> dict[str, Any]:
     """Purity and silhouette of the three labels, and the map of the first choice of texts."""
-    _refuse(settings)
     material = _material(subject, settings)
     latents = subject.latents(chunk)
     progress = Progress(f"tsne {subject.name} chunk {chunk}", settings.seeds + 1, "steps")
@@ -201,14 +200,6 @@ def _pieces(texts: TextActivations, row: int, first: int) -> list[str]:
     text, offsets = texts.texts[row].text, texts.offsets[row]
     starts = [int(offsets[position, 0]) for position in range(first, end)] + [int(offsets[end - 1, 1])]
     return [text[start:stop] for start, stop in pairwise(starts)]
-
-
-def _refuse(settings: TsneConfig) -> None:
-    """Raise TsaeError for settings that no map can be made with."""
-    fewest = {"texts": 2, "tokens": 1, "dimensions": 2, "perplexity": 1, "neighbours": 1, "seeds": 1}
-    for name, least in fewest.items():
-        if getattr(settings, name) < least:
-            raise TsaeError(f"experiments.tsne.{name}: {getattr(settings, name)} is impossible; at least {least}")
 
 
 ROWS_AT_ONCE = 1000
