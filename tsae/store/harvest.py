@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -63,21 +63,25 @@ def harvest(config: RunConfig, task: int = 0, tasks: int = 1) -> Path:
         layout.require(config)
         if layout.is_whole():
             return layout.path
-    from tsae.store.writer import finalise, write_shard
-
     source: Source = SyntheticSource(config) if config.is_synthetic else LanguageModelSource(config)
     _prepare_once(layout, config, source)
+    write_missing(layout, range(task, layout.geometry.shards, tasks), _Reading(layout, source).activations)
+    return layout.path
+
+
+def write_missing(layout: StoreLayout, shards: range, activations: Callable[[int], Iterator[Tensor]]) -> None:
+    """Write those of `shards` that are not there, and finish the store once all are; `activations` gives a shard's, in order."""
+    from tsae.store.writer import finalise, write_shard
+
     if layout.attributes["complete"]:
         # A shard was lost since; until it is back nobody may take the store for whole.
         layout.set_attributes(complete=False)
-    reading = _Reading(layout, source)
-    for shard in range(task, layout.geometry.shards, tasks):
+    for shard in shards:
         if not layout.is_written(shard):
-            write_shard(layout, shard, reading.activations(shard))
+            write_shard(layout, shard, activations(shard))
     if all(layout.is_written(shard) for shard in range(layout.geometry.shards)):
         finalise(layout)
         layout.progress.unlink(missing_ok=True)
-    return layout.path
 
 
 def _prepare_once(layout: StoreLayout, config: RunConfig, source: Source) -> None:

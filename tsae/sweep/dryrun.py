@@ -9,10 +9,9 @@ from tsae.config.points import shown
 from tsae.sweep import schedulers
 from tsae.sweep.attempt import Attempt
 from tsae.sweep.cluster import Cluster, load_cluster
-from tsae.sweep.launcher import Choice, Options, choose, container_for, resolve
+from tsae.sweep.launcher import Choice, Options, choose, container_for, resolve, submission_of
 from tsae.sweep.plan import Plan
 from tsae.sweep.resources import StageResources
-from tsae.sweep.schedulers.submission import Submission
 from tsae.sweep.stage import Stage
 
 
@@ -31,15 +30,7 @@ def dry_run(plan: Plan, options: Options) -> list[str]:
     lines += _cost(choice.start, site)
     if scheduler and stages:
         attempt = Attempt(plan.folder / "attempts" / time.strftime("%Y%m%d-%H%M%S"))
-        submission = Submission(
-            scheduler=scheduler,
-            sweep_folder=plan.folder,
-            attempt=attempt,
-            cluster=site,
-            container=image,
-            max_parallel=plan.sweep.config.max_parallel,
-            alive=choice.alive,
-        )
+        submission = submission_of(plan, scheduler, attempt, site, image, choice)
         for text in submission.texts(stages, scheduler.limits() if scheduler.answers() else None):
             lines += ["", f"----- {scheduler.command}", text.rstrip(), "-----", ""]
     return [*lines, f"results: {plan.folder}", "dry run: nothing was started"]

@@ -121,7 +121,9 @@ def launch(plan: Plan, options: Options) -> Launched:
         # A local queue may have to take over what another one has now.
         attempt = _begin(plan, choice.start, image)
         if scheduler:
-            return Launched(choice, submitted=_submit(scheduler, plan, stages, attempt, site, image, choice))
+            return Launched(
+                choice, submitted=_submit(submission_of(plan, scheduler, attempt, site, image, choice), stages)
+            )
         own = [*choice.own, *stages[len(choice.start) :]]
         terminal = Terminal()
         if executor == "local":
@@ -203,16 +205,11 @@ def _texts(plain: Any) -> Iterator[str]:
             yield from _texts(part)
 
 
-def _submit(
-    scheduler: Scheduler,
-    plan: Plan,
-    stages: Sequence[Stage],
-    attempt: Attempt,
-    site: Cluster,
-    image: Container | None,
-    choice: Choice,
-) -> int:
-    submission = Submission(
+def submission_of(
+    plan: Plan, scheduler: Scheduler, attempt: Attempt, site: Cluster, image: Container | None, choice: Choice
+) -> Submission:
+    """What goes to a scheduler in a launch of `plan`."""
+    return Submission(
         scheduler=scheduler,
         sweep_folder=plan.folder,
         attempt=attempt,
@@ -221,6 +218,9 @@ def _submit(
         max_parallel=plan.sweep.config.max_parallel,
         alive=choice.alive,
     )
+
+
+def _submit(submission: Submission, stages: Sequence[Stage]) -> int:
     jobs = submission.submit(stages)
     arrays: dict[str, list[str]] = {}
     for entry in jobs:

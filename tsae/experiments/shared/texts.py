@@ -37,9 +37,10 @@ from tsae.runtime import locks, preemption
 from tsae.runtime.environment import home
 from tsae.runtime.errors import TsaeError, suggestion
 from tsae.runtime.progress import Progress
+from tsae.store.harvest import write_missing
 from tsae.store.layout import StoreLayout, store_path
 from tsae.store.reader import Store
-from tsae.store.writer import finalise, prepare, write_shard
+from tsae.store.writer import prepare
 
 if TYPE_CHECKING:
     from scipy.sparse import csr_array
@@ -272,14 +273,12 @@ def _write(subject: Subject, layout: StoreLayout, contexts: Contexts, key: str) 
         "packages": {name: version(name) for name in packages},
     }
     prepare(layout.path, contexts, lm.activation_dim, store=subject.config.store, attributes=attributes)
-    if layout.attributes["complete"]:
-        layout.set_attributes(complete=False)
     progress = Progress("harvest of labelled texts", len(contexts.lengths), "texts", layout.progress)
-    for shard in range(layout.geometry.shards):
-        if not layout.is_written(shard):
-            write_shard(layout, shard, _activations(subject, contexts, layout.geometry.sequences_of(shard), progress))
-    finalise(layout)
-    layout.progress.unlink(missing_ok=True)
+    write_missing(
+        layout,
+        range(layout.geometry.shards),
+        lambda shard: _activations(subject, contexts, layout.geometry.sequences_of(shard), progress),
+    )
 
 
 def _activations(subject: Subject, contexts: Contexts, rows: range, progress: Progress) -> Iterator[Tensor]:
