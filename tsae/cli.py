@@ -221,7 +221,7 @@ def _evaluate(options: argparse.Namespace) -> None:
 
 
 def _experiment(name: str, options: argparse.Namespace) -> None:
-    from tsae.experiments.commands import arguments_of
+    from tsae.experiments.request import arguments_of
     from tsae.stages import experiment_stage
 
     print("\n".join(experiment_stage(**arguments_of(name, options))))

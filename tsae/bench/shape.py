@@ -5,12 +5,10 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from tsae.config import run as configuration
-from tsae.config.run import RunConfig
-from tsae.config.sections import KIND_SETTINGS
-
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from tsae.config.run import RunConfig
 
 CONCEPTS = 64
 DTYPES = ("float32", "float64", "bfloat16")
@@ -18,6 +16,8 @@ DTYPES = ("float32", "float64", "bfloat16")
 
 def halves_of(kind: str) -> int:
     """Activations that a step of such a dictionary encodes per pair or token."""
+    from tsae.config.sections import KIND_SETTINGS
+
     return 2 if kind in KIND_SETTINGS and KIND_SETTINGS[kind].temporal else 1
 
 
@@ -61,6 +61,8 @@ class Shape:
 
     def run_config(self, engine: str, kind: str | None = None, encoder_precision: str = "exact") -> RunConfig:
         """The configuration of a run of this shape. Raises TsaeError for sizes that cannot be."""
+        from tsae.config import run as configuration
+
         tree = {
             "sae": {"kind": kind or self.kind, "dict_size": self.dict_size, "k": self.k},
             # What the other libraries' steps, and the figures that others have measured, are to be compared with.

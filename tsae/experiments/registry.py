@@ -9,9 +9,10 @@ from __future__ import annotations
 
 from importlib import import_module
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from tsae.config.run import RunConfig
+if TYPE_CHECKING:
+    from tsae.config.run import RunConfig
 
 
 class Experiment(NamedTuple):

@@ -1,0 +1,89 @@
+"""What the command line of an experiment asks for: on which run, with which configuration."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from tsae.checkpoint import BASELINE, RunFolder, find_dictionary
+from tsae.config import run as configuration
+from tsae.config import schema
+from tsae.config.run import RunConfig
+from tsae.config.sections import ModelConfig
+from tsae.experiments.driver import with_dataset
+from tsae.runtime import environment
+from tsae.runtime.errors import TsaeError, suggestion
+
+FREE = ("model.device", "model.batch_size", "training.device")
+"""Settings of a trained run that an experiment may change: where things run."""
+
+
+def arguments_of(name: str, options: argparse.Namespace) -> dict[str, Any]:
+    """What the stage of experiment `name` is called with. Raises TsaeError."""
+    checkpoints = options.checkpoints_path or environment.home() / "checkpoints"
+    if getattr(options, "protocol", None) is not None:
+        options.overrides = [*options.overrides, f"experiments.{name}.protocol={options.protocol}"]
+    config = with_dataset(_config(checkpoints, options), name, options.dataset)
+    chunk = getattr(options, "chunk", None)
+    return {
+        "config": config,
+        "checkpoints_path": checkpoints,
+        "run_name": options.run_name,
+        "name": name,
+        "chunks": None if chunk is None else [chunk],
+        "checkpoint": options.checkpoint,
+        "explanations": getattr(options, "explanation_path", None),
+    }
+
+
+def _existing(checkpoints: Path, name: str) -> Path:
+    """Where the run `name` is. Raises TsaeError with the runs there are if it is not one of them."""
+    path = RunFolder.of(checkpoints, name).path.parent
+    if checkpoints.is_dir() and not path.exists():
+        runs = sorted(folder.parent.name for folder in checkpoints.glob("*/trainer_0"))
+        raise TsaeError(
+            f"--run_name {name}: {checkpoints} holds no such run; {suggestion(name, runs)}"
+            f"runs found: {', '.join(runs) or 'none'}"
+        )
+    return path
+
+
+def _config(checkpoints: Path, options: argparse.Namespace) -> RunConfig:
+    """The run's own configuration with the command line's overrides; of files from elsewhere, what they tell.
+
+    Raises TsaeError if `--model` or `--layer` contradict the run.
+    """
+    extra = schema.parse_overrides(options.overrides)
+    configuration.check_part(extra, "command line")
+    if options.run_name == BASELINE:
+        if getattr(options, "chunk", None) in (0, 1):
+            raise TsaeError(f"--chunk {options.chunk}: {BASELINE} has no splits; leave --chunk out")
+        named = {key: value for key in ("model", "layer") if (value := getattr(options, key)) is not None}
+        tree = {"model": {"name" if key == "model" else key: value for key, value in named.items()}}
+        return configuration.from_mapping(configuration.lay_over(tree, extra), "command line")
+    run = RunFolder(find_dictionary(_existing(checkpoints, options.run_name)))
+    config = run.load_config() if run.resolved.exists() else _foreign(run, options)
+    for key, found in (("model", config.model.name), ("layer", config.model.layer)):
+        wanted = getattr(options, key)
+        if wanted is not None and wanted != found:
+            raise TsaeError(f"--{key} {wanted}: {run.path} was trained on {key} {found}; leave --{key} out")
+    for key in extra:
+        if not key.startswith("experiments.") and key not in FREE:
+            raise TsaeError(
+                f"command line: {key}: was decided when the run was trained; allowed: experiments.…, {', '.join(FREE)}"
+            )
+    return configuration.from_mapping(configuration.lay_over(schema.to_plain(config), extra), "command line")
+
+
+def _foreign(run: RunFolder, options: argparse.Namespace) -> RunConfig:
+    """What the config.json of another program's run tells of its language model; flags fill in what it leaves out."""
+    from tsae.interop.origin import origin_of, read_json
+
+    origin = origin_of(read_json(run.config_json), run.path)
+    model = options.model or (None if origin.model == "unknown" else origin.model)
+    layer = origin.layer if origin.layer is not None else options.layer
+    if model is None or layer is None:
+        missing = "--model" if model is None else "--layer"
+        raise TsaeError(f"{run.config_json}: does not tell the {missing[2:]}; give {missing}")
+    return RunConfig(model=ModelConfig(name=model, layer=layer))
