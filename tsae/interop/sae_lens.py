@@ -15,7 +15,8 @@ from torch import Tensor
 
 from tsae.checkpoint import RunFolder, save_dictionary
 from tsae.interop.folders import new_folder
-from tsae.interop.origin import TRANSFORMER_LENS_PREFIXES, Origin, read_json
+from tsae.interop.origin import UNKNOWN, Origin, read_json
+from tsae.interop.place import Place, find_place, hub_name
 from tsae.interop.portable import Portable, has_unit_rows, portable, recentred, state_dict, with_unit_rows
 from tsae.runtime.errors import TsaeError, suggestion
 from tsae.runtime.files import write_json
@@ -105,7 +106,7 @@ def load(folder: str | Path) -> tuple[Dictionary, dict[str, Any]]:
     state = state_dict(classes()[name].dictionary, form, k, metadata.get("tsae_group_sizes"))
     dictionary = from_state(name, state, k, where)
     dictionary.require_calibrated(where)
-    return dictionary.eval().requires_grad_(False), imported_config(name, dictionary, config)
+    return dictionary.eval().requires_grad_(False), imported_config(name, dictionary, config, str(folder / CONFIG))
 
 
 def import_folder(source: str | Path, out: str | Path) -> Path:
@@ -258,18 +259,23 @@ def _modernised(config: dict[str, Any], where: str) -> dict[str, Any]:
     }
 
 
-def imported_config(name: str, dictionary: Dictionary, config: dict[str, Any]) -> dict[str, Any]:
-    """The config.json of an imported dictionary of class `name`: what other loaders need, and the metadata as found."""
+def imported_config(name: str, dictionary: Dictionary, config: dict[str, Any], where: str) -> dict[str, Any]:
+    """The config.json of an imported dictionary of class `name`: what other loaders need, and the metadata as found.
+
+    Raises TsaeError, naming `where`, for a place in the model that is the output of no module.
+    """
     metadata = config.get("metadata") or {}
-    layer, submodule = _block(str(metadata.get("hook_name") or ""))
+    model = hub_name(str(metadata.get("model_name") or UNKNOWN))
+    hook = metadata.get("hf_hook_name") or metadata.get("hook_name")
+    place = find_place(str(hook), model, where) if hook else Place(model, None)
     trainer: dict[str, Any] = {
         "trainer_class": classes()[name].trainer_class,
         "dict_class": name,
         "activation_dim": dictionary.activation_dim,
         "dict_size": dictionary.dict_size,
-        "layer": layer,
-        "lm_name": _hub_name(str(metadata.get("model_name") or "unknown")),
-        "submodule_name": submodule or metadata.get("hf_hook_name") or metadata.get("hook_name"),
+        "layer": place.block,
+        "lm_name": model,
+        "submodule_name": place.module if place.block is None else f"resid_post_layer_{place.block}",
         "device": "cpu",
     }
     if isinstance(dictionary, ThresholdDictionary):
@@ -280,18 +286,3 @@ def imported_config(name: str, dictionary: Dictionary, config: dict[str, Any]) -
         trainer["temporal"] = metadata.get("tsae_temporal", "p")
     buffer = {"ctx_len": metadata.get("context_size"), "dataset": metadata.get("dataset_path")}
     return {"trainer": trainer, "buffer": buffer, "sae_lens": metadata}
-
-
-def _block(hook: str) -> tuple[int | None, str | None]:
-    """Block whose output a TransformerLens hook reads, and the reference's name of that place."""
-    found = re.fullmatch(r"blocks\.(\d+)\.hook_resid_(pre|post)", hook)
-    layer = int(found[1]) - (found[2] == "pre") if found else -1
-    return (layer, f"resid_post_layer_{layer}") if layer >= 0 else (None, None)
-
-
-def _hub_name(lens_name: str) -> str:
-    """The hub id of a model that TransformerLens calls `lens_name`."""
-    for prefix, owner in TRANSFORMER_LENS_PREFIXES.items():
-        if lens_name.startswith(prefix.removeprefix(owner)):
-            return owner + lens_name
-    return lens_name
