@@ -59,6 +59,56 @@ def test_apptainer_sees_the_folders_and_keeps_the_environment(programs: Path, tm
     assert not {"--cleanenv", "--containall", "--contain"} & set(command)
 
 
+@pytest.fixture
+def far(tmp_path: Path) -> Path:
+    """A folder that no bind of the working directory reaches."""
+    folder = tmp_path / "far"
+    folder.mkdir()
+    return folder
+
+
+def bound(*places: Path) -> set[str]:
+    """What is bound for `places`, when TSAE_HOME and the working directory are links' folders or not."""
+    return set(container("docker:tsae", places).binds)
+
+
+def test_a_linked_scratch_below_the_working_directory_is_bound_by_its_target(
+    programs: Path, far: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`runs -> far/scratch/runs`, where `far/scratch` is a link too: each name on the way stands inside."""
+    install(programs, "docker")
+    (far / "disk" / "runs").mkdir(parents=True)
+    (far / "scratch").symlink_to("disk")
+    Path("work").mkdir()
+    monkeypatch.chdir("work")
+    Path("runs").symlink_to(far / "scratch" / "runs")
+    monkeypatch.delenv("TSAE_HOME")
+    assert bound() == {os.getcwd(), str(far / "scratch" / "runs"), str(far / "disk" / "runs")}
+
+
+@pytest.mark.parametrize("place", ["home", "data", "model"])
+def test_links_inside_what_is_used_are_bound_by_their_targets(
+    programs: Path, far: Path, home: Path, place: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A folder in a folder, a file among files, and a link behind a link; what the image has itself is left alone."""
+    install(programs, "docker")
+    folder = home if place == "home" else far.parent / place
+    (folder / "stores").mkdir(parents=True)
+    for name in ("store", "texts", "more", "not used"):
+        (far / name).mkdir()
+    (far / "texts" / "a.jsonl").touch()
+    (folder / "stores" / "mine").symlink_to(far / "store")
+    (folder / "b.jsonl").symlink_to("../far/texts/a.jsonl" if place != "home" else far / "texts" / "a.jsonl")
+    (far / "store" / "next").symlink_to("../more")
+    (folder / "stores" / "python").symlink_to("/usr/bin/env")
+    (folder / "stores" / "up").symlink_to("..")
+    (folder / "stores" / "gone").symlink_to(far / "gone")
+    Path("work").mkdir()
+    monkeypatch.chdir("work")
+    here = {os.getcwd(), str(folder), str(home)}
+    assert bound(folder) == {*here, *(str(far / name) for name in ("store", "texts", "more"))}
+
+
 def test_docker_gets_folders_user_and_the_variables_that_matter(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
