@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -27,6 +28,29 @@ def image(tmp_path: Path, require: Callable[[str, bool, str], None]) -> Path:
     for name in ("bin", "sbin", "lib", "lib64"):
         (root / name).symlink_to(f"usr/{name}")
     return root
+
+
+def test_what_links_name_is_there_inside(
+    image: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """TSAE_HOME is a link below the working directory, one of its folders another, and a file of the data a third."""
+    monkeypatch.setenv("APPTAINER_NO_MOUNT", "tmp,home,cwd")  # as where the site does not bind its scratch
+    far, work, data = tmp_path_factory.mktemp("far"), tmp_path / "work", tmp_path / "data"
+    for folder in (work, data, far / "runs", far / "stores", far / "texts"):
+        folder.mkdir()
+    (far / "texts" / "a.txt").write_text("seen")
+    (work / "runs").symlink_to(far / "runs")
+    (far / "runs" / "stores").symlink_to(far / "stores")
+    (data / "b.txt").symlink_to(far / "texts" / "a.txt")
+    monkeypatch.chdir(work)
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hub"))
+    monkeypatch.delenv("TSAE_HOME", raising=False)
+    chosen = container(str(image), [data], binds=["/usr", sys.prefix, sys.base_prefix])
+    script = f"import shutil; shutil.copy({str(data / 'b.txt')!r}, 'runs/stores/copy')"
+    command = [*chosen.command({"PREPEND_PATH": f"{sys.prefix}/bin"}, gpus=False), "-c", script]
+    answer = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert answer.returncode == 0, answer.stderr
+    assert (far / "stores" / "copy").read_text() == "seen"
 
 
 def test_a_job_in_an_image_is_queued_again_by_its_host_and_sees_what_it_needs(
