@@ -7,11 +7,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import yaml
 
 from tsae.runtime.errors import TsaeError
 from tsae.sweep.attempt import shell_path
 from tsae.sweep.cluster import Cluster
 from tsae.sweep.container import Container, container
+from tsae.sweep.dryrun import dry_run
 from tsae.sweep.launcher import Options, container_for
 from tsae.sweep.plan import Plan
 
@@ -198,6 +200,44 @@ def test_an_executor_that_cannot_use_the_image_is_refused(
         container_for(
             plan_of(grid={"sae.k": [8]}), Options(executor=executor, container="docker:tsae"), Cluster(), executor
         )
+
+
+def test_on_a_cluster_the_program_is_needed_where_the_job_runs_and_here_it_is_not(
+    programs: Path, tmp_path: Path, plan_of: Callable[..., Plan]
+) -> None:
+    del programs
+    (tmp_path / "tsae.sif").touch()
+    site = tmp_path / "cluster.yaml"
+    for image in (str(tmp_path / "tsae.sif"), "docker://owner/image:tag"):
+        site.write_text(yaml.safe_dump({"container": image, "setup": ["module load apptainer"]}))
+        lines = dry_run(plan_of(grid={"sae.k": [8]}), Options(executor="slurm", cluster=site))
+        script = "\n".join(lines).split("-----")[1].splitlines()
+        loaded = script.index("module load apptainer")
+        (check,) = (number for number, line in enumerate(script) if line.startswith("command -v apptainer"))
+        (step,) = (number for number, line in enumerate(script) if " apptainer exec " in line and image in line)
+        assert loaded < check < step
+    with pytest.raises(TsaeError, match=r"no\.sif: no such file"):
+        container("no.sif", here=False)
+    with pytest.raises(TsaeError, match="apptainer is not on PATH"):
+        container_for(
+            plan_of(grid={"sae.k": [8]}),
+            Options(executor="local", container=str(tmp_path / "tsae.sif")),
+            Cluster(),
+            "local",
+        )
+
+
+@pytest.mark.parametrize("executor", ["local", "debug"])
+def test_an_image_that_is_not_used_here_is_said_in_one_line(
+    plan_of: Callable[..., Plan], executor: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = Options(executor=executor, cluster=Path("cl.yaml"))
+    plan = plan_of(grid={"sae.k": [8]})
+    assert container_for(plan, options, Cluster(container="tsae.sif"), executor) is None
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"cl.yaml: container: tsae.sif: not used by --executor {executor};")
+    assert container_for(plan, options, Cluster(), executor) is None
+    assert capsys.readouterr().err == ""
 
 
 def test_what_is_not_there_is_one_line(programs: Path, tmp_path: Path) -> None:

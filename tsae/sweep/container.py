@@ -22,7 +22,7 @@ PASSED_ON = re.compile(
 """Variables that a Docker container gets; Apptainer's gets all."""
 LEVELS = 5
 """Folders in which links are looked for: TSAE_HOME/stores/<store>/<array>/<part> are as many."""
-OF_THE_IMAGE = tuple(Path(f"/{name}") for name in "bin boot dev etc lib lib64 proc sbin sys usr".split())
+OF_THE_IMAGE = ("/bin", "/boot", "/dev", "/etc", "/lib", "/lib64", "/proc", "/sbin", "/sys", "/usr")
 """Where an image has its own; a link that was found by the way binds nothing over it."""
 
 
