@@ -303,7 +303,7 @@ def _is_modern(config: dict[str, Any]) -> bool:
 
 def _modernised(config: dict[str, Any], where: str) -> dict[str, Any]:
     """A cfg.json from before version 6 in the form of version 6. Raises TsaeError for activation functions it lost."""
-    config = dict(config)
+    config = {**(config.get("metadata") or {}), **config}
     activation = config.get("activation_fn_str") or config.get("activation_fn") or "relu"
     architecture = config.get("architecture") or "standard"
     if activation == "topk":
