@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from tsae.config import schema
 from tsae.config.sections import DataConfig
 from tsae.data import embedded, hub, local
+from tsae.runtime import contents
 from tsae.runtime.errors import TsaeError, suggestion
 from tsae.runtime.preemption import polled
 
@@ -58,18 +59,36 @@ def may_stop_early(data: DataConfig) -> bool:
 
 
 def fingerprint(data: DataConfig) -> str:
-    """What the content depends on beside the settings, without reading any text.
+    """What the text is, beside the settings: the versions behind the embedded corpus, the content of local files.
 
-    The versions behind the embedded corpus; names and sizes of the split's local files; empty for the hub, whose
-    `revision` is a setting.
+    Empty for the hub, whose `revision` is a setting. Raises TsaeError for a path that is not there.
     """
     if data.source == EMBEDDED:
         return embedded.corpus_fingerprint()
+    files = source_files(data)
+    return contents.sha256_of_all(files, _root(data)) if files else ""
+
+
+def fingerprint_before(data: DataConfig) -> str:
+    """What told local files apart before their content did, and names older stores: names and sizes."""
+    if data.source == EMBEDDED:
+        return embedded.corpus_fingerprint()
+    files = source_files(data)
+    return schema.stable_hash([[path.name, path.stat().st_size] for path in files]) if files else ""
+
+
+def source_files(data: DataConfig) -> list[Path]:
+    """The local files that are read of `data.source`; none for the embedded corpus and the hub."""
+    if data.source == EMBEDDED:
+        return []
+    if _is_local(data.source):
+        return local.files_of(data.source, data.split)
+    return sorted(path for path in _root(data).rglob("*.*") if path.is_file()) if _root(data).is_dir() else []
+
+
+def _root(data: DataConfig) -> Path:
     root = Path(data.source).expanduser()
-    if _is_local(data.source) or root.is_dir():
-        files = local.files_of(data.source, data.split) if _is_local(data.source) else sorted(root.rglob("*.*"))
-        return schema.stable_hash([[path.name, path.stat().st_size] for path in files])
-    return ""
+    return root if root.is_dir() else root.parent
 
 
 def _is_local(source: str) -> bool:
