@@ -81,6 +81,7 @@ def _write(
         "config_hash": config.evaluation_hash,
         "made_from": made_from(config, run),
         "trained_on_other_data": binding.is_measured_elsewhere(run),
+        **binding.inexact(run),
     }
     figure.draw(results, run.result("eval_results", "png"))
     files.write_json(run.eval_results, results)
