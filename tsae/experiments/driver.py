@@ -157,6 +157,7 @@ def _make(name: str, subject: Subject, chunk: int | None) -> None:
         "experiment": name,
         "made_from": made_from(subject.config, subject.run, name, chunk, subject.checkpoint),
         "subject": subject.description(),
+        **binding.inexact(subject.run),
         "settings": {} if settings is None else schema.to_plain(settings),
     }
     if EXPERIMENTS[name].explained:
