@@ -80,7 +80,9 @@ def test_copies_of_a_text_are_on_one_side_however_many_and_whatever_their_blanks
 
 
 def test_a_text_that_fills_most_of_a_source_leaves_both_sides_a_document(make_tokenizer):
-    documents = [Document("the quick brown fox jumps over", None)] * 30 + [Document("a lazy dog over a brown fox", None)]
+    documents = [Document("the quick brown fox jumps over", None)] * 30 + [
+        Document("a lazy dog over a brown fox", None)
+    ]
     for seed in range(6):
         training, heldout = sides(documents, make_tokenizer(), seed=seed)
         assert len(training) == len(heldout) == 1
@@ -196,7 +198,11 @@ def test_labels_are_numbered_per_document(make_tokenizer):
 @pytest.mark.parametrize(
     ("documents", "changes", "message"),
     [
-        ([Document("fox", None)] * 5, {}, "at least 2 different documents must give a context of 4 tokens or more, .*; 0 do"),
+        (
+            [Document("fox", None)] * 5,
+            {},
+            "at least 2 different documents must give a context of 4 tokens or more, .*; 0 do",
+        ),
         ([Document("the quick brown fox jumps", None)] * 3, {}, "1 do: 3 documents were read"),
         (
             [Document("quick fox", None), Document("lazy dog", None)],
