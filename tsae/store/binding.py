@@ -100,6 +100,12 @@ def require_same_model(run: RunFolder, config: RunConfig) -> None:
         )
 
 
+def inexact(run: RunFolder) -> dict[str, Any]:
+    """What results of `run` say if its training went on with other versions of what computes it (`--inexact`)."""
+    said = files.read_whole_json(run.provenance).get("inexact")
+    return {"trained_inexactly": said} if said else {}
+
+
 def accept(run: RunFolder, config: RunConfig) -> None:
     """Have `run` measured on the data that `config` names now; its provenance.json says so. Raises TsaeError without weights."""
     if not difference(run, config):
