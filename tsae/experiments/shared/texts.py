@@ -249,7 +249,7 @@ def _tokenise(
         found = tokenizer(
             text.text,
             add_special_tokens=False,
-            split_special_tokens=True,
+            split_special_tokens=not text.templated,
             return_offsets_mapping=True,
             verbose=False,
         )
