@@ -29,7 +29,7 @@ from tsae.lm.hook import (
     with_hidden,
 )
 from tsae.lm.pretrained import from_pretrained, require_complete
-from tsae.lm.source import weights_fingerprint
+from tsae.lm.source import cached_commit, weights_fingerprint
 from tsae.runtime.environment import own_device
 from tsae.runtime.errors import TsaeError
 
@@ -47,7 +47,9 @@ class LanguageModel:
     model's precision, and meaningless at pad positions.
     """
 
-    def __init__(self, module: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, model: ModelConfig) -> None:
+    def __init__(
+        self, module: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, model: ModelConfig, commit: str | None = None
+    ) -> None:
         from nnsight import NNsight
 
         self.module = module.eval().requires_grad_(False)
@@ -67,7 +69,7 @@ class LanguageModel:
         target = module.get_submodule(self.hook_path)
         # Looked up by identity: nnsight renames modules whose name is one of its own attributes.
         self._hook = next(envoy for envoy in self._traced.modules() if envoy._module is target)
-        self.identity = _identity(self, model)
+        self.identity = _identity(self, model, commit)
         self.verify_hook()
 
     @property
@@ -200,8 +202,12 @@ class LanguageModel:
         return {"input_ids": ids.to(self.device), "use_cache": False}
 
 
-def load_language_model(model: ModelConfig) -> LanguageModel:
-    """The language model of a configuration, in its precision, on its device. Raises TsaeError."""
+def load_language_model(model: ModelConfig, commit: str | None = None) -> LanguageModel:
+    """The language model of a configuration, in its precision, on its device.
+
+    Of a hub model, `commit` is the one that a store or a run was made with, whatever the branch means by now. Raises
+    TsaeError.
+    """
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging as hf_logging
 
@@ -213,29 +219,30 @@ def load_language_model(model: ModelConfig) -> LanguageModel:
     # What does not fit is told, not raised.
     told = {"output_loading_info": True, "ignore_mismatched_sizes": True}
     needed = "a config.json and a model.safetensors that fit together"
-    module, info = from_pretrained(AutoModelForCausalLM, model, needed, **told, **options)
+    module, info = from_pretrained(AutoModelForCausalLM, model, commit, needed, **told, **options)
     require_complete(model, info)
-    return LanguageModel(module.to(device), load_tokenizer(model), model)
+    return LanguageModel(module.to(device), load_tokenizer(model, commit), model, commit)
 
 
-def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerFast:
-    """The fast tokenizer of a language model. Raises TsaeError."""
+def load_tokenizer(model: ModelConfig, commit: str | None = None) -> PreTrainedTokenizerFast:
+    """The fast tokenizer of a language model, of a hub model at `commit` if given. Raises TsaeError."""
     from transformers import AutoTokenizer
 
     needed = f"a tokenizer.json that tokenizers {version('tokenizers')} can read"
-    tokenizer = from_pretrained(AutoTokenizer, model, needed)
+    tokenizer = from_pretrained(AutoTokenizer, model, commit, needed)
     if not tokenizer.is_fast:
         raise TsaeError(f"model.name: {model.name} has no fast tokenizer; add its tokenizer.json")
     return tokenizer
 
 
-def _identity(lm: LanguageModel, model: ModelConfig) -> dict[str, Any]:
+def _identity(lm: LanguageModel, model: ModelConfig, commit: str | None) -> dict[str, Any]:
     config = lm.module.config
     tokenizer = lm.tokenizer.backend_tokenizer.to_str()
     return {
         "name": model.name,
         "architecture": type(lm.module).__name__,
-        "revision": getattr(config, "_commit_hash", None) or model.revision,
+        # The hub's cache knows which commit a branch is; transformers does not always tell.
+        "revision": commit or getattr(config, "_commit_hash", None) or cached_commit(model) or model.revision,
         "weights": weights_fingerprint(model),
         "dtype": model.dtype,
         "attn_implementation": config._attn_implementation,
