@@ -219,7 +219,7 @@ def load_language_model(model: ModelConfig, commit: str | None = None) -> Langua
     # What does not fit is told, not raised.
     told = {"output_loading_info": True, "ignore_mismatched_sizes": True}
     needed = "a config.json and a model.safetensors that fit together"
-    module, info = from_pretrained(AutoModelForCausalLM, model, commit, needed, **told, **options)
+    module, info = from_pretrained(AutoModelForCausalLM, model, needed, commit, **told, **options)
     require_complete(model, info)
     return LanguageModel(module.to(device), load_tokenizer(model, commit), model, commit)
 
@@ -229,7 +229,7 @@ def load_tokenizer(model: ModelConfig, commit: str | None = None) -> PreTrainedT
     from transformers import AutoTokenizer
 
     needed = f"a tokenizer.json that tokenizers {version('tokenizers')} can read"
-    tokenizer = from_pretrained(AutoTokenizer, model, commit, needed)
+    tokenizer = from_pretrained(AutoTokenizer, model, needed, commit)
     if not tokenizer.is_fast:
         raise TsaeError(f"model.name: {model.name} has no fast tokenizer; add its tokenizer.json")
     return tokenizer

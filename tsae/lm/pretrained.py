@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import zipfile
@@ -12,26 +13,28 @@ from tsae.config.sections import ModelConfig
 from tsae.lm.source import cached_commit, local_folder
 from tsae.runtime.errors import TsaeError
 
-log = logging.getLogger("tsae")
-
 LONGEST_REASON = 200  # characters
+log = logging.getLogger("tsae")
 POINTER = b"version https://git-lfs"
 """How the small text begins that git-lfs leaves in the place of a large file."""
 
 
-def from_pretrained(auto: Any, model: ModelConfig, commit: str | None, needed: str, **options: Any) -> Any:
-    """What `auto.from_pretrained` makes of a model's folder, for which it must hold what is `needed`, or of a hub id, at
-    `commit` if given.
+def from_pretrained(auto: Any, model: ModelConfig, needed: str, commit: str | None, **options: Any) -> Any:
+    """What `auto.from_pretrained` makes of a model's folder or hub id; `needed` says what a folder must hold for it.
+
+    A hub model is read at `commit` if that is given, with a warning where its branch is another one by now.
 
     Raises TsaeError with the damaged file, where there is one, or else with the library's own reason.
     """
     folder = local_folder(model)
-    if folder is None and commit and cached_commit(model) not in (None, commit):
+    at = dataclasses.replace(model, revision=commit or model.revision)
+    now = cached_commit(model)
+    if commit and now not in (None, commit):
         log.warning(
             "%s is read at commit %s, with which this was made; %s is %s by now, and model.revision=%s reads that",
-            model.name, commit, model.revision or "its main branch", cached_commit(model), cached_commit(model),
+            model.name, commit, model.revision or "its main branch", now, now,
         )  # fmt: skip
-    place: dict[str, Any] = {"local_files_only": True} if folder else {"revision": commit or model.revision}
+    place: dict[str, Any] = {"local_files_only": True} if folder else {"revision": at.revision}
     try:
         return auto.from_pretrained(str(folder or model.name), **place, **options)
     except Exception as error:  # whatever a library, or a model's own code, makes of files that are wrong
@@ -40,8 +43,9 @@ def from_pretrained(auto: Any, model: ModelConfig, commit: str | None, needed: s
             said = f"{type(error).__name__}: {said}"
         reason = said if len(said) <= LONGEST_REASON else f"{said[:LONGEST_REASON]}…"
         made_with = f" at commit {commit}, with which this was made," if folder is None and commit else ""
-        remedy = _remedy(model, folder, commit, needed)
-        raise TsaeError(f"model.name: {model.name}{made_with} cannot be loaded: {reason} ({remedy})") from error
+        raise TsaeError(
+            f"model.name: {model.name}{made_with} cannot be loaded: {reason} ({_remedy(at, folder, needed)})"
+        ) from error
 
 
 def require_complete(model: ModelConfig, info: dict[str, Any]) -> None:
@@ -61,10 +65,10 @@ def require_complete(model: ModelConfig, info: dict[str, Any]) -> None:
         )
 
 
-def _remedy(model: ModelConfig, folder: Path | None, commit: str | None, needed: str) -> str:
+def _remedy(model: ModelConfig, folder: Path | None, needed: str) -> str:
     from huggingface_hub import constants, try_to_load_from_cache
 
-    cached = None if folder else try_to_load_from_cache(model.name, "config.json", revision=commit or model.revision)
+    cached = None if folder else try_to_load_from_cache(model.name, "config.json", revision=model.revision)
     if folder or isinstance(cached, str):
         damage = next(filter(None, map(_damage, sorted((folder or Path(str(cached)).parent).iterdir()))), None)
         if damage:
@@ -72,7 +76,7 @@ def _remedy(model: ModelConfig, folder: Path | None, commit: str | None, needed:
     if folder:
         return f"the folder needs {needed}"
     if constants.HF_HUB_OFFLINE:
-        at = f" --revision {commit}" if commit else ""
+        at = f" --revision {model.revision}" if model.revision else ""
         return f"offline: run `hf download {model.name}{at}` on a machine with network and the same HF_HOME"
     return "check the id, the revision and HF_TOKEN"
 
