@@ -90,6 +90,7 @@ def evaluate_stage(config: RunConfig | str, checkpoints_path: Path | str, run_na
     """
     config = _resolved(config)
     run = RunFolder.of(checkpoints_path, run_name)
+    refuse_other_data(config, run)
     with _started_together(config) as group:
         if _in_any(group, is_evaluated(config, run)):
             log.info("%s: already evaluated", run.path)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import logging
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -15,9 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from tsae.config.sections import ModelConfig
-from tsae.lm.source import local_folder, weights_fingerprint
+from tsae.lm.source import cached_commit, local_folder, weights_fingerprint
 from tsae.runtime.environment import own_device
 from tsae.runtime.errors import TsaeError
+
+log = logging.getLogger("tsae")
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -33,7 +36,9 @@ class LanguageModel:
     model's precision, and meaningless at pad positions.
     """
 
-    def __init__(self, module: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, model: ModelConfig) -> None:
+    def __init__(
+        self, module: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, model: ModelConfig, commit: str | None = None
+    ) -> None:
         from nnsight import NNsight
 
         self.module = module.eval().requires_grad_(False)
@@ -50,7 +55,7 @@ class LanguageModel:
         target = module.get_submodule(self.hook_path)
         # Looked up by identity: nnsight renames modules whose name is one of its own attributes.
         self._hook = next(envoy for envoy in self._traced.modules() if envoy._module is target)
-        self.identity = _identity(self, model)
+        self.identity = _identity(self, model, commit)
 
     @property
     def device(self) -> torch.device:
@@ -278,7 +283,7 @@ def load_language_model(model: ModelConfig, commit: str | None = None) -> Langua
             f"model.name: the weights of {model.name} lack {len(missing)} tensors ({missing[0]}, …), which would be "
             "random; name a complete causal language model"
         )
-    return LanguageModel(module.to(device), load_tokenizer(model, commit), model)
+    return LanguageModel(module.to(device), load_tokenizer(model, commit), model, commit)
 
 
 def load_tokenizer(model: ModelConfig, commit: str | None = None) -> PreTrainedTokenizerFast:
@@ -295,6 +300,11 @@ def _load(auto: Any, model: ModelConfig, commit: str | None, **options: Any) -> 
     from huggingface_hub import constants
 
     folder = local_folder(model)
+    if folder is None and commit and cached_commit(model) not in (None, commit):
+        log.warning(
+            "%s is read at commit %s, with which this was made; %s is %s by now, and model.revision=%s reads that",
+            model.name, commit, model.revision or "its main branch", cached_commit(model), cached_commit(model),
+        )  # fmt: skip
     place: dict[str, Any] = {"local_files_only": True} if folder else {"revision": commit or model.revision}
     try:
         return auto.from_pretrained(str(folder or model.name), **place, **options)
@@ -310,13 +320,14 @@ def _load(auto: Any, model: ModelConfig, commit: str | None, **options: Any) -> 
         raise TsaeError(f"model.name: {model.name}{made_with} cannot be loaded: {reason} ({remedy})") from error
 
 
-def _identity(lm: LanguageModel, model: ModelConfig) -> dict[str, Any]:
+def _identity(lm: LanguageModel, model: ModelConfig, commit: str | None) -> dict[str, Any]:
     config = lm.module.config
     tokenizer = lm.tokenizer.backend_tokenizer.to_str()
     return {
         "name": model.name,
         "architecture": type(lm.module).__name__,
-        "revision": getattr(config, "_commit_hash", None) or model.revision,
+        # The hub's cache knows which commit a branch is; transformers does not always tell.
+        "revision": commit or getattr(config, "_commit_hash", None) or cached_commit(model) or model.revision,
         "weights": weights_fingerprint(model),
         "dtype": model.dtype,
         "attn_implementation": config._attn_implementation,

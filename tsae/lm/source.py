@@ -50,18 +50,30 @@ def check_layer(model: ModelConfig, where: str) -> None:
     With a hook point, `model.layer` is only a label and anything goes. Raises TsaeError naming `where`.
     """
     try:
-        folder = local_folder(model)
+        config = known_config(model)
     except TsaeError as error:
         raise TsaeError(f"{where}: {error}") from None
-    path = folder / "config.json" if folder else _cached_config(model)
-    if path is None or model.hook_point is not None:
+    if config is None or model.hook_point is not None:
         return
-    depth = _depth(json.loads(path.read_text()))
+    depth = _depth(config)
     if depth is not None and model.layer >= depth:
         raise TsaeError(f"{where}: model.layer: {model.layer} is impossible; {model.name} has blocks 0 to {depth - 1}")
 
 
-def _cached_config(model: ModelConfig) -> Path | None:
+def known_config(model: ModelConfig) -> dict[str, Any] | None:
+    """The model's config.json, from its folder or the hub's cache; None where the hub alone has it.
+
+    Raises TsaeError for a path that is no model folder.
+    """
+    folder = local_folder(model)
+    if folder is not None:
+        return dict(json.loads((folder / "config.json").read_text()))
+    found = _in_cache(model)
+    return dict(json.loads(found.read_text())) if found else None
+
+
+def _in_cache(model: ModelConfig) -> Path | None:
+    """config.json of a hub model in the local cache, below the folder of its commit."""
     from huggingface_hub import try_to_load_from_cache
 
     found = try_to_load_from_cache(model.name, "config.json", revision=model.revision)
@@ -120,7 +132,7 @@ def _weights_in(folder: Path) -> list[Path]:
 
 def cached_commit(model: ModelConfig) -> str | None:
     """The commit of a hub model that the local cache has for its revision; None for others, and where there is none."""
-    found = _cached_config(model) if local_folder(model) is None else None
+    found = _in_cache(model) if local_folder(model) is None else None
     return found.parent.name if found else None
 
 

@@ -28,12 +28,17 @@ from tsae.store import binding
 from tsae.store.layout import store_path
 from tsae.store.pairs import PairStream
 from tsae.store.reader import Store
-from tsae.training.metrics import Metrics, imbalance, measures_of
+from tsae.training.metrics import Metrics, first_fve, has_diverged, imbalance, living, measures_of, quiet
 from tsae.training.resume import ResumeStates, random_state, set_random_state
 from tsae.training.trackers import Trackers, require
 from tsae.training.trainer import Terms, Trainer
 
 SHOWN = ("loss", "l2_loss", "temp_loss", "auxk_loss", "l0", "fve", "dead_percent")
+IMBALANCED = (
+    "the temporal term is too strong or too weak, or its logits do not fit the activations' scale "
+    "(objective.temporal_alpha, objective.temperature, training.normalize)"
+)
+QUIETENED = "a lower training.lr keeps them alive, a lower training.dead_after lets aux-k revive them"
 
 log = logging.getLogger("tsae")
 
@@ -130,7 +135,7 @@ class _Training:
     def __init__(self, config: RunConfig, run: RunFolder, store: Store, group: Group, inexact: bool) -> None:
         self.config, self.run, self._group = config, run, group
         self.steps = config.training.steps
-        self.finished = self._warned = False
+        self.finished, self._told = False, set[str]()
         origin = _origin(config, store)
         self._states = ResumeStates(run.resume, origin, config.training.resume_keep)
         group.on_first(lambda: require(config.training.trackers))
@@ -142,6 +147,7 @@ class _Training:
         self._device, norm = Accelerator(cpu=config.training.device == "cpu").device, store.mean_squared_norm
         self._trainer = Trainer(config, store.activation_dim, device=self._device, mean_squared_norm=norm, group=group)
         group.on_first(lambda: self._open_files(store, state.get("metrics_bytes", 0)))
+        self._first_fve = first_fve(run.metrics) if state else None
         if state:
             self._continue(state)
         self._saved, self._saved_at = self.step, time.monotonic()
@@ -215,6 +221,7 @@ class _Training:
         last = self.step == self.steps
         if last or step % settings.log_every == 0:
             self._require_finite(terms.loss)
+            self._require_sense(terms, last)
             if first:
                 self._log(step, terms)
         if last:
@@ -228,10 +235,26 @@ class _Training:
             (tensor.detach().sum() for tensor in (dictionary.W_enc, *more)), dictionary.W_dec.detach().sum()
         )
         if not bool(torch.isfinite(everything)):
-            raise TsaeError(
-                f"{self.run.path.parent.name}: training diverged: the loss or the weights are not finite "
-                f"at step {self.step - 1}; lower training.lr ({self._trainer.peak_lr:g})"
+            raise self._diverged("the loss or the weights are not finite")
+
+    def _require_sense(self, terms: Terms, last: bool) -> None:
+        """Refuse to go on with, or to keep, weights that explain far less than they did before they were trained."""
+        fve = float(terms.fve)
+        if self._first_fve is None:
+            self._first_fve = fve
+        if has_diverged(fve, self._first_fve, last):
+            raise self._diverged(
+                f"the fraction of variance explained is {fve:.3g}, after {self._first_fve:.3g} at first,"
             )
+        if last and int(terms.n_active) == 0:
+            raise self._diverged("no latent fires any more")
+
+    def _diverged(self, what: str) -> TsaeError:
+        return TsaeError(
+            f"{self.run.path.parent.name}: training diverged: {what} at step {self.step - 1}; lower training.lr "
+            f"({self._trainer.peak_lr:g}) or training.clip_norm ({self.config.clip_norm:g}) under another run name; "
+            f"{self.run.metrics} tells how it went, and without {self.run.path} this run begins again"
+        )
 
     def will_be_due(self) -> bool:
         """Whether a resumable state should be written after the update that comes next; the first process decides."""
@@ -264,25 +287,23 @@ class _Training:
         self._states.wait()
 
     def _log(self, step: int, terms: Terms) -> None:
-        measures = measures_of(step, terms, self.config)
+        latents = living(self._trainer)
+        measures = measures_of(step, terms, self.config, latents)
         self._metrics.append(measures)
-        self._warn_of_imbalance(step, terms)
+        if step >= self.config.training.warmup:
+            self._warn_once(step, imbalance(terms.group_shares.tolist(), self.config), IMBALANCED)
+            self._warn_once(step, quiet(latents.alive, self.config), QUIETENED)
         self._trackers.log({name: value for name, value in measures.items() if name != "step"}, step)
         rate = self._progress.rate(self.step) * self.config.training.batch_size
-        self._progress.update(self.step, **{"tokens/s": rate}, **{name: measures[name] for name in SHOWN})
+        alive = {"alive": "/".join(f"{share:.2f}" for share in latents.alive)}
+        self._progress.update(self.step, **{"tokens/s": rate}, **{name: measures[name] for name in SHOWN}, **alive)
 
-    def _warn_of_imbalance(self, step: int, terms: Terms) -> None:
-        """Say once that a group fell silent or took over; metrics.jsonl tells it at every line, a sweep's report the end."""
-        if self._warned or step < self.config.training.warmup:
-            return
-        found = imbalance(terms.group_shares.tolist(), self.config)
-        if found:
-            self._warned = True
-            log.warning(
-                "%s: step %d: %s; the temporal term is too strong or too weak, or its logits do not fit the activations' "
-                "scale (objective.temporal_alpha, objective.temperature, training.normalize)",
-                self.run.path.parent.name, step, found,
-            )  # fmt: skip
+    def _warn_once(self, step: int, found: str, remedy: str) -> None:
+        """Say once that groups of latents are not as they should be; metrics.jsonl tells it at every line, a sweep's
+        report the end."""
+        if found and remedy not in self._told:
+            self._told.add(remedy)
+            log.warning("%s: step %d: %s; %s", self.run.path.parent.name, step, found, remedy)
 
     def _finish(self) -> None:
         self.wait()
