@@ -135,6 +135,8 @@ def _runs(given: argparse.Namespace) -> None:
 def run(plan: Plan, options: Options, status: str) -> int:
     """Do what is missing of `plan`, or have it done; the exit code. `status` is the command that tells how it does."""
     from tsae.sweep.launcher import launch
+    from tsae.sweep.overview import not_submitted
+    from tsae.sweep.survey import Survey
 
     signal.signal(signal.SIGTERM, _interrupt)
     if not plan.unfinished():
@@ -142,11 +144,14 @@ def run(plan: Plan, options: Options, status: str) -> int:
         _show_report(plan)
         return 0
     launched = launch(plan, options)
-    under_way = launched.submitted or launched.choice.left
+    rest = launched.rest
+    under_way = launched.submitted or launched.choice.left or rest
     if under_way:
         given = [f"{launched.submitted} stages were submitted"] if launched.submitted else []
         given += [f"{len(launched.choice.left)} are under way from before"] if launched.choice.left else []
-        print(f"{plan.name}: {', '.join(given)}; see how they do with", file=sys.stderr)
+        if rest:
+            print(not_submitted(rest, len(rest.stages), len(rest.points), Survey(plan).submitter()), file=sys.stderr)
+        print(f"{plan.name}: {', '.join(given) or 'nothing was submitted'}; see how they do with", file=sys.stderr)
         print(f"    {status}", file=sys.stderr)
     else:
         _show_report(plan)

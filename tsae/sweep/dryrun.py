@@ -30,7 +30,7 @@ def dry_run(plan: Plan, options: Options) -> list[str]:
     lines += _cost(choice.start, site)
     if scheduler and stages:
         attempt = Attempt(plan.folder / "attempts" / time.strftime("%Y%m%d-%H%M%S"))
-        submission = submission_of(plan, scheduler, attempt, site, image, choice)
+        submission = submission_of(plan, scheduler, attempt, site, image, choice, options)
         for text in submission.texts(stages, scheduler.limits() if scheduler.answers() else None):
             lines += ["", f"----- {scheduler.command}", text.rstrip(), "-----", ""]
     return [*lines, f"results: {plan.folder}", "dry run: nothing was started"]

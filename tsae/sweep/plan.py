@@ -78,6 +78,10 @@ class Plan:
             return None
         return self._chain.report(self.points, list(self.stages), lambda: self.compared.is_current())
 
+    def submit(self, *arguments: Any) -> Stage:
+        """The stage that submits what finds no room now."""
+        return self._chain.submit(arguments)
+
     @cached_property
     def compared(self) -> Compared:
         """What the report is made from."""

@@ -64,6 +64,11 @@ class Survey:
             found[stage.key] = record
         return found
 
+    def submitter(self) -> Record:
+        """How the job does that submits what found no room; WAITING if there is none, or it has done so."""
+        stage = self.plan.submit()
+        return self.standings([stage])[stage.key]
+
     def _of(self, stage: Stage) -> Record:
         entry, said = self.jobs.get(stage.key), Record.of(stage.record)
         if stage.is_done():
