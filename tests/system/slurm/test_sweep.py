@@ -126,6 +126,8 @@ def test_a_sweep_larger_than_the_submit_limit_goes_in_waves_that_nobody_watches(
     commits = {read_whole_json(attempt.folder / "provenance.json")["commit"] for attempt in attempts(sweep.folder)}
     assert len(commits) == 1
     assert list(sweep.folder.rglob("*.html"))
+    scripts = {path.parent for path in sweep.folder.glob("attempts/*/*/*_submission.sh")}
+    assert scripts == {Path(entry.log).parent for attempt in attempts(sweep.folder) for entry in attempt.jobs()}
 
 
 def test_where_one_job_is_all_that_is_allowed_the_same_command_submits_the_next(

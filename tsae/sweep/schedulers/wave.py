@@ -6,6 +6,7 @@ import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence, Sized
 from contextlib import suppress
+from pathlib import Path
 
 from tsae.sweep.attempt import Submitted
 from tsae.sweep.cluster import Cluster
@@ -68,10 +69,8 @@ class Wave:
         counted: Sized = self._ids if self._limits.array_counts_once else self.jobs
         if len(counted) == 1:
             return None
-        last, array_id = self._ids.popitem()
-        self._scheduler.cancel([array_id])
-        for dropped in last.stages:
-            del self.jobs[dropped.key]
+        last = list(self._ids)[-1]
+        self._take_back([last])
         with suppress(Full):
             if not self._limits.array_counts_once and len(last.stages) > 1:
                 self._take(last.stages[:-1], self._limits.max_array, whole=True)
@@ -87,12 +86,16 @@ class Wave:
                 self._ids[array] = self._submit(array, array.inputs(self._ids), hold=array.is_free)
         except Full:
             if whole:
-                new = [array for array in self._ids if array not in before]
-                self._scheduler.cancel(self._ids.pop(array) for array in new)
-                for array in new:
-                    for stage in array.stages:
-                        del self.jobs[stage.key]
+                self._take_back([array for array in self._ids if array not in before])
             raise
+
+    def _take_back(self, arrays: Sequence[Array]) -> None:
+        """Cancel `arrays`, of which none has run, as if they had not been submitted."""
+        self._scheduler.cancel(self._ids.pop(array) for array in arrays)
+        for array in arrays:
+            shutil.rmtree(Path(self.jobs[array.stages[0].key].log).parent)
+            for stage in array.stages:
+                del self.jobs[stage.key]
 
     def _behind(self, array: Array) -> str:
         everything = Inputs(jobs=tuple(self._ids.values()), however_they_end=True)
