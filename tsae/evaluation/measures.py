@@ -17,6 +17,8 @@ FVE = "frac_variance_explained"
 """The measure that others are traded against."""
 TRUTH = "truth_"
 """How measures begin that only a synthetic world has."""
+REFERENCE = "reference "
+"""How the columns of scores begin that only the block `reference` of the results is made of."""
 NOT_MEASURES = frozenset({"contexts", "documents", "tokens"})
 """Counts that say how much was measured."""
 
@@ -60,6 +62,8 @@ class Measure:
     """Where there is room for few, the lower come first."""
     stands_for: str = ""
     """The measure in whose place it is shown where the truth is known."""
+    version: int = 1
+    """Raised when the number is computed in another way: results of an older version are made again."""
 
     @property
     def label(self) -> str:
@@ -76,6 +80,13 @@ def declare(*measures: Measure) -> None:
     for measure in measures:
         assert measure.key not in REGISTRY, f"{measure.key} is declared twice"
         REGISTRY[measure.key] = measure
+
+
+def versions(file: str = "") -> dict[str, int]:
+    """Key → version of the measures in eval_results.json, or of those in an experiment's `file`."""
+    return {
+        key: measure.version for key, measure in REGISTRY.items() if ("/" in key) == bool(file) and key.startswith(file)
+    }
 
 
 def label(key: str) -> str:

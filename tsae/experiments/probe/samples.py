@@ -51,7 +51,8 @@ def choose_samples(texts: TextActivations, probe: ProbeConfig, task: str) -> Sam
     rows, positions = (
         _last_tokens(valid) if probe.protocol == "reference" else _random_tokens(valid, tags, probe, random)
     )
-    samples = Samples(rows, positions, tags.of_token[rows, positions], texts.group[rows], tags.names, (), tags.tagger)
+    group = texts.group if probe.protocol == "reference" else texts.group_of_copies
+    samples = Samples(rows, positions, tags.of_token[rows, positions], group[rows], tags.names, (), tags.tagger)
     return _without_rare(samples, task)
 
 
@@ -61,6 +62,8 @@ def _context(texts: TextActivations, probe: ProbeConfig, random: np.random.Gener
     reference = probe.protocol == "reference"
     shortest = REFERENCE_LAST if reference else int((2 * probe.gap + 4) / (1 - probe.test_share))
     usable = np.flatnonzero(sizes >= shortest)
+    if not reference:  # of copies one is a class; which of them a token is from, nothing could tell
+        usable = usable[np.sort(np.unique(texts.same_text[usable], return_index=True)[1])]
     count = REFERENCE_TEXTS if reference else probe.context_texts
     if len(usable) < 2:
         raise TsaeError(
