@@ -41,6 +41,8 @@ class Options:
     cluster: Path | None = None
     container: str | None = None
     retry_failed: bool = False
+    inexact: bool = False
+    """Whether the plan's trainings go on inexactly, for the job that makes the next launch."""
     detach: bool = False
     rest: Rest | None = None
     """Of an earlier launch: only that is started, by the job that the launch left for it."""
@@ -134,11 +136,11 @@ def launch(plan: Plan, options: Options) -> Launched:
         terminal = Terminal()
         if executor == "local":
             queue = background.start(plan, stages, own, attempt, image)
-        terminal.say(_headline(plan, choice, attempt))
+        terminal.say(_headline(plan, choice, attempt, len(stages)))
     if executor == "debug":
         return Launched(choice, tuple(background.run_here(plan, stages, attempt, terminal)))
     if options.detach:
-        return Launched(choice, submitted=len(choice.own))
+        return Launched(choice, submitted=len(own))
     return Launched(choice, tuple(background.follow(stages, attempt, queue, terminal)))
 
 
@@ -230,7 +232,7 @@ def submission_of(
 ) -> Submission:
     """What goes to a scheduler in a launch of `plan`."""
     cluster = str(options.cluster.absolute()) if options.cluster else None
-    rest = plan.submit(scheduler.name, cluster, options.container, os.pathsep.join(shell_path()))
+    rest = plan.submit(scheduler.name, cluster, options.container, options.inexact, os.pathsep.join(shell_path()))
     return Submission(
         scheduler=scheduler,
         sweep_folder=plan.folder,
@@ -261,9 +263,9 @@ def _submit(submission: Submission, stages: Sequence[Stage], choice: Choice) -> 
     return Launched(choice, submitted=len(jobs) - bool(rest and rest.job), rest=rest)
 
 
-def _headline(plan: Plan, choice: Choice, attempt: Attempt) -> str:
+def _headline(plan: Plan, choice: Choice, attempt: Attempt, to_run: int) -> str:
     complete = len(plan.stages) - len(choice.start) - len(choice.failed) - len(choice.blocked) - len(choice.left)
     return (
-        f"{plan.name}: {len(plan.points)} points, {len(choice.start)} stages to run, {complete} complete; "
+        f"{plan.name}: {len(plan.points)} points, {to_run} stages to run, {complete} complete; "
         f"logs in {attempt.folder / 'logs'}"
     )

@@ -19,7 +19,9 @@ from tsae.sweep.schedulers.base import Full
 WAIT_SECONDS = 60.0
 
 
-def submit_stage(configs: str, executor: str, cluster: str | None, container: str | None, path: str) -> None:
+def submit_stage(
+    configs: str, executor: str, cluster: str | None, container: str | None, inexact: bool, path: str
+) -> None:
     """Submit what the launch whose configurations are in folder `configs` has left, as the latest launch describes it.
 
     `path` is the PYTHONPATH of the shell that launched it. While others take all the room, it waits.
@@ -29,8 +31,16 @@ def submit_stage(configs: str, executor: str, cluster: str | None, container: st
     rest = own.rest()
     if rest is None:
         raise TsaeError(f"{own.folder}: nothing was left to submit")
-    options = Options(executor=executor, cluster=Path(cluster) if cluster else None, container=container, rest=rest)
+    options = Options(
+        executor=executor,
+        cluster=Path(cluster) if cluster else None,
+        container=container,
+        inexact=inexact,
+        rest=rest,
+    )
     plan = make_plan(load_folder(own.folder.parents[1]))
+    plan.decide_on_data(accept=False)
+    plan = plan.inexact() if inexact else plan
     launched = _when_there_is_room(plan, options)
     if plan.report() and not launched.submitted and not launched.choice.left and not plan.compared.is_current():
         write_report(plan.compared)  # nothing was left but that

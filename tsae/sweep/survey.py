@@ -70,6 +70,8 @@ class Survey:
         return self.standings([stage])[stage.key]
 
     def _of(self, stage: Stage) -> Record:
+        if stage.kind != "harvest" and (damaged := self.plan.damaged.keys() & set(stage.points)):
+            return Record(State.FAILED, error=self.plan.damaged[min(damaged)])
         entry, said = self.jobs.get(stage.key), Record.of(stage.record)
         if stage.is_done():
             done = replace(said or Record(), state=State.DONE, error="", job="")
