@@ -13,7 +13,8 @@ import torch
 
 from tsae import cli
 from tsae.experiments.request import arguments_of
-from tsae.lm.model import hidden_of, load_language_model
+from tsae.lm.hook import hidden_of
+from tsae.lm.model import load_language_model
 
 
 @pytest.mark.parametrize(

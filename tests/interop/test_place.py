@@ -14,7 +14,7 @@ from tsae.config import run as configuration
 from tsae.interop.formats import installed
 from tsae.interop.place import FAMILIES, LENS_NAMES, Place, find_place, hub_name, lens_hook
 from tsae.lm.embedded_text import train_tokenizer
-from tsae.lm.model import find_blocks, hidden_of
+from tsae.lm.hook import find_blocks, hidden_of
 from tsae.runtime.errors import TsaeError
 
 SIZES = {
