@@ -79,7 +79,11 @@ class ProbeConfig:
     dataset: str = "embedded"
     """Labelled texts: `embedded`, `finefineweb`, `wikipedia`, `mmlu`, `pile`, or a local file or hub id in one of their schemas."""
     protocol: Literal["disjoint", "reference"] = "disjoint"
-    """`disjoint`: training and test tokens come from different texts (context: lie apart), probes are standardised; `reference`: what the authors' released code does."""
+    """`disjoint`: training and test tokens come from different texts (context: lie apart), probes are standardised; `reference`: what the authors' released code does, down to the texts, for which `experiments.texts` then names only the classes and where they are."""
+    reference_texts: Annotated[Count, Added(4000)] = 4000
+    """Texts of the protocol `reference`, whatever their class and length; all where there are fewer."""
+    reference_length: Annotated[int, at_least(2), Added(2048)] = 2048
+    """Tokens of each of them that the language model reads, at most, without BOS; no more than its positions."""
     tasks: Annotated[tuple[Literal["semantics", "context", "syntax"], ...], some("name at least one task")] = (
         "semantics",
         "context",

@@ -19,6 +19,7 @@ DECIDING = (
     "config.json",
     "adapter_*",
     "tokenizer*",
+    "chat_template*",
     "special_tokens_map.json",
     "added_tokens.json",
     "vocab*",
