@@ -164,3 +164,23 @@ def test_tied_weights_are_not_missing(folders: dict[str, Path], tmp_path: Path) 
     assert "lm_head.weight" not in load_file(folder / "model.safetensors")
     lm = load_language_model(ModelConfig(name=str(folder), layer=1, device="cpu"))
     assert lm.module.lm_head.weight is lm.module.model.embed_tokens.weight
+
+
+def test_a_damaged_file_in_the_hubs_cache_is_named(
+    folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("transformers.utils.hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    commit = "a" * 40
+    snapshot = tmp_path / "models--someone--model" / "snapshots" / commit
+    shutil.copytree(folders["gpt_neox"], snapshot)
+    (tmp_path / "models--someone--model" / "refs").mkdir()
+    (tmp_path / "models--someone--model" / "refs" / "main").write_text(commit)
+    model = ModelConfig(name="someone/model", layer=1, device="cpu")
+    assert load_language_model(model).hook_path == "gpt_neox.layers.1"
+    cut("model.safetensors", -5000)(snapshot)
+    with pytest.raises(
+        TsaeError, match=r"someone/model cannot be loaded: .*\(model\.safetensors is damaged or was cut"
+    ):
+        load_language_model(model)
