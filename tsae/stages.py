@@ -45,11 +45,12 @@ def harvest_stage(config: RunConfig | str, task: int = 0, tasks: int = 1) -> Pat
 
 
 @preemption.watched()
-def train_stage(config: RunConfig | str, checkpoints_path: Path | str, run_name: str) -> Path:
-    """Train the dictionary of run `run_name`, from its last resumable state if there is one."""
+def train_stage(config: RunConfig | str, checkpoints_path: Path | str, run_name: str, inexact: bool = False) -> Path:
+    """Train the dictionary of run `run_name`, from its last resumable state if there is one; see `tsae.training.run.train`."""
     config = _resolved(config)
     run = RunFolder.of(checkpoints_path, run_name)
     require_processes(config, process_count())
+    refuse_other_data(config, run)
     with _started_together(config) as group:
         if _in_any(group, run.is_trained(config)):
             run.remove_resume_states()
@@ -58,12 +59,14 @@ def train_stage(config: RunConfig | str, checkpoints_path: Path | str, run_name:
         with _held_by_first(run_lock(run, "train"), f"train {run_name}", group):
             from tsae.training.run import train
 
-            train(config, run)
+            train(config, run, inexact)
     return run.path
 
 
 @preemption.watched()
-def train_pack_stage(configs: Sequence[str], checkpoints_path: Path | str, run_names: Sequence[str]) -> None:
+def train_pack_stage(
+    configs: Sequence[str], checkpoints_path: Path | str, run_names: Sequence[str], inexact: bool = False
+) -> None:
     """Train several runs in one process on the same batches; each comes out as if trained alone."""
     runs = [
         (_resolved(config), RunFolder.of(checkpoints_path, name))
@@ -76,7 +79,7 @@ def train_pack_stage(configs: Sequence[str], checkpoints_path: Path | str, run_n
             held.enter_context(_held_by_first(run_lock(run, "train"), f"train {run.path.parent.name}", group))
         from tsae.training.run import train_together
 
-        train_together(runs)
+        train_together(runs, inexact)
 
 
 @preemption.watched()
@@ -87,14 +90,15 @@ def evaluate_stage(config: RunConfig | str, checkpoints_path: Path | str, run_na
     """
     config = _resolved(config)
     run = RunFolder.of(checkpoints_path, run_name)
+    refuse_other_data(config, run)
     with _started_together(config) as group:
-        if _in_any(group, run.is_evaluated(config)):
+        if _in_any(group, is_evaluated(config, run)):
             log.info("%s: already evaluated", run.path)
             return run.path
         with _held_by_first(run_lock(run, "evaluate"), f"evaluate {run_name}", group):
             from tsae.evaluation.driver import evaluate
 
-            if not _in_any(group, run.is_evaluated(config)):  # another process may have been faster
+            if not _in_any(group, is_evaluated(config, run)):  # another process may have been faster
                 evaluate(config, run)
     return run.path
 
@@ -176,6 +180,38 @@ def harvest_progress(store: Path) -> Path:
 def run_lock(run: RunFolder, stage: str) -> Path:
     """Where the lock on one stage of a run lies."""
     return run.result(stage, "lock")
+
+
+def refuse_other_data(config: RunConfig, run: RunFolder) -> None:
+    """Refuse to go on with a run, trained or begun, whose text or language model has changed since. Raises TsaeError."""
+    if run.training_hash() == config.training_hash:
+        from tsae.store import binding
+
+        binding.require_unchanged(run, config)
+
+
+def changed_since(config: RunConfig, run: RunFolder) -> str:
+    """In words, what of a run's text and language model has changed since it was trained or begun; nothing if nothing has."""
+    if run.training_hash() != config.training_hash:
+        return ""
+    from tsae.store import binding
+
+    return binding.difference(run, config)
+
+
+def accept_new_data(config: RunConfig, run: RunFolder) -> None:
+    """Have a trained run measured on the text and the language model that are there now. Raises TsaeError."""
+    if run.training_hash() == config.training_hash and process_rank() == 0:
+        from tsae.store import binding
+
+        binding.accept(run, config)
+
+
+def is_evaluated(config: RunConfig, run: RunFolder) -> bool:
+    """Whether the evaluation of exactly this configuration, of the weights and data that are there now, is complete."""
+    from tsae.evaluation import identity
+
+    return identity.is_evaluated(config, run)
 
 
 def is_harvested(config: RunConfig) -> bool:

@@ -25,6 +25,7 @@ from tsae.runtime.errors import TsaeError
 from tsae.runtime.progress import Progress
 from tsae.runtime.provenance import provenance
 from tsae.sae.reference import reference_config
+from tsae.store import binding
 from tsae.store.layout import store_path
 from tsae.store.pairs import PairStream
 from tsae.store.reader import Store
@@ -42,16 +43,17 @@ QUIETENED = "a lower training.lr keeps them alive, a lower training.dead_after l
 log = logging.getLogger("tsae")
 
 
-def train(config: RunConfig, run: RunFolder) -> None:
+def train(config: RunConfig, run: RunFolder, inexact: bool = False) -> None:
     """Train the dictionary of `config` into `run`; continues what an earlier call left, does nothing when complete.
 
+    `inexact`: also from a state that another version of torch or tsae saved; provenance.json and all results then say so.
     Where several processes were started together, all call this; the first one writes the files.
     Raises Preempted, its state saved, if the process is asked to leave meanwhile (see `tsae.runtime.preemption`).
     """
-    train_together([(config, run)])
+    train_together([(config, run)], inexact)
 
 
-def train_together(runs: Sequence[tuple[RunConfig, RunFolder]]) -> None:
+def train_together(runs: Sequence[tuple[RunConfig, RunFolder]], inexact: bool = False) -> None:
     """Train several dictionaries on the same batches, which are read once; each comes out as if trained alone.
 
     Runs that are complete are skipped. One that fails does not stop the others; the first error is raised at the end.
@@ -70,13 +72,13 @@ def train_together(runs: Sequence[tuple[RunConfig, RunFolder]]) -> None:
         if reading_settings(other) != reading_settings(config):
             raise TsaeError(f"{run.path}: reads other batches than {pending[0][1].path}; they cannot be packed")
     with together(cpu=config.training.device == "cpu") as group:
-        _train(pending, group)
+        _train(pending, group, inexact)
 
 
-def _train(runs: Sequence[tuple[RunConfig, RunFolder]], group: Group) -> None:
+def _train(runs: Sequence[tuple[RunConfig, RunFolder]], group: Group, inexact: bool) -> None:
     config = runs[0][0]
     store = Store.open(store_path(config), config)
-    running = [_Training(config, run, store, group) for config, run in runs]
+    running = [_Training(config, run, store, group, inexact) for config, run in runs]
     failed: list[Exception] = []
     first, end = min(training.step for training in running), max(training.steps for training in running)
     settings = config.training
@@ -130,13 +132,14 @@ def _leave(running: Sequence[_Training], group: Group) -> None:
 class _Training:
     """One run in training: its trainer, and what the first of its processes writes."""
 
-    def __init__(self, config: RunConfig, run: RunFolder, store: Store, group: Group) -> None:
+    def __init__(self, config: RunConfig, run: RunFolder, store: Store, group: Group, inexact: bool) -> None:
         self.config, self.run, self._group = config, run, group
         self.steps = config.training.steps
         self.finished, self._told = False, set[str]()
         origin = _origin(config, store)
         self._states = ResumeStates(run.resume, origin, config.training.resume_keep)
-        state = self._begin()
+        state = self._begin(inexact)
+        self._inexact = state.get("inexact", [])
         self._require_agreement(origin)
         # The name of this run in the trackers, and the step that comes next there.
         self._tracking = state.get("tracking") or {"id": uuid.uuid4().hex, "step": 0}
@@ -146,26 +149,36 @@ class _Training:
         group.on_first(lambda: self._open_files(store, state.get("metrics_bytes", 0)))
         self._first_fve = first_fve(run.metrics) if state else None
         if state:
-            self._trainer.load_state(state["trainer"])
-            if group.rank < len(state["random"]):  # of more processes than saved the state, the new ones keep their own
-                set_random_state(state["random"][group.rank])
+            self._continue(state)
         self._saved, self._saved_at = self.step, time.monotonic()
         self._progress = Progress(f"train {run.path.parent.name}", self.steps, "steps", run.progress, self.step)
 
-    def _begin(self) -> dict[str, Any]:
+    def _begin(self, inexact: bool) -> dict[str, Any]:
         """Claim the folder; returns the state to continue from, empty at the start."""
         state: dict[str, Any] = {}
 
         def begin() -> None:
             self.run.claim(self.config)
             self.run.remove_leftovers()
-            state.update(self._states.load() or {})
+            state.update(self._states.load(inexact) or {})
+            for change in state.get("inexact", []):
+                log.warning("%s: goes on inexactly %s", self.run.path.parent.name, change)
             self._states.remove_leftovers()
 
         self._group.on_first(begin)
         if self._group.rank > 0:
-            state.update(self._states.load() or {})
+            state.update(self._states.load(inexact) or {})
         return state
+
+    def _continue(self, state: dict[str, Any]) -> None:
+        try:
+            self._trainer.load_state(state["trainer"])
+            if self._group.rank < len(state["random"]):  # of more processes than saved it, the new ones keep their own
+                set_random_state(state["random"][self._group.rank])
+        except (KeyError, RuntimeError, TypeError, ValueError) as error:
+            if not self._inexact:
+                raise
+            raise TsaeError(f"{self.run.resume}: these versions cannot read what those saved ({error})") from error
 
     def _require_agreement(self, origin: dict[str, str]) -> None:
         """Refuse processes that would train apart, as two machines might that see other files or have other packages."""
@@ -184,7 +197,10 @@ class _Training:
 
     def _open_files(self, store: Store, metrics_bytes: int) -> None:
         config, run = self.config, self.run
-        files.write_json(run.provenance, provenance(config.training_hash, store=store.attributes))
+        sources = {"store": store.attributes, "data": binding.record(config)}
+        if self._inexact:
+            sources["inexact"] = self._inexact
+        files.write_json(run.provenance, provenance(config.training_hash, **sources))
         files.write_json(run.config_json, reference_config(config, store.activation_dim, self._trainer.scale))
         self._metrics = Metrics(run.metrics, offset=metrics_bytes)
 
@@ -262,6 +278,7 @@ class _Training:
                 "metrics_bytes": self._metrics.length,
                 "random": random,
                 "tracking": {**self._tracking, "step": self.step},
+                "inexact": self._inexact,
             }
             self._states.save(self.step, state, first=self._metrics.sync)
 

@@ -72,12 +72,12 @@ def choose_samples(
     else:
         tags = _syntax(texts, probe, decode)
     valid = texts.valid & (tags.of_token >= 0)
-    if probe.protocol == "disjoint":
-        rows, positions = _random_tokens(valid, tags, probe, random)
-    else:
+    if probe.protocol == "reference":
         rows, positions = _last_tokens(valid)
-    samples = Samples(rows, positions, tags.of_token[rows, positions], texts.group[rows], tags.names, (), tags.tagger)
-    return samples if probe.protocol == "reference" else _without_rare(samples, task)
+        return Samples(rows, positions, tags.of_token[rows, positions], texts.group[rows], tags.names, (), tags.tagger)
+    rows, positions = _random_tokens(valid, tags, probe, random)
+    label, group = tags.of_token[rows, positions], texts.group_of_copies[rows]
+    return _without_rare(Samples(rows, positions, label, group, tags.names, (), tags.tagger), task)
 
 
 def _context(texts: TextActivations, probe: ProbeConfig, random: np.random.Generator) -> Samples:
@@ -86,6 +86,8 @@ def _context(texts: TextActivations, probe: ProbeConfig, random: np.random.Gener
     reference = probe.protocol == "reference"
     shortest = REFERENCE_LAST if reference else int((2 * probe.gap + 4) / (1 - probe.test_share))
     usable = np.flatnonzero(sizes >= shortest)
+    if not reference:  # of copies one is a class; which of them a token is from, nothing could tell
+        usable = usable[np.sort(np.unique(texts.same_text[usable], return_index=True)[1])]
     count = REFERENCE_TEXTS if reference else probe.context_texts
     if len(usable) < 2:
         raise TsaeError(

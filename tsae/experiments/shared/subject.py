@@ -16,8 +16,11 @@ from tsae.sae.dictionary import Dictionary
 from tsae.sae.inference import encode_sparse, in_units_written
 from tsae.sae.selection.top_k import Encoder
 from tsae.sae.sparse import SparseCode
+from tsae.store.binding import commit_of
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
     from tsae.lm.model import LanguageModel
 
 HIGH, LOW, BOTH = 0, 1, 2
@@ -72,7 +75,14 @@ class Subject:
             raise TsaeError(f"{self.run.path}: was trained on a synthetic world, which has no text to experiment with")
         from tsae.lm.model import load_language_model
 
-        return load_language_model(self.config.model)
+        return load_language_model(self.config.model, commit_of(self.run))
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerFast:
+        """The tokenizer of that model, without the model."""
+        from tsae.lm.model import load_tokenizer
+
+        return load_tokenizer(self.config.model, commit_of(self.run))
 
     @property
     def chunks(self) -> tuple[int, ...]:
@@ -133,10 +143,11 @@ class Subject:
 
     def description(self) -> dict[str, Any]:
         """What results say of their subject."""
+        model = self.config.model
         about: dict[str, Any] = {
             "run": self.name,
-            "model": self.config.model.name,
-            "layer": self.config.model.layer,
+            "model": model.name,
+            "layer": model.hook_point or model.layer,
             "checkpoint": self.checkpoint,
         }
         if not self.is_dense:

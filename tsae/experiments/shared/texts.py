@@ -31,12 +31,11 @@ from tsae.config.run import RunConfig
 from tsae.data.contexts import Contexts, encodable, starts_with_bos
 from tsae.data.labelled import EMBEDDED, LabelledText, default_classes, labelled_texts
 from tsae.experiments.shared.subject import Subject
-from tsae.lm.model import load_tokenizer
-from tsae.lm.source import weights_fingerprint
 from tsae.runtime import locks, preemption
 from tsae.runtime.environment import home
 from tsae.runtime.errors import TsaeError, suggestion
 from tsae.runtime.progress import Progress
+from tsae.store.binding import model_identity
 from tsae.store.harvest import write_missing
 from tsae.store.layout import StoreLayout, store_path
 from tsae.store.reader import Store
@@ -172,6 +171,27 @@ class TextActivations:
         """[S] int64: texts of one group belong together and never stand on both sides of a split."""
         return np.array([text.group for text in self.texts], np.int64)
 
+    @property
+    def same_text(self) -> np.ndarray:
+        """[S] int64: a number for each text as far as it was read; equal ones, blanks apart, have one number."""
+        ends = self.offsets[..., 1].max(1)
+        read = [" ".join(text.text[:end].split()) for text, end in zip(self.texts, ends, strict=True)]
+        return np.unique(read, return_inverse=True)[1]
+
+    @property
+    def group_of_copies(self) -> np.ndarray:
+        """[S] int64: as `group`, with groups in one that have a text in common; numbered by the smallest of them."""
+        from scipy.sparse import coo_array
+        from scipy.sparse.csgraph import connected_components
+
+        group, text = np.unique(self.group, return_inverse=True)[1], self.same_text
+        nodes = int(group.max()) + int(text.max()) + 2
+        edges = (np.ones(len(group)), (group, text + group.max() + 1))
+        joined = connected_components(coo_array(edges, shape=(nodes, nodes)), directed=False)[1][group]
+        smallest = np.full(nodes, self.group.max())
+        np.minimum.at(smallest, joined, self.group)
+        return smallest[joined]
+
     def read(self, rows: Sequence[int] | np.ndarray) -> Tensor:
         """Activations [n, L, D] float32 of the texts `rows`; meaningless at padding."""
         return self.store.read(rows).float()
@@ -229,7 +249,7 @@ def harvest_texts(
     if config.is_synthetic:
         raise TsaeError(f"{subject.run.path}: was trained on a synthetic world, which has no text to experiment with")
     texts = [text._replace(text=encodable(text.text)) for text in texts]
-    read = _tokenise(texts, config, context_length, "never" if last else config.data.bos)
+    read = _tokenise(texts, subject, context_length, "never" if last else config.data.bos)
     tokens, lengths, offsets = kept = read if last is None else _ends(read, last)
     names = tuple(sorted({text.label for text in texts}))
     label = np.array([names.index(text.label) for text in texts], np.int32)
@@ -265,9 +285,9 @@ def _ends(read: _Tokenised, last: int) -> _Tokenised:
     return _Tokenised(tokens.astype(np.int32), lengths, offsets.astype(np.int32))
 
 
-def _tokenise(texts: Sequence[LabelledText], config: RunConfig, context_length: int, bos: str) -> _Tokenised:
+def _tokenise(texts: Sequence[LabelledText], subject: Subject, context_length: int, bos: str) -> _Tokenised:
     """The texts, with BOS as `bos` says (see `data.bos`)."""
-    tokenizer = load_tokenizer(config.model)
+    tokenizer = subject.tokenizer
     with_bos = bos == "always" or (bos == "auto" and starts_with_bos(tokenizer))
     if with_bos and tokenizer.bos_token_id is None:
         raise TsaeError("data.bos: the tokenizer has no BOS token; auto or never are possible")
@@ -298,7 +318,7 @@ def _harvest(subject: Subject, contexts: Contexts, read: _Tokenised) -> Store:
 
     The language model reads the texts `read`, whose ends the contexts are.
     """
-    key = _key(subject.config, contexts)
+    key = _key(subject, contexts)
     layout = StoreLayout(_path(subject.config, key))
     lock = layout.path.with_name(f"{layout.path.name}.harvest.lock")
     while not (layout.exists() and layout.is_whole()):
@@ -345,8 +365,6 @@ def _activations(
         longest = read.tokens.shape[1] if whole else int(read.lengths[batch].max())
         tokens = torch.from_numpy(read.tokens[batch, :longest]).long()
         lengths = torch.from_numpy(read.lengths[batch]).long()
-        if start == 0:
-            lm.verify_hook(tokens, lengths)
         x = lm.read(tokens, lengths)
         if not whole:
             first = (lengths - kept).clamp_min(0)[:, None]
@@ -356,11 +374,14 @@ def _activations(
         progress.update(batch.stop)
 
 
-def _key(config: RunConfig, contexts: Contexts) -> str:
+def _key(subject: Subject, contexts: Contexts) -> str:
     """Hash of all that decides the activations: language model, hook point, precision and tokens."""
+    config = subject.config
     model = schema.to_plain(config.model)
     del model["device"], model["batch_size"]
-    return schema.stable_hash([model, weights_fingerprint(config.model), config.store.dtype, contexts.fingerprint])
+    return schema.stable_hash(
+        [model, model_identity(config.model, subject.run), config.store.dtype, contexts.fingerprint]
+    )
 
 
 def _path(config: RunConfig, key: str) -> Path:
