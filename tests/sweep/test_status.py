@@ -10,10 +10,13 @@ from contextlib import contextmanager
 
 import pytest
 
+from tsae.cli import main
 from tsae.runtime import files, locks
 from tsae.runtime.errors import TsaeError
 from tsae.runtime.state import Record, state_path
 from tsae.sweep.attempt import Attempt, Submitted
+from tsae.sweep.dryrun import dry_run
+from tsae.sweep.launcher import Options
 from tsae.sweep.overview import counts, log_texts, point_rows
 from tsae.sweep.queue.background import file_of, lock_of
 from tsae.sweep.schedulers.slurm.query import seconds
@@ -141,6 +144,33 @@ def test_a_damaged_record_counts_as_none_and_a_damaged_list_of_jobs_is_one_line(
     (attempt.folder / "jobs.json").write_text("[{")
     with pytest.raises(TsaeError, match=r"jobs\.json: damaged.*scancel --name=tsae\.little"):
         states(plan)
+
+
+@pytest.mark.parametrize("what", ["run", "trainer", "record"])
+def test_a_run_whose_folder_cannot_be_read_is_damaged_and_the_others_are_shown(write_sweep, home, what, capsys):
+    file = write_sweep(grid={"sae.k": [8, 16]})
+    run = home / "checkpoints" / "little-embedded" / "k=8"
+    broken = {"run": run, "trainer": run / "trainer_0", "record": run / "trainer_0" / "resolved.yaml"}[what]
+    broken.parent.mkdir(parents=True)
+    broken.write_bytes(b"\xff\xfe")
+    assert main(["status", str(file)]) == 0
+    said = capsys.readouterr().out
+    rows = {line.split()[0]: line.split()[1:3] for line in said.splitlines() if line.startswith("k=")}
+    assert rows == {"k=8": ["train", "failed"], "k=16": ["train", "waiting"]}
+    assert f"    damaged: {run / 'trainer_0' / 'resolved.yaml'}: cannot be read: " in said
+    assert main(["sweep", str(file), "--dry-run"]) == 2
+    assert "resolved.yaml: cannot be read: " in capsys.readouterr().err
+    assert main(["report", str(file)]) == 2
+    assert capsys.readouterr().err.endswith("none of its 2 points has been trained or measured\n")
+    assert not (home / "sweeps").exists()
+
+
+def test_dry_run_and_status_count_the_same_stages(plan_of):
+    plan = plan_of(grid={"sae.k": [8, 16]}, stages=["harvest", "train", "evaluate", "report"])
+    lines = dry_run(plan, Options(executor="debug"))
+    assert "6 stages, 6 to run" in lines
+    assert ["report", plan.name, "to", "run"] in [line.split() for line in lines]
+    assert "0 of 6 stages done" in status_lines(plan, 200)[0][0]
 
 
 def test_what_another_process_works_on_runs(plan):

@@ -44,6 +44,8 @@ class AnswersConfig:
     """Seconds after which a request to the endpoint has failed."""
     tries: Count = 6
     """Attempts at a request that the endpoint answers with 429 or 5xx, not in time or not with JSON; waits double."""
+    max_tokens: Annotated[Count | None, Added(None)] = None
+    """Longest answer in tokens, thinking included; by default 400 for an explanation, 200 for verdicts, 16 for grades."""
     batch_size: Count = 8
     """Prompts that a local model answers at a time."""
     recorded: str | None = None

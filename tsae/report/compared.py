@@ -61,6 +61,10 @@ class Compared:
         made = files.read_whole_json(self.record).get("made_from")
         return self.page.exists() and bool(made == self.hash_of_results())
 
+    def anything(self) -> bool:
+        """Whether any run has weights or results."""
+        return any(run.weights.exists() or run.eval_results.exists() for run in self.runs)
+
     def hash_of_results(self) -> str:
         """Hash of what a report is made from: the points, and which results are there."""
         # Results are replaced as whole files, which changes their folder.

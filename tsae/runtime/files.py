@@ -50,7 +50,7 @@ def read_whole_json(path: str | Path) -> dict[str, Any]:
     """The mapping in a JSON file that can be made again; empty where there is none or it is damaged."""
     try:
         found = json.loads(Path(path).read_bytes())
-    except (FileNotFoundError, ValueError):
+    except (FileNotFoundError, NotADirectoryError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}
 

@@ -5,6 +5,7 @@ attempts/<stamp>/
   provenance.json changes.diff      by whom, with which code
   code/                             the copy that the jobs import
   jobs.json                         which job works on which stage
+  rest.json                         what its scheduler took no more of, and which job submits it
   submitting                        there until a scheduler has all of its jobs; says which one
   <n>-<kind>/                       batch script and logs of an array
 """
@@ -63,6 +64,20 @@ class Submitted:
     def exit_code(self) -> Path:
         """File in which the batch script may leave the exit code of a job that failed by itself."""
         return Path(self.log).with_name(f"{self.job}_exit_code")
+
+
+@dataclass(frozen=True)
+class Rest:
+    """What a launch meant to submit and found no room for."""
+
+    stages: tuple[str, ...]
+    """Their keys."""
+    points: tuple[str, ...]
+    """Names of the points that need them."""
+    limit: str
+    """Why not, in the scheduler's words."""
+    job: str | None
+    """The job that submits them once this launch's jobs have ended; None if there was no room for it either."""
 
 
 @dataclass(frozen=True)
@@ -136,6 +151,18 @@ class Attempt:
         """Remember what was submitted."""
         files.write_json(self.folder / "jobs.json", [asdict(entry) for entry in (*self.jobs(), *submitted)])
 
+    def leave(self, rest: Rest) -> None:
+        """Remember what was not submitted."""
+        files.write_json(self.folder / "rest.json", asdict(rest))
+
+    def rest(self) -> Rest | None:
+        """What was not submitted; None if all was, or what is said of it cannot be read."""
+        found = files.read_whole_json(self.folder / "rest.json")
+        try:
+            return Rest(tuple(found["stages"]), tuple(found["points"]), found["limit"], found["job"])
+        except (KeyError, TypeError):
+            return None
+
     def remove(self) -> None:
         """Take it away again; for one that could submit nothing."""
         shutil.rmtree(self.folder)
@@ -191,7 +218,13 @@ def write_provenance(folder: Path, image: str | None = None) -> None:
         "packages": dict(sorted((found.name, found.version) for found in metadata.distributions())),
         "container": None if image is None else {"image": image, "sha256": _digest(image)},
     }
-    if (PACKAGE.parent / ".git").exists():  # an installed wheel has no commit; its version is among the packages
+    earlier = PACKAGE.parent.with_name("provenance.json")
+    if PACKAGE.parent.name == "code" and earlier.exists():  # a job of an earlier launch makes this one, with its code
+        known = json.loads(earlier.read_bytes())
+        record |= {name: known[name] for name in ("command", "commit", "untracked", "changes") if name in known}
+        if record.get("changes"):
+            shutil.copy(earlier.with_name(record["changes"]), folder)
+    elif (PACKAGE.parent / ".git").exists():  # an installed wheel has no commit; its version is among the packages
         record["commit"] = _git("rev-parse", "HEAD").strip()
         record["untracked"] = _git("ls-files", "--others", "--exclude-standard").splitlines()
         changes = _git("diff", "HEAD")

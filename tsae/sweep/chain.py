@@ -103,6 +103,26 @@ class Chain:
             after_failures=True,
         )
 
+    def submit(self, arguments: tuple[Any, ...]) -> Stage:
+        """The stage that submits what a launch finds no room for, once that launch's jobs have ended."""
+        return Stage(
+            kind="submit",
+            key=schema.stable_hash(["submit", str(self.folder)]),
+            subject=f"the rest of {self.sweep.folder_name}",
+            function="tsae.sweep.submit_job:submit_stage",
+            config=None,
+            arguments=arguments,
+            points=(),
+            depends_on=(),
+            record=self.folder / "stages" / "submit",
+            progress=self.folder / "stages" / "submit" / "progress.json",
+            lock=self.folder / "submit.lock",
+            resources=self.sweep.config.resources.report,
+            on_gpu=False,
+            is_done=lambda: False,
+            after_failures=True,
+        )
+
     def _on_run(
         self,
         point: Point,

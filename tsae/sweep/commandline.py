@@ -80,11 +80,11 @@ def load_folder(folder: Path) -> Sweep:
     return load_sweep(newest / SWEEP_FILE, str(newest / BASE_FILE), overrides, folder.name)
 
 
-def plan_of(given: argparse.Namespace) -> Plan:
-    """The plan of the sweep that is named. Raises TsaeError."""
+def plan_of(given: argparse.Namespace, to_look_at: bool = False) -> Plan:
+    """The plan of the sweep that is named, as `make_plan` makes it. Raises TsaeError."""
     from tsae.sweep.plan import make_plan
 
-    return make_plan(sweep_of(given))
+    return make_plan(sweep_of(given), to_look_at)
 
 
 def words_of(given: argparse.Namespace) -> str:

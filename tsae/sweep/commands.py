@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 from tsae.experiments.commands import add_accept_argument
 from tsae.runtime import environment
 from tsae.runtime.environment import SWEEPS
+from tsae.runtime.errors import TsaeError
 from tsae.sweep.commandline import add_sweep_arguments, plan_of, sweep_of, words_of
 from tsae.sweep.schedulers import SCHEDULERS
 
@@ -94,6 +95,7 @@ def _sweep(given: argparse.Namespace) -> int:
         cluster=given.cluster,
         container=given.container,
         retry_failed=given.retry_failed or given.inexact,
+        inexact=given.inexact,
         detach=given.detach,
     )
     if given.dry_run:
@@ -116,13 +118,17 @@ def _cancel(given: argparse.Namespace) -> int:
 def _status(given: argparse.Namespace) -> None:
     from tsae.sweep import status
 
-    status.show(plan_of(given), logs=given.logs, watch=given.watch, everything=given.all)
+    status.show(plan_of(given, to_look_at=True), logs=given.logs, watch=given.watch, everything=given.all)
 
 
 def _report(given: argparse.Namespace) -> None:
     from tsae.report.write import short_table, write_report
 
-    plan = plan_of(given)
+    plan = plan_of(given, to_look_at=True)
+    if not plan.compared.anything():
+        raise TsaeError(
+            f"{plan.name}: nothing to report yet: none of its {len(plan.points)} points has been trained or measured"
+        )
     page = write_report(plan.compared)
     print("\n".join(short_table(plan.compared)))
     print(f"report: {page}")
@@ -144,6 +150,8 @@ def _runs(given: argparse.Namespace) -> None:
 def run(plan: Plan, options: Options, status: str) -> int:
     """Do what is missing of `plan`, or have it done; the exit code. `status` is the command that tells how it does."""
     from tsae.sweep.launcher import launch
+    from tsae.sweep.overview import not_submitted
+    from tsae.sweep.survey import Survey
 
     signal.signal(signal.SIGTERM, _interrupt)
     if not plan.unfinished():
@@ -151,11 +159,14 @@ def run(plan: Plan, options: Options, status: str) -> int:
         _show_report(plan)
         return 0
     launched = launch(plan, options)
-    under_way = launched.submitted or launched.choice.left
+    rest = launched.rest
+    under_way = launched.submitted or launched.choice.left or rest
     if under_way:
         given = [f"{launched.submitted} stages were submitted"] if launched.submitted else []
         given += [f"{len(launched.choice.left)} are under way from before"] if launched.choice.left else []
-        print(f"{plan.name}: {', '.join(given)}; see how they do with", file=sys.stderr)
+        if rest:
+            print(not_submitted(rest, len(rest.stages), len(rest.points), Survey(plan).submitter()), file=sys.stderr)
+        print(f"{plan.name}: {', '.join(given) or 'nothing was submitted'}; see how they do with", file=sys.stderr)
         print(f"    {status}", file=sys.stderr)
     else:
         _show_report(plan)

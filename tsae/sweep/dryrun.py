@@ -26,11 +26,12 @@ def dry_run(plan: Plan, options: Options) -> list[str]:
     report = plan.report()
     stages = [*choice.start, *([report] if report and choice.start else [])]
     lines = [f"{plan.name}: {len(plan.points)} points", *_points(plan), ""]
-    lines += [f"{len(plan.stages)} stages, {len(choice.start)} to run", *_stages(plan, choice), ""]
+    every = [*plan.stages, *([report] if report else [])]
+    lines += [f"{len(every)} stages, {len(stages)} to run", *_stages(every, choice, stages), ""]
     lines += _cost(choice.start, site)
     if scheduler and stages:
         attempt = Attempt(plan.folder / "attempts" / time.strftime("%Y%m%d-%H%M%S"))
-        submission = submission_of(plan, scheduler, attempt, site, image, choice)
+        submission = submission_of(plan, scheduler, attempt, site, image, choice, options)
         for text in submission.texts(stages, scheduler.limits() if scheduler.answers() else None):
             lines += ["", f"----- {scheduler.command}", text.rstrip(), "-----", ""]
     return [*lines, f"results: {plan.folder}", "dry run: nothing was started"]
@@ -51,8 +52,8 @@ def _points(plan: Plan) -> list[str]:
     return table(rows)
 
 
-def _stages(plan: Plan, choice: Choice) -> list[str]:
-    verdicts = {stage.key: "to run" for stage in choice.start}
+def _stages(every: Sequence[Stage], choice: Choice, to_run: Sequence[Stage]) -> list[str]:
+    verdicts = {stage.key: "to run" for stage in to_run}
     for stage in choice.left:
         verdicts[stage.key] = f"left alone: {choice.standings[stage.key].state}"
     for stage in choice.failed:
@@ -65,11 +66,10 @@ def _stages(plan: Plan, choice: Choice) -> list[str]:
             verdicts[stage.key] += f", {standing.state} before" if standing.state in ("failed", "interrupted") else ""
             verdicts[stage.key] += f"; {standing.state} on {standing.host}" if standing.state == "running" else ""
     rows = [["stage", "subject", "points", "state"]]
-    for stage in plan.stages:
-        verdict = verdicts.get(stage.key) or (
-            "complete" if stage.is_done() else "not needed: what reads it is complete"
-        )
-        rows.append([stage.kind, stage.subject, str(len(stage.points)), verdict])
+    for stage in every:
+        unasked = "once the others have ended" if stage.after_failures else "not needed: what reads it is complete"
+        verdict = verdicts.get(stage.key) or ("complete" if stage.is_done() else unasked)
+        rows.append([stage.kind, stage.subject, str(len(stage.points) or ""), verdict])
     return table(rows)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -15,7 +16,7 @@ from tsae.runtime import locks
 from tsae.runtime.errors import TsaeError
 from tsae.runtime.state import LIVE, Record, State
 from tsae.sweep import schedulers
-from tsae.sweep.attempt import Attempt, shell_path
+from tsae.sweep.attempt import Attempt, Rest, shell_path
 from tsae.sweep.cancel import undo_half_submissions
 from tsae.sweep.cluster import Cluster, load_cluster
 from tsae.sweep.container import Container
@@ -24,10 +25,11 @@ from tsae.sweep.plan import Plan
 from tsae.sweep.queue import background
 from tsae.sweep.queue.display import Terminal
 from tsae.sweep.queue.runner import Task
-from tsae.sweep.schedulers.base import Scheduler
+from tsae.sweep.schedulers.base import Full, Scheduler
 from tsae.sweep.schedulers.submission import Submission
 from tsae.sweep.stage import Stage
 from tsae.sweep.survey import Survey
+from tsae.training import trackers
 
 WAIT_SECONDS = 0.2
 
@@ -40,7 +42,11 @@ class Options:
     cluster: Path | None = None
     container: str | None = None
     retry_failed: bool = False
+    inexact: bool = False
+    """Whether the plan's trainings go on inexactly, for the job that makes the next launch."""
     detach: bool = False
+    rest: Rest | None = None
+    """Of an earlier launch: only that is started, by the job that the launch left for it."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +62,7 @@ class Choice:
     failed: tuple[Stage, ...]
     """Failed before, and not to be tried again."""
     blocked: tuple[Stage, ...]
-    """Need one that failed, or one that another executor has."""
+    """Need one that failed, or one that another executor has; or no part of what was to be started."""
     standings: dict[str, Record]
 
     @property
@@ -65,8 +71,8 @@ class Choice:
         return {stage.key: self.standings[stage.key].job for stage in self.left if self.standings[stage.key].job}
 
 
-def choose(plan: Plan, executor: str, retry_failed: bool) -> Choice:
-    """What becomes of each unfinished stage; nothing is started."""
+def choose(plan: Plan, executor: str, retry_failed: bool, rest: Rest | None = None) -> Choice:
+    """What becomes of each unfinished stage, or of those of `rest`; nothing is started."""
     unfinished = plan.unfinished()
     standings = Survey(plan).standings(unfinished)
     start: list[Stage] = []
@@ -77,7 +83,7 @@ def choose(plan: Plan, executor: str, retry_failed: bool) -> Choice:
     out_of_reach: set[str] = set()
     for stage in unfinished:
         standing = standings[stage.key]
-        if standing.state == State.FAILED and not retry_failed:
+        if standing.state == State.FAILED and not retry_failed and not (rest and stage.key in rest.stages):
             failed.append(stage)
             out_of_reach.add(stage.key)
         elif standing.state in LIVE and standing.executor not in ("", executor):
@@ -89,6 +95,9 @@ def choose(plan: Plan, executor: str, retry_failed: bool) -> Choice:
         elif standing.state in LIVE and standing.executor:
             # A scheduler needs no launcher; a local queue watches, so that it can take over what another one leaves.
             (left if executor in schedulers.SCHEDULERS else start).append(stage)
+        elif rest is not None and not set(stage.points) & set(rest.points):
+            blocked.append(stage)  # a person ended it meanwhile
+            out_of_reach.add(stage.key)
         else:
             start.append(stage)
             own.append(stage)
@@ -104,6 +113,8 @@ class Launched:
     """Stages that did not come to their end while it was watched."""
     submitted: int = 0
     """Stages that were given to a scheduler, or to a queue that nobody follows."""
+    rest: Rest | None = None
+    """What a scheduler had no room for."""
 
 
 def launch(plan: Plan, options: Options) -> Launched:
@@ -113,26 +124,26 @@ def launch(plan: Plan, options: Options) -> Launched:
     site = load_cluster(options.cluster) if scheduler or options.cluster else Cluster()
     with _launch_lock(plan):
         undo_half_submissions(plan.folder)
-        choice = choose(plan, executor, options.retry_failed)
+        choice = choose(plan, executor, options.retry_failed, options.rest)
         if not choice.start:
             return Launched(choice)
         image = container_for(plan, options, site, executor)
+        if image is None:  # which may have other packages, and is told no keys of this machine
+            require_trackers(plan, choice.start)
         stages = [*choice.start, *(stage for stage in [plan.report()] if stage)]
         # A local queue may have to take over what another one has now.
         attempt = _begin(plan, choice.start, image)
         if scheduler:
-            return Launched(
-                choice, submitted=_submit(submission_of(plan, scheduler, attempt, site, image, choice), stages)
-            )
+            return _submit(submission_of(plan, scheduler, attempt, site, image, choice, options), stages, choice)
         own = [*choice.own, *stages[len(choice.start) :]]
         terminal = Terminal()
         if executor == "local":
             queue = background.start(plan, stages, own, attempt, image)
-        terminal.say(_headline(plan, choice, attempt))
+        terminal.say(_headline(plan, choice, attempt, len(stages)))
     if executor == "debug":
         return Launched(choice, tuple(background.run_here(plan, stages, attempt, terminal)))
     if options.detach:
-        return Launched(choice, submitted=len(choice.own))
+        return Launched(choice, submitted=len(own))
     return Launched(choice, tuple(background.follow(stages, attempt, queue, terminal)))
 
 
@@ -167,6 +178,12 @@ def _launch_lock(plan: Plan) -> Iterator[None]:
         yield
     finally:
         holding.__exit__(None, None, None)
+
+
+def require_trackers(plan: Plan, stages: Sequence[Stage]) -> None:
+    """Refuse trainings whose trackers are not installed, or lack a key. Raises TsaeError."""
+    trained = {name for stage in stages if stage.kind == "train" for name in stage.points}
+    trackers.require(name for point in plan.points if point.name in trained for name in point.config.training.trackers)
 
 
 def _begin(plan: Plan, stages: Sequence[Stage], image: Container | None) -> Attempt:
@@ -214,9 +231,17 @@ def _texts(plain: Any) -> Iterator[str]:
 
 
 def submission_of(
-    plan: Plan, scheduler: Scheduler, attempt: Attempt, site: Cluster, image: Container | None, choice: Choice
+    plan: Plan,
+    scheduler: Scheduler,
+    attempt: Attempt,
+    site: Cluster,
+    image: Container | None,
+    choice: Choice,
+    options: Options,
 ) -> Submission:
     """What goes to a scheduler in a launch of `plan`."""
+    cluster = str(options.cluster.absolute()) if options.cluster else None
+    rest = plan.submit(scheduler.name, cluster, options.container, options.inexact, os.pathsep.join(shell_path()))
     return Submission(
         scheduler=scheduler,
         sweep_folder=plan.folder,
@@ -225,23 +250,31 @@ def submission_of(
         container=image,
         max_parallel=plan.sweep.config.max_parallel,
         alive=choice.alive,
+        rest=rest if options.rest or Survey(plan).submitter().state not in LIVE else None,
     )
 
 
-def _submit(submission: Submission, stages: Sequence[Stage]) -> int:
-    jobs = submission.submit(stages)
+def _submit(submission: Submission, stages: Sequence[Stage], choice: Choice) -> Launched:
+    try:
+        jobs = submission.submit(stages)
+    except Full as full:
+        if submission.rest is not None and not choice.left:
+            raise
+        points = dict.fromkeys(point for stage in choice.start for point in stage.points)
+        return Launched(choice, rest=Rest(tuple(stage.key for stage in stages), tuple(points), full.limit, None))
+    rest = submission.attempt.rest()
     arrays: dict[str, list[str]] = {}
     for entry in jobs:
         arrays.setdefault(entry.job.partition("_")[0], []).append(entry.label)
     for number, labels in arrays.items():
         more = f" and {len(labels) - 1} more" if len(labels) > 1 else ""
         print(f"job {number}: {labels[0]}{more}", file=sys.stderr)
-    return len(jobs)
+    return Launched(choice, submitted=len(jobs) - bool(rest and rest.job), rest=rest)
 
 
-def _headline(plan: Plan, choice: Choice, attempt: Attempt) -> str:
+def _headline(plan: Plan, choice: Choice, attempt: Attempt, to_run: int) -> str:
     complete = len(plan.stages) - len(choice.start) - len(choice.failed) - len(choice.blocked) - len(choice.left)
     return (
-        f"{plan.name}: {len(plan.points)} points, {len(choice.start)} stages to run, {complete} complete; "
+        f"{plan.name}: {len(plan.points)} points, {to_run} stages to run, {complete} complete; "
         f"logs in {attempt.folder / 'logs'}"
     )

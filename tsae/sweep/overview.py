@@ -7,7 +7,8 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from tsae.runtime.state import Record, State
+from tsae.runtime.state import BROKEN, LIVE, Record, State
+from tsae.sweep.attempt import Rest
 from tsae.sweep.plan import Plan
 from tsae.sweep.queue.display import duration, read_progress
 from tsae.sweep.stage import KINDS, Stage
@@ -32,6 +33,17 @@ def headline(plan: Plan, stages: Sequence[Stage], standings: Standings) -> list[
         f"{plan.name}: {len(plan.points)} points, {done} of {len(stages)} stages done   {time.strftime('%H:%M:%S')}",
         f"in {plan.folder}",
     ]
+
+
+def not_submitted(rest: Rest, stages: int, points: int, submitter: Record) -> str:
+    """What a scheduler had no room for, and who submits it: a line for people."""
+    if submitter.state in LIVE:
+        who = f"job {submitter.job} submits them once what was submitted has ended"
+    elif submitter.state in BROKEN:
+        who = f"job {submitter.job}, which was to submit them, {submitter.state}: {submitter.error}; the same command does"
+    else:
+        who = "the same command submits them once there is room"
+    return f"{stages} stages of {points} points are not submitted yet ({rest.limit}): {who}"
 
 
 def counts(stages: Sequence[Stage], standings: Standings) -> list[str]:

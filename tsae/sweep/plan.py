@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,8 @@ class Plan:
     points: tuple[Point, ...]
     stages: tuple[Stage, ...]
     """All but the report, in an order in which they can run."""
+    damaged: Mapping[str, str] = field(default_factory=dict)
+    """Point → why its run's folder cannot be read, where that was to be put up with."""
 
     @property
     def name(self) -> str:
@@ -75,8 +78,11 @@ class Plan:
 
     def changes(self) -> dict[str, str]:
         """Point → in words, what of its data has changed since its run was trained or begun; of all where anything has."""
-        found = {point.name: stages.changed_since(point.config, self.run(point)) for point in self.points}
+        found = {point.name: stages.changed_since(point.config, self.run(point)) for point in self._readable()}
         return {name: what for name, what in found.items() if what}
+
+    def _readable(self) -> list[Point]:
+        return [point for point in self.points if point.name not in self.damaged]
 
     def decide_on_data(self, accept: bool) -> None:
         """Refuse runs whose data have changed since, or have those that are trained measured on what is there now."""
@@ -106,6 +112,10 @@ class Plan:
         if "report" not in self.sweep.config.stages:
             return None
         return self._chain.report(self.points, list(self.stages), lambda: self.compared.is_current())
+
+    def submit(self, *arguments: Any) -> Stage:
+        """The stage that submits what finds no room now."""
+        return self._chain.submit(arguments)
 
     @cached_property
     def compared(self) -> Compared:
@@ -139,15 +149,27 @@ class Plan:
         return {point.name: _as_yaml(point.config) for point in self.points if point.name in wanted}
 
 
-def make_plan(sweep: Sweep) -> Plan:
-    """Points and stages of `sweep`. Raises TsaeError for every setting that cannot work, before anything starts."""
+def make_plan(sweep: Sweep, to_look_at: bool = False) -> Plan:
+    """Points and stages of `sweep`. Raises TsaeError for every setting that cannot work, before anything starts.
+
+    In a plan that is only `to_look_at` a run's folder that cannot be read is named as damaged.
+    """
     points, chain = expand(sweep), Chain(sweep)
     table: dict[str, Stage] = {}
     needed_by: dict[str, list[str]] = {}
     harvests: dict[str, list[Stage]] = {}
     checked: set[str] = set()
+    damaged: dict[str, str] = {}
     for point in points:
-        _refuse_impossible(chain, point, checked)
+        _check_model(chain, point, checked)
+        try:
+            trained_as = chain.run(point).training_hash()
+        except TsaeError as error:
+            if not to_look_at:
+                raise
+            damaged[point.name] = f"damaged: {error}"
+        else:
+            _refuse_another_run(chain, point, trained_as)
         # The name of a store takes a look at the text's sources; once for each distinct store is enough.
         source = schema.stable_hash([configuration.store_settings(point.config), point.config.store.path])
         if source not in harvests:
@@ -158,7 +180,13 @@ def make_plan(sweep: Sweep) -> Plan:
             needed_by.setdefault(stage.key, []).append(point.name)
     merged = [dataclasses.replace(stage, points=tuple(needed_by[key])) for key, stage in table.items()]
     ordered = sorted(merged, key=lambda stage: KINDS.index(stage.kind))
-    return Plan(sweep, points, tuple(pack(points, ordered)))
+    readable = [
+        dataclasses.replace(stage, is_done=lambda: False)
+        if damaged.keys() & set(stage.points) and stage.kind != "harvest"
+        else stage
+        for stage in ordered
+    ]
+    return Plan(sweep, points, tuple(pack(points, readable)), damaged)
 
 
 def _as_yaml(config: configuration.RunConfig) -> str:
@@ -173,8 +201,8 @@ def _section_as_yaml(section: str) -> str:
     return text
 
 
-def _refuse_impossible(chain: Chain, point: Point, checked: set[str]) -> None:
-    """Refuse what only the model or the disk can tell: a layer that is not there, a folder of another run.
+def _check_model(chain: Chain, point: Point, checked: set[str]) -> None:
+    """Refuse what only the model can tell: a layer that is not there.
 
     Points that agree in their model share one look at it; `checked` remembers which.
     """
@@ -184,9 +212,13 @@ def _refuse_impossible(chain: Chain, point: Point, checked: set[str]) -> None:
     if model not in checked:
         check_layer(point.config.model, f"{chain.sweep.path}: {point.name}")
         checked.add(model)
-    run = chain.run(point)
-    if run.training_hash() in (None, point.config.training_hash):
+
+
+def _refuse_another_run(chain: Chain, point: Point, trained_as: str | None) -> None:
+    """Refuse a folder that holds a run of other settings; `trained_as` is their hash."""
+    if trained_as in (None, point.config.training_hash):
         return
+    run = chain.run(point)
     wanted = configuration.training_settings(point.config)
     here = configuration.training_settings(run.load_config())
     raise TsaeError(

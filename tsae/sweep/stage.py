@@ -19,7 +19,7 @@ class Stage:
     """One unit of work: a function with plain arguments, what it waits for, and where its traces are."""
 
     kind: str
-    """One of `KINDS`."""
+    """One of `KINDS`, or `submit`: what a launch found no room for, by a job (chain.py)."""
     key: str
     """Content hash: stages with equal keys are the same work."""
     subject: str

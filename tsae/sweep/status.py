@@ -10,12 +10,13 @@ import sys
 import time
 
 from tsae.runtime.errors import TsaeError, suggestion
-from tsae.runtime.state import LIVE
-from tsae.sweep.overview import counts, headline, log_texts, point_rows
+from tsae.runtime.state import LIVE, State
+from tsae.sweep.overview import counts, headline, log_texts, not_submitted, point_rows
 from tsae.sweep.plan import Plan
 from tsae.sweep.survey import Survey
 
 WATCH_SECONDS = 3.0
+HAD = (*LIVE, State.DONE)
 WIDE = 200
 """Columns where the output is no terminal."""
 
@@ -38,6 +39,11 @@ def status_lines(plan: Plan, width: int, everything: bool = False) -> tuple[list
     lines = [*headline(plan, stages, standings), *_changes(plan), "", *counts(stages, standings), ""]
     for scheduler, said in survey.silence.items():
         lines[2:2] = [f"{scheduler} does not answer ({said}): what is not done stands as its job said last"]
+    rest = survey.sweep_attempts[-1].rest() if survey.sweep_attempts else None
+    left = [stage for stage in stages if rest and stage.key in rest.stages and standings[stage.key].state not in HAD]
+    if rest and left:
+        points = {point for stage in left for point in stage.points}
+        lines[2:2] = [not_submitted(rest, len(left), len(points), survey.submitter())]
     lines += point_rows(plan, stages, standings, width, everything)
     return lines, any(standing.state in LIVE for standing in standings.values())
 

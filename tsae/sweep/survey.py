@@ -64,7 +64,14 @@ class Survey:
             found[stage.key] = record
         return found
 
+    def submitter(self) -> Record:
+        """How the job does that submits what found no room; WAITING if there is none, or it has done so."""
+        stage = self.plan.submit()
+        return self.standings([stage])[stage.key]
+
     def _of(self, stage: Stage) -> Record:
+        if stage.kind != "harvest" and (damaged := self.plan.damaged.keys() & set(stage.points)):
+            return Record(State.FAILED, error=self.plan.damaged[min(damaged)])
         entry, said = self.jobs.get(stage.key), Record.of(stage.record)
         if stage.is_done():
             done = replace(said or Record(), state=State.DONE, error="", job="")

@@ -150,3 +150,29 @@ def test_the_commands_are_missed_in_one_line(sweep_of: Make) -> None:
     sweep = sweep_of()
     sweep.environment["PATH"] = os.path.dirname(sys.executable)
     assert "no qmaster answers" in sweep.tsae("sweep", "--executor", "gridengine", code=2)
+
+
+def test_a_sweep_of_more_arrays_than_a_user_may_have_goes_in_waves(sweep_of: Make) -> None:
+    """Three at a time for four: the report, and the array before it, are submitted by a job."""
+    sweep = sweep_of()
+    settings = sweep.run("qconf", "-sconf", "global")
+
+    def limit(jobs: int) -> None:
+        lines = [line for line in settings.splitlines() if not line.startswith(("max_u_jobs", "#"))]
+        (sweep.home / "global").write_text("\n".join([*lines, f"max_u_jobs {jobs}", ""]))
+        sweep.run("qconf", "-Mconf", str(sweep.home / "global"))
+
+    limit(3)
+    try:
+        said = sweep.tsae("sweep", "--executor", "gridengine")
+        assert "3 stages of 2 points are not submitted yet (only 3 jobs are allowed per user): job " in said
+        assert "3 stages were submitted" in said
+        assert "not submitted yet" in sweep.tsae("status")
+        sweep.wait(lambda: (sweep.folder / "report" / "report.html").exists())
+        sweep.wait_until_over()
+    finally:
+        limit(0)
+    assert sweep.states() == {point: ["evaluate", "done"] for point in POINTS}
+    assert "not submitted yet" not in sweep.tsae("status")
+    labels = [json.loads(path.read_text())["label"] for path in sorted(sweep.folder.glob("attempts/*/*/call-*.json"))]
+    assert sorted(labels) == sorted(set(labels))

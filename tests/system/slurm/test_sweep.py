@@ -16,6 +16,7 @@ import yaml
 
 from tests.system.slurm.slurm_commands import CLUSTER, CommandLine
 from tests.system.slurm.slurm_sweep import SweepOnSlurm
+from tsae.runtime.files import read_whole_json
 from tsae.sweep.attempt import attempts, job_name
 from tsae.sweep.schedulers.slurm.query import run as slurm_command
 
@@ -77,7 +78,7 @@ def logs_of(first: str) -> str:
     [
         ({"partition": "nowhere"}, "nvalid partition"),
         ({"time": "12:00"}, "time: 12:00 is impossible; allowed: '90m'"),
-        ({"qos": "tight"}, "QOS policy|QOSMaxSubmitJobPerUserLimit"),
+        ({"qos": "nowhere"}, "nvalid qos"),
     ],
 )
 def test_what_cannot_run_is_one_line_and_leaves_nothing(
@@ -91,6 +92,64 @@ def test_what_cannot_run_is_one_line_and_leaves_nothing(
     assert said.count("\n") == 1
     assert not sweep.alive()
     assert attempts(sweep.folder) == []
+
+
+def test_a_sweep_larger_than_the_submit_limit_goes_in_waves_that_nobody_watches(
+    sweep: SweepOnSlurm, tiny: CommandLine
+) -> None:
+    """Six jobs at a time for twelve stages: two points each, and a job that submits the next."""
+    fractions = [0.2, 0.3, 0.4, 0.5, 0.6]
+    tiny.write(fractions)
+    (tiny.home / "cluster.yaml").write_text(yaml.safe_dump({"defaults": {**CLUSTER["defaults"], "qos": "narrow"}}))
+    said = tiny.sweep()
+    (first,) = attempts(sweep.folder)
+    *_, last = first.jobs()
+    assert last.label == "submit the rest of tiny-base"
+    assert len(first.jobs()) == 6
+    told = f"7 stages of 3 points are not submitted yet (QOSMaxSubmitJobPerUserLimit): job {last.job} submits them"
+    assert told in said
+    assert "5 stages were submitted" in said
+    assert told in tiny.status()
+    assert tiny.counts()["train"] == {"done": "0/5", "queued": "2", "waiting": "3"}
+
+    again = tiny.sweep()  # while the first wave is on its way
+    assert "5 are under way from before" in again
+    assert told in again
+    assert attempts(sweep.folder) == [first]
+
+    sweep.wait_until_over()
+    assert all(set(states) == {"done"} for states in tiny.counts().values()), tiny.status()
+    assert "not submitted" not in tiny.status()
+    every = [entry.stage for attempt in attempts(sweep.folder) for entry in attempt.jobs()]
+    assert len(set(every)) == 13  # with the one that submits
+    assert len(every) == 12 + len(attempts(sweep.folder)) - 1  # nothing twice
+    commits = {read_whole_json(attempt.folder / "provenance.json")["commit"] for attempt in attempts(sweep.folder)}
+    assert len(commits) == 1
+    assert list(sweep.folder.rglob("*.html"))
+    scripts = {path.parent for path in sweep.folder.glob("attempts/*/*/*_submission.sh")}
+    assert scripts == {Path(entry.log).parent for attempt in attempts(sweep.folder) for entry in attempt.jobs()}
+
+
+def test_where_one_job_is_all_that_is_allowed_the_same_command_submits_the_next(
+    sweep: SweepOnSlurm, tiny: CommandLine
+) -> None:
+    (tiny.home / "cluster.yaml").write_text(yaml.safe_dump({"defaults": {**CLUSTER["defaults"], "qos": "tight"}}))
+    said = tiny.sweep()
+    assert "5 stages of 2 points are not submitted yet (QOSMaxSubmitJobPerUserLimit): the same command submits" in said
+    sweep.wait_until_over()
+    assert "4 stages of 2 points are not submitted yet" in tiny.sweep()
+    other = ["sbatch", "--parsable", "--qos=tight", "--output=/dev/null", "--wrap=true"]
+    sweep.wait_until_over()
+    slurm_command("scontrol", "update", "partitionname=main", "state=down")
+    try:
+        taken = subprocess.run(other, capture_output=True, text=True, check=True).stdout.strip()
+        said = tiny.sweep(code=2)
+        assert "QOSMaxSubmitJobPerUserLimit" in said
+        assert "nothing was submitted" in said
+        slurm_command("scancel", taken)
+    finally:
+        slurm_command("scontrol", "update", "partitionname=main", "state=up")
+    assert tiny.counts()["train"] == {"done": "1/2", "waiting": "1"}
 
 
 @pytest.fixture

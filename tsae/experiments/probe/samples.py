@@ -72,12 +72,13 @@ def choose_samples(
     else:
         tags = _syntax(texts, probe, decode)
     valid = texts.valid & (tags.of_token >= 0)
-    if probe.protocol == "reference":
+    if probe.protocol == "disjoint":
+        rows, positions = _random_tokens(valid, tags, probe, random)
+    else:
         rows, positions = _last_tokens(valid)
-        return Samples(rows, positions, tags.of_token[rows, positions], texts.group[rows], tags.names, (), tags.tagger)
-    rows, positions = _random_tokens(valid, tags, probe, random)
-    label, group = tags.of_token[rows, positions], texts.group_of_copies[rows]
-    return _without_rare(Samples(rows, positions, label, group, tags.names, (), tags.tagger), task)
+    group = texts.group if probe.protocol == "reference" else texts.group_of_copies
+    samples = Samples(rows, positions, tags.of_token[rows, positions], group[rows], tags.names, (), tags.tagger)
+    return samples if probe.protocol == "reference" else _without_rare(samples, task)
 
 
 def _context(texts: TextActivations, probe: ProbeConfig, random: np.random.Generator) -> Samples:

@@ -300,7 +300,7 @@ def _tokenise(texts: Sequence[LabelledText], subject: Subject, context_length: i
         found = tokenizer(
             text.text,
             add_special_tokens=False,
-            split_special_tokens=True,
+            split_special_tokens=not text.templated,
             return_offsets_mapping=True,
             verbose=False,
         )

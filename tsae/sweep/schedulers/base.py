@@ -8,6 +8,8 @@ has run if the scheduler refuses a later one:
     for array in arrays:        job ids = scheduler.submit(order of the array)      remembered in jobs.json
     at the end:                 scheduler.release(ids of the free arrays)
     if one of them is refused:  scheduler.cancel(every live job of the sweep's name)
+    if it is `Full`:            scheduler.cancel(ids of the arrays that came with it), then fewer points, and so on; what
+                                found no room is submitted by a job that waits for the rest (submission.py)
 
 Nobody waits for the jobs. `status`, the next launch and `--cancel` look at the sweep's folder, where each job keeps a
 record of itself, and ask the scheduler only which of the jobs live and how the others ended: once `queued`, and once
@@ -40,10 +42,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from tsae.runtime.errors import TsaeError
 from tsae.runtime.job import Call
 from tsae.runtime.state import State
 from tsae.sweep.cluster import Cluster
 from tsae.sweep.resources import StageResources
+
+
+class Full(TsaeError):
+    """A scheduler takes no more jobs now: a limit on how many may be submitted is reached, in its words `limit`."""
+
+    def __init__(self, message: str, limit: str) -> None:
+        super().__init__(message)
+        self.limit = limit
 
 
 @dataclass(frozen=True)
@@ -53,7 +64,9 @@ class Limits:
     cluster: str = "unknown"
     """Its name of the cluster: ids of another one mean other jobs."""
     max_array: int = 1001
-    """Most jobs in one array."""
+    """Most jobs in one array; 1 where there are no arrays."""
+    array_counts_once: bool = False
+    """Whether an array counts as one job where submitted jobs are counted, however long it is."""
 
 
 @dataclass(frozen=True)
@@ -133,7 +146,10 @@ class Scheduler(Protocol):
         """What it says of itself."""
 
     def submit(self, order: Order) -> list[str]:
-        """Submit one array; the ids of its jobs, in the order of `order.calls`. A single call needs no array."""
+        """Submit one array; the ids of its jobs, in the order of `order.calls`. A single call needs no array.
+
+        Raises `Full` where all of it finds no room now and less of it, or later, may.
+        """
 
     def script(self, order: Order) -> str:
         """The batch script that `submit` would hand over; nothing is written. Ids in `inputs` may be words."""

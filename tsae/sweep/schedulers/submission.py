@@ -1,11 +1,14 @@
-"""Stages to a scheduler: one array after the other, of which none stays if one of them is refused."""
+"""Stages to a scheduler: one array after the other, of which none stays if one of them is refused.
+
+Where a limit on submitted jobs is reached, whole points are submitted as long as they find room, and a job behind them
+that submits the rest: one wave after the other, without anybody watching.
+"""
 
 from __future__ import annotations
 
 import os
 import shlex
 import sys
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,12 +16,13 @@ from pathlib import Path
 from tsae.runtime import environment
 from tsae.runtime.errors import TsaeError
 from tsae.runtime.job import MOST_RESTARTS, Call
-from tsae.sweep.attempt import Attempt, Submitted, job_name, python_path, shell_path
+from tsae.sweep.attempt import Attempt, Rest, Submitted, job_name, python_path, shell_path
 from tsae.sweep.cancel import undo_half_submissions
 from tsae.sweep.cluster import Cluster
 from tsae.sweep.container import Container
 from tsae.sweep.schedulers.arrays import Array, to_arrays
-from tsae.sweep.schedulers.base import Limits, Order, Scheduler
+from tsae.sweep.schedulers.base import Inputs, Limits, Order, Scheduler
+from tsae.sweep.schedulers.wave import Wave
 from tsae.sweep.stage import Stage
 
 NEEDS_APPTAINER = (
@@ -41,11 +45,14 @@ class Submission:
     """Most jobs of one array at the same time; by default the cluster's."""
     alive: Mapping[str, str] = field(default_factory=dict)
     """Stage key → job, for inputs that an earlier launch has submitted and that are not done."""
+    rest: Stage | None = None
+    """What submits the stages that find no room, once the others have ended; None where a job does that already."""
 
     def submit(self, stages: Sequence[Stage]) -> list[Submitted]:
         """Submit `stages`, which come after their inputs, with one call of the scheduler for each array.
 
-        Raises TsaeError if the scheduler refuses one; then none of them stays submitted and the attempt is taken away.
+        What finds no room is noted in the attempt. Raises TsaeError if the scheduler refuses an array for another
+        reason, `Full` if it takes none; then none of them stays submitted and the attempt is taken away.
         """
         try:
             self.attempt.submitting.write_text(self.scheduler.name)
@@ -59,31 +66,17 @@ class Submission:
         return self.attempt.jobs()
 
     def _submit_held(self, stages: Sequence[Stage]) -> None:
-        """Submit all arrays, and let the first jobs start once the scheduler has taken the last one."""
-        scheduler, known = self.scheduler, self.scheduler.limits()
-        ids: dict[Array, str] = {}
-        arrays = to_arrays(stages, self.cluster, known.max_array, self.alive)
-        for number, array in enumerate(arrays):
-            order = self._order(number, array, ids)
-            order.folder.mkdir()
-            began = time.time()
-            jobs = scheduler.submit(order)
-            ids[array] = jobs[0].partition("_")[0]
-            self.attempt.add_jobs(
-                Submitted(
-                    stage=stage.key,
-                    label=stage.label,
-                    job=job,
-                    cluster=known.cluster,
-                    submitted=began,
-                    executor=scheduler.name,
-                    log=str(scheduler.log(order, job)),
-                    attempt=self.attempt.stamp,
-                )
-                for stage, job in zip(array.stages, jobs, strict=True)
-            )
+        """Submit all arrays that find room, and let the first jobs start once the scheduler has taken the last one."""
+        wave = Wave(self.scheduler, self.cluster, self.alive, self._order)
+        full = wave.fill(stages)
+        if full is not None:
+            behind = wave.follow(self.rest) if self.rest else None
+            left = [stage for stage in stages if stage.key not in wave.jobs]
+            points = dict.fromkeys(point for stage in left for point in stage.points)
+            self.attempt.leave(Rest(tuple(stage.key for stage in left), tuple(points), full.limit, behind))
+        self.attempt.add_jobs(wave.jobs.values())
         try:
-            scheduler.release(ids[array] for array in arrays if array.is_free)
+            self.scheduler.release(wave.held)
         except TsaeError as error:
             raise TsaeError(f"{error}; were the jobs cancelled meanwhile? nothing stays submitted") from None
 
@@ -93,15 +86,15 @@ class Submission:
         texts: list[str] = []
         arrays = to_arrays(stages, self.cluster, (known or Limits()).max_array, self.alive)
         for number, array in enumerate(arrays):
-            order = self._order(number, array, ids)
+            order = self._order(number, array, array.inputs(ids), array.is_free)
             texts.append(self.scheduler.script(order))
             ids[array] = f"<{order.folder.name}>"
         return texts
 
-    def _order(self, number: int, array: Array, ids: Mapping[Array, str]) -> Order:
-        """`array` as the scheduler gets it; `ids` are those of the arrays before."""
-        python = [sys.executable]
-        if self.container is not None:
+    def _order(self, number: int, array: Array, inputs: Inputs, hold: bool) -> Order:
+        """`array` as the scheduler gets it, as the one of that `number` in this launch."""
+        python, in_image = [sys.executable], self.container is not None and array.kind != "submit"
+        if self.container is not None and in_image:
             # An image keeps the host's PYTHONPATH out, so the copy of the code is named to it.
             own = self.cluster.environment.get("PYTHONPATH")
             code = {"PYTHONPATH": python_path(self.attempt.code, own, *shell_path(in_image=True))}
@@ -124,11 +117,11 @@ class Submission:
                 for stage in array.stages
             ],
             resources=array.resources,
-            inputs=array.inputs(ids),
-            hold=array.is_free,
+            inputs=inputs,
+            hold=hold,
             max_parallel=self.max_parallel or self.cluster.max_parallel or len(array.stages),
             cluster=self.cluster,
-            setup=self._setup(array.resources.cpus),
+            setup=[*self._setup(array.resources.cpus), *([NEEDS_APPTAINER] if in_image else [])],
             python=python,
         )
 
@@ -152,5 +145,4 @@ class Submission:
             *self.cluster.setup,
             *(f"export {name}={shlex.quote(value)}" for name, value in variables.items()),
             f"export PYTHONPATH={shlex.quote(path)}${{PYTHONPATH:+:$PYTHONPATH}}",
-            *([] if self.container is None else [NEEDS_APPTAINER]),
         ]

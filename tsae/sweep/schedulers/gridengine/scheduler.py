@@ -26,7 +26,7 @@ from pathlib import Path
 
 from tsae.runtime.errors import TsaeError
 from tsae.runtime.state import State
-from tsae.sweep.schedulers.base import Inputs, Limits, Order, Seen
+from tsae.sweep.schedulers.base import Full, Inputs, Limits, Order, Seen
 from tsae.sweep.schedulers.gridengine.job import BLOCKED, ORDER_FILE, RESTARTS
 
 PARALLEL_ENVIRONMENT = "smp"
@@ -34,6 +34,8 @@ PARALLEL_ENVIRONMENT = "smp"
 MEMORY = "mem_free"
 """How memory is asked for, all of it at once, where `extra: {memory: NAME}` names no resource that each slot has: h_vmem."""
 MEGABYTES = {"K": 1 / 1024, "M": 1, "G": 1024, "T": 1024**2}
+NO_ROOM = re.compile(r"only \d+ jobs are allowed per \w+")
+"""What qsub says where max_u_jobs or max_jobs is reached."""
 LEAST_NOTICE = 2
 """Seconds before h_rt at which the script makes an end."""
 BATCH = """\
@@ -112,7 +114,8 @@ class GridEngine:
         """What the qmaster was configured with."""
         found = re.search(r"^max_aj_tasks\s+(\d+)", _run("qconf", "-sconf"), re.MULTILINE)
         cell = os.environ.get("SGE_CELL", "default")
-        return Limits(f"{_run('qconf', '-sss').strip()}/{cell}", int(found[1]) if found and int(found[1]) else 75000)
+        most = int(found[1]) if found and int(found[1]) else 75000
+        return Limits(f"{_run('qconf', '-sss').strip()}/{cell}", most, array_counts_once=True)
 
     def submit(self, order: Order) -> list[str]:
         """Submit one array with one call of qsub."""
@@ -126,9 +129,9 @@ class GridEngine:
         try:
             said = _run("qsub", "-terse", str(batch))
         except TsaeError as error:
-            raise TsaeError(
-                f"{str(error).replace('qsub: ', f'qsub: {order.comment}: ', 1)}; nothing was submitted"
-            ) from None
+            message = f"{str(error).replace('qsub: ', f'qsub: {order.comment}: ', 1)}; nothing was submitted"
+            limit = NO_ROOM.search(message)
+            raise (Full(message, limit.group()) if limit else TsaeError(message)) from None
         job = said.split()[-1].partition(".")[0]
         (order.folder / f"{job}.order").touch()  # by which later jobs find the marks of this one
         return [f"{job}_{index}" for index in range(len(order.calls))]

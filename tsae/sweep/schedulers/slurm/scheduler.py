@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from tsae.runtime.errors import TsaeError
-from tsae.sweep.schedulers.base import Inputs, Limits, Order, Seen
+from tsae.sweep.schedulers.base import Full, Inputs, Limits, Order, Seen
 from tsae.sweep.schedulers.slurm import job, query
 
 KEEP_SHELL = "trap : TERM  # the shell outlives its job step, to see why that ended"
@@ -40,6 +40,8 @@ case "$code/$state" in
         echo $code >{folder}/"$job"_exit_code ;;
 esac
 exit $code"""
+NO_ROOM = re.compile(r"\w+Submit\w*Limit|job queue full|temporarily un\w+( to accept job)?")
+"""What sbatch says where a limit on submitted jobs is reached: of an association, a QOS, or MaxJobCount."""
 AT_A_TIME = 500
 """Jobs in one call of scancel or scontrol."""
 
@@ -64,7 +66,14 @@ class Slurm:
         """What the controller was configured with."""
         text = query.run("scontrol", "show", "config")
         found = dict(re.findall(r"^(\w+)\s*= (.*)$", text, flags=re.MULTILINE))
-        return Limits(found["ClusterName"].strip(), int(found["MaxArraySize"]))
+        tasks = re.search(r"max_array_tasks=(\d+)", found.get("SchedulerParameters", ""))
+        # Where MaxJobCount is reached, sbatch tries for two minutes: arrays are small enough to find room one day.
+        most = [
+            int(found["MaxArraySize"]),
+            int(found.get("MaxJobCount", 10000)) // 4,
+            *([int(tasks[1])] if tasks else []),
+        ]
+        return Limits(found["ClusterName"].strip(), max(1, min(most)))
 
     def submit(self, order: Order) -> list[str]:
         """Submit one array with one call of sbatch."""
@@ -79,7 +88,9 @@ class Slurm:
                 jobs = executor.map_array(job.run, order.calls)
         except (FailedJobError, FailedSubmissionError) as error:
             said = query.complaint(str(error))
-            raise TsaeError(f"sbatch: {order.comment}: {said}; nothing was submitted") from None
+            message = f"sbatch: {order.comment}: {said}; nothing was submitted"
+            limit = NO_ROOM.search(said)
+            raise (Full(message, limit.group()) if limit else TsaeError(message)) from None
         return [str(entry.job_id) for entry in jobs]
 
     def script(self, order: Order) -> str:
