@@ -27,7 +27,6 @@ from tsae.experiments.probe.samples import (
 )
 from tsae.experiments.shared.subject import Subject
 from tsae.experiments.shared.texts import MAX_READ, TextActivations, harvest_dataset, texts_read
-from tsae.lm.model import load_tokenizer
 from tsae.runtime.errors import TsaeError
 from tsae.runtime.progress import Progress
 
@@ -119,7 +118,7 @@ def _material(subject: Subject, settings: ProbeConfig) -> _Material:
     """Texts, samples and the feature activations of all latents."""
     reference = settings.protocol == "reference"
     texts = reference_texts(subject, settings) if reference else harvest_dataset(subject, settings.dataset)
-    tokenizer = load_tokenizer(subject.config.model)
+    tokenizer = subject.tokenizer
     samples: dict[str, Samples] = {
         task: choose_samples(texts, settings, task, lambda tokens: str(tokenizer.decode(tokens)))
         for task in settings.tasks
