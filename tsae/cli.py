@@ -215,9 +215,11 @@ def _train(options: argparse.Namespace) -> None:
     from tsae.config import run as configuration
     from tsae.config.run import require_processes
     from tsae.stages import harvest_stage, refuse_other_data, train_stage
+    from tsae.training.trackers import require as require_trackers
 
     config = configuration.load(options.config, options.overrides)
     require_processes(config, process_count())  # before the harvest, which may take long
+    require_trackers(config.training.trackers if process_rank() == 0 else ())
     run = _run_of(options)
     _accept(options, config, run)
     refuse_other_data(config, RunFolder.of(*run))  # before its harvest

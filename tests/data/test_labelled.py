@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -50,6 +51,26 @@ def test_a_folder_in_the_format_of_the_hub_is_read_by_its_card(tmp_path):
         list(labelled_texts(str(tmp_path)))
 
 
+def test_a_local_folder_is_read_by_split_the_first_where_none_is_named(tmp_path):
+    for split in ("test", "validation"):
+        write(tmp_path / f"{split}.csv", [{"text": f"a {split}", "label": "x"}])
+    (tmp_path / "test.csv").write_bytes(b"\xef\xbb\xbf" + (tmp_path / "test.csv").read_bytes())
+    assert [text.text for text in labelled_texts(str(tmp_path))] == ["a validation"]
+    assert [text.text for text in labelled_texts(str(tmp_path), split="test")] == ["a test"]
+    with pytest.raises(TsaeError, match=r"there is no split 'train'; .*it has: validation, test"):
+        list(labelled_texts(str(tmp_path), split="train"))
+
+
+def test_a_dataset_of_save_to_disk_and_a_table_that_it_wrote_name_their_classes(tmp_path):
+    features = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["x", "y"])})
+    dataset = datasets.Dataset.from_dict({"text": ["a", "b", "c"], "label": [1, 0, -1]}, features)
+    datasets.DatasetDict(train=dataset).save_to_disk(tmp_path / "saved")
+    dataset.to_parquet(tmp_path / "a.parquet")
+    for place in ("saved", "a.parquet"):
+        found = list(labelled_texts(str(tmp_path / place)))
+        assert found == [LabelledText("a", "y", 0), LabelledText("b", "x", 1)]
+
+
 def test_a_named_dataset_is_found_in_the_hub_cache_of_an_offline_machine(tmp_path, monkeypatch):
     from huggingface_hub import constants
 
@@ -89,7 +110,7 @@ def test_articles_of_the_table_that_are_not_there_are_named(tmp_path, caplog):
 
 def test_both_sides_of_a_pair_are_one_group(tmp_path):
     pairs = write(tmp_path / "p.jsonl", [{"chosen": "yes", "rejected": "no"}, {"chosen": "oui", "rejected": "non"}])
-    assert list(response_pairs(pairs))[1] == ResponsePair("oui", "non")
+    assert list(response_pairs(pairs, None))[1] == ResponsePair("oui", "non")
     assert [text.group for text in labelled_texts(pairs)] == [0, 0, 1, 1]
     assert [text.label for text in labelled_texts(pairs)] == ["chosen", "rejected"] * 2
 
@@ -108,7 +129,7 @@ def test_a_missing_column_is_named_with_those_found(tmp_path):
     with pytest.raises(TsaeError, match=r"text or content with domain.*columns found: txt, domain"):
         list(labelled_texts(path))
     with pytest.raises(TsaeError, match=r"chosen and rejected.*columns found: txt, domain"):
-        list(response_pairs(path))
+        list(response_pairs(path, None))
 
 
 @pytest.mark.parametrize("name", ["finewebb", "./nowhere.jsonl", "~nobody/a.jsonl"])
@@ -125,10 +146,16 @@ def test_a_file_of_another_kind_or_damaged_is_one_line(tmp_path, capfd):
         (tmp_path / empty).touch()
         with pytest.raises(TsaeError, match=rf"{empty}: holds no rows"):
             list(labelled_texts(str(tmp_path / empty)))
+    (tmp_path / "a.txt").write_text("words")
+    with pytest.raises(TsaeError, match=r"a\.txt: plain text has no columns"):
+        list(labelled_texts(str(tmp_path / "a.txt")))
+    (tmp_path / "odd.jsonl").write_text('{"text": "a", "label": "b"}\n\n[1]\n')
+    with pytest.raises(TsaeError, match=r"odd\.jsonl: line 3: an object .* is expected"):
+        list(labelled_texts(str(tmp_path / "odd.jsonl")))
     (tmp_path / "a.parquet").write_bytes(b"not parquet")
     with pytest.raises(TsaeError, match=r"a\.parquet"):
         list(labelled_texts(str(tmp_path / "a.parquet")))
     (tmp_path / "half.jsonl").write_text('{"text": "a", "domain": "b"}\n{"text": "a')
-    with pytest.raises(TsaeError, match=r"half\.jsonl: reading stopped"):
+    with pytest.raises(TsaeError, match=r"half\.jsonl: line 2: not valid JSON"):
         list(labelled_texts(str(tmp_path / "half.jsonl")))
     assert capfd.readouterr() == ("", "")

@@ -68,3 +68,12 @@ def test_checking_needs_no_heavy_import() -> None:
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("text", ["version https://git-lfs.github.com/spec/v1\n", "[]", '{"n_layer": 6'])
+def test_a_config_that_is_no_json_object_is_refused_from_the_file_alone(tmp_path: Path, text: str) -> None:
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(
+        TsaeError, match=r"run\.yaml: model\.name: .*config\.json is not the configuration of a model: "
+    ):
+        check_layer(ModelConfig(name=str(tmp_path)), "run.yaml")

@@ -70,6 +70,16 @@ def test_what_is_complete_is_skipped(plan_of):
     assert kinds(plan.unfinished()) == ["harvest", "evaluate"]
 
 
+@pytest.mark.parametrize("pack", [1, 2])
+def test_trainings_alone_are_told_to_go_on_inexactly(plan_of, pack):
+    plan = plan_of(grid={"sae.k": [8, 16]}, overrides={"training": {"pack": pack}})
+    inexact = plan.inexact()
+    assert [stage.key for stage in inexact.stages] == [stage.key for stage in plan.stages]
+    told = {stage.kind for stage, before in zip(inexact.stages, plan.stages, strict=True) if stage != before}
+    assert told == {"train"}
+    assert all(stage.arguments[-1] is True for stage in inexact.stages if stage.kind == "train")
+
+
 def test_a_finished_sweep_needs_no_store(plan_of):
     plan = plan_of(grid={"sae.k": [8]})
     finish(plan, plan.points[0], l0=8.0)

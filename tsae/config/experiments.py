@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 from tsae.config.bounds import (
+    Added,
     Bound,
     Count,
     Fraction,
@@ -43,6 +44,8 @@ class AnswersConfig:
     """Seconds after which a request to the endpoint has failed."""
     tries: Count = 6
     """Attempts at a request that the endpoint answers with 429 or 5xx, not in time or not with JSON; waits double."""
+    max_tokens: Annotated[Count | None, Added(None)] = None
+    """Longest answer in tokens, thinking included; by default 400 for an explanation, 200 for verdicts, 16 for grades."""
     batch_size: Count = 8
     """Prompts that a local model answers at a time."""
     recorded: str | None = None
@@ -76,7 +79,11 @@ class ProbeConfig:
     dataset: str = "embedded"
     """Labelled texts: `embedded`, `finefineweb`, `wikipedia`, `mmlu`, `pile`, or a local file or hub id in one of their schemas."""
     protocol: Literal["disjoint", "reference"] = "disjoint"
-    """`disjoint`: training and test tokens come from different texts (context: lie apart), probes are standardised; `reference`: what the authors' released code does."""
+    """`disjoint`: training and test tokens come from different texts (context: lie apart), probes are standardised; `reference`: what the authors' released code does, down to the texts, for which `experiments.texts` then names only the classes and where they are."""
+    reference_texts: Annotated[Count, Added(4000)] = 4000
+    """Texts of the protocol `reference`, whatever their class and length; all where there are fewer."""
+    reference_length: Annotated[int, at_least(2), Added(2048)] = 2048
+    """Tokens of each of them that the language model reads, at most, without BOS; no more than its positions."""
     tasks: Annotated[tuple[Literal["semantics", "context", "syntax"], ...], some("name at least one task")] = (
         "semantics",
         "context",

@@ -385,8 +385,9 @@ def training_settings(config: RunConfig) -> dict[str, Any]:
     others = (section.name for section in dataclasses.fields(config) if section.name not in apart)
     plain = {**store_settings(config), **_plain(config, others)}
     plain["data"]["skip_positions"] = config.data.skip_positions
-    for name in ("device", "processes", "shard", "trackers", "resume_every", "resume_minutes", "resume_keep", "pack"):
-        del plain["training"][name]
+    places = ("device", "processes", "shard", "trackers", "wandb_project", "wandb_entity")
+    for name in (*places, "resume_every", "resume_minutes", "resume_keep", "pack"):
+        plain["training"].pop(name, None)
     return plain
 
 

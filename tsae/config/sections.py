@@ -9,7 +9,19 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from tsae.config.bounds import Bound, Count, Device, Fraction, Natural, NonNegative, OneOf, Positive, Seed, matching
+from tsae.config.bounds import (
+    Added,
+    Bound,
+    Count,
+    Device,
+    Fraction,
+    Natural,
+    NonNegative,
+    OneOf,
+    Positive,
+    Seed,
+    matching,
+)
 from tsae.runtime.errors import TsaeError, suggestion
 
 
@@ -288,7 +300,11 @@ class TrainingConfig:
     pack: Count = 1
     """Up to so many points of a sweep that read the same batches are trained in one process; results do not change."""
     trackers: tuple[Literal["tensorboard", "wandb"], ...] = ()
-    """Experiment trackers fed through accelerate."""
+    """Experiment trackers that are told the measures; their files lie in the run's folder."""
+    wandb_project: Annotated[str | None, Added(None)] = None
+    """Project in W&B; none: `WANDB_PROJECT`, else `tsae`. A run has its own name there, and its sweep as its group."""
+    wandb_entity: Annotated[str | None, Added(None)] = None
+    """User or team in W&B; none: `WANDB_ENTITY`, else the one of the key."""
 
     @property
     def warmup(self) -> int:

@@ -131,7 +131,7 @@ def tokenize(
     """The ids of `documents`, read in batches until `enough` tokens count; labels are numbered in sorted order.
 
     `counted` says how many tokens of documents of given sizes will be of use: [documents] to [documents].
-    A text that spells a special token is split like any other text.
+    A text that spells a special token is split like any other text, unless a chat template wrote it.
     """
     progress = Progress("tokenize", enough, "tokens")
     ids: list[np.ndarray] = []
@@ -142,7 +142,7 @@ def tokenize(
         encoded = tokenizer(
             [encodable(document.text) for document in batch],
             add_special_tokens=False,
-            split_special_tokens=True,
+            split_special_tokens=not batch[0].templated,
             return_attention_mask=False,
             verbose=False,
         )
@@ -171,9 +171,13 @@ def _hash_of(content: bytes, seed: int = 0) -> int:
 
 
 def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
+    """Documents of about `BATCH_CHARACTERS` together, all of them templated or none."""
     batch: list[Document] = []
     size = 0
     for document in documents:
+        if batch and batch[0].templated != document.templated:
+            yield batch
+            batch, size = [], 0
         batch.append(document)
         size += len(document.text)
         if size >= BATCH_CHARACTERS:

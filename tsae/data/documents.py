@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from tsae.config import schema
 from tsae.config.sections import DataConfig
-from tsae.data import embedded, hub, local
+from tsae.data import chat, embedded, hub, local
 from tsae.runtime import contents
 from tsae.runtime.errors import TsaeError, suggestion
 from tsae.runtime.preemption import polled
@@ -27,18 +27,23 @@ class Document(NamedTuple):
 
     text: str
     label: str | None
+    templated: bool = False
+    """Whether a chat template wrote the text: what spells a special token in it is one."""
 
 
-def read_documents(data: DataConfig) -> Iterator[Document]:
-    """The documents of `data.source` in a fixed order, at most `data.max_documents`. Raises TsaeError."""
+def read_documents(data: DataConfig, tokenizer: Any = None) -> Iterator[Document]:
+    """The documents of `data.source` in a fixed order, at most `data.max_documents`. Raises TsaeError.
+
+    A column of chat messages is written as text by the chat template of `tokenizer`.
+    """
     if data.source == EMBEDDED:
         corpus = [Document(text, topic) for topic, text in embedded.read_corpus()]
         # Topics mixed in an order that follows from the texts, so that the first documents are a fair sample.
         documents = iter(sorted(corpus, key=lambda document: hashlib.sha256(document.text.encode()).digest()))
     elif _is_local(data.source):
-        documents = _read_local(data)
+        documents = _read_local(data, tokenizer)
     else:
-        documents = _read_hub(data)
+        documents = _read_hub(data, tokenizer)
     empty = True
     for document in islice(polled(documents), data.max_documents):
         empty = False
@@ -95,17 +100,11 @@ def _is_local(source: str) -> bool:
     """A path rather than a hub id; a folder with a dataset card is a copy of a hub dataset and is read as one."""
     path = Path(source).expanduser()
     if path.is_dir():
-        return local.is_saved(path) or not has_card(path)
+        return not local.has_card(path)
     return path.exists() or local.kind_of(path) is not None or not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", source)
 
 
-def has_card(folder: Path) -> bool:
-    """Whether a folder has a README.md that begins with a block of metadata, as the hub reads it."""
-    card = folder / "README.md"
-    return card.is_file() and re.match(rb"\s*---[\r\n]", card.read_bytes()) is not None
-
-
-def _read_hub(data: DataConfig) -> Iterator[Document]:
+def _read_hub(data: DataConfig, tokenizer: Any) -> Iterator[Document]:
     """The documents of one split of a dataset, streamed in its order. Raises TsaeError.
 
     `data.source` is a hub id or a local folder in the hub's format. With HF_HUB_OFFLINE=1 the snapshot in the local
@@ -116,7 +115,7 @@ def _read_hub(data: DataConfig) -> Iterator[Document]:
     names = getattr(features.get(data.label_field), "names", None)
     rows = ((data.source, _with_label_name(row, data.label_field, names)) for row in dataset)
     try:
-        yield from documents_of(rows, data)
+        yield from documents_of(rows, data, tokenizer)
     except TsaeError:
         raise
     except Exception as error:  # the network, a decoder or a builder: `datasets` has no common class for them
@@ -130,7 +129,7 @@ def _with_label_name(row: Any, field: str | None, names: list[str] | None) -> An
     return {**row, field: names[row[field]]}
 
 
-def _read_local(data: DataConfig) -> Iterator[Document]:
+def _read_local(data: DataConfig, tokenizer: Any) -> Iterator[Document]:
     """The documents of a local file or folder, in the order of the file names. Raises TsaeError."""
     found = local.splits(data.source)
     if len(found) > 1:
@@ -138,32 +137,37 @@ def _read_local(data: DataConfig) -> Iterator[Document]:
     columns = [name for name in (data.text_field, data.label_field) if name is not None]
     for path in local.files_of(data.source, data.split):
         if local.kind_of(path) not in local.TEXTS:
-            yield from documents_of(local.rows(path, columns), data)
+            yield from documents_of(local.rows(path, columns), data, tokenizer)
         elif data.label_field is not None:
             raise TsaeError(f"{path}: data.label_field: plain text has no column '{data.label_field}'")
         else:
             yield from (Document(text, None) for text in local.texts(path))
 
 
-def documents_of(rows: Iterable[tuple[str, Any]], data: DataConfig) -> Iterator[Document]:
+def documents_of(rows: Iterable[tuple[str, Any]], data: DataConfig, tokenizer: Any = None) -> Iterator[Document]:
     """Documents of (where, row) pairs; rows whose text is missing or blank are passed over. Raises TsaeError.
 
     `where` (a file and a line, or a dataset) goes into errors. A dotted column such as `meta.set` reads inside a
-    nested one.
+    nested one. Where nobody named a column and there is no `text`, the dialogues of a column `messages` are taken.
     """
     for where, row in rows:
         if not isinstance(row, Mapping):
             raise TsaeError(f"{where}: an object with the key '{data.text_field}' is expected, found {row!r:.40}")
-        text = _field(row, data.text_field, where, "data.text_field")
-        if text is not None and not isinstance(text, str):
+        unnamed = data.text_field == DataConfig.text_field and data.text_field not in row
+        column = chat.MESSAGES if unnamed and chat.MESSAGES in row else data.text_field
+        text = _field(row, column, where, "data.text_field")
+        templated = chat.is_dialogue(text)
+        if templated:
+            text = chat.render(text, tokenizer, where)
+        if text is not None and text != [] and not isinstance(text, str):
             raise TsaeError(
-                f"{where}: data.text_field: column '{data.text_field}' holds {type(text).__name__}, not text; "
+                f"{where}: data.text_field: column '{column}' holds {type(text).__name__}, not text; "
                 f"columns found: {', '.join(map(str, row))}"
             )
-        if text is None or not text.strip():
+        if not text or not text.strip():
             continue
         label = None if data.label_field is None else _field(row, data.label_field, where, "data.label_field")
-        yield Document(text, None if label is None else str(label))
+        yield Document(text, None if label is None else str(label), templated)
 
 
 def missing_column(where: str, setting: str, name: str, found: Iterable[object]) -> TsaeError:

@@ -6,6 +6,7 @@ one source file. The result is kept under TSAE_HOME/corpus, named after those ve
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib.metadata
 import importlib.util
@@ -74,6 +75,7 @@ class Source(NamedTuple):
     size: int
 
 
+@functools.cache
 def corpus_fingerprint() -> str:
     """Hash of the versions that decide the content: packages, Python, and this extractor."""
     versions = {name: _version(name) for names in PACKAGES.values() for name in names}

@@ -8,8 +8,8 @@
     pile-10k     NeelNanda/pile-10k               text, meta.pile_set_name
     embedded     documentation on this machine    its topic, in the order opposite to that in which training reads
 
-A hub id, a local file (jsonl, json, csv, parquet) or a folder in the hub's format is read by the first schema whose
-columns it has; `label`, `topic` and `category` do for a label too.
+A hub id, a local table or a folder of tables is read by the first schema whose columns it has; `label`, `topic` and
+`category` do for a label too. Preferences may have a `prompt` of their own, and be lists of chat messages.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tsae.data import hub
+from tsae.data import chat, hub, local
 from tsae.runtime import contents
 from tsae.runtime.errors import TsaeError, suggestion
 from tsae.runtime.preemption import polled
@@ -37,6 +37,8 @@ class LabelledText(NamedTuple):
     text: str
     label: str
     group: int
+    templated: bool = False
+    """Whether a chat template wrote the text: what spells a special token in it is one."""
 
 
 class ResponsePair(NamedTuple):
@@ -44,6 +46,10 @@ class ResponsePair(NamedTuple):
 
     chosen: str
     rejected: str
+    start: int | None = None
+    """The character at which both answers begin, where the dataset tells."""
+    templated: bool = False
+    """Whether a chat template wrote them."""
 
 
 class Schema(NamedTuple):
@@ -86,8 +92,8 @@ SCHEMAS = {
 
 EMBEDDED = "embedded"
 NAMES = (EMBEDDED, *(name for name, schema in SCHEMAS.items() if schema.source))
-BUILDERS = {".jsonl": "json", ".ndjson": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
-COMPRESSED = (".gz", ".zst")
+ANSWER = "Assistant:"
+"""What an answer follows in dialogues that are one text."""
 
 
 def labelled_texts(
@@ -105,29 +111,34 @@ def labelled_texts(
     rows = _Rows(dataset, subset, split)
     schema = rows.schema
     if schema.label == "rejected":
-        for group, (chosen, rejected) in enumerate(_pairs(rows)):
-            yield LabelledText(chosen, "chosen", group)
-            yield LabelledText(rejected, "rejected", group)
+        for group, pair in enumerate(_pairs(rows, None)):
+            yield LabelledText(pair.chosen, "chosen", group)
+            yield LabelledText(pair.rejected, "rejected", group)
         return
     if schema.label == "title":
         yield from _articles(rows, _categories(categories, dataset))
         return
-    for group, row in enumerate(rows):
-        text, label = rows.text(row), rows.label(row)
+    for group, (where, row) in enumerate(rows):
+        text, label = rows.text(where, row), rows.label(where, row)
         if text and label:
             yield LabelledText(text, label, group)
 
 
-def response_pairs(dataset: str, *, subset: str | None = None, split: str | None = None) -> Iterator[ResponsePair]:
-    """The pairs of a dataset with columns chosen and rejected, in its order. Raises TsaeError without those columns."""
-    yield from _pairs(_Rows(dataset, subset, split))
+def response_pairs(
+    dataset: str, tokenizer: Any, *, subset: str | None = None, split: str | None = None
+) -> Iterator[ResponsePair]:
+    """The pairs of a dataset with columns chosen and rejected, and perhaps prompt, in its order.
+
+    Chat messages are written as text by the chat template of `tokenizer`. Raises TsaeError without those columns.
+    """
+    yield from _pairs(_Rows(dataset, subset, split), tokenizer)
 
 
 def _articles(rows: _Rows, labels: dict[str, str]) -> Iterator[LabelledText]:
     """The articles with a label; a whole encyclopedia may have to be read for the last of them."""
     progress, left = Progress(f"articles of {rows.dataset}", None, "articles"), set(labels)
-    for group, row in enumerate(rows):
-        text, title = rows.text(row), rows.label(row) or ""
+    for group, (where, row) in enumerate(rows):
+        text, title = rows.text(where, row), rows.label(where, row) or ""
         left.discard(title)
         if text and title in labels:
             yield LabelledText(text, labels[title], group)
@@ -137,11 +148,47 @@ def _articles(rows: _Rows, labels: dict[str, str]) -> Iterator[LabelledText]:
     log.warning("%s: %d articles of the table are not there, such as '%s'", rows.dataset, len(left), min(left))
 
 
-def _pairs(rows: _Rows) -> Iterator[ResponsePair]:
-    for row in rows:
-        if not all(isinstance(row.get(column), str) for column in ("chosen", "rejected")):
-            raise _missing(rows.dataset, "chosen and rejected, both text", row)
-        yield ResponsePair(row["chosen"], row["rejected"])
+def _pairs(rows: _Rows, tokenizer: Any) -> Iterator[ResponsePair]:
+    for where, row in rows:
+        prompt, chosen, rejected = (row.get(column) for column in ("prompt", "chosen", "rejected"))
+        if chat.is_dialogue(prompt):
+            chosen, rejected = _said(chosen, "assistant"), _said(rejected, "assistant")
+        if chat.is_dialogue(chosen) and chat.is_dialogue(rejected):
+            yield _pair_of_dialogues(chosen, rejected, prompt, tokenizer, where)
+        elif isinstance(chosen, str) and isinstance(rejected, str):
+            yield _pair_of_texts(chosen, rejected, prompt if isinstance(prompt, str) else "")
+        else:
+            raise _missing(where, "chosen and rejected, both text or both lists of messages", row)
+
+
+def _pair_of_texts(chosen: str, rejected: str, prompt: str) -> ResponsePair:
+    """Of two answers and their prompt, or of two dialogues that begin with it."""
+    shared = chosen[: chat.shared_length(chosen, rejected)]
+    if not prompt.strip() or (prompt.strip() in shared and ANSWER in shared):
+        return ResponsePair(chosen, rejected)
+    if not shared.startswith(prompt):
+        chosen, rejected = prompt + chosen, prompt + rejected
+    return ResponsePair(chosen, rejected, len(prompt))
+
+
+def _pair_of_dialogues(chosen: Any, rejected: Any, prompt: Any, tokenizer: Any, where: str) -> ResponsePair:
+    """Of two lists of messages: the prompt is what they begin with in common, or is kept apart from them, or both."""
+    sides = [chat.messages_of(side, where) for side in (chosen, rejected)]
+    before = chat.messages_of(_said(prompt, "user") or [], where)
+    apart = isinstance(prompt, list) or sides[0][0] != sides[1][0]
+    if apart and sides[0][: len(before)] != before:
+        sides = [[*before, *side] for side in sides]
+    first, second = (chat.render(side, tokenizer, where) for side in sides)
+    common = sides[0][: chat.shared_length(*sides)]
+    if not common:
+        return ResponsePair(first, second, templated=True)
+    opening = chat.render(common, tokenizer, where, answer_follows=True)
+    return ResponsePair(first, second, chat.shared_length(opening, first, second), templated=True)
+
+
+def _said(text: Any, role: str) -> Any:
+    """A text as a dialogue of one message; anything else as it is."""
+    return [{"role": role, "content": text}] if isinstance(text, str) and text.strip() else text
 
 
 def default_classes(dataset: str) -> tuple[str, ...] | None:
@@ -158,11 +205,11 @@ def _named(dataset: str) -> str | None:
 
 
 class _Rows:
-    """The rows of a dataset and the schema that they have."""
+    """The rows of a dataset, each with where it is, and the schema that they have."""
 
     def __init__(self, dataset: str, subset: str | None, split: str | None) -> None:
         self.dataset = dataset
-        self._stream = _open(dataset, subset, split)
+        self._files, self._stream = _open(dataset, subset, split)
         self._names: dict[str, list[str]] = {
             column: names
             for column, feature in (getattr(self._stream, "features", None) or {}).items()
@@ -172,37 +219,44 @@ class _Rows:
     @cached_property
     def schema(self) -> Schema:
         """That of the dataset's name, or else of the columns of its first row, which are checked."""
-        first = next(iter(self), None)
+        where, first = next(iter(self), ("", None))
         if first is None:
             raise TsaeError(f"--dataset {self.dataset}: holds no rows")
         named = _named(self.dataset)
-        return SCHEMAS[named] if named else _schema_of(self.dataset, first)
+        return SCHEMAS[named] if named else _schema_of(where, first)
 
-    def __iter__(self) -> Iterator[Mapping[str, Any]]:
+    def __iter__(self) -> Iterator[tuple[str, Mapping[str, Any]]]:
         try:
-            yield from polled(self._stream)
+            for where, row in polled(self._all()):
+                if not isinstance(row, Mapping):
+                    raise TsaeError(f"{where}: an object with the columns of a row is expected, found {row!r:.40}")
+                yield where, row
         except TsaeError:
             raise
         except Exception as error:  # the network, a decoder or a builder: `datasets` has no common class for them
             raise TsaeError(f"--dataset {self.dataset}: reading stopped: {hub.reason_of(error)}") from error
 
-    def text(self, row: Mapping[str, Any]) -> str | None:
+    def _all(self) -> Iterator[tuple[str, Any]]:
+        for path in self._files:
+            yield from local.rows(path)
+        for row in self._stream:
+            yield f"--dataset {self.dataset}", row
+
+    def text(self, where: str, row: Mapping[str, Any]) -> str | None:
         """The text of a row, None if it is blank. Raises TsaeError if the column is not there or holds no text."""
         for column in self.schema.texts:
             if column in row:
                 if row[column] is not None and not isinstance(row[column], str):
-                    raise TsaeError(
-                        f"--dataset {self.dataset}: column '{column}' holds {type(row[column]).__name__}, not text"
-                    )
+                    raise TsaeError(f"{where}: column '{column}' holds {type(row[column]).__name__}, not text")
                 return row[column] if row[column] and row[column].strip() else None
-        raise _missing(self.dataset, " or ".join(self.schema.texts), row)
+        raise _missing(where, " or ".join(self.schema.texts), row)
 
-    def label(self, row: Mapping[str, Any]) -> str | None:
+    def label(self, where: str, row: Mapping[str, Any]) -> str | None:
         """The label of a row; a ClassLabel by its name. Raises TsaeError if the column is not there."""
         value: Any = row
         for part in self.schema.label.split("."):
             if not isinstance(value, Mapping) or part not in value:
-                raise _missing(self.dataset, self.schema.label, row)
+                raise _missing(where, self.schema.label, row)
             value = value[part]
         names = self._names.get(self.schema.label)
         if names is not None and isinstance(value, int):
@@ -210,17 +264,17 @@ class _Rows:
         return None if value is None else str(value)
 
 
-def _schema_of(dataset: str, row: Mapping[str, Any]) -> Schema:
+def _schema_of(where: str, row: Mapping[str, Any]) -> Schema:
     for schema in SCHEMAS.values():
         top = schema.label.partition(".")[0]
         if top in row and any(column in row for column in schema.texts):
             return schema
     wanted = dict.fromkeys(f"{' or '.join(schema.texts)} with {schema.label}" for schema in SCHEMAS.values())
-    raise _missing(dataset, "; ".join(wanted), row)
+    raise _missing(where, "; ".join(wanted), row)
 
 
-def _missing(dataset: str, wanted: str, row: Mapping[str, Any]) -> TsaeError:
-    return TsaeError(f"--dataset {dataset}: expected columns: {wanted}; columns found: {', '.join(map(str, row))}")
+def _missing(where: str, wanted: str, row: Mapping[str, Any]) -> TsaeError:
+    return TsaeError(f"{where}: expected columns: {wanted}; columns found: {', '.join(map(str, row))}")
 
 
 def content_of(dataset: str) -> str:
@@ -241,38 +295,28 @@ def content_of(dataset: str) -> str:
     return hub.cached_commit(str(SCHEMAS[named].source) if named else dataset) or ""
 
 
-def _open(dataset: str, subset: str | None, split: str | None) -> Any:
-    """A stream of rows of a known dataset, a local file or folder, or a hub id."""
+def _open(dataset: str, subset: str | None, split: str | None) -> tuple[list[Path], Any]:
+    """The tables of a local file or folder; or a stream of rows, of a known dataset, a copy of one, or a hub id."""
     named = _named(dataset)
     if named is not None:
         schema = SCHEMAS[named]
         options = {"subset": subset or schema.subset, "data_dir": schema.data_dir, "setting": "--dataset"}
-        return hub.open_dataset(str(schema.source), split or schema.split, **options)  # type: ignore[arg-type]
+        return [], hub.open_dataset(str(schema.source), split or schema.split, **options)  # type: ignore[arg-type]
     path = Path(os.path.expanduser(dataset))
-    if path.is_file():
-        return _open_file(path)
-    if path.is_dir():
-        return hub.open_dataset(str(path), split or _first_split(path, subset), subset=subset, setting="--dataset")
+    if path.is_dir() and local.has_card(path):
+        return [], hub.open_dataset(str(path), split or _first_split(path, subset), subset=subset, setting="--dataset")
+    if path.exists():
+        splits = local.splits(dataset, "--dataset")
+        files = local.files_of(dataset, split or next(iter(splits)), "--dataset")
+        if any(local.kind_of(file) in local.TEXTS for file in files):
+            raise TsaeError(f"--dataset {dataset}: plain text has no columns; give a table, such as jsonl or csv")
+        return files, ()
     if dataset.count("/") != 1 or dataset.startswith((".", "/", "~")):
         raise TsaeError(
             f"--dataset {dataset}: no such file or folder; {suggestion(dataset, NAMES)}"
             f"known: {', '.join(NAMES)}, a local file or folder, or a hub id owner/name"
         )
-    return hub.open_dataset(dataset, split or "train", subset=subset, setting="--dataset")
-
-
-def _open_file(path: Path) -> Any:
-    compressed = path.suffix.lower() in COMPRESSED
-    builder = BUILDERS.get((path.with_suffix("") if compressed else path).suffix.lower())
-    if builder is None:
-        raise TsaeError(f"--dataset {path}: files of this kind cannot be read; allowed: {', '.join(BUILDERS)}")
-    try:
-        return hub.quiet_datasets().load_dataset(builder, data_files=str(path), split="train", streaming=True)
-    except Exception as error:  # each format reports damage in its own way
-        if path.stat().st_size == 0:
-            raise TsaeError(f"--dataset {path}: holds no rows") from None
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise TsaeError(f"--dataset {path}: cannot be read: {reason}") from error
+    return [], hub.open_dataset(dataset, split or "train", subset=subset, setting="--dataset")
 
 
 def _first_split(folder: Path, subset: str | None) -> str:

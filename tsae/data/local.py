@@ -51,6 +51,12 @@ def is_saved(folder: Path) -> bool:
     return (folder / SAVED_SPLITS).is_file() or (folder / SAVED_STATE).is_file()
 
 
+def has_card(folder: Path) -> bool:
+    """Whether a folder is a copy of a hub dataset: its README.md begins with metadata, and `datasets` did not save it."""
+    card = folder / "README.md"
+    return not is_saved(folder) and card.is_file() and re.match(rb"\s*---[\r\n]", card.read_bytes()) is not None
+
+
 def files_of(source: str, split: str, setting: str = "data.source") -> list[Path]:
     """The files of one split of a file or folder, sorted. Raises TsaeError, for a split naming those that are there."""
     found, root = splits(source, setting), Path(source).expanduser()

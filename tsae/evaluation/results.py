@@ -90,12 +90,22 @@ _MATCHED = "mean correlation of a world's {} features with the latents matched t
 _ALIVE = "share of latents that fire at least once on the held-out contexts"
 _L0 = "active latents of a token, mean over contexts"
 _STANDING: tuple[Place, ...] = ("summary", "sentences", "differences", "effects")
+_WRITTEN = "f: what the latent writes, its activation times the norm of its decoder row"
 _SMOOTHNESS = {
-    "lipschitz": ("Smoothness", "largest |f_t - f_{t-1}| / ‖x_t - x_{t-1}‖ of a latent, mean over active latents"),
-    "total_variation": ("Total variation", "Σ |f_t - f_{t-1}| over the steps and latents of a context"),
+    "lipschitz": (
+        "Smoothness",
+        f"largest |f_t - f_{{t-1}}| / ‖x_t - x_{{t-1}}‖ of a latent, mean over active latents; {_WRITTEN}",
+    ),
+    "total_variation": ("Total variation", f"Σ |f_t - f_{{t-1}}| over the steps and latents of a context; {_WRITTEN}"),
     "fft": ("FFT ratio", "spectral power in the upper half of the frequencies over the lower half, mean over latents"),
-    "wavelet": ("Wavelet ratio", "energy of three levels of Haar details over the energy of the rest"),
-    "multiscale": ("Multiscale ratio", "variance of differences over 1 step against that over 8 steps"),
+    "wavelet": (
+        "Wavelet ratio",
+        "energy of three levels of Haar details over the energy of the rest; not defined where that vanishes",
+    ),
+    "multiscale": (
+        "Multiscale ratio",
+        "variance of differences over 1 step against that over 8 steps; not defined where that vanishes",
+    ),
     "relative_variation": (
         "Relative variation",
         "total variation over twice the summed activation: 0 constant, 1 spikes",

@@ -19,6 +19,7 @@ DECIDING = (
     "config.json",
     "adapter_*",
     "tokenizer*",
+    "chat_template*",
     "special_tokens_map.json",
     "added_tokens.json",
     "vocab*",
@@ -63,13 +64,16 @@ def check_layer(model: ModelConfig, where: str) -> None:
 def known_config(model: ModelConfig) -> dict[str, Any] | None:
     """The model's config.json, from its folder or the hub's cache; None where the hub alone has it.
 
-    Raises TsaeError for a path that is no model folder.
+    Raises TsaeError for a path that is no model folder, and a file that is no JSON object.
     """
     folder = local_folder(model)
-    if folder is not None:
-        return dict(json.loads((folder / "config.json").read_text()))
-    found = _in_cache(model)
-    return dict(json.loads(found.read_text())) if found else None
+    path = folder / "config.json" if folder is not None else _in_cache(model)
+    if path is None:
+        return None
+    try:
+        return {**json.loads(path.read_text())}
+    except (ValueError, TypeError) as error:
+        raise TsaeError(f"model.name: {path} is not the configuration of a model: {error}") from None
 
 
 def _in_cache(model: ModelConfig) -> Path | None:

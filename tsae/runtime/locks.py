@@ -49,13 +49,13 @@ class Owner:
     @classmethod
     def of(cls, pid: int) -> Owner:
         """Process `pid` of this machine, from now."""
-        return cls(socket.gethostname(), pid, started_at(pid), time.time(), _process_table())
+        return cls(socket.gethostname(), pid, started_at(pid), time.time(), process_table())
 
     @property
     def is_here(self) -> bool:
         """Whether this process sees that one, and may signal it."""
         # Earlier versions wrote the table without the boot.
-        tables = (_process_table(), _process_table().partition(" ")[0])
+        tables = (process_table(), process_table().partition(" ")[0])
         return self.host == socket.gethostname() and self.table in tables
 
     def __str__(self) -> str:
@@ -260,7 +260,7 @@ class _Found:
         seen = started_at(owner.pid) if owner is not None and owner.is_here else "alive"
         if owner is not None and seen != "alive":
             return bool(seen) and seen == owner.started
-        return _clock(self.path.parent) - self.beaten / 1e9 < SILENT_SECONDS
+        return clock(self.path.parent) - self.beaten / 1e9 < SILENT_SECONDS
 
 
 def _find(path: Path) -> tuple[_Found | None, _Found | None]:
@@ -291,15 +291,18 @@ def _read(path: Path) -> _Found | None:
 
 
 @cache
-def _process_table() -> str:
+def process_table() -> str:
+    """Tells the processes among which this one's id means something: those of one boot of one machine, or of a container."""
     try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        return f"{os.readlink('/proc/self/ns/pid')} {boot}"
+        table = os.readlink("/proc/self/ns/pid")
     except OSError:
         return ""  # no Linux; its containers are virtual machines
+    with suppress(OSError):
+        table += " " + Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    return table
 
 
-def _clock(folder: Path) -> float:
+def clock(folder: Path) -> float:
     """Now, by the clock of the file system that stamps `folder`'s files; by this machine's for who may not write there."""
     try:
         with tempfile.TemporaryFile(dir=folder) as probe:

@@ -170,7 +170,8 @@ class LanguageModelSource:
         from tsae.data.contexts import make_contexts
         from tsae.data.documents import read_documents
 
-        return make_contexts(read_documents(self._data), self._lm.tokenizer, self._data)
+        tokenizer = self._lm.tokenizer
+        return make_contexts(read_documents(self._data, tokenizer), tokenizer, self._data)
 
     def extras(self) -> dict[str, np.ndarray]:
         """Nothing more is known of a language model."""

@@ -13,7 +13,6 @@ import dataclasses
 import os
 import shutil
 import socket
-import time
 import uuid
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -27,7 +26,7 @@ from tsae.config import schema
 from tsae.config.sections import StoreConfig
 from tsae.runtime import files
 from tsae.runtime.errors import TsaeError
-from tsae.runtime.locks import started_at
+from tsae.runtime.locks import clock, process_table, started_at
 from tsae.store import geometry as cutting
 from tsae.store import layout as layouts
 from tsae.store.geometry import Geometry, crc32c
@@ -344,16 +343,17 @@ def _temporary_name(name: str) -> str:
 
 
 def _host() -> str:
-    return socket.gethostname().replace(".", "-")
+    return f"{socket.gethostname().replace('.', '-')}-{schema.stable_hash(process_table(), 8)}"
 
 
 def discard_leftovers(folder: Path, prefix: str) -> None:
     """Remove what killed processes left in `folder`: of this host and no longer alive, or untouched for an hour."""
     for leftover in folder.glob(f"{prefix}*.tmp"):
         host, pid = leftover.name.rsplit(".", 4)[1:3]
+        is_here = host in (_host(), _host().rpartition("-")[0])  # earlier versions wrote the host's name alone
         try:
-            silent = time.time() - leftover.stat().st_mtime
+            silent = clock(folder) - leftover.stat().st_mtime
         except FileNotFoundError:
             continue
-        if silent > STALE_SECONDS or (host == _host() and not started_at(int(pid))):
+        if silent > STALE_SECONDS or (is_here and not started_at(int(pid))):
             shutil.rmtree(leftover, ignore_errors=True) if leftover.is_dir() else leftover.unlink(missing_ok=True)

@@ -29,6 +29,7 @@ from tsae.sweep.schedulers.base import Full, Scheduler
 from tsae.sweep.schedulers.submission import Submission
 from tsae.sweep.stage import Stage
 from tsae.sweep.survey import Survey
+from tsae.training import trackers
 
 WAIT_SECONDS = 0.2
 
@@ -127,6 +128,8 @@ def launch(plan: Plan, options: Options) -> Launched:
         if not choice.start:
             return Launched(choice)
         image = container_for(plan, options, site, executor)
+        if image is None:  # which may have other packages, and is told no keys of this machine
+            require_trackers(plan, choice.start)
         stages = [*choice.start, *(stage for stage in [plan.report()] if stage)]
         # A local queue may have to take over what another one has now.
         attempt = _begin(plan, choice.start, image)
@@ -175,6 +178,12 @@ def _launch_lock(plan: Plan) -> Iterator[None]:
         yield
     finally:
         holding.__exit__(None, None, None)
+
+
+def require_trackers(plan: Plan, stages: Sequence[Stage]) -> None:
+    """Refuse trainings whose trackers are not installed, or lack a key. Raises TsaeError."""
+    trained = {name for stage in stages if stage.kind == "train" for name in stage.points}
+    trackers.require(name for point in plan.points if point.name in trained for name in point.config.training.trackers)
 
 
 def _begin(plan: Plan, stages: Sequence[Stage], image: Container | None) -> Attempt:

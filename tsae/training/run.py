@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 import time
 import uuid
@@ -31,6 +30,7 @@ from tsae.store.pairs import PairStream
 from tsae.store.reader import Store
 from tsae.training.metrics import Metrics, first_fve, has_diverged, imbalance, living, measures_of, quiet
 from tsae.training.resume import ResumeStates, random_state, set_random_state
+from tsae.training.trackers import Trackers, require
 from tsae.training.trainer import Terms, Trainer
 
 SHOWN = ("loss", "l2_loss", "temp_loss", "auxk_loss", "l0", "fve", "dead_percent")
@@ -138,14 +138,14 @@ class _Training:
         self.finished, self._told = False, set[str]()
         origin = _origin(config, store)
         self._states = ResumeStates(run.resume, origin, config.training.resume_keep)
+        group.on_first(lambda: require(config.training.trackers))
         state = self._begin(inexact)
         self._inexact = state.get("inexact", [])
         self._require_agreement(origin)
         # The name of this run in the trackers, and the step that comes next there.
         self._tracking = state.get("tracking") or {"id": uuid.uuid4().hex, "step": 0}
-        self._accelerator = _accelerator(config, run, self._tracking)
-        device, norm = self._accelerator.device, store.mean_squared_norm
-        self._trainer = Trainer(config, store.activation_dim, device=device, mean_squared_norm=norm, group=group)
+        self._device, norm = Accelerator(cpu=config.training.device == "cpu").device, store.mean_squared_norm
+        self._trainer = Trainer(config, store.activation_dim, device=self._device, mean_squared_norm=norm, group=group)
         group.on_first(lambda: self._open_files(store, state.get("metrics_bytes", 0)))
         self._first_fve = first_fve(run.metrics) if state else None
         if state:
@@ -203,6 +203,7 @@ class _Training:
         files.write_json(run.provenance, provenance(config.training_hash, **sources))
         files.write_json(run.config_json, reference_config(config, store.activation_dim, self._trainer.scale))
         self._metrics = Metrics(run.metrics, offset=metrics_bytes)
+        self._trackers = Trackers(config, run, self._tracking)
 
     @property
     def step(self) -> int:
@@ -216,8 +217,7 @@ class _Training:
         first = self._group.rank == 0
         if first and step in settings.save_steps:
             save_dictionary(self.run.checkpoint(step), self._trainer.dictionary, self._trainer.scale)
-        device = self._accelerator.device
-        terms = self._trainer.step(batch.to(device, non_blocking=True), document.to(device, non_blocking=True))
+        terms = self._trainer.step(*(part.to(self._device, non_blocking=True) for part in (batch, document)))
         last = self.step == self.steps
         if last or step % settings.log_every == 0:
             self._require_finite(terms.loss)
@@ -293,7 +293,7 @@ class _Training:
         if step >= self.config.training.warmup:
             self._warn_once(step, imbalance(terms.group_shares.tolist(), self.config), IMBALANCED)
             self._warn_once(step, quiet(latents.alive, self.config), QUIETENED)
-        self._accelerator.log({name: value for name, value in measures.items() if name != "step"}, step=step)
+        self._trackers.log({name: value for name, value in measures.items() if name != "step"}, step)
         rate = self._progress.rate(self.step) * self.config.training.batch_size
         alive = {"alive": "/".join(f"{share:.2f}" for share in latents.alive)}
         self._progress.update(self.step, **{"tokens/s": rate}, **{name: measures[name] for name in SHOWN}, **alive)
@@ -308,10 +308,9 @@ class _Training:
     def _finish(self) -> None:
         self.wait()
         self._metrics.close()
-        for tracker in self._accelerator.trackers:
-            tracker.finish()
         save_dictionary(self.run.weights, self._trainer.dictionary, self._trainer.scale)
         self._states.remove()
+        self._trackers.finish()  # which may wait for a server
 
 
 def _origin(config: RunConfig, store: Store) -> dict[str, str]:
@@ -322,27 +321,3 @@ def _origin(config: RunConfig, store: Store) -> dict[str, str]:
         "version of tsae": version("tsae"),
         "version of torch": torch.__version__,
     }
-
-
-def _accelerator(config: RunConfig, run: RunFolder, tracking: dict[str, Any]) -> Accelerator:
-    """The engine of one run, its trackers set to continue at `tracking`. Raises TsaeError for one not installed."""
-    settings = config.training
-    for tracker in settings.trackers:
-        if importlib.util.find_spec(tracker) is None:
-            raise TsaeError(f"training.trackers: {tracker} is not installed; pip install 'tsae[{tracker}]'")
-    accelerator = Accelerator(
-        cpu=settings.device == "cpu",
-        log_with=list(settings.trackers) or None,
-        project_dir=str(run.path),
-    )
-    if settings.trackers:
-        # Of steps that are done again, tensorboard hides the first writing and wandb ignores the second.
-        continued = {
-            "tensorboard": {"purge_step": tracking["step"]} if tracking["step"] else {},
-            "wandb": {"id": tracking["id"], "resume": "allow"},
-        }
-        flat = schema.flatten(schema.to_plain(config))
-        # What trackers cannot store becomes text.
-        told = {key: value if isinstance(value, (int, float, str, bool)) else str(value) for key, value in flat}
-        accelerator.init_trackers("tsae", config=told, init_kwargs=continued)
-    return accelerator

@@ -64,6 +64,15 @@ def test_pairs_without_responses_are_skipped_and_counted(monkeypatch: pytest.Mon
         pairs(monkeypatch, [ResponsePair("x", "y")], room=50)
 
 
+def test_where_the_dataset_tells_the_answers_begin_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = pairs(monkeypatch, [ResponsePair("Why? Because.", "Why? Never.", 4)], room=50)
+    assert [side.text[side.start :] for side in (*found.chosen, *found.rejected)] == [" Because.", " Never."]
+    templated = ResponsePair("<s>Assistant: a b", "<s>Assistant: a c", 3, templated=True)
+    found = pairs(monkeypatch, [templated._replace(start=None), templated], room=50)
+    assert (found.skipped, found.chosen[0].start) == (1, 3)
+    assert all(text.templated for text in align_pairs.as_texts(found))
+
+
 def test_the_embedded_pairs_say_what_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
     texts = [
         SimpleNamespace(label=topic, text=" ".join(f"{topic}{word}" for word in range(400)))

@@ -13,8 +13,12 @@ from typing import Any
 class Server(ThreadingHTTPServer):
     """A chat endpoint that answers what `says` makes of a request, after the faults it was told to show.
 
+    It answers 400 with what `refuses` says to a request that has one of its parameters, and thinks for `thoughts` tokens
+    before it says a word.
+
     Faults: a status, `429 <seconds to wait>`, `slow`, `hang`, `cut` (fewer bytes than promised), `broken` (half a JSON
-    text), `empty` (JSON of another form), and the empty string for none.
+    text), `empty` (JSON of another form), `babble` (no end before the limit), `filtered` (no text at all), and the empty
+    string for none.
     """
 
     daemon_threads = True
@@ -24,6 +28,8 @@ class Server(ThreadingHTTPServer):
         self.says = says
         self.base_url = f"http://127.0.0.1:{self.server_address[1]}/v1"
         self.faults: list[str] = []
+        self.refuses: dict[str, str] = {}
+        self.thoughts = 0
         self.requests: list[dict[str, Any]] = []
         self.keys: list[str | None] = []
         self.times: list[float] = []
@@ -60,10 +66,18 @@ class _Chat(BaseHTTPRequestHandler):
             # Before a byte is sent: a client that has its answer may ask again before this thread goes on.
             with self.server.lock:
                 self.server.at_once -= 1
-        self._respond(text, fault)
+        refused = next((name for name in self.server.refuses if name in body), None)
+        limit = body.get("max_tokens", body.get("max_completion_tokens"))
+        if refused is not None:
+            self._send(400, json.dumps({"error": {"message": self.server.refuses[refused], "param": refused}}))
+        elif limit is not None and limit <= self.server.thoughts:
+            self._respond(None, fault, "length")
+        else:
+            self._respond(text, fault)
 
-    def _respond(self, text: str, fault: str) -> None:
-        good = json.dumps({"choices": [{"message": {"role": "assistant", "content": text}}]})
+    def _respond(self, text: str | None, fault: str, ended: str = "stop") -> None:
+        choice = {"message": {"role": "assistant", "content": text}, "finish_reason": ended}
+        good = json.dumps({"choices": [choice]})
         match fault.split():
             case [] | ["slow"]:
                 self._send(200, good)
@@ -73,6 +87,10 @@ class _Chat(BaseHTTPRequestHandler):
                 self._send(200, good[:20], length=len(good))
             case ["broken"]:
                 self._send(200, good[:20])
+            case ["babble"]:
+                self._respond(f"{text} and", "", "length")
+            case ["filtered"]:
+                self._respond(None, "", "content_filter")
             case ["empty"]:
                 self._send(200, '{"choices": []}')
             case ["429", *wait]:

@@ -13,6 +13,7 @@ from tsae.config.experiments import AnswersConfig
 from tsae.experiments.answers import endpoint
 from tsae.experiments.answers.ask import open_backend
 from tsae.experiments.answers.prompts import Answer, Prompt
+from tsae.experiments.explain.prompts import read_explanation, read_verdicts
 from tsae.runtime import preemption
 from tsae.runtime.errors import TsaeError
 
@@ -113,6 +114,91 @@ def test_what_will_not_pass_is_not_tried_again(server: Server, ask: Ask, fault: 
     (answer,) = ask("a")
     assert answer.failure is not None
     assert answer.failure.startswith(f"HTTP {fault}")
+    assert len(server.requests) == 1
+
+
+REFUSALS = {
+    "max_tokens": "Unsupported parameter: 'max_tokens' is not supported with this model. Use 'max_completion_tokens' instead.",
+    "temperature": "Unsupported value: 'temperature' does not support 0 with this model. Only the default (1) is supported.",
+}
+"""In the words of an endpoint that many others copy."""
+
+
+@pytest.mark.parametrize("names", [["max_tokens"], ["temperature"], ["max_tokens", "temperature"]])
+def test_parameters_that_the_endpoint_does_not_take_are_said_otherwise_or_left_out(
+    server: Server, ask: Ask, names: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    server.refuses = {name: REFUSALS[name] for name in names}
+    assert ask("a", "b", "c", concurrency=1, tries=1) == [Answer("A"), Answer("B"), Answer("C")]
+    assert len(server.requests) == 3 + len(names)  # each is learnt once
+    for request in server.requests[len(names) :]:
+        limit = "max_completion_tokens" if "max_tokens" in names else "max_tokens"
+        assert request[limit] == 16
+        assert not set(names) & set(request)
+        assert ("temperature" in request) == ("temperature" not in names)
+    assert ("takes no temperature" in caplog.text) == ("temperature" in names)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "Unrecognized request argument supplied: max_tokens",
+        '{"detail": [{"loc": ["body", "max_tokens"], "type": "extra_forbidden"}]}',
+    ],
+)
+def test_an_endpoint_that_only_says_what_it_does_not_know_is_understood(server: Server, ask: Ask, words: str) -> None:
+    server.refuses = {"max_tokens": words}
+    assert ask("a", tries=1) == [Answer("A")]
+
+
+def test_many_threads_learn_what_is_refused_and_ask_each_question_on(server: Server, ask: Ask) -> None:
+    server.refuses = REFUSALS
+    questions = [f"question {n}" for n in range(40)]
+    assert [answer.text for answer in ask(*questions, concurrency=8, tries=1)] == [text.upper() for text in questions]
+    assert len(server.requests) <= 40 + 2 * 8
+
+
+def test_a_limit_that_is_too_large_is_no_matter_of_its_name(server: Server, ask: Ask) -> None:
+    server.refuses = {"max_tokens": "max_tokens is too large: 16. This model supports at most 8 completion tokens."}
+    (answer,) = ask("a")
+    assert answer.failure == f"HTTP 400 {server.refuses['max_tokens']}"
+    assert len(server.requests) == 1
+
+
+def test_an_answer_that_was_all_thinking_names_the_limit_and_is_not_asked_for_again(server: Server, ask: Ask) -> None:
+    server.thoughts = 500
+    (answer,) = ask("a")
+    assert answer == Answer(
+        None, f"an answer without text ended at its 16 tokens (finish_reason length); raise {WHERE}.max_tokens"
+    )
+    assert len(server.requests) == 1
+    assert ask("a", max_tokens=501) == [Answer("A")]
+    assert server.requests[-1]["max_tokens"] == 501
+    assert ask("a", max_tokens=501) == [Answer("A")]
+    assert len(server.requests) == 2
+
+
+def test_an_endpoint_whose_answers_are_all_thinking_is_given_up(server: Server, ask: Ask) -> None:
+    server.thoughts = 500
+    with pytest.raises(TsaeError, match=r"5 requests in a row failed, .*finish_reason length\); raise .*\.max_tokens"):
+        ask(*map(str, range(50)), concurrency=2)
+    assert len(server.requests) < 12
+
+
+def test_a_text_that_was_cut_off_is_kept_with_what_is_wrong_with_it(server: Server, ask: Ask) -> None:
+    server.faults = ["babble"]
+    cut = Answer("A and", f"the answer ended at its 16 tokens (finish_reason length); raise {WHERE}.max_tokens")
+    assert ask("a") == ask("a") == [cut]
+    assert len(server.requests) == 1
+    assert read_explanation(cut) == ("", cut.failure)
+    assert read_verdicts(cut, 2) == ([], cut.failure)
+    assert read_explanation(cut._replace(text="EXPLANATION: numbers\nand")) == ("numbers", "")
+    assert read_verdicts(cut._replace(text="[1, 0], for"), 2) == ([True, False], "")
+
+
+def test_an_answer_that_was_withheld_is_not_asked_for_again(server: Server, ask: Ask) -> None:
+    server.faults = ["filtered"]
+    assert ask("a") == [Answer(None, "an answer without text (finish_reason content_filter)")]
     assert len(server.requests) == 1
 
 

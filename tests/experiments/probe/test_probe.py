@@ -199,26 +199,38 @@ def test_the_residual_stream_is_probed_by_its_own_name(config, checkpoints, labe
     assert results["headline"]["syntax"] > 0.5  # a word's ending stands in its embedding
 
 
+def as_released(config: RunConfig, **changes: object) -> RunConfig:
+    probe = ProbeConfig(**{**vars(config.experiments.probe), "protocol": "reference", **changes})
+    return configuration.replace(config, experiments={"probe": probe})
+
+
 def test_the_released_codes_protocol_has_files_of_its_own(config, checkpoints):
-    probe = configuration.replace(
-        config, experiments={"probe": ProbeConfig(**{**vars(config.experiments.probe), "protocol": "reference"})}
-    )
     with pytest.raises(TsaeError, match="probe context: only 0 texts"):
-        experiment_stage(
-            configuration.replace(
-                probe, experiments={"texts": TextsConfig(count=60, context_length=16, min_characters=50)}
-            ),
-            checkpoints,
-            "batch_topk",
-            "probe",
-        )
-    (path,) = experiment_stage(probe, checkpoints, "batch_topk", "probe")
+        experiment_stage(as_released(config, reference_length=16), checkpoints, "batch_topk", "probe")
+    (path,) = experiment_stage(as_released(config, reference_texts=60), checkpoints, "batch_topk", "probe")
     assert path.endswith("probing_reference_chunk2.json")
-    tasks = json.loads(Path(path).read_text())["tasks"]
+    results = json.loads(Path(path).read_text())
+    tasks = results["tasks"]
     assert tasks["semantics"]["tokens"] == 60  # the last token of each text
     assert tasks["context"]["tokens"] == 60 * 25
     assert tasks["syntax"]["labels"] == "ending_tagger:tag, each token alone"
     assert [entry["features"] for entry in tasks["context"]["probes"]] == [10]
+    told = " | ".join(results["differs_from_released_code"])
+    for difference in ("60 texts; there 4000", "cut at 64 tokens; there at 2048", "60 are left; there 160", "3 random"):
+        assert difference in told
+    assert "syntax: ending_tagger:tag, each token alone; there parts of speech by spaCy" in told
+
+
+def test_the_released_codes_protocol_keeps_rare_classes_short_texts_and_the_last_token(config, checkpoints, tmp_path):
+    words = {"north": "kaba lodo", "east": "miba", "south": "tafe rugi", "once": "senu mido"}
+    rows = [{"text": words[name], "domain": name} for name in ["north"] * 30 + ["east"] * 12 + ["south"] * 9 + ["once"]]
+    path = tmp_path / "rare.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    released = as_released(config, dataset=str(path), tasks=("semantics", "syntax"))
+    tasks = json.loads(Path(experiment_stage(released, checkpoints, "batch_topk", "probe")[0]).read_text())["tasks"]
+    assert tasks["semantics"]["classes"] == {"east": 12, "north": 30, "once": 1, "south": 9}
+    assert tasks["syntax"]["classes"] == {"ba": 12, "do": 31, "gi": 9}
+    assert tasks["semantics"]["left_out"] == tasks["syntax"]["left_out"] == []
 
 
 def test_copies_of_a_text_count_once_and_are_never_on_both_sides(config, checkpoints, labelled_text, tmp_path):

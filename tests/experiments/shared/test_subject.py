@@ -11,6 +11,7 @@ from tsae.checkpoint import RunFolder
 from tsae.config.run import RunConfig
 from tsae.config.sections import SaeConfig
 from tsae.experiments.shared.subject import Subject
+from tsae.runtime.errors import TsaeError
 from tsae.sae.dictionary import Dictionary
 from tsae.sae.init import new_dictionary
 
@@ -44,3 +45,13 @@ def test_unit_rows_change_no_bit(run_config: RunConfig) -> None:
     dictionary.threshold.fill_(0.2)
     x = torch.randn(30, 8, generator=torch.Generator().manual_seed(0))
     assert torch.equal(subject_of(run_config, dictionary).codes(x).dense(), dictionary.encode(x))
+
+
+def test_a_dictionary_of_another_width_than_what_it_is_given_is_refused(run_config: RunConfig) -> None:
+    subject = subject_of(run_config, new_dictionary(SaeConfig(dict_size=24, k=4), 8, seed=0))
+    with pytest.raises(
+        TsaeError, match=r"nowhere: reads activations of 8 dimensions, gpt_neox\.layers\.1 of .* gives 32"
+    ):
+        _ = subject.language_model
+    with pytest.raises(TsaeError, match="nowhere: reads activations of 8 dimensions, the store gives 32"):
+        subject.codes(torch.zeros(3, 32))

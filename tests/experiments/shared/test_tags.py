@@ -12,7 +12,7 @@ import pytest
 
 from tests.experiments.shared.tagged_sentences import train_pipeline
 from tsae.data.labelled import LabelledText
-from tsae.experiments.shared.tags import MARGIN, find_tagger, tags_of
+from tsae.experiments.shared.tags import MARGIN, find_tagger, last_tags, tags_of
 from tsae.runtime.errors import TsaeError
 
 TEXT = "The old captain sings in a garden."
@@ -40,6 +40,18 @@ def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_parts_of_speech_come_from_the_sentence_and_reach_every_part_of_a_word(pipeline):
     found = tags(TEXT, PIECES, f"spacy:{pipeline}")
     assert found == ["DET", "ADJ", "ADJ", "NOUN", "VERB", "ADP", "DET", "NOUN", "PUNCT", None]
+
+
+def test_the_tag_of_a_string_is_that_of_its_last_word_and_blanks_have_one(pipeline):
+    tagger = find_tagger(f"spacy:{pipeline}", "embedded")
+    assert last_tags(["The old captain", "The garden.", "captain\n", "\n", " "], tagger) == [
+        *("NOUN", "PUNCT", "SPACE", "SPACE", "SPACE"),
+    ]
+    # Blanks are no class of tokens in their text.
+    assert tags(TEXT[:8] + "\n\n", [*PIECES[:3], "\n\n"], f"spacy:{pipeline}") == ["DET", "ADJ", "ADJ", None, None]
+    assert last_tags(["a garden", "the", " ", ""], find_tagger("surface", "embedded")) == [
+        *("other word", "determiner", "SPACE", "SPACE"),
+    ]
 
 
 def test_an_installed_pipeline_is_found_without_being_named(pipeline, tmp_path):

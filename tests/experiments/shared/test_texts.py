@@ -16,7 +16,7 @@ from tsae.config.experiments import TextsConfig
 from tsae.config.run import RunConfig
 from tsae.data.labelled import LabelledText
 from tsae.experiments.shared.subject import Subject
-from tsae.experiments.shared.texts import draw_texts, harvest_dataset, harvest_texts, texts_read
+from tsae.experiments.shared.texts import draw_texts, harvest_dataset, harvest_texts, sample_texts, texts_read
 from tsae.runtime.errors import TsaeError
 from tsae.runtime.preemption import Preempted
 
@@ -62,6 +62,37 @@ def test_classes_get_equal_shares_and_rare_ones_are_left_out(tmp_path):
     assert labels(draw_texts(dataset, TextsConfig(count=26, min_characters=50))) == {"a": 16, "b": 10}
     named = TextsConfig(count=30, min_characters=50, classes=("c", "a"))
     assert labels(draw_texts(dataset, named)) == {"a": 15, "c": 3}
+
+
+def test_a_sample_has_the_datasets_shares_of_classes_whatever_its_order(tmp_path):
+    dataset = rows(tmp_path / "t.jsonl", {"a": 300, "b": 90, "c": 9, "d": 1})
+    found = sample_texts(dataset, TextsConfig(), 100, 50)
+    assert found == sample_texts(dataset, TextsConfig(), 100, 50)
+    assert len({text.text for text in found}) == 100
+    assert [text.group for text in found] == sorted(text.group for text in found)
+    assert 65 <= labels(found)["a"] <= 85
+    assert 13 <= labels(found)["b"] <= 32
+    assert labels(sample_texts(dataset, TextsConfig(), 4000, 50)) == {"a": 300, "b": 90, "c": 9, "d": 1}
+    assert labels(sample_texts(dataset, TextsConfig(classes=("b", "d")), 4000, 50)) == {"b": 90, "d": 1}
+    assert {len(text.text) for text in found} == {50}
+    with pytest.raises(TsaeError, match=r"in class 'e'; .*classes found: a, b, c, d"):
+        sample_texts(dataset, TextsConfig(classes=("e",)), 4000, 50)
+
+
+@pytest.mark.parametrize("bos", ["never", "always"])
+def test_the_ends_of_whole_texts_are_kept_without_bos(subject, config, checkpoints, bos):
+    longer = LabelledText(" ".join(["kaba", "lodo", "mife", "senu"] * 4), "a", 2)
+    subject = Subject(configuration.replace(config, data={"bos": bos}), RunFolder.of(checkpoints, "temporal"))
+    texts = harvest_texts(subject, [*TEXTS, longer], 14, last=5)
+    assert texts.lengths.tolist() == [3, 1, 5]
+    assert texts.valid.sum(1).tolist() == [3, 1, 5]
+    assert [texts.token(2, position) for position in range(5)] == ["lodo", "mife", "senu", "kaba", "lodo"]
+    lm = subject.language_model
+    for row, (text, first) in enumerate([(TEXTS[0], 0), (TEXTS[1], 0), (longer, 9)]):
+        tokens = torch.tensor(lm.tokenizer(text.text, add_special_tokens=False)["input_ids"])[None, :14]
+        expected = lm.read(tokens, torch.tensor([tokens.shape[1]]))[0, first:]
+        torch.testing.assert_close(texts.read([row])[0, : len(expected)], expected.float(), rtol=1e-2, atol=1e-2)
+        assert texts.tokens[row, : len(expected)].tolist() == tokens[0, first:].tolist()
 
 
 def test_reading_ends_when_the_named_classes_have_their_shares(tmp_path):

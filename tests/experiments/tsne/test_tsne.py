@@ -104,6 +104,15 @@ def test_every_split_and_the_residual_stream_are_mapped(config, checkpoints):
         assert len("".join(drawn["tokens"][0]).split()) == 32  # whole words, blanks kept
         assert path.with_suffix(".png").stat().st_size > 10_000
         assert path.with_suffix(".html").exists()
+        told = " | ".join(results["differs_from_released_code"])
+        for difference in (
+            "length 1",
+            "left out",
+            "dimensions (",
+            "angle 0.8 and 500 steps",
+            "8 tokens of 15 texts; there 30 of 200",
+        ):
+            assert difference in told
     assert results["reduction"].startswith("PCA")
     assert results["colourings"]["semantics"]["purity"] > results["colourings"]["semantics"]["chance"]
 

@@ -8,10 +8,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from tsae.config.experiments import AlignConfig
-from tsae.data.labelled import EMBEDDED, LabelledText, ResponsePair, labelled_texts, response_pairs
+from tsae.data.chat import shared_length
+from tsae.data.labelled import ANSWER, EMBEDDED, LabelledText, ResponsePair, labelled_texts, response_pairs
 from tsae.runtime.errors import TsaeError
 
-HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
+HUMAN, ASSISTANT = "\n\nHuman:", f"\n\n{ANSWER}"
 CHOSEN_TOPIC, REJECTED_TOPIC, PROMPT_TOPIC = "stdlib-network", "sympy", "stdlib-system"
 CHOSEN_WORDS, REJECTED_WORDS, PROMPT_WORDS = (12, 36), (16, 48), (8, 16)
 EMBEDDED_NOTE = (
@@ -26,6 +27,8 @@ class Dialogue(NamedTuple):
     text: str
     start: int
     """Character at which the response begins."""
+    templated: bool = False
+    """Whether a chat template wrote it: what spells a special token in it is one."""
 
 
 class Pairs(NamedTuple):
@@ -44,50 +47,56 @@ class Pairs(NamedTuple):
 def read_pairs(settings: AlignConfig, subset: str | None, split: str | None, tokenizer: Any, room: int) -> Pairs:
     """The first pairs of the dataset that have responses, cut to `room` tokens. Raises TsaeError if none has."""
     dataset, embedded = settings.dataset, settings.dataset == EMBEDDED
-    source = embedded_pairs(settings.seed) if embedded else response_pairs(dataset, subset=subset, split=split)
+    source = (
+        embedded_pairs(settings.seed) if embedded else response_pairs(dataset, tokenizer, subset=subset, split=split)
+    )
     chosen, rejected, skipped, cut = [], [], 0, 0
     for pair in source:
         start = response_start(pair)
         if start is None or not (pair.chosen[start:].strip() and pair.rejected[start:].strip()):
             skipped += 1
             continue
-        sides = [_fitted(text, start, tokenizer, room) for text in pair]
+        texts = (pair.chosen, pair.rejected)
+        sides = [_fitted(Dialogue(text, start, pair.templated), tokenizer, room) for text in texts]
         chosen.append(sides[0])
         rejected.append(sides[1])
-        cut += sum(side.text != text for side, text in zip(sides, pair, strict=True))
+        cut += sum(side.text != text for side, text in zip(sides, texts, strict=True))
         if len(chosen) == settings.pairs:
             break
     if not chosen:
         raise TsaeError(
-            f"--dataset {dataset}: none of {skipped} pairs has two responses after a common prompt that ends in "
-            f"'{ASSISTANT.strip()}'; whole dialogues of the form 'Human: … Assistant: …' are expected"
+            f"--dataset {dataset}: none of {skipped} pairs has two responses after a common prompt; expected are whole "
+            f"dialogues of the form 'Human: … {ANSWER} …', or a column prompt beside the responses, or chat messages"
         )
     return Pairs(chosen, rejected, skipped, cut, EMBEDDED_NOTE if embedded else None)
 
 
 def response_start(pair: ResponsePair) -> int | None:
-    """The character after the last 'Assistant:' that both dialogues share, None if there is none.
+    """Where the dataset says that the responses begin; else after the last 'Assistant:' that both dialogues share.
 
-    What the responses themselves begin with in common belongs to the responses.
+    None if there is no such place. What the responses themselves begin with in common belongs to the responses.
     """
-    shared = next(
-        (index for index, (a, b) in enumerate(zip(pair.chosen, pair.rejected, strict=False)) if a != b),
-        min(map(len, pair)),
-    )
-    turn = pair.chosen.rfind(ASSISTANT.strip(), 0, shared)
-    return None if turn < 0 else turn + len(ASSISTANT.strip())
+    if pair.start is not None or pair.templated:
+        return pair.start
+    shared = shared_length(pair.chosen, pair.rejected)
+    turn = pair.chosen.rfind(ANSWER, 0, shared)
+    return None if turn < 0 else turn + len(ANSWER)
 
 
-def _fitted(text: str, start: int, tokenizer: Any, room: int) -> Dialogue:
+def _fitted(whole: Dialogue, tokenizer: Any, room: int) -> Dialogue:
     """The dialogue with as much of its prompt as fits before the response; one prompt token always stays."""
     offsets = tokenizer(
-        text, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True, verbose=False
+        whole.text,
+        add_special_tokens=False,
+        split_special_tokens=not whole.templated,
+        return_offsets_mapping=True,
+        verbose=False,
     )["offset_mapping"]
-    response = next((index for index, (first, _) in enumerate(offsets) if first >= start), len(offsets))
+    response = next((index for index, (first, _) in enumerate(offsets) if first >= whole.start), len(offsets))
     kept = max(min(len(offsets) - room, response - 1), 0)
     left = offsets[kept][0] if kept else 0
     end = offsets[min(kept + room, len(offsets)) - 1][1]
-    return Dialogue(text[left:end], start - left)
+    return Dialogue(whole.text[left:end], whole.start - left, whole.templated)
 
 
 def embedded_pairs(seed: int) -> Iterator[ResponsePair]:
@@ -124,4 +133,8 @@ def _passages(topic: str, words: tuple[int, int], random: np.random.Generator) -
 def as_texts(pairs: Pairs) -> list[LabelledText]:
     """All dialogues, the chosen ones first; both sides of a pair are of one group."""
     sides = (("chosen", pairs.chosen), ("rejected", pairs.rejected))
-    return [LabelledText(side.text, label, group) for label, part in sides for group, side in enumerate(part)]
+    return [
+        LabelledText(side.text, label, group, side.templated)
+        for label, part in sides
+        for group, side in enumerate(part)
+    ]

@@ -28,18 +28,23 @@ if TYPE_CHECKING:
 
 
 class Backend:
-    """A model whose answers are kept; `respondent` None: only what is kept is known."""
+    """A model whose answers are kept; `respondent` None: only what is kept is known. `longest` tokens, if given, may be
+    in an answer, whatever a prompt says.
+    """
 
-    def __init__(self, name: str, model: str, respondent: Respondent | None, kept: AnswerFile) -> None:
-        self.name, self._model, self._respondent, self._kept = name, model, respondent, kept
+    def __init__(
+        self, name: str, model: str, respondent: Respondent | None, kept: AnswerFile, longest: int | None = None
+    ) -> None:
+        self.name, self._model, self._respondent, self._kept, self._longest = name, model, respondent, kept, longest
 
     def answers(self, prompts: Sequence[Prompt], progress: Progress | None = None) -> list[Answer]:
         """The answer to each prompt; a prompt without one has its reason.
 
         Raises TsaeError where asking on is pointless, and Preempted when asked to leave; what was answered is kept.
         """
-        found = [self._kept.find(self._model, prompt) for prompt in prompts]
-        answers = [None if text is None else Answer(text) for text in found]
+        if self._longest is not None:
+            prompts = [prompt._replace(max_tokens=self._longest) for prompt in prompts]
+        answers = [self._kept.find(self._model, prompt) for prompt in prompts]
         open_ = [index for index, answer in enumerate(answers) if answer is None]
         done = len(prompts) - len(open_)
         if self._respondent is None:
@@ -49,7 +54,7 @@ class Backend:
             for place, answer in self._respondent.ask([prompts[index] for index in open_]):
                 answers[open_[place]] = answer
                 if answer.text is not None:
-                    self._kept.keep(self._model, prompts[open_[place]], answer.text)
+                    self._kept.keep(self._model, prompts[open_[place]], answer)
                 done += 1
                 if progress is not None:
                     progress.update(done)
@@ -67,22 +72,22 @@ class AnswerFile:
 
     def __init__(self, path: Path, *, writable: bool) -> None:
         self._own = path / f"{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:8]}.jsonl" if writable else None
-        self._texts: dict[str, str] = {}
+        self._answers: dict[str, Answer] = {}
         for file in [path] if path.is_file() else sorted(path.glob("*.jsonl")):
             self._read(file, strict=not writable)
 
-    def find(self, model: str, prompt: Prompt) -> str | None:
+    def find(self, model: str, prompt: Prompt) -> Answer | None:
         """The recorded answer of `model`, or None."""
-        return self._texts.get(_key(model, prompt))
+        return self._answers.get(_key(model, prompt))
 
-    def keep(self, model: str, prompt: Prompt, text: str) -> None:
-        """Record an answer."""
-        self._texts[_key(model, prompt)] = text
+    def keep(self, model: str, prompt: Prompt, answer: Answer) -> None:
+        """Record an answer with a text."""
+        self._answers[_key(model, prompt)] = answer
         if self._own is None:
             return
         self._own.parent.mkdir(parents=True, exist_ok=True)
         with open(self._own, "a", encoding="utf-8") as stream:
-            stream.write(json.dumps({"model": model, **prompt._asdict(), "text": text}) + "\n")
+            stream.write(json.dumps({"model": model, **prompt._asdict(), **answer._asdict()}) + "\n")
 
     def _read(self, file: Path, *, strict: bool) -> None:
         try:
@@ -93,7 +98,7 @@ class AnswerFile:
             try:
                 record = json.loads(line)
                 prompt = Prompt(record["system"], record["user"], record["max_tokens"])
-                self._texts[_key(record["model"], prompt)] = record["text"]
+                self._answers[_key(record["model"], prompt)] = Answer(record["text"], record.get("failure"))
             except (ValueError, KeyError, TypeError):
                 # The last line of a process that was killed while it wrote is a fragment.
                 if strict or number < len(lines):
@@ -119,17 +124,17 @@ def open_backend(settings: AnswersConfig, where: str) -> Backend:
         path = Path(str(settings.recorded)).expanduser()
         if not path.exists():
             raise TsaeError(f"{where}.recorded: there is no {path}; a file or folder of recorded answers is expected")
-        return Backend(f"{model} (recorded)", model, None, AnswerFile(path, writable=False))
+        return Backend(f"{model} (recorded)", model, None, AnswerFile(path, writable=False), settings.max_tokens)
     # A model of this machine may be another one tomorrow; what an endpoint has behind a name is its own business.
     known_as = f"{model} {local_model_identity(model)}".strip() if kind == "local" else model
     kept = AnswerFile(home() / "answers" / _folder_name(known_as), writable=True)
     if kind == "endpoint":
         from tsae.experiments.answers.endpoint import Endpoint
 
-        return Backend(f"{model} at {settings.base_url}", model, Endpoint(settings, where), kept)
+        return Backend(f"{model} at {settings.base_url}", model, Endpoint(settings, where), kept, settings.max_tokens)
     from tsae.experiments.answers.local import LocalModel
 
-    return Backend(model, model, LocalModel(settings), kept)
+    return Backend(model, model, LocalModel(settings), kept, settings.max_tokens)
 
 
 def content_of_answers(settings: AnswersConfig) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import queue
 import random
@@ -13,7 +14,7 @@ import urllib.request
 from collections.abc import Iterator, Sequence
 from email.message import Message
 from http.client import HTTPException
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tsae.experiments.answers.prompts import Answer, Prompt
 from tsae.runtime import preemption
@@ -22,11 +23,26 @@ from tsae.runtime.errors import TsaeError
 if TYPE_CHECKING:
     from tsae.config.experiments import AnswersConfig
 
+log = logging.getLogger("tsae")
+
 HOPELESS = {401: "the key is refused", 403: "the key may not do this", 404: "there is no such address or model"}
 """Answers that every other request would get as well."""
 PASSING = frozenset({408, 409, 425, 429})
 """Statuses below 500 after which another attempt may succeed."""
 FIRST_WAIT, LONGEST_WAIT = 1.0, 60.0  # seconds
+INVALID = (400, 422)
+"""How an endpoint refuses a request whose parameters it does not like."""
+UNKNOWN = (
+    "unsupported",
+    "not supported",
+    "unrecognized",
+    "unknown",
+    "unexpected",
+    "not permitted",
+    "not allowed",
+    "extra",
+)
+"""How it says that it does not know a parameter at all."""
 
 
 class Endpoint:
@@ -39,6 +55,8 @@ class Endpoint:
                 f"{where}.base_url: {settings.base_url!r} is no address; one such as http://localhost:8000/v1 is expected"
             )
         self._settings, self._url = settings, f"{str(settings.base_url).rstrip('/')}/chat/completions"
+        self._where = where
+        self._refused: set[str] = set()
         self._opener = _opener()
         self._failed_in_a_row = 0
         self._stop = threading.Event()
@@ -72,7 +90,7 @@ class Endpoint:
                 continue
             if self._hopeless is not None and answer.text is None:
                 raise TsaeError(f"{self._url}: {self._hopeless}")
-            self._failed_in_a_row = 0 if answer.failure is None else self._failed_in_a_row + 1
+            self._failed_in_a_row = self._failed_in_a_row + 1 if answer.text is None else 0
             if self._failed_in_a_row > 2 * self._settings.concurrency:
                 raise TsaeError(
                     f"{self._url}: {self._failed_in_a_row} requests in a row failed, the last one: {answer.failure}; "
@@ -96,14 +114,20 @@ class Endpoint:
 
     def _answer(self, prompt: Prompt, stop: threading.Event) -> Answer:
         """One prompt's answer, after as many attempts as it takes and the settings allow."""
-        failure = ""
-        for attempt in range(self._settings.tries):
+        failure, attempt = "", 0
+        while attempt < self._settings.tries:
+            body = self._body(prompt)
             try:
-                return Answer(self._request(prompt))
+                return self._request(body)
             except urllib.error.HTTPError as error:
                 with error:
-                    failure = f"HTTP {error.code} {_reason(error)}".strip()
+                    text = _text(error)
                     asked_to_wait = _seconds(error.headers)
+                refused = _refused(text.lower(), body) if error.code in INVALID else None
+                if refused is not None:
+                    self._do_without(refused)
+                    continue
+                failure = f"HTTP {error.code} {_reason(text)}".strip()
                 if error.code in HOPELESS:
                     self._give_up(error.code, failure)
                     return Answer(None, failure)
@@ -115,20 +139,31 @@ class Endpoint:
                 failure, asked_to_wait = f"connection failed: {getattr(error, 'reason', None) or error!r}", 0.0
             except ValueError as error:
                 failure, asked_to_wait = f"the answer is not what the protocol says: {error}", 0.0
-            if attempt + 1 < self._settings.tries:
-                wait = max(asked_to_wait, FIRST_WAIT * 2**attempt * random.uniform(0.5, 1.0))
+            attempt += 1
+            if attempt < self._settings.tries:
+                wait = max(asked_to_wait, FIRST_WAIT * 2 ** (attempt - 1) * random.uniform(0.5, 1.0))
                 if stop.wait(min(wait, LONGEST_WAIT)):
                     break
         return Answer(None, f"{failure} (after {self._settings.tries} attempts)")
 
-    def _request(self, prompt: Prompt) -> str:
-        """One attempt. Raises ValueError for an answer that is no JSON or lacks the text."""
+    def _body(self, prompt: Prompt) -> dict[str, Any]:
+        """A request in the words that the endpoint has not refused."""
+        limit = "max_completion_tokens" if "max_tokens" in self._refused else "max_tokens"
         body = {
             "model": self._settings.model,
             "messages": [{"role": "system", "content": prompt.system}, {"role": "user", "content": prompt.user}],
-            "max_tokens": prompt.max_tokens,
+            limit: prompt.max_tokens,
             "temperature": 0,
         }
+        return {name: value for name, value in body.items() if name not in self._refused}
+
+    def _do_without(self, parameter: str) -> None:
+        if parameter == "temperature" and parameter not in self._refused:
+            log.warning("%s takes no temperature: answers are drawn as it likes, and may differ next time", self._url)
+        self._refused.add(parameter)
+
+    def _request(self, body: dict[str, Any]) -> Answer:
+        """One attempt. Raises ValueError for an answer that is no JSON or not of its form."""
         request = urllib.request.Request(
             self._url, json.dumps(body).encode(), {"Content-Type": "application/json", "Accept": "application/json"}
         )
@@ -138,12 +173,22 @@ class Endpoint:
         with self._opener.open(request, timeout=self._settings.timeout) as response:
             answer = json.loads(response.read())
         try:
-            text = answer["choices"][0]["message"]["content"]
-        except (KeyError, IndexError, TypeError):
+            choice = answer["choices"][0]
+            text, ended = choice["message"]["content"], choice.get("finish_reason")
+        except (KeyError, IndexError, TypeError, AttributeError):
             raise ValueError("no choices[0].message.content in it") from None
+        found = text if isinstance(text, str) and text.strip() else None
+        if ended == "length":
+            limit = body.get("max_tokens", body.get("max_completion_tokens"))
+            what = "an answer without text" if found is None else "the answer"
+            return Answer(
+                found, f"{what} ended at its {limit} tokens (finish_reason length); raise {self._where}.max_tokens"
+            )
+        if found is None and ended not in (None, "stop"):
+            return Answer(None, f"an answer without text (finish_reason {ended})")
         if not isinstance(text, str):
             raise ValueError("choices[0].message.content is no text")
-        return text
+        return Answer(text)
 
     def _give_up(self, status: int, failure: str) -> None:
         variable = self._settings.key_variable
@@ -160,18 +205,31 @@ def _opener() -> urllib.request.OpenerDirector:
     return opener
 
 
-def _reason(error: urllib.error.HTTPError) -> str:
-    """What the endpoint says of an error, on one short line."""
+def _text(error: urllib.error.HTTPError) -> str:
+    """What the endpoint says of an error, as it says it."""
     try:
-        text = error.read(2000).decode(errors="replace")
+        return error.read(2000).decode(errors="replace") or str(error.reason)
     except OSError:
         return str(error.reason)
+
+
+def _reason(text: str) -> str:
+    """The same on one short line."""
     try:
         message = json.loads(text)["error"]
         text = message["message"] if isinstance(message, dict) else str(message)
     except (ValueError, KeyError, TypeError):
-        text = text or str(error.reason)
+        pass
     return " ".join(str(text).split())[:200]
+
+
+def _refused(text: str, body: dict[str, Any]) -> str | None:
+    """The parameter of a request that the endpoint's answer refuses and that can be done without; None if it is none."""
+    # Not every complaint about the limit is about its name: the number may be too large.
+    by_name = "max_completion_tokens" in text or ("max_tokens" in text and any(word in text for word in UNKNOWN))
+    if "max_tokens" in body and by_name:
+        return "max_tokens"
+    return "temperature" if "temperature" in body and "temperature" in text else None
 
 
 def _seconds(headers: Message) -> float:

@@ -18,7 +18,7 @@ class Prompt(NamedTuple):
 
 
 class Answer(NamedTuple):
-    """What came back: a text, or the reason why there is none."""
+    """What came back: a text, or the reason why there is none, or why there is no more of it."""
 
     text: str | None
     failure: str | None = None

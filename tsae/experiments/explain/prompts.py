@@ -55,7 +55,7 @@ def read_explanation(answer: Answer) -> tuple[str, str]:
         return "", str(answer.failure)
     found = re.findall(r"^[\W_]*explanation[\W_]*?:[*_\s]*(.+)$", answer.text, re.IGNORECASE | re.MULTILINE)
     text = found[-1].strip(" \t*_[]") if found else ""
-    return (text, "") if text else ("", "the answer has no line that begins with EXPLANATION:")
+    return (text, "") if text else ("", answer.failure or "the answer has no line that begins with EXPLANATION:")
 
 
 def verdict_prompts(system: str, explanation: str, texts: Sequence[str]) -> list[Prompt]:
@@ -80,7 +80,7 @@ def read_verdicts(answer: Answer, count: int) -> tuple[list[bool], str]:
             continue
         if len(numbers) == count and all(number in (0, 1) for number in numbers):
             return [bool(number) for number in numbers], ""
-    return [], f"the answer has no list of {count} zeros and ones"
+    return [], answer.failure or f"the answer has no list of {count} zeros and ones"
 
 
 def plain(excerpt: dict[str, Any]) -> str:

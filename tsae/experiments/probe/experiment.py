@@ -16,9 +16,18 @@ import numpy as np
 from tsae.config.experiments import ProbeConfig
 from tsae.evaluation.statistics import over_seeds
 from tsae.experiments.probe import fit as probe_fit
-from tsae.experiments.probe.samples import Samples, choose_samples, split
+from tsae.experiments.probe.samples import (
+    REFERENCE_LAST,
+    REFERENCE_TEXTS,
+    Samples,
+    choose_samples,
+    reference_length,
+    reference_texts,
+    split,
+)
 from tsae.experiments.shared.subject import Subject
-from tsae.experiments.shared.texts import TextActivations, harvest_dataset, texts_read
+from tsae.experiments.shared.texts import MAX_READ, TextActivations, harvest_dataset, texts_read
+from tsae.lm.model import load_tokenizer
 from tsae.runtime.errors import TsaeError
 from tsae.runtime.progress import Progress
 
@@ -30,6 +39,7 @@ HEADLINE = 5
 """Features of the probes whose balanced accuracy stands for a task."""
 REFERENCE_FEATURES = 10
 """Features a class of the released code's one probe."""
+RELEASED_TEXTS, RELEASED_LENGTH, RELEASED_TAGGER = 4000, 2048, "parts of speech by spaCy en_core_web_sm"
 
 
 def measure(subject: Subject, settings: ProbeConfig, chunk: int) -> dict[str, Any]:
@@ -50,6 +60,7 @@ def measure(subject: Subject, settings: ProbeConfig, chunk: int) -> dict[str, An
             found.append(_one_split(features, samples, settings, task, seed))
             progress.update(number * settings.seeds + seed + 1, task=task)
         tasks[task] = _summary(found, samples, settings)
+    reference = settings.protocol == "reference"
     headline = {task: _at_headline(tasks[task]["probes"], settings) for task in tasks}
     return {
         "headline": {task: entry["balanced_accuracy"] for task, entry in headline.items()},
@@ -57,8 +68,35 @@ def measure(subject: Subject, settings: ProbeConfig, chunk: int) -> dict[str, An
         "headline_is": f"balanced accuracy with {_headline_k(settings)} features a class, over {settings.seeds} splits",
         "candidate_features": latents.stop - latents.start,
         "texts": texts_read(subject, material.texts, settings.dataset),
+        **({"differs_from_released_code": _differences(subject, material, settings)} if reference else {}),
         "tasks": tasks,
     }
+
+
+def _differences(subject: Subject, material: _Material, settings: ProbeConfig) -> list[str]:
+    """What protocol `reference` still does in another way than the released code, in words."""
+    texts, length = material.texts, reference_length(subject, settings)
+    found = [
+        f"texts are a sample, by a fixed seed, of the first {MAX_READ} of the classes; blank ones are passed over",
+        f"mean over {settings.seeds} random splits by fixed seeds; there, one without a seed",
+        "feature activations are multiplied by the norms of their decoder rows, which are 1 for the authors' SAEs",
+    ]
+    if len(texts.texts) != RELEASED_TEXTS:
+        found.append(f"{len(texts.texts)} texts; there {RELEASED_TEXTS}")
+    if length != RELEASED_LENGTH:
+        found.append(f"texts are cut at {length} tokens; there at {RELEASED_LENGTH}")
+    if "context" in material.samples:
+        count = len(material.samples["context"].names)
+        found.append(
+            "context: labels and tokens are split alike; there, tokens are taken by the indices of another array"
+        )
+        found.append(
+            f"context: texts of fewer than {REFERENCE_LAST} tokens are passed over"
+            + (f", and {count} are left; there {REFERENCE_TEXTS}" if count != REFERENCE_TEXTS else "")
+        )
+    if "syntax" in material.samples and not material.samples["syntax"].labels_from.startswith(RELEASED_TAGGER):
+        found.append(f"syntax: {material.samples['syntax'].labels_from}; there {RELEASED_TAGGER}")
+    return found
 
 
 def draw(results: dict[str, Any], path: Path) -> None:
@@ -79,8 +117,13 @@ class _Material(NamedTuple):
 @lru_cache(maxsize=1)
 def _material(subject: Subject, settings: ProbeConfig) -> _Material:
     """Texts, samples and the feature activations of all latents."""
-    texts = harvest_dataset(subject, settings.dataset)
-    samples: dict[str, Samples] = {task: choose_samples(texts, settings, task) for task in settings.tasks}
+    reference = settings.protocol == "reference"
+    texts = reference_texts(subject, settings) if reference else harvest_dataset(subject, settings.dataset)
+    tokenizer = load_tokenizer(subject.config.model)
+    samples: dict[str, Samples] = {
+        task: choose_samples(texts, settings, task, lambda tokens: str(tokenizer.decode(tokens)))
+        for task in settings.tasks
+    }
     features: dict[str, Features] = {
         task: texts.features(subject, found.rows, found.positions) for task, found in samples.items()
     }
@@ -96,7 +139,8 @@ def _one_split(
     if len(np.unique(data.train_label)) < 2 or not len(test):
         raise TsaeError(
             f"probe {task}: split {seed} leaves {len(train)} tokens to train on and {len(test)} to test with, of "
-            f"{len(np.unique(data.train_label))} classes; raise experiments.texts.count or experiments.probe.tokens"
+            f"{len(np.unique(data.train_label))} classes; raise experiments.texts.count or experiments.probe.tokens "
+            "(of protocol reference: experiments.probe.reference_texts)"
         )
     shuffled = np.random.default_rng([seed, 2]).permutation(data.train_label)
     probes = _reference if settings.protocol == "reference" else _sparse_and_dense

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
 
 from tsae.config.experiments import ProbeConfig
-from tsae.data.labelled import LabelledText
-from tsae.experiments.shared.tags import Tagger, Tags, find_tagger, tags_of
-from tsae.experiments.shared.texts import TextActivations
+from tsae.experiments.shared.subject import Subject
+from tsae.experiments.shared.tags import Tags, find_tagger, last_tags, tags_of
+from tsae.experiments.shared.texts import TextActivations, harvest_texts, sample_texts
 from tsae.runtime.errors import TsaeError
 
 FEWEST_TEXTS = 4
@@ -18,6 +19,24 @@ FEWEST_TOKENS = 20
 """Tokens of a syntactic class; rarer classes are left out."""
 REFERENCE_TEXTS, REFERENCE_LAST = 160, 25
 """Texts, and last tokens of each, of the released code's context task."""
+LONGEST_TOKEN = 20
+"""Characters; a text is cut behind as many tokens of this length as are read of it."""
+
+
+def reference_texts(subject: Subject, probe: ProbeConfig) -> TextActivations:
+    """The released code's texts: whole, without BOS, with the dataset's shares of classes; their last tokens."""
+    sampled = sample_texts(
+        probe.dataset,
+        subject.config.experiments.texts,
+        probe.reference_texts,
+        LONGEST_TOKEN * probe.reference_length,
+    )
+    return harvest_texts(subject, sampled, reference_length(subject, probe), REFERENCE_LAST)
+
+
+def reference_length(subject: Subject, probe: ProbeConfig) -> int:
+    """Tokens of a text that the language model reads, at most."""
+    return min(probe.reference_length, subject.language_model.max_length or probe.reference_length)
 
 
 class Samples(NamedTuple):
@@ -38,22 +57,28 @@ class Samples(NamedTuple):
     """What the labels are, in words."""
 
 
-def choose_samples(texts: TextActivations, probe: ProbeConfig, task: str) -> Samples:
-    """The tokens of `task`, the same for every run and seed. Raises TsaeError if fewer than two classes are left."""
+def choose_samples(
+    texts: TextActivations, probe: ProbeConfig, task: str, decode: Callable[[list[int]], str]
+) -> Samples:
+    """The tokens of `task`, the same for every run and seed; `decode` gives the text of tokens.
+
+    Raises TsaeError if fewer than two classes are left.
+    """
     random = np.random.default_rng(0)
     if task == "context":
         return _context(texts, probe, random)
     if task == "semantics":
         tags = Tags(np.broadcast_to(texts.label[:, None], texts.valid.shape), texts.label_names, "label of the text")
     else:
-        tags = _syntax(texts, probe)
+        tags = _syntax(texts, probe, decode)
     valid = texts.valid & (tags.of_token >= 0)
-    rows, positions = (
-        _last_tokens(valid) if probe.protocol == "reference" else _random_tokens(valid, tags, probe, random)
-    )
+    if probe.protocol == "disjoint":
+        rows, positions = _random_tokens(valid, tags, probe, random)
+    else:
+        rows, positions = _last_tokens(valid)
     group = texts.group if probe.protocol == "reference" else texts.group_of_copies
     samples = Samples(rows, positions, tags.of_token[rows, positions], group[rows], tags.names, (), tags.tagger)
-    return _without_rare(samples, task)
+    return samples if probe.protocol == "reference" else _without_rare(samples, task)
 
 
 def _context(texts: TextActivations, probe: ProbeConfig, random: np.random.Generator) -> Samples:
@@ -78,22 +103,17 @@ def _context(texts: TextActivations, probe: ProbeConfig, random: np.random.Gener
     return Samples(chosen[label], np.concatenate(found), label, label, names, (), "which text a token is from")
 
 
-def _syntax(texts: TextActivations, probe: ProbeConfig) -> Tags:
+def _syntax(texts: TextActivations, probe: ProbeConfig, decode: Callable[[list[int]], str]) -> Tags:
     tagger = find_tagger(probe.tagger, probe.dataset)
     if probe.protocol == "disjoint":
         return tags_of(texts.texts, texts.offsets, tagger)
-    return _tags_of_last_tokens_alone(texts, tagger)
-
-
-def _tags_of_last_tokens_alone(texts: TextActivations, tagger: Tagger) -> Tags:
-    """What the released code does: the last token of each text is tagged by itself, out of its context."""
+    # What the released code does: each last token is tagged by itself, out of its context, blanks included.
     rows, positions = _last_tokens(texts.valid)
-    alone = tuple(LabelledText(texts.token(*site), "", 0) for site in zip(rows, positions, strict=True))
-    whole = np.array([[[0, len(text.text)]] for text in alone], np.int32)
-    found = tags_of(alone, whole, tagger)
+    found = last_tags([decode([int(token)]) for token in texts.tokens[rows, positions]], tagger)
+    names = tuple(sorted(set(found)))
     of_token = np.full(texts.valid.shape, -1, np.int32)
-    of_token[rows, positions] = found.of_token[:, 0]
-    return found._replace(of_token=of_token, tagger=f"{found.tagger}, each token alone")
+    of_token[rows, positions] = [names.index(tag) for tag in found]
+    return Tags(of_token, names, f"{tagger.name}, each token alone")
 
 
 def _last_tokens(valid: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -70,12 +70,20 @@ class Subject:
 
     @cached_property
     def language_model(self) -> LanguageModel:
-        """The language model that the dictionary was trained on."""
+        """The language model that the dictionary was trained on. Raises TsaeError if it reads another width."""
         if self.config.is_synthetic:
             raise TsaeError(f"{self.run.path}: was trained on a synthetic world, which has no text to experiment with")
         from tsae.lm.model import load_language_model
 
-        return load_language_model(self.config.model, commit_of(self.run))
+        model = load_language_model(self.config.model, commit_of(self.run))
+        if not self.is_dense:
+            self._require_width(model.activation_dim, f"{model.hook_path} of {self.config.model.name}")
+        return model
+
+    def _require_width(self, width: int, giver: str) -> None:
+        own = self.dictionary.activation_dim
+        if own != width:
+            raise TsaeError(f"{self.run.path}: reads activations of {own} dimensions, {giver} gives {width}")
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerFast:
@@ -111,8 +119,10 @@ class Subject:
     def codes(self, x: Tensor) -> SparseCode:
         """Feature activations of activations x [N, D], all latents, without a dense [N, F] tensor; on the CPU.
 
-        They are what the latents write: those of `encode` times the norms of the decoder's rows.
+        They are what the latents write: those of `encode` times the norms of the decoder's rows. Raises TsaeError for
+        activations of another width than the dictionary's.
         """
+        self._require_width(x.shape[1], "the store")
         code = in_units_written(
             encode_sparse(self.dictionary, x.to(self.device, torch.float32), self._encoder), self.row_norms
         )

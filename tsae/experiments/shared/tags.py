@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 PREFERRED = ("en_core_web_sm", "en_core_web_md", "en_core_web_lg", "en_core_web_trf")
 INSTALL = "pip install 'tsae[pos]' && python -m spacy download en_core_web_sm"
 
+BLANK = "SPACE"
 MARGIN = 500
 """Characters behind the last token that was read which a tagger sees as well; what comes later does not change tags."""
 
@@ -94,12 +95,24 @@ def tags_of(texts: tuple[LabelledText, ...], offsets: np.ndarray, tagger: Tagger
     return _sorted(of_token, numbers, tagger.name)
 
 
+def last_tags(strings: list[str], tagger: Tagger) -> list[str]:
+    """The tag of the last word of each string; `SPACE` where it has none, as spaCy calls what is blank."""
+    progress, found = Progress(f"tagging ({tagger.name})", len(strings), "tokens"), []
+    for spans in polled(tagger.spans(strings)):
+        *_, (_, _, tag) = [(0, 0, BLANK), *spans]
+        found.append(str(tag))
+        progress.update(len(found))
+    return found
+
+
 def _owners(text: str, spans: Spans, numbers: dict[str, int], name: str) -> np.ndarray:
     """For each character of a text the number of its tag, -1 for blanks and where there is none."""
     owner = np.full(len(text), -1, np.int32)
     for first, end, tag in spans:
         if not 0 <= first < end <= len(text):
             raise TsaeError(f"tagger: {name} gives characters {first} to {end} of a text of {len(text)}")
+        if text[first:end].isspace():
+            continue
         owner[first:end] = numbers.setdefault(str(tag), len(numbers))
     owner[[character.isspace() for character in text]] = -1
     return owner
@@ -164,7 +177,8 @@ def _spacy_spans(pipeline: Language, texts: list[str]) -> Iterator[Spans]:
     for document in pipeline.pipe(texts, batch_size=32):
         if not document.has_annotation("POS"):
             raise TsaeError(f"tagger: the spaCy pipeline {pipeline.meta['name']} gives no parts of speech")
-        yield [(word.idx, word.idx + len(word), word.pos_) for word in document if not word.is_space and word.pos_]
+        tags = [BLANK if word.is_space else word.pos_ for word in document]
+        yield [(word.idx, word.idx + len(word), tag) for word, tag in zip(document, tags, strict=True) if tag]
 
 
 def _function(wanted: str) -> Tagger:

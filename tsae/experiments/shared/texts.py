@@ -19,7 +19,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -83,6 +83,34 @@ def draw_texts(dataset: str, wanted: TextsConfig) -> list[LabelledText]:
         share = _share([len(kept) for kept in found.values()], wanted.count)
     _refuse_empty(dataset, found, seen, wanted.min_characters, longest)
     return [text for _, text in sorted((entry for kept in found.values() for entry in kept[:share]), key=_number)]
+
+
+def sample_texts(dataset: str, wanted: TextsConfig, count: int, characters: int) -> list[LabelledText]:
+    """`count` texts of the classes, each as likely as any other, so that classes have their shares of the dataset.
+
+    Of the first `MAX_READ` texts of the classes, in the order of the dataset, always the same ones; each cut to
+    `characters`. Raises TsaeError if there is none.
+    """
+    classes = wanted.classes or default_classes(dataset)
+    texts = labelled_texts(dataset, categories=wanted.categories, subset=wanted.subset, split=wanted.split)
+    progress, random, seen = Progress("labelled texts", None, "texts"), np.random.default_rng(0), set()
+    kept: list[tuple[int, LabelledText]] = []
+    number = 0
+    for text in texts:
+        seen.add(text.label)
+        if classes is not None and text.label not in classes:
+            continue
+        # A reservoir: the nth text takes the place of one of the kept with a chance of count / n.
+        place = number if number < count else int(random.integers(number + 1))
+        if place < count:
+            kept[place : place + 1] = [(number, text._replace(text=encodable(text.text[:characters])))]
+        number += 1
+        progress.update(number)
+        if number == MAX_READ:
+            break
+    if not kept:
+        _refuse_empty(dataset, {name: [] for name in classes or ()}, seen, 1, 0)
+    return [text for _, text in sorted(kept, key=_number)]
 
 
 def _number(entry: tuple[int, LabelledText]) -> int:
@@ -207,9 +235,12 @@ def harvest_dataset(subject: Subject, dataset: str) -> TextActivations:
     return harvest_texts(subject, draw_texts(dataset, wanted), wanted.context_length)
 
 
-def harvest_texts(subject: Subject, texts: Sequence[LabelledText], context_length: int) -> TextActivations:
+def harvest_texts(
+    subject: Subject, texts: Sequence[LabelledText], context_length: int, last: int | None = None
+) -> TextActivations:
     """Activations of `texts`, each cut to `context_length` tokens; read by the language model only if not kept already.
 
+    With `last`, texts are read without BOS, and the last so many tokens of what was read are kept, all of them valid.
     Raises TsaeError for a text without tokens and for activations that are not finite.
     """
     config = subject.config
@@ -218,26 +249,46 @@ def harvest_texts(subject: Subject, texts: Sequence[LabelledText], context_lengt
     if config.is_synthetic:
         raise TsaeError(f"{subject.run.path}: was trained on a synthetic world, which has no text to experiment with")
     texts = [text._replace(text=encodable(text.text)) for text in texts]
-    tokens, lengths, offsets = _tokenise(texts, subject, context_length)
+    read = _tokenise(texts, subject, context_length, "never" if last else config.data.bos)
+    tokens, lengths, offsets = kept = read if last is None else _ends(read, last)
     names = tuple(sorted({text.label for text in texts}))
     label = np.array([names.index(text.label) for text in texts], np.int32)
-    position = np.arange(context_length)
+    position = np.arange(tokens.shape[1])
     real = (position < lengths[:, None]) & (offsets[..., 1] > offsets[..., 0])
     document = np.where(real, np.arange(len(texts), dtype=np.int32)[:, None], -1).astype(np.int32)
-    contexts = Contexts(
-        tokens, lengths, document, label, names, 0, hashlib.sha256(tokens.tobytes() + lengths.tobytes()).hexdigest()
-    )
-    store = _harvest(subject, contexts)
-    valid = real & (position >= config.data.skip_positions)
+    what = [*read[:2], *(kept[:2] if last else ())]
+    fingerprint = hashlib.sha256(b"".join(array.tobytes() for array in what)).hexdigest()
+    contexts = Contexts(tokens, lengths, document, label, names, 0, fingerprint)
+    store = _harvest(subject, contexts, read)
+    valid = position < lengths[:, None] if last else real & (position >= config.data.skip_positions)
     return TextActivations(tuple(texts), tokens, lengths, offsets, label, names, valid, store)
 
 
-def _tokenise(
-    texts: Sequence[LabelledText], subject: Subject, context_length: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Tokens [S, L], lengths [S] and character offsets [S, L, 2] of texts."""
-    tokenizer, config = subject.tokenizer, subject.config
-    with_bos = config.data.bos == "always" or (config.data.bos == "auto" and starts_with_bos(tokenizer))
+class _Tokenised(NamedTuple):
+    """S texts of at most L tokens, padded on the right."""
+
+    tokens: np.ndarray
+    """[S, L]"""
+    lengths: np.ndarray
+    """[S]"""
+    offsets: np.ndarray
+    """[S, L, 2]"""
+
+
+def _ends(read: _Tokenised, last: int) -> _Tokenised:
+    """The last tokens of each text, at most so many."""
+    lengths = np.minimum(read.lengths, last)
+    places = np.arange(last)
+    found = np.where(places < lengths[:, None], (read.lengths - lengths)[:, None] + places, 0)
+    tokens = np.take_along_axis(read.tokens, found, axis=1) * (places < lengths[:, None])
+    offsets = np.take_along_axis(read.offsets, found[..., None], axis=1) * (places < lengths[:, None])[..., None]
+    return _Tokenised(tokens.astype(np.int32), lengths, offsets.astype(np.int32))
+
+
+def _tokenise(texts: Sequence[LabelledText], subject: Subject, context_length: int, bos: str) -> _Tokenised:
+    """The texts, with BOS as `bos` says (see `data.bos`)."""
+    tokenizer = subject.tokenizer
+    with_bos = bos == "always" or (bos == "auto" and starts_with_bos(tokenizer))
     if with_bos and tokenizer.bos_token_id is None:
         raise TsaeError("data.bos: the tokenizer has no BOS token; auto or never are possible")
     first = int(with_bos)
@@ -249,7 +300,7 @@ def _tokenise(
         found = tokenizer(
             text.text,
             add_special_tokens=False,
-            split_special_tokens=True,
+            split_special_tokens=not text.templated,
             return_offsets_mapping=True,
             verbose=False,
         )
@@ -259,11 +310,14 @@ def _tokenise(
         lengths[row] = first + len(ids)
         tokens[row, first : lengths[row]] = ids
         offsets[row, first : lengths[row]] = found["offset_mapping"][: len(ids)]
-    return tokens, lengths, offsets
+    return _Tokenised(tokens, lengths, offsets)
 
 
-def _harvest(subject: Subject, contexts: Contexts) -> Store:
-    """The store of these contexts' activations; what another process is harvesting is waited for."""
+def _harvest(subject: Subject, contexts: Contexts, read: _Tokenised) -> Store:
+    """The store of these contexts' activations; what another process is harvesting is waited for.
+
+    The language model reads the texts `read`, whose ends the contexts are.
+    """
     key = _key(subject, contexts)
     layout = StoreLayout(_path(subject.config, key))
     lock = layout.path.with_name(f"{layout.path.name}.harvest.lock")
@@ -271,17 +325,17 @@ def _harvest(subject: Subject, contexts: Contexts) -> Store:
         try:
             with locks.hold(lock, str(layout.path)):
                 if not (layout.exists() and layout.is_whole()):
-                    _write(subject, layout, contexts, key)
+                    _write(subject, layout, contexts, read, key)
         except locks.LockHeld:
             time.sleep(WAIT_SECONDS)
             preemption.check()
     return Store.open(layout.path)
 
 
-def _write(subject: Subject, layout: StoreLayout, contexts: Contexts, key: str) -> None:
+def _write(subject: Subject, layout: StoreLayout, contexts: Contexts, read: _Tokenised, key: str) -> None:
     """Whatever is missing of the store."""
     lm = subject.language_model
-    length = contexts.tokens.shape[1]
+    length = read.tokens.shape[1]
     if lm.max_length is not None and length > lm.max_length:
         raise TsaeError(
             f"experiments.texts.context_length: {length} is impossible; {subject.config.model.name} has {lm.max_length} positions"
@@ -297,16 +351,26 @@ def _write(subject: Subject, layout: StoreLayout, contexts: Contexts, key: str) 
     write_missing(
         layout,
         range(layout.geometry.shards),
-        lambda shard: _activations(subject, contexts, layout.geometry.sequences_of(shard), progress),
+        lambda shard: _activations(subject, read, contexts, layout.geometry.sequences_of(shard), progress),
     )
 
 
-def _activations(subject: Subject, contexts: Contexts, rows: range, progress: Progress) -> Iterator[Tensor]:
-    lm, step = subject.language_model, subject.config.model.batch_size
+def _activations(
+    subject: Subject, read: _Tokenised, contexts: Contexts, rows: range, progress: Progress
+) -> Iterator[Tensor]:
+    lm, step, kept = subject.language_model, subject.config.model.batch_size, contexts.tokens.shape[1]
+    whole = kept == read.tokens.shape[1]
     for start in preemption.polled(range(rows.start, rows.stop, step)):
         batch = slice(start, min(start + step, rows.stop))
-        tokens, lengths = (torch.from_numpy(array[batch]).long() for array in (contexts.tokens, contexts.lengths))
-        yield lm.read(tokens, lengths)
+        longest = read.tokens.shape[1] if whole else int(read.lengths[batch].max())
+        tokens = torch.from_numpy(read.tokens[batch, :longest]).long()
+        lengths = torch.from_numpy(read.lengths[batch]).long()
+        x = lm.read(tokens, lengths)
+        if not whole:
+            first = (lengths - kept).clamp_min(0)[:, None]
+            places = (first + torch.arange(kept)).clamp_max(longest - 1).to(x.device)
+            x = x.gather(1, places[..., None].expand(-1, -1, x.shape[2]))
+        yield x
         progress.update(batch.stop)
 
 

@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from tsae.experiments.shared.firings import Features
 
 COLOURINGS = ("semantics", "context", "syntax")
+RELEASED_SIZE, RELEASED_PERPLEXITY = (200, 30), 30.0
+"""Texts, and last tokens of each, on the released code's map; its perplexity, which is scikit-learn's."""
 BEFORE = 24
 """Tokens of a text before the first one on the map that the page shows around it."""
 
@@ -57,12 +59,35 @@ def measure(subject: Subject, settings: TsneConfig, chunk: int) -> dict[str, Any
         "half_width_95": {label: colourings[label]["purity_half_width"] for label in COLOURINGS},
         "headline_is": f"share of the {settings.neighbours} nearest neighbours with the same label, by cosine",
         "reduction": reduction,
+        "differs_from_released_code": _differences(subject, settings, reduction),
         "texts": texts_read(subject, material.texts, settings.dataset),
         "tokens": int(np.mean([run["tokens"] for run in numbers])),
         "silent_tokens": float(np.mean([run["silent"] for run in numbers])),
         "colourings": colourings,
         "map": drawn,
     }
+
+
+def _differences(subject: Subject, settings: TsneConfig, reduction: str) -> list[str]:
+    """What the map does in another way than the released code, which gives feature activations as they are to
+    scikit-learn's `TSNE(2, random_state=42)`, in words."""
+    read = subject.config.experiments.texts
+    found = [
+        "feature activations of a token are scaled to length 1; there taken as they are",
+        "tokens without an active latent in the split are left out; there they are on the map",
+        f"{reduction.removesuffix(', then t-SNE')} before t-SNE; there none",
+        f"angle {ANGLE} and {MAX_ITERATIONS} steps of t-SNE by seed {MAP_SEED}; there 0.5, 1000 and seed 42",
+        f"texts are drawn in equal shares of the classes among {read.count} of at least {read.min_characters} characters, "
+        f"each cut at {read.context_length} tokens; there the first of the dataset shuffled by seed 42",
+        "syntactic classes are those of the tokens in their text; there of each token alone",
+    ]
+    if (settings.texts, settings.tokens) != RELEASED_SIZE:
+        found.append(
+            f"the last {settings.tokens} tokens of {settings.texts} texts; there {RELEASED_SIZE[1]} of {RELEASED_SIZE[0]}"
+        )
+    if settings.perplexity != RELEASED_PERPLEXITY:
+        found.append(f"perplexity {settings.perplexity:g}; there {RELEASED_PERPLEXITY:g}")
+    return found
 
 
 def draw(results: dict[str, Any], path: Path) -> None:
@@ -176,7 +201,7 @@ def _map(material: _Material, latents: slice, settings: TsneConfig) -> tuple[dic
     """The points of the first choice with their labels and texts."""
     texts, chosen = material.texts, material.chosen[0]
     x, kept = _space(material, chosen, latents, settings)
-    points, reduction = draw_map(x, settings.dimensions, settings.perplexity, 0)
+    points, reduction = draw_map(x, settings.dimensions, settings.perplexity, MAP_SEED)
     shown = np.unique(chosen.rows)
     first = {row: max(0, int(chosen.positions[chosen.rows == row].min()) - BEFORE) for row in shown}
     rows, positions = chosen.rows[kept], chosen.positions[kept]
@@ -203,6 +228,7 @@ def _pieces(texts: TextActivations, row: int, first: int) -> list[str]:
 
 
 ROWS_AT_ONCE = 1000
+MAP_SEED = 0
 MAX_ITERATIONS = 500
 """Steps of t-SNE; twice as many change its loss by a hundredth."""
 ANGLE = 0.8
