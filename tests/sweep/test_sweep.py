@@ -215,7 +215,7 @@ def test_an_interrupted_launcher_leaves_no_process_behind(sweep_file, finished):
 def test_a_dry_run_shows_everything_and_writes_nothing(sweep_file, home):
     shown = run(sweep_file, "--dry-run").stdout
     assert "2 points" in shown
-    assert "5 stages, 5 to run" in shown
+    assert "6 stages, 6 to run" in shown
     assert not home.exists()
 
 
