@@ -72,33 +72,42 @@ class RunFolder:
             raise TsaeError(f"{self.resolved}: cannot be read: {reason}") from None
         return str(yaml.safe_load(line[0])["training_hash"]) if line else ""
 
+    def differences(self, config: RunConfig) -> str | None:
+        """In which settings this folder's training differs from that of `config`, in words.
+
+        None if it is the same, or if the folder states none, as files that came from elsewhere.
+        """
+        if self.training_hash() in (None, config.training_hash):
+            return None
+        there, here = (configuration.training_settings(each) for each in (self.load_config(), config))
+        return schema.differences(there, here) or "another version of tsae made it"
+
     def require_same_training(self, config: RunConfig) -> None:
         """Refuse a run that was trained with other settings; files that came from elsewhere state none."""
-        found = self.training_hash()
-        if found is None:
-            return
-        wanted = config.training_hash
-        if found != wanted:
+        different = self.differences(config)
+        if different is not None:
             raise TsaeError(
-                f"{self.path}: was trained with another configuration (hash {found}, this one is {wanted}); "
+                f"{self.path}: was trained with another configuration ({different}); "
                 f"give the settings it was trained with: they are in {self.resolved}"
             )
 
+    def require_free(self, config: RunConfig) -> None:
+        """Refuse a folder that belongs to another training configuration."""
+        different = self.differences(config)
+        if different is not None:
+            raise TsaeError(
+                f"{self.path}: holds a run of another configuration ({different}); "
+                "choose another run name or remove the folder"
+            )
+        if self.training_hash() is None and self.weights.exists():
+            raise TsaeError(f"{self.path}: holds weights but no resolved.yaml; choose another run name")
+
     def claim(self, config: RunConfig) -> None:
         """Write resolved.yaml, or refuse a folder that belongs to another training configuration."""
-        wanted = config.training_hash
-        found = self.training_hash()
-        if found is not None:
-            if found != wanted:
-                raise TsaeError(
-                    f"{self.path}: holds a run of another configuration (hash {found}, this one is {wanted}); "
-                    "choose another run name or remove the folder"
-                )
-            return
-        if self.weights.exists():
-            raise TsaeError(f"{self.path}: holds weights but no resolved.yaml; choose another run name")
-        text = yaml.safe_dump({"training_hash": wanted, **schema.to_plain(config)}, sort_keys=False)
-        files.write_atomically(self.resolved, lambda stream: stream.write(text.encode()))
+        self.require_free(config)
+        if self.training_hash() is None:
+            tree = {"training_hash": config.training_hash, **schema.to_plain(config)}
+            files.write_text(self.resolved, yaml.safe_dump(tree, sort_keys=False))
 
     def remove_leftovers(self) -> None:
         """Remove the half-written files of killed processes; for the one that trains into this folder."""

@@ -86,6 +86,22 @@ def flatten(tree: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any]
             yield dotted, value
 
 
+MOST_DIFFERENCES = 8
+
+
+def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
+    """The settings in which two trees differ, with both values: `training.lr is 0.001 there, 0.002 here; …`; empty if none."""
+    found, wanted = dict(flatten(there)), dict(flatten(here))
+    keys = [key for key in {**wanted, **found} if found.get(key) != wanted.get(key)]
+    told = [f"{key} is {_told(found.get(key))} there, {_told(wanted.get(key))} here" for key in keys[:MOST_DIFFERENCES]]
+    more = [f"{len(keys) - MOST_DIFFERENCES} more settings differ"] if len(keys) > MOST_DIFFERENCES else []
+    return "; ".join([*told, *more])
+
+
+def _told(value: Any) -> str:
+    return "none" if value is None else str(value)
+
+
 def put(tree: dict[str, Any], path: str, value: Any) -> None:
     """Set the value at a key path, in place; sections that are not there yet are made."""
     *sections, key = path.split(".")

@@ -14,7 +14,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -70,21 +70,24 @@ def owner(path: Path) -> Owner | None:
 @contextmanager
 def hold(path: Path, what: str) -> Iterator[None]:
     """Hold the lock at `path` while the block runs; LockHeld if a live process has it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with _guard(path):
-        holder = owner(path)
-        if holder is not None:
-            raise LockHeld(f"{what}: {holder} is already working on it; wait for it or end it")
-        files.write_json(path, asdict(Owner.this()))
-    leaving = threading.Event()
-    heart = threading.Thread(target=_beat, args=(path, leaving), daemon=True)
-    heart.start()
-    try:
-        yield
-    finally:
-        leaving.set()
-        heart.join()
-        path.unlink(missing_ok=True)
+    with files.tentative_folder(path.parent):
+        with _guard(path):
+            holder = owner(path)
+            if holder is not None:
+                raise LockHeld(f"{what}: {holder} is already working on it; wait for it or end it")
+            files.write_json(path, asdict(Owner.this()))
+        leaving = threading.Event()
+        heart = threading.Thread(target=_beat, args=(path, leaving), daemon=True)
+        heart.start()
+        try:
+            yield
+        finally:
+            leaving.set()
+            heart.join()
+            if path.exists():
+                with _guard(path) as guard:
+                    path.unlink(missing_ok=True)
+                    guard.unlink()
 
 
 def started_at(pid: int) -> str:
@@ -123,11 +126,19 @@ def _beat(path: Path, leaving: threading.Event) -> None:
 
 
 @contextmanager
-def _guard(path: Path) -> Iterator[None]:
-    """Keep other processes out while the lock file is looked at and replaced."""
-    with open(path.with_name(f".{path.name}.guard"), "w") as stream:
-        fcntl.flock(stream, fcntl.LOCK_EX)
-        yield
+def _guard(path: Path) -> Iterator[Path]:
+    """Keep other processes out while the lock file is looked at and replaced; yields the file that does it."""
+    guard = path.with_name(f".{path.name}.guard")
+    while True:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with ExitStack() as opened, suppress(FileNotFoundError):  # whoever leaves takes file and folder away
+            stream = opened.enter_context(open(guard, "w"))
+            fcntl.flock(stream, fcntl.LOCK_EX)
+            if os.path.samestat(os.fstat(stream.fileno()), guard.stat()):
+                held = opened.pop_all()
+                break
+    with held:
+        yield guard
 
 
 def _clock(folder: Path) -> float:

@@ -246,15 +246,10 @@ class StoreLayout:
         attributes = self.attributes
         if attributes.get("config_hash") == content_hash(config):
             return
-        settings = (configuration.store_settings(config), attributes.get("settings") or {})
-        wanted, found = (dict(schema.flatten(tree)) for tree in settings)
-        different = [key for key in sorted({*wanted, *found}) if wanted.get(key) != found.get(key)]
-        reason = "its text or model has changed since"
-        if different:
-            key = different[0]
-            reason = f"{key} is {found.get(key)!r} there and {wanted.get(key)!r} here"
+        different = schema.differences(attributes.get("settings") or {}, configuration.store_settings(config))
         raise TsaeError(
-            f"{self.path}: the store was harvested with another configuration ({reason}); "
+            f"{self.path}: the store was harvested with another configuration "
+            f"({different or 'its text or model has changed since'}); "
             "choose another store.path or remove the folder"
         )
 

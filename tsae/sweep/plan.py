@@ -11,7 +11,6 @@ import json
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
-from typing import Any
 
 import yaml
 
@@ -156,19 +155,9 @@ def _refuse_impossible(chain: Chain, point: Point, checked: set[str]) -> None:
         check_layer(point.config.model, f"{chain.sweep.path}: {point.name}")
         checked.add(model)
     run = chain.run(point)
-    if run.training_hash() in (None, point.config.training_hash):
-        return
-    wanted = configuration.training_settings(point.config)
-    here = configuration.training_settings(run.load_config())
-    raise TsaeError(
-        f"{run.path}: holds a run of another configuration ({_first_difference(here, wanted)}); "
-        "give this sweep another name with --name, or remove the folder"
-    )
-
-
-def _first_difference(there: dict[str, Any], here: dict[str, Any]) -> str:
-    for section, values in here.items():
-        for key, value in values.items():
-            if there.get(section, {}).get(key) != value:
-                return f"{section}.{key} is {there.get(section, {}).get(key)} there, {value} here"
-    return "made by another version of tsae"
+    different = run.differences(point.config)
+    if different is not None:
+        raise TsaeError(
+            f"{run.path}: holds a run of another configuration ({different}); "
+            "give this sweep another name with --name, or remove the folder"
+        )

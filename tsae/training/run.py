@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import logging
 import time
@@ -130,15 +131,16 @@ class _Training:
         self.steps = config.training.steps
         self.finished = self._warned = False
         origin = _origin(config, store)
+        self._store, self._opened = store, False
         self._states = ResumeStates(run.resume, origin, config.training.resume_keep)
         state = self._begin()
         self._require_agreement(origin)
         # The name of this run in the trackers, and the step that comes next there.
         self._tracking = state.get("tracking") or {"id": uuid.uuid4().hex, "step": 0}
-        self._accelerator = _accelerator(config, run, self._tracking)
+        self._metrics_bytes = state.get("metrics_bytes", 0)
+        self._accelerator = _accelerator(config, run)
         device, norm = self._accelerator.device, store.mean_squared_norm
         self._trainer = Trainer(config, store.activation_dim, device=device, mean_squared_norm=norm, group=group)
-        group.on_first(lambda: self._open_files(store, state.get("metrics_bytes", 0)))
         if state:
             self._trainer.load_state(state["trainer"])
             if group.rank < len(state["random"]):  # of more processes than saved the state, the new ones keep their own
@@ -147,14 +149,12 @@ class _Training:
         self._progress = Progress(f"train {run.path.parent.name}", self.steps, "steps", run.progress, self.step)
 
     def _begin(self) -> dict[str, Any]:
-        """Claim the folder; returns the state to continue from, empty at the start."""
+        """The state to continue from, empty at the start. Raises TsaeError for a folder of another configuration."""
         state: dict[str, Any] = {}
 
         def begin() -> None:
-            self.run.claim(self.config)
-            self.run.remove_leftovers()
+            self.run.require_free(self.config)
             state.update(self._states.load() or {})
-            self._states.remove_leftovers()
 
         self._group.on_first(begin)
         if self._group.rank > 0:
@@ -176,11 +176,22 @@ class _Training:
 
         self._group.on_first(compare)
 
-    def _open_files(self, store: Store, metrics_bytes: int) -> None:
-        config, run = self.config, self.run
+    def _open(self) -> None:
+        """Claim the folder, after the first update: whatever is refused until then leaves the run's name free."""
+        if not self._opened:
+            if self.config.training.trackers:
+                _track(self._accelerator, self.config, self._tracking)
+            self._group.on_first(self._open_files)
+            self._opened = True
+
+    def _open_files(self) -> None:
+        config, run, store = self.config, self.run, self._store
+        run.claim(config)
+        run.remove_leftovers()
+        self._states.remove_leftovers()
         files.write_json(run.provenance, provenance(config.training_hash, store=store.attributes))
         files.write_json(run.config_json, reference_config(config, store.activation_dim, self._trainer.scale))
-        self._metrics = Metrics(run.metrics, offset=metrics_bytes)
+        self._metrics = Metrics(run.metrics, offset=self._metrics_bytes)
 
     @property
     def step(self) -> int:
@@ -192,15 +203,18 @@ class _Training:
         settings, step = self.config.training, self.step
         self._states.raise_failure()
         first = self._group.rank == 0
-        if first and step in settings.save_steps:
-            save_dictionary(self.run.checkpoint(step), self._trainer.dictionary, self._trainer.scale)
+        kept = copy.deepcopy(self._trainer.dictionary) if first and step in settings.save_steps else None
         device = self._accelerator.device
         terms = self._trainer.step(batch.to(device, non_blocking=True), document.to(device, non_blocking=True))
         last = self.step == self.steps
-        if last or step % settings.log_every == 0:
+        logged = last or step % settings.log_every == 0
+        if logged:
             self._require_finite(terms.loss)
-            if first:
-                self._log(step, terms)
+        self._open()
+        if kept is not None:
+            save_dictionary(self.run.checkpoint(step), kept, self._trainer.scale)
+        if logged and first:
+            self._log(step, terms)
         if last:
             self._group.on_first(self._finish)
             self.finished = True
@@ -286,25 +300,27 @@ def _origin(config: RunConfig, store: Store) -> dict[str, str]:
     }
 
 
-def _accelerator(config: RunConfig, run: RunFolder, tracking: dict[str, Any]) -> Accelerator:
-    """The engine of one run, its trackers set to continue at `tracking`. Raises TsaeError for one not installed."""
+def _accelerator(config: RunConfig, run: RunFolder) -> Accelerator:
+    """The engine of one run. Raises TsaeError for a tracker that is not installed."""
     settings = config.training
     for tracker in settings.trackers:
         if importlib.util.find_spec(tracker) is None:
             raise TsaeError(f"training.trackers: {tracker} is not installed; pip install 'tsae[{tracker}]'")
-    accelerator = Accelerator(
+    return Accelerator(
         cpu=settings.device == "cpu",
         log_with=list(settings.trackers) or None,
         project_dir=str(run.path),
     )
-    if settings.trackers:
-        # Of steps that are done again, tensorboard hides the first writing and wandb ignores the second.
-        continued = {
-            "tensorboard": {"purge_step": tracking["step"]} if tracking["step"] else {},
-            "wandb": {"id": tracking["id"], "resume": "allow"},
-        }
-        flat = schema.flatten(schema.to_plain(config))
-        # What trackers cannot store becomes text.
-        told = {key: value if isinstance(value, (int, float, str, bool)) else str(value) for key, value in flat}
-        accelerator.init_trackers("tsae", config=told, init_kwargs=continued)
-    return accelerator
+
+
+def _track(accelerator: Accelerator, config: RunConfig, tracking: dict[str, Any]) -> None:
+    """Begin or continue to feed the trackers at `tracking`."""
+    # Of steps that are done again, tensorboard hides the first writing and wandb ignores the second.
+    continued = {
+        "tensorboard": {"purge_step": tracking["step"]} if tracking["step"] else {},
+        "wandb": {"id": tracking["id"], "resume": "allow"},
+    }
+    flat = schema.flatten(schema.to_plain(config))
+    # What trackers cannot store becomes text.
+    told = {key: value if isinstance(value, (int, float, str, bool)) else str(value) for key, value in flat}
+    accelerator.init_trackers("tsae", config=told, init_kwargs=continued)
