@@ -56,6 +56,13 @@ class RunFolder:
         """Weights as they were before update `step`."""
         return self.path / "checkpoints" / f"ae_{step}.pt"
 
+    def weights_at(self, checkpoint: int | str | None) -> Path:
+        """The final weights, those of a step, or a weights file named relative to the folder."""
+        if checkpoint is None:
+            return self.weights
+        by_step = isinstance(checkpoint, int) or checkpoint.isdigit()
+        return self.checkpoint(int(checkpoint)) if by_step else self.path / str(checkpoint)
+
     def result(self, name: str, suffix: str) -> Path:
         """`<name>.json` or `<name>.png` of an experiment on this run."""
         return self.path / f"{name}.{suffix}"
@@ -128,17 +135,6 @@ class RunFolder:
         found = self.training_hash() if self.weights.exists() else None
         return found is not None and found == config.training_hash
 
-    def is_evaluated(self, config: RunConfig) -> bool:
-        """Whether eval_results.json of exactly this configuration, and of the last calibration, is here."""
-        wanted = config.evaluation_hash
-        results = self.read_results()
-        if not self.is_trained(config) or results.get("config_hash") != wanted:
-            return False
-        if not self.calibration.exists():
-            return True
-        calibration = json.loads(self.calibration.read_text())
-        return all(results.get(key) == calibration[key] for key in ("encode_rule", "threshold"))
-
     def read_results(self) -> dict[str, Any]:
         """The content of eval_results.json; an empty mapping if there is none, or a damaged one."""
         return files.read_whole_json(self.eval_results)
@@ -169,10 +165,7 @@ def load_dictionary(
     folder = find_dictionary(path)
     config = _read_config(folder / "config.json")
     trainer = config["trainer"]
-    weights = folder / "ae.pt"
-    if checkpoint is not None:
-        by_step = isinstance(checkpoint, int) or checkpoint.isdigit()
-        weights = folder / (f"checkpoints/ae_{checkpoint}.pt" if by_step else str(checkpoint))
+    weights = RunFolder(folder).weights_at(checkpoint)
     state = _read_weights(weights)
     from tsae.sae.kinds import AutoEncoderTopK, from_state
 

@@ -10,9 +10,10 @@ import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from tsae.bench.command import add_arguments as add_bench_arguments
+from tsae.experiments.commands import add_accept_argument
 from tsae.experiments.commands import add_commands as add_experiment_commands
 from tsae.interop.commands import add_commands
 from tsae.runtime import preemption
@@ -20,6 +21,9 @@ from tsae.runtime.environment import home, load_dotenv, process_count, process_r
 from tsae.runtime.errors import TsaeError, os_error_line, suggestion
 from tsae.sweep.commands import add_commands as add_sweep_commands
 from tsae.sweep.schedulers import adopt_place
+
+if TYPE_CHECKING:
+    from tsae.config.run import RunConfig
 
 
 def main(arguments: Sequence[str] | None = None, script: str = "") -> int:
@@ -104,6 +108,7 @@ def _parser(script: str = "") -> argparse.ArgumentParser:
     calibrate.add_argument("path", type=Path, metavar="RUN", help="folder of a run")
     how = calibrate.add_mutually_exclusive_group()
     how.add_argument("--target-l0", type=float, help="active latents per held-out token (default: sae.k)")
+    add_accept_argument(calibrate)
     how.add_argument("--keep", action="store_true", help="take the threshold that training tracked, and measure it")
 
     synthetic = _command(commands, "synthetic", _synthetic, "measure a run on a synthetic world against the truth")
@@ -187,6 +192,7 @@ def _add_run_arguments(parser: argparse.ArgumentParser, named: bool = True) -> N
             help="folder of runs (default: TSAE_HOME/checkpoints)",
         )
         parser.add_argument("--run-name", "--run_name", help="name of the run (default: the configuration file's)")
+        add_accept_argument(parser)
 
 
 def _harvest(options: argparse.Namespace) -> None:
@@ -203,28 +209,45 @@ def _harvest(options: argparse.Namespace) -> None:
 
 @preemption.watched()
 def _train(options: argparse.Namespace) -> None:
+    from tsae.checkpoint import RunFolder
     from tsae.config import run as configuration
     from tsae.config.run import require_processes
-    from tsae.stages import harvest_stage, train_stage
+    from tsae.stages import harvest_stage, refuse_other_data, train_stage
 
     config = configuration.load(options.config, options.overrides)
     require_processes(config, process_count())  # before the harvest, which may take long
+    run = _run_of(options)
+    _accept(options, config, run)
+    refuse_other_data(config, RunFolder.of(*run))  # before its harvest
     harvest_stage(config)
-    _print_once(train_stage(config, *_run_of(options)))
+    _print_once(train_stage(config, *run))
 
 
 def _evaluate(options: argparse.Namespace) -> None:
     from tsae.config import run as configuration
     from tsae.stages import evaluate_stage
 
-    _print_once(evaluate_stage(configuration.load(options.config, options.overrides), *_run_of(options)))
+    config, run = configuration.load(options.config, options.overrides), _run_of(options)
+    _accept(options, config, run)
+    _print_once(evaluate_stage(config, *run))
+
+
+def _accept(options: argparse.Namespace, config: RunConfig, run: tuple[Path, str]) -> None:
+    """With --accept-new-data, have a trained run measured on the text and the model that are there now."""
+    if options.accept_new_data:
+        from tsae.checkpoint import RunFolder
+        from tsae.stages import accept_new_data
+
+        accept_new_data(config, RunFolder.of(*run))
 
 
 def _experiment(name: str, options: argparse.Namespace) -> None:
     from tsae.experiments.request import arguments_of
     from tsae.stages import experiment_stage
 
-    print("\n".join(experiment_stage(**arguments_of(name, options))))
+    asked = arguments_of(name, options)
+    _accept(options, asked["config"], (asked["checkpoints_path"], asked["run_name"]))
+    print("\n".join(experiment_stage(**asked)))
 
 
 def _print_once(path: Path) -> None:
@@ -235,8 +258,11 @@ def _print_once(path: Path) -> None:
 
 def _calibrate(options: argparse.Namespace) -> None:
     from tsae.evaluation.calibration import calibrate, run_at, summary
+    from tsae.stages import accept_new_data
 
     run = run_at(options.path)
+    if options.accept_new_data:
+        accept_new_data(run.load_config(), run)
     print(summary(calibrate(run, run.load_config(), options.target_l0, keep=options.keep)))
 
 

@@ -50,6 +50,7 @@ def train_stage(config: RunConfig | str, checkpoints_path: Path | str, run_name:
     config = _resolved(config)
     run = RunFolder.of(checkpoints_path, run_name)
     require_processes(config, process_count())
+    refuse_other_data(config, run)
     with _started_together(config) as group:
         if _in_any(group, run.is_trained(config)):
             run.remove_resume_states()
@@ -88,13 +89,13 @@ def evaluate_stage(config: RunConfig | str, checkpoints_path: Path | str, run_na
     config = _resolved(config)
     run = RunFolder.of(checkpoints_path, run_name)
     with _started_together(config) as group:
-        if _in_any(group, run.is_evaluated(config)):
+        if _in_any(group, is_evaluated(config, run)):
             log.info("%s: already evaluated", run.path)
             return run.path
         with _held_by_first(run_lock(run, "evaluate"), f"evaluate {run_name}", group):
             from tsae.evaluation.driver import evaluate
 
-            if not _in_any(group, run.is_evaluated(config)):  # another process may have been faster
+            if not _in_any(group, is_evaluated(config, run)):  # another process may have been faster
                 evaluate(config, run)
     return run.path
 
@@ -176,6 +177,38 @@ def harvest_progress(store: Path) -> Path:
 def run_lock(run: RunFolder, stage: str) -> Path:
     """Where the lock on one stage of a run lies."""
     return run.result(stage, "lock")
+
+
+def refuse_other_data(config: RunConfig, run: RunFolder) -> None:
+    """Refuse to go on with a run, trained or begun, whose text or language model has changed since. Raises TsaeError."""
+    if run.training_hash() == config.training_hash:
+        from tsae.store import binding
+
+        binding.require_unchanged(run, config)
+
+
+def changed_since(config: RunConfig, run: RunFolder) -> str:
+    """In words, what of a run's text and language model has changed since it was trained or begun; nothing if nothing has."""
+    if run.training_hash() != config.training_hash:
+        return ""
+    from tsae.store import binding
+
+    return binding.difference(run, config)
+
+
+def accept_new_data(config: RunConfig, run: RunFolder) -> None:
+    """Have a trained run measured on the text and the language model that are there now. Raises TsaeError."""
+    if run.training_hash() == config.training_hash and process_rank() == 0:
+        from tsae.store import binding
+
+        binding.accept(run, config)
+
+
+def is_evaluated(config: RunConfig, run: RunFolder) -> bool:
+    """Whether the evaluation of exactly this configuration, of the weights and data that are there now, is complete."""
+    from tsae.evaluation import identity
+
+    return identity.is_evaluated(config, run)
 
 
 def is_harvested(config: RunConfig) -> bool:

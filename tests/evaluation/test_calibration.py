@@ -16,6 +16,7 @@ from tsae.config.run import RunConfig
 from tsae.evaluation import calibration
 from tsae.evaluation.calibration import calibrate
 from tsae.evaluation.driver import evaluate
+from tsae.evaluation.identity import is_evaluated
 from tsae.runtime.errors import TsaeError
 from tsae.store.harvest import harvest
 from tsae.store.reader import Store
@@ -113,13 +114,13 @@ def test_evaluation_states_the_calibrated_threshold_and_becomes_stale_with_it(
     resolved = run.load_config()
     first = evaluate(resolved, run)
     assert (first["encode_rule"], first["threshold"]) == ("top_k", None)
-    assert run.is_evaluated(resolved)
+    assert is_evaluated(resolved, run)
     record = calibrate(run, resolved, 3)
-    assert not run.is_evaluated(resolved)
+    assert not is_evaluated(resolved, run)
     second = evaluate(resolved, run)
     assert (second["encode_rule"], second["threshold"]) == ("threshold", record["threshold"])
     assert second["l0"] != first["l0"]
-    assert run.is_evaluated(resolved)
+    assert is_evaluated(resolved, run)
 
 
 def test_a_calibration_is_of_the_final_weights_alone(config: RunConfig, tmp_path: Path) -> None:

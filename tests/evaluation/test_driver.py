@@ -14,6 +14,7 @@ from tsae.checkpoint import RunFolder, save_dictionary
 from tsae.config import run as configuration
 from tsae.config.run import RunConfig
 from tsae.evaluation.driver import evaluate
+from tsae.evaluation.identity import is_evaluated
 from tsae.runtime import files
 from tsae.runtime.errors import TsaeError
 from tsae.sae.init import new_dictionary
@@ -42,7 +43,7 @@ def test_results_describe_the_held_out_part_of_the_store(config: RunConfig, tmp_
     run = run_folder(config, tmp_path / "run")
     results = evaluate(config, run)
     assert json.loads(run.eval_results.read_text()) == results
-    assert run.is_evaluated(config)
+    assert is_evaluated(config, run)
     assert run.result("eval_results", "png").read_bytes().startswith(b"\x89PNG")
 
     store = Store.open(harvest(config), config)

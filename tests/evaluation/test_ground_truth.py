@@ -17,6 +17,7 @@ from tsae.config import run as configuration
 from tsae.config.run import RunConfig
 from tsae.data.synthetic import World
 from tsae.evaluation.driver import evaluate
+from tsae.evaluation.identity import is_evaluated
 from tsae.runtime.errors import TsaeError
 from tsae.store.harvest import harvest
 from tsae.store.layout import StoreLayout, store_path
@@ -126,7 +127,7 @@ def test_evaluation_measures_recovery_in_place_of_the_language_models_loss(run: 
     truth = json.loads(run.result("synthetic", "json").read_text())
     assert results["truth_disentanglement"] == truth["dictionary"]["disentanglement"]
     assert run.result("synthetic", "png").stat().st_size > 10_000
-    assert run.is_evaluated(config)
+    assert is_evaluated(config, run)
 
 
 def test_a_temporal_sae_learns_slow_features_in_its_high_level_group(run: RunFolder) -> None:

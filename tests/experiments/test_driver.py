@@ -52,7 +52,7 @@ def test_an_edited_file_of_texts_has_other_results(
     assert json.loads(path.read_text())["pairs"] == 25
 
 
-@pytest.mark.parametrize("damage", [b"", b'{"config_hash": ', b"[]", b"\xff"])
+@pytest.mark.parametrize("damage", [b"", b'{"made_from": ', b"[]", b"\xff"])
 def test_damaged_results_are_made_again(config: RunConfig, checkpoints: Path, damage: bytes) -> None:
     run = RunFolder.of(checkpoints, "batch_topk")
     (path,) = map(Path, driver.run("align", config, run))

@@ -9,8 +9,7 @@ import urllib.parse
 
 import pytest
 
-from tsae.config import run as configuration
-from tsae.config import schema
+from tsae.evaluation.identity import made_from
 from tsae.experiments import driver
 from tsae.report import figures as drawing
 from tsae.report import grids
@@ -32,7 +31,7 @@ def measured(plan, values):
             "frac_variance_explained": fve,
             "lipschitz_cont_h": high,
             "lipschitz_cont_l": low,
-            "config_hash": schema.stable_hash(configuration.evaluation_settings(point.config)),
+            "made_from": made_from(point.config, run),
         }
         run.eval_results.write_text(json.dumps(results))
     return plan
@@ -179,7 +178,7 @@ def test_an_experiments_headline_is_a_measure_and_its_picture_is_on_the_page(noi
     point = noisy.points[0]
     run = noisy.run(point)
     results = {
-        "config_hash": driver.settings_hash(point.config, "tsne", 0, None),
+        "made_from": driver.made_from(point.config, run, "tsne", 0, None),
         "headline": {"semantics": 0.75, "syntax": None},
         "half_width_95": {"semantics": 0.02},
     }
@@ -196,14 +195,15 @@ def test_an_experiments_headline_is_a_measure_and_its_picture_is_on_the_page(noi
     (address,) = re.findall(r'tsne_chunk0 \(<a href="([^"]+)">interactive page</a>\)</figcaption>', page.read_text())
     assert (page.parent / urllib.parse.unquote(address)).read_text() == "a page"
     other = run.result("tsne_chunk0", "json")
-    other.write_text(json.dumps({**results, "config_hash": "of other settings"}))
+    other.write_text(json.dumps({**results, "made_from": {**results["made_from"], "settings": "others"}}))
     assert "tsne_chunk0/semantics" not in summarise(noisy.compared).rows[0].values
 
 
 def test_the_probes_pictures_on_the_page_show_what_came_later(noisy, monkeypatch):
     point = noisy.points[0]
-    result = noisy.run(point).result("probing_chunk0", "json")
-    result.write_text(json.dumps({"config_hash": driver.settings_hash(point.config, "probe", 0, None)}))
+    run = noisy.run(point)
+    result = run.result("probing_chunk0", "json")
+    result.write_text(json.dumps({"made_from": driver.made_from(point.config, run, "probe", 0, None)}))
     result.with_suffix(".png").write_bytes(bytes(40))
     drawn = []
     monkeypatch.setattr("tsae.experiments.probe.experiment.draw", lambda _, path: drawn.append(path))

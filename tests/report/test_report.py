@@ -13,9 +13,8 @@ from pathlib import Path
 import pytest
 
 from tsae.cli import main
-from tsae.config import run as configuration
-from tsae.config import schema
 from tsae.evaluation import measures
+from tsae.evaluation.identity import made_from
 from tsae.evaluation.measures import EVERYWHERE, FVE, Chart, Measure
 from tsae.report import write as report
 from tsae.report.figures import series_of
@@ -43,7 +42,7 @@ def measured(plan, point, value, half_width=0.01, splits=True):
         "l0_group": [4.0, 12.5],
         "tokens": 1000,
         "half_width_95": {"frac_variance_explained": half_width},
-        "config_hash": schema.stable_hash(configuration.evaluation_settings(point.config)),
+        "made_from": made_from(point.config, run),
     }
     run.eval_results.write_text(json.dumps(results))
 

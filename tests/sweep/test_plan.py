@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tsae.config import run as configuration
-from tsae.config import schema
+from tsae.evaluation.identity import made_from
 from tsae.runtime.errors import TsaeError
 from tsae.stages import harvest_stage
 
@@ -19,7 +19,7 @@ def finish(plan, point, **results):
     run.claim(point.config)
     run.weights.write_bytes(b"weights")
     if results:
-        content = {"config_hash": schema.stable_hash(configuration.evaluation_settings(point.config)), **results}
+        content = {"made_from": made_from(point.config, run), **results}
         run.eval_results.write_text(json.dumps(content))
 
 

@@ -22,6 +22,7 @@ from tsae import stages
 from tsae.checkpoint import RunFolder
 from tsae.config import run as configuration
 from tsae.config.run import RunConfig
+from tsae.evaluation.identity import is_evaluated
 from tsae.runtime import locks, preemption
 from tsae.runtime.errors import TsaeError
 from tsae.training.resume import ResumeStates, random_state, set_random_state
@@ -71,7 +72,7 @@ def test_a_preempted_evaluation_is_done_again(
     assert run_process(signalled, "evaluate_stage", arguments, at, 2, signal.SIGTERM) == preemption.REQUEUE
     assert not run.eval_results.exists()
     stages.evaluate_stage(*arguments)
-    assert run.is_evaluated(config)
+    assert is_evaluated(config, run)
 
 
 @pytest.mark.parametrize("at", ["tsae.lm.model:LanguageModel.read", "tsae.data.contexts:make_contexts"])

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, TextIO
 from tsae.config import schema
 from tsae.config.sections import DataConfig
 from tsae.data import embedded, hub
+from tsae.runtime import contents
 from tsae.runtime.errors import TsaeError, suggestion
 from tsae.runtime.preemption import polled
 
@@ -67,18 +68,36 @@ def may_stop_early(data: DataConfig) -> bool:
 
 
 def fingerprint(data: DataConfig) -> str:
-    """What the content depends on beside the settings, without reading any text.
+    """What the text is, beside the settings: the versions behind the embedded corpus, the content of local files.
 
-    The versions behind the embedded corpus; names and sizes of local files; empty for the hub, whose `revision` is a
-    setting.
+    Empty for the hub, whose `revision` is a setting. Raises TsaeError for a path that is not there.
     """
     if data.source == EMBEDDED:
         return embedded.corpus_fingerprint()
+    files = source_files(data)
+    return contents.sha256_of_all(files, _root(data)) if files else ""
+
+
+def fingerprint_before(data: DataConfig) -> str:
+    """What told local files apart before their content did, and names older stores: names and sizes."""
+    if data.source == EMBEDDED:
+        return embedded.corpus_fingerprint()
+    files = source_files(data)
+    return schema.stable_hash([[path.name, path.stat().st_size] for path in files]) if files else ""
+
+
+def source_files(data: DataConfig) -> list[Path]:
+    """The local files that `data.source` is made of; none for the embedded corpus and the hub."""
+    if data.source == EMBEDDED:
+        return []
+    if _is_local(data.source):
+        return list_files(data.source)
+    return sorted(path for path in _root(data).rglob("*.*") if path.is_file()) if _root(data).is_dir() else []
+
+
+def _root(data: DataConfig) -> Path:
     root = Path(data.source).expanduser()
-    if _is_local(data.source) or root.is_dir():
-        files = list_files(data.source) if _is_local(data.source) else sorted(root.rglob("*.*"))
-        return schema.stable_hash([[path.name, path.stat().st_size] for path in files])
-    return ""
+    return root if root.is_dir() else root.parent
 
 
 def _is_local(source: str) -> bool:

@@ -59,6 +59,12 @@ def open_dataset(
     ) from last
 
 
+def cached_commit(source: str, revision: str | None = None) -> str | None:
+    """The commit that the local hub cache has of a dataset; None where it has none."""
+    found = _snapshot(source, revision)
+    return found and found.rstrip("/").rpartition("/")[2]
+
+
 def _snapshot(source: str, revision: str | None) -> str | None:
     """The dataset's folder in the local hub cache, if it was downloaded."""
     import huggingface_hub

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from tsae.data import hub
+from tsae.runtime import contents
 from tsae.runtime.errors import TsaeError, suggestion
 from tsae.runtime.preemption import polled
 from tsae.runtime.progress import Progress
@@ -220,6 +221,24 @@ def _schema_of(dataset: str, row: Mapping[str, Any]) -> Schema:
 
 def _missing(dataset: str, wanted: str, row: Mapping[str, Any]) -> TsaeError:
     return TsaeError(f"--dataset {dataset}: expected columns: {wanted}; columns found: {', '.join(map(str, row))}")
+
+
+def content_of(dataset: str) -> str:
+    """What the texts of a dataset are, without reading them as texts: the content of local files, a hub dataset's commit.
+
+    Of a hub dataset that is not in the local cache nothing is known but its name.
+    """
+    if dataset == EMBEDDED:
+        from tsae.data.embedded import corpus_fingerprint
+
+        return corpus_fingerprint()
+    path = Path(os.path.expanduser(dataset))
+    if path.is_file():
+        return contents.sha256_of(path)
+    if path.is_dir():
+        return contents.sha256_of_all(sorted(found for found in path.rglob("*") if found.is_file()), path)
+    named = _named(dataset)
+    return hub.cached_commit(str(SCHEMAS[named].source) if named else dataset) or ""
 
 
 def _open(dataset: str, subset: str | None, split: str | None) -> Any:

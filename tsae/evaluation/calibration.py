@@ -25,6 +25,7 @@ from tsae.sae.dictionary import UNCALIBRATED, ThresholdDictionary
 from tsae.sae.inference import encode_sparse
 from tsae.sae.kinds import AutoEncoderTopK
 from tsae.sae.sparse import weighted_rows
+from tsae.store import binding
 from tsae.store.layout import store_path
 from tsae.store.reader import Store
 
@@ -46,6 +47,7 @@ def calibrate(
     written before the weights, so that an interruption between the two is seen by whoever loads them. Raises
     TsaeError for a dictionary without one threshold, or a target that no threshold reaches.
     """
+    binding.require_unchanged(run, config)
     dictionary, written = load_dictionary(run.path, calibrated=False)
     if not isinstance(dictionary, ThresholdDictionary):
         raise TsaeError(f"{run.path}: a {type(dictionary).__name__} has no threshold to calibrate")

@@ -9,11 +9,10 @@ import numpy as np
 import torch
 
 from tsae.checkpoint import RunFolder, load_dictionary
-from tsae.config import run as configuration
-from tsae.config import schema
 from tsae.config.run import RunConfig
 from tsae.evaluation import figure, ground_truth
 from tsae.evaluation.held_out import held_out_batches
+from tsae.evaluation.identity import made_from
 from tsae.evaluation.loss_recovered import SequenceLosses, sequence_losses
 from tsae.evaluation.results import loss_results, plain, summarise, truth_results
 from tsae.evaluation.scores import Scores
@@ -25,6 +24,7 @@ from tsae.runtime.errors import TsaeError
 from tsae.runtime.progress import Progress
 from tsae.sae.dictionary import Dictionary
 from tsae.sae.inference import reconstruct
+from tsae.store import binding
 from tsae.store.layout import store_path
 from tsae.store.reader import Store
 
@@ -38,6 +38,7 @@ def evaluate(config: RunConfig, run: RunFolder) -> dict[str, Any]:
     Raises TsaeError if the dictionary does not fit the store or nothing is held out.
     """
     run.require_same_training(config)
+    binding.require_unchanged(run, config)
     with together(cpu=config.training.device == "cpu") as group:
         dictionary, _ = load_dictionary(run.path, own_device(config.training.device, "training.device"))
         store = Store.open(store_path(config), config)
@@ -73,7 +74,9 @@ def _write(
     results |= {
         "encode_rule": dictionary.encode_rule,
         "threshold": dictionary.scalar_threshold,
-        "config_hash": schema.stable_hash(configuration.evaluation_settings(config)),
+        "config_hash": config.evaluation_hash,
+        "made_from": made_from(config, run),
+        "trained_on_other_data": binding.is_measured_elsewhere(run),
     }
     figure.draw(results, run.result("eval_results", "png"))
     files.write_json(run.eval_results, results)
@@ -100,7 +103,7 @@ def _loss_recovered(
     from tsae.lm.model import load_language_model
 
     settings = config.evaluation
-    model = load_language_model(config.model)
+    model = load_language_model(config.model, store.attributes["model"].get("revision"))
     dictionary = dictionary.to(model.device)
     ablation = torch.zeros(dictionary.activation_dim)
     if settings.ablation == "mean":

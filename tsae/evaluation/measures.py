@@ -60,6 +60,8 @@ class Measure:
     """Where there is room for few, the lower come first."""
     stands_for: str = ""
     """The measure in whose place it is shown where the truth is known."""
+    version: int = 1
+    """Raised when the number is computed in another way: results of an older version are made again."""
 
     @property
     def label(self) -> str:
@@ -76,6 +78,13 @@ def declare(*measures: Measure) -> None:
     for measure in measures:
         assert measure.key not in REGISTRY, f"{measure.key} is declared twice"
         REGISTRY[measure.key] = measure
+
+
+def versions(file: str = "") -> dict[str, int]:
+    """Key → version of the measures in eval_results.json, or of those in an experiment's `file`."""
+    return {
+        key: measure.version for key, measure in REGISTRY.items() if ("/" in key) == bool(file) and key.startswith(file)
+    }
 
 
 def label(key: str) -> str:

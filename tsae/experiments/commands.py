@@ -24,6 +24,7 @@ def add_commands(add: AddCommand, run: Callable[[str, argparse.Namespace], None]
         _option(parser, "model", help="language model (default: the run's own)")
         _option(parser, "layer", type=int, help="block whose output is read (default: the run's own)")
         _option(parser, "dataset", help="labelled texts (default: experiments.NAME.dataset)")
+        add_accept_argument(parser)
         if experiment.splits:
             _option(
                 parser, "chunk", type=int, choices=(0, 1, 2), help="0: high-level split, 1: the rest, 2: all latents"
@@ -37,6 +38,15 @@ def add_commands(add: AddCommand, run: Callable[[str, argparse.Namespace], None]
                 type=Path,
                 help="explanations.json or a SAEBench result (default: the explanations.json beside the run)",
             )
+
+
+def add_accept_argument(parser: argparse.ArgumentParser) -> None:
+    """The flag by which somebody decides that changed data are meant."""
+    parser.add_argument(
+        "--accept-new-data",
+        action="store_true",
+        help="measure a trained run on its text and language model as they are now, although they have changed since",
+    )
 
 
 def _option(parser: argparse.ArgumentParser, name: str, **options: object) -> None:

@@ -1,6 +1,6 @@
 """Runs one experiment on one run: the same flags, files and completeness rule for all of them.
 
-    <run>/<file>[_chunkN].json      settings, subject, numbers; written last: where its hash fits, it is complete
+    <run>/<file>[_chunkN].json      what it was made from, subject, numbers; written last: complete while that is as it was
     <run>/<file>[_chunkN].png       the picture of it
 
 An experiment is a module with `measure(subject, settings, chunk)`, which returns a JSON mapping with the numbers that a
@@ -20,15 +20,19 @@ from tsae.checkpoint import BASELINE, RunFolder
 from tsae.config import run as configuration
 from tsae.config import schema
 from tsae.config.run import RunConfig
-from tsae.experiments.registry import EXPERIMENTS, module_of, settings_of
+from tsae.data.labelled import content_of
+from tsae.evaluation.measures import versions
+from tsae.experiments.registry import EXPERIMENTS, declare_measures, module_of, settings_of
 from tsae.runtime import files, preemption
 from tsae.runtime.errors import TsaeError
+from tsae.store import binding
 
 if TYPE_CHECKING:
     from tsae.experiments.shared.subject import Subject
 
 
 log = logging.getLogger("tsae")
+declare_measures()
 
 
 def run(
@@ -48,6 +52,10 @@ def run(
     from tsae.experiments.shared.subject import Subject
 
     experiment = EXPERIMENTS[name]
+    if experiment.reads_store:
+        binding.require_unchanged(run, config)
+    else:
+        binding.require_same_model(run, config)
     subject = Subject(config, run, checkpoint=checkpoint, explanation_path=explanations)
     if subject.is_dense and not experiment.dense:
         raise TsaeError(f"--run_name {BASELINE}: tsae {name} is about latents; name a trained run")
@@ -96,25 +104,27 @@ def is_done(config: RunConfig, run: RunFolder, name: str) -> bool:
     return all(files.read_whole_json(path).get("explanations_hash") == wanted for path in paths)
 
 
-def settings_hash(config: RunConfig, name: str, chunk: int | None, checkpoint: str | None) -> str:
-    """What decides an experiment's results, as a hash."""
-    decisive = [configuration.experiment_settings(config, name), chunk, checkpoint]
-    return schema.stable_hash(decisive + _local_files(config, name))
+def made_from(
+    config: RunConfig, run: RunFolder, name: str, chunk: int | None, checkpoint: str | None
+) -> dict[str, Any]:
+    """What decides an experiment's results: weights, language model, data, texts, settings, and how it measures."""
+    experiment, dense = EXPERIMENTS[name], run.path.parent.name == BASELINE
+    own = settings_of(config, name)
+    passages = own.texts if name == "sequences" else ()
+    named = [getattr(own, "dataset", None), config.experiments.texts.categories, *passages]
+    return {
+        "weights": "" if dense else binding.weights_identity(run, checkpoint),
+        "model": binding.model_identity(config.model, run),
+        "data": "" if dense else binding.data_identity(run, config),
+        "texts": [content_of(text) for text in named if text],
+        "settings": schema.stable_hash([configuration.experiment_settings(config, name), chunk, checkpoint]),
+        "measures": schema.stable_hash([experiment.version, versions(experiment.file)]),
+    }
 
 
 def explanations_hash(explanations: Mapping[Any, str]) -> str:
     """What tells explanations by latent from others."""
     return schema.stable_hash({str(latent): text for latent, text in explanations.items()})
-
-
-def _local_files(config: RunConfig, name: str) -> list[list[int]]:
-    """Size and time of the local files that an experiment reads its texts from: an edited file has other results."""
-    own = settings_of(config, name)
-    passages = own.texts if name == "sequences" else ()
-    named = [getattr(own, "dataset", None), config.experiments.texts.categories, *passages]
-    paths = [os.path.expanduser(text) for text in named if text]
-    found = [os.stat(path) for path in paths if os.path.isfile(path)]
-    return [[status.st_size, status.st_mtime_ns] for status in found]
 
 
 def files_of(run: RunFolder, config: RunConfig, name: str) -> list[Path]:
@@ -145,7 +155,7 @@ def _make(name: str, subject: Subject, chunk: int | None) -> None:
     settings = settings_of(subject.config, name)
     results: dict[str, Any] = {
         "experiment": name,
-        "config_hash": settings_hash(subject.config, name, chunk, subject.checkpoint),
+        "made_from": made_from(subject.config, subject.run, name, chunk, subject.checkpoint),
         "subject": subject.description(),
         "settings": {} if settings is None else schema.to_plain(settings),
     }
@@ -177,8 +187,8 @@ def _stem(config: RunConfig, name: str, chunk: int | None, checkpoint: str | Non
 
 def _is_current(run: RunFolder, name: str, config: RunConfig, chunk: int | None, checkpoint: str | None) -> bool:
     path = run.result(_stem(config, name, chunk, checkpoint), "json")
-    found = files.read_whole_json(path)
-    return bool(found.get("config_hash") == settings_hash(config, name, chunk, checkpoint))
+    found = files.read_whole_json(path).get("made_from")
+    return found is not None and bool(found == made_from(config, run, name, chunk, checkpoint))
 
 
 def with_dataset(config: RunConfig, name: str, dataset: str | None) -> RunConfig:

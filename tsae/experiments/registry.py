@@ -28,6 +28,10 @@ class Experiment(NamedTuple):
     """What the command does, and what the report calls it."""
     explained: bool = False
     """Whether its results show explanations of latents."""
+    reads_store: bool = False
+    """Whether it reads the activations that the run was trained on, beside labelled texts or instead of them."""
+    version: int = 1
+    """Raised when its numbers are computed in another way: results of an older version are made again."""
     compared: bool = False
     """Whether its picture shows the results beside it, too, some of which are made later."""
     module: str = ""
@@ -44,8 +48,12 @@ EXPERIMENTS = {
     ),
     "align": Experiment("alignment", True, False, "compare latents on chosen and rejected responses", explained=True),
     "steer": Experiment("steering", True, False, "generate text while a latent is held up", explained=True),
-    "explain": Experiment("autointerp", False, False, "explain latents with a language model, and score that"),
-    "features": Experiment("features", False, False, "make one page with all latents of a run", explained=True),
+    "explain": Experiment(
+        "autointerp", False, False, "explain latents with a language model, and score that", reads_store=True
+    ),
+    "features": Experiment(
+        "features", False, False, "make one page with all latents of a run", explained=True, reads_store=True
+    ),
 }
 """Command → experiment. Its settings are the section experiments.NAME, if config/experiments.py has one."""
 

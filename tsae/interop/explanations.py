@@ -2,23 +2,40 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from tsae.checkpoint import RunFolder, find_dictionary, load_dictionary
 from tsae.interop.origin import read_json
+from tsae.runtime import contents
 from tsae.runtime.errors import TsaeError
-from tsae.runtime.files import write_json
+from tsae.runtime.files import read_whole_json, write_json
+from tsae.store.binding import weights_identity
+
+log = logging.getLogger("tsae")
 
 
 def find_explanations(folder: Path) -> Path | None:
-    """The explanations.json of a run folder: in it, or above trainer_0/, where the authors keep it; None without one."""
+    """The explanations.json of a run folder: in it, or above trainer_0/, where the authors keep it; None without one.
+
+    None, with a warning, where `tsae explain` made them from other weights than are there now.
+    """
     for place in (folder, folder.parent) if folder.name.startswith("trainer_") else (folder,):
         path = RunFolder(place).result("explanations", "json")
         if path.is_file():
+            if place == folder and _are_of_other_weights(RunFolder(folder), path):
+                log.warning("%s: explains the run's weights as they were before; `tsae explain` makes it again", path)
+                return None
             return path
     return None
+
+
+def _are_of_other_weights(run: RunFolder, path: Path) -> bool:
+    made = read_whole_json(run.result("autointerp", "json"))
+    own = made.get("explanations", {}).get("sha256") == contents.sha256_of(path)
+    return own and made.get("made_from", {}).get("weights") not in (None, weights_identity(run))
 
 
 def read_explanations(source: str | Path) -> dict[int, str]:

@@ -21,6 +21,7 @@ from tsae.runtime.errors import TsaeError, suggestion
 from tsae.runtime.files import write_json
 from tsae.sae.dictionary import Dictionary, ThresholdDictionary
 from tsae.sae.kinds import BatchTopKSAE, classes, from_state, kind_of_class
+from tsae.store.binding import weights_identity
 
 
 class Source(NamedTuple):
@@ -70,7 +71,9 @@ def open_source(run: str | Path, *, chunk: int | None = None, checkpoint: int | 
     files = RunFolder(folder)
     # Measures and the calibration record are those of the final, whole dictionary.
     results = files.read_results()
-    if checkpoint is not None or results.get("threshold", dictionary.scalar_threshold) != dictionary.scalar_threshold:
+    made, threshold = results.get("made_from"), dictionary.scalar_threshold
+    current = made["weights"] == weights_identity(files) if made else results.get("threshold", threshold) == threshold
+    if checkpoint is not None or not current:
         results = {}
     if checkpoint is not None:
         config = {**config, "trainer": {**config["trainer"], "step": checkpoint}}

@@ -18,6 +18,7 @@ from tsae.interop.export import Source, open_source, write
 from tsae.interop.folders import new_folder
 from tsae.runtime.errors import TsaeError
 from tsae.runtime.files import write_json, write_text
+from tsae.store.binding import weights_identity
 
 EXTRA_FORMATS = ("sae_lens", "sae_bench")
 TITLES = {
@@ -67,7 +68,8 @@ def prepare(
             settings.get("store", {}).pop("path", None)
             write_text(target.resolved, yaml.safe_dump(settings, sort_keys=False))
         if source.results:
-            write_json(target.eval_results, source.results)
+            made = source.results.get("made_from", {}) | {"weights": weights_identity(target)}
+            write_json(target.eval_results, {**source.results, "made_from": made})
             figure = run_folder.result("eval_results", "png")
             if figure.is_file():
                 target.result("eval_results", "png").write_bytes(figure.read_bytes())

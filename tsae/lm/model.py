@@ -257,8 +257,12 @@ def _watch(lm: LanguageModel, paths: list[str], inputs: dict[str, Any]) -> list[
     return seen
 
 
-def load_language_model(model: ModelConfig) -> LanguageModel:
-    """The language model of a configuration, in its precision, on its device. Raises TsaeError."""
+def load_language_model(model: ModelConfig, commit: str | None = None) -> LanguageModel:
+    """The language model of a configuration, in its precision, on its device.
+
+    Of a hub model, `commit` is the one that a store or a run was made with, whatever the branch means by now. Raises
+    TsaeError.
+    """
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging as hf_logging
 
@@ -266,7 +270,7 @@ def load_language_model(model: ModelConfig) -> LanguageModel:
     device = own_device(model.device, "model.device")
     options = {"attn_implementation": model.attn_implementation} if model.attn_implementation else {}
     module, info = _load(
-        AutoModelForCausalLM, model, dtype=getattr(torch, model.dtype), output_loading_info=True, **options
+        AutoModelForCausalLM, model, commit, dtype=getattr(torch, model.dtype), output_loading_info=True, **options
     )
     missing = sorted(info["missing_keys"])
     if missing:
@@ -274,24 +278,24 @@ def load_language_model(model: ModelConfig) -> LanguageModel:
             f"model.name: the weights of {model.name} lack {len(missing)} tensors ({missing[0]}, …), which would be "
             "random; name a complete causal language model"
         )
-    return LanguageModel(module.to(device), load_tokenizer(model), model)
+    return LanguageModel(module.to(device), load_tokenizer(model, commit), model)
 
 
-def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerFast:
-    """The fast tokenizer of a language model. Raises TsaeError."""
+def load_tokenizer(model: ModelConfig, commit: str | None = None) -> PreTrainedTokenizerFast:
+    """The fast tokenizer of a language model, of a hub model at `commit` if given. Raises TsaeError."""
     from transformers import AutoTokenizer
 
-    tokenizer = _load(AutoTokenizer, model)
+    tokenizer = _load(AutoTokenizer, model, commit)
     if not tokenizer.is_fast:
         raise TsaeError(f"model.name: {model.name} has no fast tokenizer; add its tokenizer.json")
     return tokenizer
 
 
-def _load(auto: Any, model: ModelConfig, **options: Any) -> Any:
+def _load(auto: Any, model: ModelConfig, commit: str | None, **options: Any) -> Any:
     from huggingface_hub import constants
 
     folder = local_folder(model)
-    place: dict[str, Any] = {"local_files_only": True} if folder else {"revision": model.revision}
+    place: dict[str, Any] = {"local_files_only": True} if folder else {"revision": commit or model.revision}
     try:
         return auto.from_pretrained(str(folder or model.name), **place, **options)
     except (OSError, ValueError, ImportError) as error:
@@ -300,8 +304,10 @@ def _load(auto: Any, model: ModelConfig, **options: Any) -> Any:
         if folder is not None:
             remedy = "the folder needs config.json, tokenizer.json and model.safetensors"
         elif constants.HF_HUB_OFFLINE:
-            remedy = f"offline: run `hf download {model.name}` on a machine with network and the same HF_HOME"
-        raise TsaeError(f"model.name: {model.name} cannot be loaded: {reason} ({remedy})") from error
+            at = f" --revision {commit}" if commit else ""
+            remedy = f"offline: run `hf download {model.name}{at}` on a machine with network and the same HF_HOME"
+        made_with = f" at commit {commit}, with which this was made," if folder is None and commit else ""
+        raise TsaeError(f"model.name: {model.name}{made_with} cannot be loaded: {reason} ({remedy})") from error
 
 
 def _identity(lm: LanguageModel, model: ModelConfig) -> dict[str, Any]:

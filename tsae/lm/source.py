@@ -8,13 +8,24 @@ from pathlib import Path
 from typing import Any
 
 from tsae.config.sections import ModelConfig
+from tsae.runtime import contents
 from tsae.runtime.errors import TsaeError
 
 EMBEDDED = "embedded"
 FOLDER = Path(__file__).parent / "embedded"
 """The embedded language model, in the hub's format."""
 DEPTH_KEYS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
-SAMPLE = 1 << 20  # bytes read at either end of a weights file
+DECIDING = (
+    "config.json",
+    "adapter_*",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab*",
+    "merges*",
+)
+"""Files of a model folder that decide what it computes, beside its weights."""
+SAMPLE = 1 << 20  # bytes that were read at either end of a weights file
 
 
 def local_folder(model: ModelConfig) -> Path | None:
@@ -66,17 +77,26 @@ def _depth(config: dict[str, Any]) -> int | None:
 
 
 def weights_fingerprint(model: ModelConfig) -> str:
-    """What tells two models of the same name apart, cheaply.
+    """What tells two models of the same name apart.
 
-    Embedded: the recorded hash of the weights. Folder: names, sizes and both ends of the weight files. Hub: the revision.
+    Embedded: the recorded hash of the weights. Folder: the content of its weights, configuration and tokenizer. Hub: the
+    revision that was asked for; which commit that is, a store says, and what belongs to it is read with the same one.
     """
     folder = local_folder(model)
     if folder is None:
         return model.revision or ""
     if model.name == EMBEDDED:
         return str(read_recipe(folder)["weights_sha256"])
+    return contents.sha256_of_all(model_files(model), folder)
+
+
+def fingerprint_before(model: ModelConfig) -> str:
+    """What told folders of models apart before their content did, and names older stores: sizes and both ends of the weights."""
+    folder = local_folder(model)
+    if folder is None or model.name == EMBEDDED:
+        return weights_fingerprint(model)
     digest = hashlib.sha256()
-    for path in sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin")):
+    for path in _weights_in(folder):
         size = path.stat().st_size
         digest.update(f"{path.name} {size}\n".encode())
         with open(path, "rb") as stream:
@@ -84,6 +104,24 @@ def weights_fingerprint(model: ModelConfig) -> str:
             stream.seek(max(size - SAMPLE, 0))
             digest.update(stream.read(SAMPLE))
     return digest.hexdigest()
+
+
+def model_files(model: ModelConfig) -> list[Path]:
+    """The files of a model folder that decide what it computes; none for the embedded model and the hub."""
+    folder = local_folder(model)
+    if folder is None or model.name == EMBEDDED:
+        return []
+    return [*_weights_in(folder), *(path for pattern in DECIDING for path in sorted(folder.glob(pattern)))]
+
+
+def _weights_in(folder: Path) -> list[Path]:
+    return sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
+
+
+def cached_commit(model: ModelConfig) -> str | None:
+    """The commit of a hub model that the local cache has for its revision; None for others, and where there is none."""
+    found = _cached_config(model) if local_folder(model) is None else None
+    return found.parent.name if found else None
 
 
 def read_recipe(folder: Path = FOLDER) -> dict[str, Any]:

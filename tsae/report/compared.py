@@ -64,5 +64,6 @@ class Compared:
     def hash_of_results(self) -> str:
         """Hash of what a report is made from: the points, and which results are there."""
         # Results are replaced as whole files, which changes their folder.
-        stamps = [path.stat().st_mtime_ns for run in self.runs for path in sorted(run.path.glob("*.json"))]
+        read = [path for run in self.runs for path in (*sorted(run.path.glob("*.json")), run.weights) if path.exists()]
+        stamps = [path.stat().st_mtime_ns for path in read]
         return schema.stable_hash([stamps, [point.name for point in self.points], self.origin.read_text()])

@@ -83,6 +83,11 @@ def _warnings(summary: Summary) -> list[tuple[str, str]]:
         found.append(
             ("Not in this report:", points + (f"; and {more} more, which table.csv names" if more > 0 else ""))
         )
+    changed = [row for row in summary.rows if row.changed]
+    if changed:
+        points = "; ".join(f"{row.point.name}: {row.changed}" for row in changed[:MOST_MISSING])
+        more = len(changed) - MOST_MISSING
+        found.append(("Data changed since the training:", points + (f"; and {more} more" if more > 0 else "")))
     unbalanced = [row for row in summary.rows if row.imbalance]
     if unbalanced:
         points = "; ".join(f"{row.point.name}: {row.imbalance}" for row in unbalanced[:MOST_MISSING])

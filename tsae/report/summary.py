@@ -8,13 +8,15 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-import tsae.evaluation.results  # noqa: F401  (declares its measures)
 from tsae.checkpoint import RunFolder
 from tsae.config.points import Point, short_names, shown
+from tsae.evaluation.identity import is_evaluated
 from tsae.evaluation.measures import in_order, scalars, shown_in
 from tsae.experiments.driver import headlines
 from tsae.experiments.registry import declare_measures
 from tsae.report.compared import Compared
+from tsae.runtime.errors import TsaeError
+from tsae.store.binding import difference
 from tsae.training.metrics import last_imbalance
 
 declare_measures()
@@ -35,6 +37,8 @@ class Row:
     """Headline numbers of the experiments: measure → value and half-width of its interval."""
     missing: str
     """Why there are no results, or nothing."""
+    changed: str = ""
+    """What of its data has changed since it was trained, or nothing."""
     imbalance: str = ""
     """Which group of latents had fallen silent or taken over when training ended, or nothing."""
 
@@ -168,11 +172,23 @@ def summarise(compared: Compared) -> Summary:
 
 def _row(compared: Compared, point: Point, run: RunFolder) -> Row:
     experiments = headlines(run, point.config)
-    if run.is_evaluated(point.config):
-        return Row(point, run.read_results(), experiments, "", last_imbalance(run.metrics, point.config))
+    if is_evaluated(point.config, run):
+        results = run.read_results()
+        return Row(
+            point, results, experiments, "", _changed(run, point, results), last_imbalance(run.metrics, point.config)
+        )
     if experiments and not compared.evaluated:
         return Row(point, {}, experiments, "")
     return Row(point, {}, {}, "trained, not evaluated" if run.is_trained(point.config) else "not trained")
+
+
+def _changed(run: RunFolder, point: Point, results: dict[str, Any]) -> str:
+    """What a reader must know of the data behind results: accepted after the training, or changed since."""
+    try:
+        what = difference(run, point.config)
+    except TsaeError as error:  # a text or a model that is gone; the results are what they were
+        what = str(error)
+    return what or ("measured on other data than it was trained on" if results.get("trained_on_other_data") else "")
 
 
 def _swept_key(compared: Compared) -> str:

@@ -19,7 +19,7 @@ from tsae.config.run import RunConfig
 from tsae.runtime import locks, preemption
 from tsae.runtime.errors import TsaeError
 from tsae.runtime.progress import Progress
-from tsae.store.layout import StoreLayout, content_hash, store_path
+from tsae.store.layout import StoreLayout, content_hash, sources, store_path
 
 if TYPE_CHECKING:
     import numpy as np
@@ -65,7 +65,8 @@ def harvest(config: RunConfig, task: int = 0, tasks: int = 1) -> Path:
         layout.require(config)
         if layout.is_whole():
             return layout.path
-    source: Source = SyntheticSource(config) if config.is_synthetic else LanguageModelSource(config)
+    commit = layout.attributes["model"].get("revision") if layout.exists() else None
+    source: Source = SyntheticSource(config) if config.is_synthetic else LanguageModelSource(config, commit)
     _prepare_once(layout, config, source)
     try:
         write_missing(layout, range(task, layout.geometry.shards, tasks), _Reading(layout, source).activations)
@@ -105,7 +106,9 @@ def _prepare_once(layout: StoreLayout, config: RunConfig, source: Source) -> Non
     layout.require(config)
     # The model may be another one all the same, such as a folder whose content was replaced.
     began, now = layout.attributes["model"], json.loads(json.dumps(source.identity))
-    different = [key for key in sorted({*began, *now}) if began.get(key) != now.get(key)]
+    # Of an older store `require` has compared the weights in the way of its time.
+    passed = {"weights"} if "sources" not in layout.attributes else set()
+    different = [key for key in sorted({*began, *now} - passed) if began.get(key) != now.get(key)]
     if different:
         key = different[0]
         raise TsaeError(
@@ -119,6 +122,7 @@ def _prepare(layout: StoreLayout, config: RunConfig, source: Source) -> None:
 
     attributes = {
         "config_hash": content_hash(config),
+        "sources": sources(config),
         "settings": configuration.store_settings(config),
         "model": source.identity,
         "packages": {name: version(name) for name in ("tsae", "zarr", *source.packages)},
@@ -160,10 +164,11 @@ class LanguageModelSource:
 
     packages: tuple[str, ...] = ("torch", "transformers", "tokenizers", "nnsight")
 
-    def __init__(self, config: RunConfig) -> None:
+    def __init__(self, config: RunConfig, commit: str | None = None) -> None:
+        """`commit` is the one of a hub model with which the store was begun."""
         from tsae.lm.model import load_language_model
 
-        self._lm, self._data, self._checked = load_language_model(config.model), config.data, False
+        self._lm, self._data, self._checked = load_language_model(config.model, commit), config.data, False
         self.activation_dim, self.identity = self._lm.activation_dim, self._lm.identity
         self.batch_size = config.model.batch_size
 

@@ -55,18 +55,37 @@ EXTRAS = {
 
 
 def content_hash(config: RunConfig) -> str:
-    """Hash of all that decides the content of the store of `config`; reads no text and no weights."""
-    settings = {"version": VERSION, "settings": configuration.store_settings(config)}
-    if config.is_synthetic:
-        from tsae.data import synthetic
+    """Hash of all that decides the content of the store of `config`: settings, text and weights."""
+    return _hash_of(config, sources(config))
 
-        return schema.stable_hash({**settings, "world": synthetic.VERSION})
+
+def sources(config: RunConfig) -> dict[str, str]:
+    """What the store of `config` is made from, beside settings: the text's content and the language model's."""
+    if config.is_synthetic:
+        return {}
     from tsae.data.documents import fingerprint
     from tsae.lm.source import weights_fingerprint
 
-    return schema.stable_hash(
-        {**settings, "text": fingerprint(config.data), "weights": weights_fingerprint(config.model)}
-    )
+    return {"text": fingerprint(config.data), "weights": weights_fingerprint(config.model)}
+
+
+def hash_before(config: RunConfig) -> str:
+    """The hash that stores were named and known by before contents decided it."""
+    if config.is_synthetic:
+        return content_hash(config)
+    from tsae.data.documents import fingerprint_before as text_before
+    from tsae.lm.source import fingerprint_before as weights_before
+
+    return _hash_of(config, {"text": text_before(config.data), "weights": weights_before(config.model)})
+
+
+def _hash_of(config: RunConfig, made_of: dict[str, str]) -> str:
+    settings = {"version": VERSION, "settings": configuration.store_settings(config), **made_of}
+    if config.is_synthetic:
+        from tsae.data import synthetic
+
+        settings["world"] = synthetic.VERSION
+    return schema.stable_hash(settings)
 
 
 def store_path(config: RunConfig) -> Path:
@@ -77,13 +96,39 @@ def store_path(config: RunConfig) -> Path:
     hook = config.model.hook_point or f"layer{config.model.layer}"
     made_of = f"synthetic-{config.synthetic.preset}" if config.is_synthetic else f"{model}-{hook}"
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", made_of)
-    return home() / "stores" / f"{name[:80]}-{content_hash(config)}"
+    path = home() / "stores" / f"{name[:80]}-{content_hash(config)}"
+    if not path.exists():
+        before = path.with_name(f"{name[:80]}-{hash_before(config)}")
+        if before != path and before.exists() and _is_of(StoreLayout(before), config):
+            return before
+    return path
+
+
+def _is_of(layout: StoreLayout, config: RunConfig) -> bool:
+    """Whether a store was made from exactly this configuration, text and model.
+
+    One from before contents were recorded knows names and sizes alone; it counts while no file is newer than it.
+    """
+    recorded = layout.attributes.get("config_hash")
+    if recorded == content_hash(config):
+        return True
+    if "sources" in layout.attributes or recorded != hash_before(config):
+        return False
+    return untouched_since(config, (layout.path / "tokens" / "zarr.json").stat().st_mtime)
+
+
+def untouched_since(config: RunConfig, moment: float) -> bool:
+    """Whether no local file of the text or the language model was changed after `moment` (seconds since 1970)."""
+    from tsae.data.documents import source_files
+    from tsae.lm.source import model_files
+
+    return all(path.stat().st_mtime <= moment for path in (*source_files(config.data), *model_files(config.model)))
 
 
 def is_harvested(config: RunConfig) -> bool:
     """Whether the store of exactly this configuration is here and whole; reads no activations."""
     layout = StoreLayout(store_path(config))
-    return layout.exists() and layout.attributes.get("config_hash") == content_hash(config) and layout.is_whole()
+    return layout.exists() and _is_of(layout, config) and layout.is_whole()
 
 
 class StoreLayout:
@@ -243,15 +288,26 @@ class StoreLayout:
 
     def require(self, config: RunConfig) -> None:
         """Raise TsaeError, naming a difference, if the store was made from another configuration."""
-        attributes = self.attributes
-        if attributes.get("config_hash") == content_hash(config):
+        if _is_of(self, config):
             return
-        different = schema.differences(attributes.get("settings") or {}, configuration.store_settings(config))
+        different = schema.differences(self.attributes.get("settings") or {}, configuration.store_settings(config))
         raise TsaeError(
             f"{self.path}: the store was harvested with another configuration "
-            f"({different or 'its text or model has changed since'}); "
+            f"({different or changed(self.attributes.get('sources'), config)}); "
             "choose another store.path or remove the folder"
         )
+
+
+def changed(recorded: dict[str, str] | None, config: RunConfig) -> str:
+    """In words, what has another content now than `recorded` says (what `sources` gave; None if it was not recorded)."""
+    now, names = (
+        sources(config),
+        {"text": f"data.source: {config.data.source}", "weights": f"model.name: {config.model.name}"},
+    )
+    if recorded is None:
+        return f"its text or its language model has changed since ({' or '.join(names.values())})"
+    different = [name for key, name in names.items() if recorded.get(key) != now.get(key)]
+    return f"{' and '.join(different)} has another content now" if different else "made by another version of tsae"
 
 
 def digest(array: np.ndarray) -> str:

@@ -70,7 +70,9 @@ class Chain:
         read = tuple(stage.key for stage in harvests)
         train = self._on_run(point, "train", config.training_hash, read, lambda: run.is_trained(config))
         inputs = (*read, train.key)
-        evaluate = self._on_run(point, "evaluate", config.evaluation_hash, inputs, lambda: run.is_evaluated(config))
+        evaluate = self._on_run(
+            point, "evaluate", config.evaluation_hash, inputs, partial(stages.is_evaluated, config, run)
+        )
         chain = {"train": train, "evaluate": evaluate}
         listed = [name for name in EXPERIMENTS if name in self.sweep.config.stages]
         for name in sorted(listed, key=lambda name: name != "explain"):

@@ -14,6 +14,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
+from tsae.experiments.commands import add_accept_argument
 from tsae.runtime import environment
 from tsae.runtime.environment import SWEEPS
 from tsae.sweep.commandline import add_sweep_arguments, plan_of, sweep_of, words_of
@@ -49,6 +50,7 @@ def add_commands(add: AddCommand) -> None:
         "--container", metavar="IMAGE", help="run every job in tsae.sif, docker://owner/image or docker:image"
     )
     sweep.add_argument("--retry-failed", action="store_true", help="try again what failed; else it is only named")
+    add_accept_argument(sweep)
     sweep.add_argument("--detach", action="store_true", help="local: return once the queue runs, do not follow it")
     sweep.add_argument("--cancel", action="store_true", help="end what runs or waits of this sweep, and nothing else")
     sweep.add_argument("--dry-run", action="store_true", help="show points, stages and job scripts, start nothing")
@@ -78,6 +80,7 @@ def _sweep(given: argparse.Namespace) -> int:
     if given.cancel:
         return _cancel(given)
     plan = plan_of(given)
+    plan.decide_on_data(given.accept_new_data)
     from tsae.sweep.launcher import Options
 
     options = Options(

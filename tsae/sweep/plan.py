@@ -14,6 +14,7 @@ from pathlib import Path
 
 import yaml
 
+from tsae import stages
 from tsae.checkpoint import RunFolder
 from tsae.config import run as configuration
 from tsae.config import schema
@@ -70,6 +71,26 @@ class Plan:
                 needed.append(stage)
                 wanted.update(stage.depends_on)
         return needed[::-1]
+
+    def changes(self) -> dict[str, str]:
+        """Point → in words, what of its data has changed since its run was trained or begun; of all where anything has."""
+        found = {point.name: stages.changed_since(point.config, self.run(point)) for point in self.points}
+        return {name: what for name, what in found.items() if what}
+
+    def decide_on_data(self, accept: bool) -> None:
+        """Refuse runs whose data have changed since, or have those that are trained measured on what is there now."""
+        changed = self.changes()
+        if accept:
+            for point in self.points:
+                if point.name in changed:
+                    stages.accept_new_data(point.config, self.run(point))
+        elif changed:
+            name, what = next(iter(changed.items()))
+            more = f", and {len(changed) - 1} more" if len(changed) > 1 else ""
+            raise TsaeError(
+                f"{self.name}: {name}{more}: trained on other data: {what}; give this sweep another name with --name, "
+                "or measure the trained runs on what is there now with --accept-new-data"
+            )
 
     def report(self) -> Stage | None:
         """The stage that writes the report, if the sweep lists it."""

@@ -1,4 +1,4 @@
-"""`tsae runs`: what lies under TSAE_HOME, read from small files alone."""
+"""`tsae runs`: what lies under TSAE_HOME, read from small files, and from weights only what they hash to."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from tsae.config.schema import flatten
 from tsae.evaluation.measures import FVE
 from tsae.runtime import files, locks
 from tsae.runtime.errors import TsaeError
+from tsae.store.binding import weights_identity
 
 DEEPEST = 4
 """Folders between checkpoints/ and a run's own, at most: names of runs may hold slashes."""
@@ -54,7 +55,10 @@ def _table(runs: list[RunFolder]) -> list[str]:
     for run, own in zip(runs, settings, strict=True):
         differing = [f"{names[key]}={shown(own[key])}" for key in told if key in own]
         more = f" and {len(differing) - MOST_SETTINGS} more" if len(differing) > MOST_SETTINGS else ""
-        fve = run.read_results().get(FVE)
+        results = run.read_results()
+        made = results.get("made_from")  # older results do not say it
+        current = bool(results) and (made is None or made["weights"] == weights_identity(run))
+        fve = results.get(FVE) if current else None
         rows.append(
             [
                 run.path.parent.name,
@@ -62,7 +66,7 @@ def _table(runs: list[RunFolder]) -> list[str]:
                 ", ".join(differing[:MOST_SETTINGS]) + more,
                 _step(run, own),
                 f"{fve:.3f}" if isinstance(fve, float) else "",
-                _state(run),
+                _state(run, current),
             ]
         )
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
@@ -94,13 +98,13 @@ def _step(run: RunFolder, settings: dict[str, Any]) -> str:
     return f"{reached}/{steps}"
 
 
-def _state(run: RunFolder) -> str:
-    """evaluated, trained, imported, running, interrupted or begun."""
+def _state(run: RunFolder, evaluated: bool) -> str:
+    """evaluated, trained, imported, running, interrupted or begun; what was measured on other weights does not count."""
     for stage in ("train", "evaluate"):
         if (owner := locks.owner(stages.run_lock(run, stage))) is not None:
             return f"running: {stage} on {owner.host}"
     if run.weights.exists():
-        return "evaluated" if run.eval_results.exists() else "trained" if run.resolved.exists() else "imported"
+        return "evaluated" if evaluated else "trained" if run.resolved.exists() else "imported"
     return "interrupted" if run.resume.exists() else "begun"
 
 

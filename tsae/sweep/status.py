@@ -35,11 +35,21 @@ def status_lines(plan: Plan, width: int, everything: bool = False) -> tuple[list
     stages = [*plan.stages, *(stage for stage in [plan.report()] if stage)]
     survey = Survey(plan, whatever_answers=True)
     standings = survey.standings(stages)
-    lines = [*headline(plan, stages, standings), "", *counts(stages, standings), ""]
+    lines = [*headline(plan, stages, standings), *_changes(plan), "", *counts(stages, standings), ""]
     for scheduler, said in survey.silence.items():
         lines[2:2] = [f"{scheduler} does not answer ({said}): what is not done stands as its job said last"]
     lines += point_rows(plan, stages, standings, width, everything)
     return lines, any(standing.state in LIVE for standing in standings.values())
+
+
+def _changes(plan: Plan) -> list[str]:
+    """Which runs were trained on data that are not there any more."""
+    changed = plan.changes()
+    if not changed:
+        return []
+    name, what = next(iter(changed.items()))
+    more = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
+    return [f"trained on other data: {name}{more}: {what}; what is shown was measured on the data of the training"]
 
 
 def _watch(plan: Plan, everything: bool) -> None:

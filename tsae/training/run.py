@@ -26,6 +26,7 @@ from tsae.runtime.errors import TsaeError
 from tsae.runtime.progress import Progress
 from tsae.runtime.provenance import provenance
 from tsae.sae.reference import reference_config
+from tsae.store import binding
 from tsae.store.layout import store_path
 from tsae.store.pairs import PairStream
 from tsae.store.reader import Store
@@ -189,7 +190,9 @@ class _Training:
         run.claim(config)
         run.remove_leftovers()
         self._states.remove_leftovers()
-        files.write_json(run.provenance, provenance(config.training_hash, store=store.attributes))
+        files.write_json(
+            run.provenance, provenance(config.training_hash, store=store.attributes, data=binding.record(config))
+        )
         files.write_json(run.config_json, reference_config(config, store.activation_dim, self._trainer.scale))
         self._metrics = Metrics(run.metrics, offset=self._metrics_bytes)
 

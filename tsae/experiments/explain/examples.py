@@ -95,8 +95,6 @@ def _read(subject: Subject, settings: ExplainConfig) -> tuple[_Part, _Part, dict
     """The texts to explain from, those to score on, and what tokens look like."""
     if subject.config.is_synthetic:
         raise TsaeError(f"{subject.run.path}: was trained on a synthetic world, which has no text to explain with")
-    from tsae.lm.model import load_tokenizer
-
     store = Store.open(store_path(subject.config), subject.config)
     if not len(store.heldout_range):
         raise TsaeError(f"{store.path}: nothing is held out to score explanations on; harvest with data.holdout")
@@ -110,7 +108,7 @@ def _read(subject: Subject, settings: ExplainConfig) -> tuple[_Part, _Part, dict
             )
         parts.append(_Part(firings, windows))
     used = np.unique(np.concatenate([part.firings.tokens.reshape(-1) for part in parts]))
-    return parts[0], parts[1], token_texts(load_tokenizer(subject.config.model), used.tolist())
+    return parts[0], parts[1], token_texts(subject.tokenizer, used.tolist())
 
 
 def _reason(explaining: _Part, scoring: _Part, latent: int) -> str:

@@ -19,7 +19,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from tsae.config import run as configuration
 from tsae.config import schema
 from tsae.config.experiments import ExplainConfig
 from tsae.experiments.answers.ask import open_backend
@@ -33,6 +32,7 @@ from tsae.interop.explanations import write_explanations
 from tsae.runtime import files, preemption
 from tsae.runtime.errors import TsaeError
 from tsae.runtime.progress import Progress
+from tsae.store.binding import data_identity, weights_identity
 
 __all__ = ["draw", "measure"]
 
@@ -80,8 +80,8 @@ class _Stages:
         self._suffix = "" if subject.checkpoint is None else f"_step{subject.checkpoint}"
         self.target = self._file("explanations", "json")
         read = {name: getattr(settings, name) for name in ("sequences", "window", "examples", "tests", "seed")}
-        trained = configuration.training_settings(subject.config)
-        self._examples_hash = schema.stable_hash([VERSION, trained, subject.checkpoint, read, wanted_latents(settings)])
+        about = [weights_identity(subject.run, subject.checkpoint), data_identity(subject.run, subject.config)]
+        self._examples_hash = schema.stable_hash([VERSION, *about, read, wanted_latents(settings)])
         answers = settings.answers
         self._answers_hash = schema.stable_hash([self._examples_hash, answers.backend, answers.model])
 

@@ -57,10 +57,8 @@ def measure(subject: Subject, settings: FeaturesConfig) -> dict[str, Any]:
 
 def write_page(subject: Subject, settings: FeaturesConfig, firings: Firings, statistics: LatentStatistics) -> Path:
     """Write the page of latents; its path."""
-    from tsae.lm.model import load_tokenizer
-
     used, types = np.unique(firings.tokens.reshape(-1), return_inverse=True)
-    strings = token_texts(load_tokenizer(subject.config.model), used.tolist())
+    strings = token_texts(subject.tokenizer, used.tolist())
     progress = Progress(f"features {subject.name}: examples", firings.dict_size, "latents", subject.run.progress)
     largest = np.nan_to_num(statistics.largest, nan=1.0)
     examples = data.find_examples(firings, largest, settings, progress)

@@ -16,8 +16,11 @@ from tsae.sae.dictionary import Dictionary
 from tsae.sae.inference import encode_sparse
 from tsae.sae.selection.top_k import Encoder
 from tsae.sae.sparse import SparseCode
+from tsae.store.binding import commit_of
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
     from tsae.lm.model import LanguageModel
 
 HIGH, LOW, BOTH = 0, 1, 2
@@ -72,7 +75,14 @@ class Subject:
             raise TsaeError(f"{self.run.path}: was trained on a synthetic world, which has no text to experiment with")
         from tsae.lm.model import load_language_model
 
-        return load_language_model(self.config.model)
+        return load_language_model(self.config.model, commit_of(self.run))
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerFast:
+        """The tokenizer of that model, without the model."""
+        from tsae.lm.model import load_tokenizer
+
+        return load_tokenizer(self.config.model, commit_of(self.run))
 
     @property
     def chunks(self) -> tuple[int, ...]:

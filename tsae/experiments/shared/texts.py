@@ -31,12 +31,11 @@ from tsae.config.run import RunConfig
 from tsae.data.contexts import Contexts, encodable, starts_with_bos
 from tsae.data.labelled import EMBEDDED, LabelledText, default_classes, labelled_texts
 from tsae.experiments.shared.subject import Subject
-from tsae.lm.model import load_tokenizer
-from tsae.lm.source import weights_fingerprint
 from tsae.runtime import locks, preemption
 from tsae.runtime.environment import home
 from tsae.runtime.errors import TsaeError, suggestion
 from tsae.runtime.progress import Progress
+from tsae.store.binding import model_identity
 from tsae.store.harvest import write_missing
 from tsae.store.layout import StoreLayout, store_path
 from tsae.store.reader import Store
@@ -198,7 +197,7 @@ def harvest_texts(subject: Subject, texts: Sequence[LabelledText], context_lengt
     if config.is_synthetic:
         raise TsaeError(f"{subject.run.path}: was trained on a synthetic world, which has no text to experiment with")
     texts = [text._replace(text=encodable(text.text)) for text in texts]
-    tokens, lengths, offsets = _tokenise(texts, config, context_length)
+    tokens, lengths, offsets = _tokenise(texts, subject, context_length)
     names = tuple(sorted({text.label for text in texts}))
     label = np.array([names.index(text.label) for text in texts], np.int32)
     position = np.arange(context_length)
@@ -213,10 +212,10 @@ def harvest_texts(subject: Subject, texts: Sequence[LabelledText], context_lengt
 
 
 def _tokenise(
-    texts: Sequence[LabelledText], config: RunConfig, context_length: int
+    texts: Sequence[LabelledText], subject: Subject, context_length: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Tokens [S, L], lengths [S] and character offsets [S, L, 2] of texts."""
-    tokenizer = load_tokenizer(config.model)
+    tokenizer, config = subject.tokenizer, subject.config
     with_bos = config.data.bos == "always" or (config.data.bos == "auto" and starts_with_bos(tokenizer))
     if with_bos and tokenizer.bos_token_id is None:
         raise TsaeError("data.bos: the tokenizer has no BOS token; auto or never are possible")
@@ -244,7 +243,7 @@ def _tokenise(
 
 def _harvest(subject: Subject, contexts: Contexts) -> Store:
     """The store of these contexts' activations; what another process is harvesting is waited for."""
-    key = _key(subject.config, contexts)
+    key = _key(subject, contexts)
     layout = StoreLayout(_path(subject.config, key))
     lock = layout.path.with_name(f"{layout.path.name}.harvest.lock")
     while not (layout.exists() and layout.is_whole()):
@@ -292,11 +291,14 @@ def _activations(subject: Subject, contexts: Contexts, rows: range, progress: Pr
         progress.update(batch.stop)
 
 
-def _key(config: RunConfig, contexts: Contexts) -> str:
+def _key(subject: Subject, contexts: Contexts) -> str:
     """Hash of all that decides the activations: language model, hook point, precision and tokens."""
+    config = subject.config
     model = schema.to_plain(config.model)
     del model["device"], model["batch_size"]
-    return schema.stable_hash([model, weights_fingerprint(config.model), config.store.dtype, contexts.fingerprint])
+    return schema.stable_hash(
+        [model, model_identity(config.model, subject.run), config.store.dtype, contexts.fingerprint]
+    )
 
 
 def _path(config: RunConfig, key: str) -> Path:

@@ -1,0 +1,136 @@
+"""What a run was made from, and what its results are about: the identities that tie a number to what was measured.
+
+    data       hash of settings, text and language model: the store that the run was trained on     (provenance.json)
+    weights    content of the weights file, and the rule by which config.json has it encode
+    model      content of the language model's files; of a hub model, its commit
+
+Text and models may be edited after a training. The run stays what it was, so whoever would go on with it or measure it
+compares, and refuses by name; `--accept-new-data` records in the run that it is measured on what is there now.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tsae.checkpoint import RunFolder
+from tsae.config import schema
+from tsae.config.run import RunConfig
+from tsae.config.sections import ModelConfig
+from tsae.lm.source import cached_commit, fingerprint_before, weights_fingerprint
+from tsae.runtime import contents, files
+from tsae.runtime.errors import TsaeError
+from tsae.store.layout import changed, content_hash, hash_before, sources, untouched_since
+
+DECIDING = ("dict_class", "k", "activation_dim", "dict_size", "group_sizes", "group_fractions")
+"""Of config.json's trainer, what decides how the weights encode."""
+
+
+def record(config: RunConfig) -> dict[str, Any]:
+    """What a training writes down of its data."""
+    return {"identity": content_hash(config), "sources": sources(config)}
+
+
+def data_identity(run: RunFolder, config: RunConfig) -> str:
+    """The data that results of `run` are about: what it was trained on, or was accepted since; of a run from elsewhere,
+    what `config` names."""
+    made = _recorded(run)
+    return str(made["identity"]) if made else content_hash(config)
+
+
+def is_measured_elsewhere(run: RunFolder) -> bool:
+    """Whether the run is measured on other data than it was trained on, as somebody accepted."""
+    return "accepted" in files.read_whole_json(run.provenance).get("data", {})
+
+
+def difference(run: RunFolder, config: RunConfig) -> str:
+    """In words, what is not as it was when `run` was trained, begun or last accepted; nothing if all is, or nothing is known."""
+    made = _recorded(run) if run.weights.exists() or run.resume.exists() else {}
+    if not made or made["identity"] == content_hash(config):
+        return ""
+    known_by_size = made["sources"] is None and made["identity"] == hash_before(config)
+    if known_by_size and untouched_since(config, run.provenance.stat().st_mtime):
+        return ""
+    return changed(made["sources"], config)
+
+
+def require_unchanged(run: RunFolder, config: RunConfig) -> None:
+    """Refuse a run whose text or language model is not what it was trained on. Raises TsaeError that names it."""
+    what = difference(run, config)
+    if what:
+        raise TsaeError(
+            f"{run.path}: was trained on other data: {what}; "
+            + (
+                "train under another name, or measure it on what is there now with --accept-new-data"
+                if run.weights.exists()
+                else "train under another name, or remove the folder"
+            )
+        )
+
+
+def require_same_model(run: RunFolder, config: RunConfig) -> None:
+    """Refuse a run whose language model is not the one it was trained on, whatever became of its text. Raises TsaeError."""
+    made = _recorded(run)
+    if config.is_synthetic or not made:
+        return
+    if made["sources"] is None:
+        before = files.read_whole_json(run.provenance)["store"]["model"].get("weights")
+        same = before == fingerprint_before(config.model)
+    else:
+        same = made["sources"].get("weights") == weights_fingerprint(config.model)
+    if not same:
+        raise TsaeError(
+            f"{run.path}: was trained on another language model: model.name: {config.model.name} has another content now; "
+            "restore it, or measure the run with what is there now with --accept-new-data"
+        )
+
+
+def accept(run: RunFolder, config: RunConfig) -> None:
+    """Have `run` measured on the data that `config` names now; its provenance.json says so. Raises TsaeError without weights."""
+    if not difference(run, config):
+        return
+    if not run.weights.exists():
+        require_unchanged(run, config)
+    written = files.read_whole_json(run.provenance)
+    trained = {key: value for key, value in _trained_on(written).items() if key != "accepted"}
+    now = record(config)
+    written["data"] = trained if now["identity"] == trained["identity"] else {**trained, "accepted": now}
+    files.write_json(run.provenance, written)
+
+
+def weights_identity(run: RunFolder, checkpoint: str | None = None) -> str:
+    """Of the final weights or an intermediate checkpoint: content, threshold and encode rule; empty where there are none."""
+    weights = run.weights_at(checkpoint)
+    if not weights.exists():
+        return ""
+    written = files.read_whole_json(run.config_json)
+    trainer, calibration = written.get("trainer"), written.get("calibration") if checkpoint is None else None
+    deciding = {name: trainer.get(name) for name in DECIDING} if isinstance(trainer, dict) else None
+    rule = {name: calibration.get(name) for name in ("encode_rule", "threshold")} if calibration else None
+    return schema.stable_hash([contents.sha256_of(weights), deciding, rule])
+
+
+def model_identity(model: ModelConfig, run: RunFolder) -> str:
+    """The language model that `run` is measured with: the content of its files, or the commit of a hub model."""
+    fingerprint = weights_fingerprint(model)
+    commit = commit_of(run) or cached_commit(model)
+    return f"{fingerprint} {commit}" if commit else fingerprint
+
+
+def commit_of(run: RunFolder) -> str | None:
+    """The commit of the hub model that `run` was trained on; None for other models and where it is not known."""
+    store = files.read_whole_json(run.provenance).get("store") or {}
+    revision = store.get("model", {}).get("revision")
+    return None if revision is None else str(revision)
+
+
+def _recorded(run: RunFolder) -> dict[str, Any]:
+    """What the run is measured on by its provenance; empty for a run from elsewhere."""
+    trained = _trained_on(files.read_whole_json(run.provenance))
+    return trained.get("accepted", trained)
+
+
+def _trained_on(written: dict[str, Any]) -> dict[str, Any]:
+    """The entry `data` of a provenance.json; of one from before there was one, made from its store."""
+    if "data" in written:
+        return dict(written["data"])
+    return {"identity": written["store"]["config_hash"], "sources": None} if "store" in written else {}
