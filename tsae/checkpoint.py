@@ -113,7 +113,7 @@ class RunFolder:
         """Write resolved.yaml, or refuse a folder that belongs to another training configuration."""
         self.require_free(config)
         if self.training_hash() is None:
-            tree = {"training_hash": config.training_hash, **schema.to_plain(config)}
+            tree = {"training_hash": config.training_hash, **configuration.to_yaml(config)}
             files.write_text(self.resolved, yaml.safe_dump(tree, sort_keys=False))
 
     def remove_leftovers(self) -> None:

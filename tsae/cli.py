@@ -289,9 +289,8 @@ def _settings(options: argparse.Namespace) -> None:
         return
     import yaml
 
-    from tsae.config.schema import to_plain
-
-    print(yaml.safe_dump(to_plain(configuration.load(options.config, options.overrides)), sort_keys=False), end="")
+    resolved = configuration.to_yaml(configuration.load(options.config, options.overrides))
+    print(yaml.safe_dump(resolved, sort_keys=False), end="")
 
 
 def _measures(options: argparse.Namespace) -> None:

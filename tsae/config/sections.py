@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from tsae.config.bounds import Bound, Count, Device, Fraction, Natural, NonNegative, OneOf, Positive, Seed, matching
+from tsae.config.paths import Place
 from tsae.runtime.errors import TsaeError, suggestion
 
 
@@ -17,7 +18,11 @@ from tsae.runtime.errors import TsaeError, suggestion
 class ModelConfig:
     """The language model and the place where its activations are read."""
 
-    name: Annotated[str, matching(r".*\S.*", "a hub id, a folder or 'embedded' is expected")] = "embedded"
+    name: Annotated[
+        str,
+        matching(r".*\S.*", "a hub id, a folder or 'embedded' is expected"),
+        Place(names=("embedded",), holds="config.json"),
+    ] = "embedded"
     """Hugging Face model id, a local folder in the hub's format, or `embedded` (the small GPT-NeoX shipped inside)."""
     revision: str | None = None
     """Branch, tag or commit of a hub model."""
@@ -39,7 +44,7 @@ class ModelConfig:
 class DataConfig:
     """The text, and how it is cut into contexts."""
 
-    source: str = "embedded"
+    source: Annotated[str, Place(names=("embedded", "synthetic"))] = "embedded"
     """Hub dataset id, a local file or folder (jsonl, json, parquet, txt, md; the text formats also as .gz, .zst), `embedded` (English documentation found on this machine), or `synthetic` (no text and no language model: the world of the section `synthetic`)."""
     subset: str | None = None
     """Configuration name of a hub dataset."""
@@ -75,7 +80,7 @@ class DataConfig:
 class StoreConfig:
     """The zarr store that holds the activations."""
 
-    path: str | None = None
+    path: Annotated[str, Place(always=True)] | None = None
     """Folder of the store; by default under TSAE_HOME/stores, named after model, layer and content hash."""
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     """Precision on disk."""

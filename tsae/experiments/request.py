@@ -54,7 +54,7 @@ def _config(checkpoints: Path, options: argparse.Namespace) -> RunConfig:
 
     Raises TsaeError if `--model` or `--layer` contradict the run.
     """
-    extra = schema.parse_overrides(options.overrides)
+    extra = configuration.parse_overrides(options.overrides)
     configuration.check_part(extra, "command line")
     if options.run_name == BASELINE:
         if getattr(options, "chunk", None) in (0, 1):

@@ -121,7 +121,8 @@ class Plan:
         """The files from which this can be planned again, by name: the sweep, the base below it, the overrides above it."""
         found = {SWEEP_FILE: self.sweep.path, BASE_FILE: self.sweep.base_path}
         texts = {name: path.read_text(encoding="utf-8") for name, path in found.items()}
-        return {**texts, LAUNCH_FILE: json.dumps({"overrides": self.sweep.overrides}, indent=2) + "\n"}
+        launch = {"overrides": self.sweep.overrides, "folders": self.sweep.folders}
+        return {**texts, LAUNCH_FILE: json.dumps(launch, indent=2) + "\n"}
 
     def config_texts(self, stages: list[Stage]) -> dict[str, str]:
         """The resolved configuration of each point that `stages` read, as YAML."""
@@ -153,7 +154,7 @@ def make_plan(sweep: Sweep) -> Plan:
 
 
 def _as_yaml(config: configuration.RunConfig) -> str:
-    return "".join(_section_as_yaml(json.dumps({name: part})) for name, part in schema.to_plain(config).items())
+    return "".join(_section_as_yaml(json.dumps({name: part})) for name, part in configuration.to_yaml(config).items())
 
 
 @cache
