@@ -7,11 +7,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import yaml
 
 from tsae.runtime.errors import TsaeError
 from tsae.sweep.attempt import shell_path
 from tsae.sweep.cluster import Cluster
 from tsae.sweep.container import Container, container
+from tsae.sweep.dryrun import dry_run
 from tsae.sweep.launcher import Options, container_for
 from tsae.sweep.plan import Plan
 
@@ -57,6 +59,56 @@ def test_apptainer_sees_the_folders_and_keeps_the_environment(programs: Path, tm
     assert 'type=bind,"source=/usr","destination=/host"' in command
     assert "--nv" not in chosen.command(gpus=False)
     assert not {"--cleanenv", "--containall", "--contain"} & set(command)
+
+
+@pytest.fixture
+def far(tmp_path: Path) -> Path:
+    """A folder that no bind of the working directory reaches."""
+    folder = tmp_path / "far"
+    folder.mkdir()
+    return folder
+
+
+def bound(*places: Path) -> set[str]:
+    """What is bound for `places`, when TSAE_HOME and the working directory are links' folders or not."""
+    return set(container("docker:tsae", places).binds)
+
+
+def test_a_linked_scratch_below_the_working_directory_is_bound_by_its_target(
+    programs: Path, far: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`runs -> far/scratch/runs`, where `far/scratch` is a link too: each name on the way stands inside."""
+    install(programs, "docker")
+    (far / "disk" / "runs").mkdir(parents=True)
+    (far / "scratch").symlink_to("disk")
+    Path("work").mkdir()
+    monkeypatch.chdir("work")
+    Path("runs").symlink_to(far / "scratch" / "runs")
+    monkeypatch.delenv("TSAE_HOME")
+    assert bound() == {os.getcwd(), str(far / "scratch" / "runs"), str(far / "disk" / "runs")}
+
+
+@pytest.mark.parametrize("place", ["home", "data", "model"])
+def test_links_inside_what_is_used_are_bound_by_their_targets(
+    programs: Path, far: Path, home: Path, place: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A folder in a folder, a file among files, and a link behind a link; what the image has itself is left alone."""
+    install(programs, "docker")
+    folder = home if place == "home" else far.parent / place
+    (folder / "stores").mkdir(parents=True)
+    for name in ("store", "texts", "more", "not used"):
+        (far / name).mkdir()
+    (far / "texts" / "a.jsonl").touch()
+    (folder / "stores" / "mine").symlink_to(far / "store")
+    (folder / "b.jsonl").symlink_to("../far/texts/a.jsonl" if place != "home" else far / "texts" / "a.jsonl")
+    (far / "store" / "next").symlink_to("../more")
+    (folder / "stores" / "python").symlink_to("/usr/bin/env")
+    (folder / "stores" / "up").symlink_to("..")
+    (folder / "stores" / "gone").symlink_to(far / "gone")
+    Path("work").mkdir()
+    monkeypatch.chdir("work")
+    here = {os.getcwd(), str(folder), str(home)}
+    assert bound(folder) == {*here, *(str(far / name) for name in ("store", "texts", "more"))}
 
 
 def test_docker_gets_folders_user_and_the_variables_that_matter(
@@ -148,6 +200,44 @@ def test_an_executor_that_cannot_use_the_image_is_refused(
         container_for(
             plan_of(grid={"sae.k": [8]}), Options(executor=executor, container="docker:tsae"), Cluster(), executor
         )
+
+
+def test_on_a_cluster_the_program_is_needed_where_the_job_runs_and_here_it_is_not(
+    programs: Path, tmp_path: Path, plan_of: Callable[..., Plan]
+) -> None:
+    del programs
+    (tmp_path / "tsae.sif").touch()
+    site = tmp_path / "cluster.yaml"
+    for image in (str(tmp_path / "tsae.sif"), "docker://owner/image:tag"):
+        site.write_text(yaml.safe_dump({"container": image, "setup": ["module load apptainer"]}))
+        lines = dry_run(plan_of(grid={"sae.k": [8]}), Options(executor="slurm", cluster=site))
+        script = "\n".join(lines).split("-----")[1].splitlines()
+        loaded = script.index("module load apptainer")
+        (check,) = (number for number, line in enumerate(script) if line.startswith("command -v apptainer"))
+        (step,) = (number for number, line in enumerate(script) if " apptainer exec " in line and image in line)
+        assert loaded < check < step
+    with pytest.raises(TsaeError, match=r"no\.sif: no such file"):
+        container("no.sif", here=False)
+    with pytest.raises(TsaeError, match="apptainer is not on PATH"):
+        container_for(
+            plan_of(grid={"sae.k": [8]}),
+            Options(executor="local", container=str(tmp_path / "tsae.sif")),
+            Cluster(),
+            "local",
+        )
+
+
+@pytest.mark.parametrize("executor", ["local", "debug"])
+def test_an_image_that_is_not_used_here_is_said_in_one_line(
+    plan_of: Callable[..., Plan], executor: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = Options(executor=executor, cluster=Path("cl.yaml"))
+    plan = plan_of(grid={"sae.k": [8]})
+    assert container_for(plan, options, Cluster(container="tsae.sif"), executor) is None
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"cl.yaml: container: tsae.sif: not used by --executor {executor};")
+    assert container_for(plan, options, Cluster(), executor) is None
+    assert capsys.readouterr().err == ""
 
 
 def test_what_is_not_there_is_one_line(programs: Path, tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from tsae.evaluation.identity import made_from
 from tsae.evaluation.loss_recovered import SequenceLosses, sequence_losses
 from tsae.evaluation.results import loss_results, plain, summarise, truth_results
 from tsae.evaluation.scores import Scores
+from tsae.interop.origin import require_same_place
 from tsae.parallel.group import Group, in_turns
 from tsae.parallel.rendezvous import together
 from tsae.runtime import files
@@ -35,12 +36,13 @@ def evaluate(config: RunConfig, run: RunFolder) -> dict[str, Any]:
     eval_results.json is written last: where it carries the hash of `config`, the evaluation is complete.
     Processes that were started together all call this and take batches of contexts in turns; the numbers are those
     of one process to the last bit, and the first one writes them.
-    Raises TsaeError if the dictionary does not fit the store or nothing is held out.
+    Raises TsaeError if the dictionary was trained on another place, does not fit the store, or nothing is held out.
     """
     run.require_same_training(config)
     binding.require_unchanged(run, config)
     with together(cpu=config.training.device == "cpu") as group:
-        dictionary, _ = load_dictionary(run.path, own_device(config.training.device, "training.device"))
+        dictionary, written = load_dictionary(run.path, own_device(config.training.device, "training.device"))
+        require_same_place(config, written, run.path)
         store = Store.open(store_path(config), config)
         if dictionary.activation_dim != store.activation_dim:
             raise TsaeError(

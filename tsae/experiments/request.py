@@ -12,6 +12,8 @@ from tsae.config import schema
 from tsae.config.run import RunConfig
 from tsae.config.sections import ModelConfig
 from tsae.experiments.driver import with_dataset
+from tsae.interop.origin import origin_of, read_json
+from tsae.interop.place import Place
 from tsae.runtime import environment
 from tsae.runtime.errors import TsaeError, suggestion
 
@@ -63,11 +65,15 @@ def _config(checkpoints: Path, options: argparse.Namespace) -> RunConfig:
         tree = {"model": {"name" if key == "model" else key: value for key, value in named.items()}}
         return configuration.from_mapping(configuration.lay_over(tree, extra), "command line")
     run = RunFolder(find_dictionary(_existing(checkpoints, options.run_name)))
-    config = run.load_config() if run.resolved.exists() else _foreign(run, options)
-    for key, found in (("model", config.model.name), ("layer", config.model.layer)):
-        wanted = getattr(options, key)
-        if wanted is not None and wanted != found:
-            raise TsaeError(f"--{key} {wanted}: {run.path} was trained on {key} {found}; leave --{key} out")
+    asked = Place(options.model, options.layer)
+    config = run.load_config() if run.resolved.exists() else None
+    trained = origin_of(read_json(run.config_json), run.path).place if config is None else Place.of(config)
+    part = trained.difference(asked)
+    if part is not None:
+        raise TsaeError(
+            f"--{part} {getattr(options, part)}: {run.path} was trained on {trained.said(part)}; leave --{part} out"
+        )
+    config = config or _foreign(run, trained, asked)
     for key in extra:
         if not key.startswith("experiments.") and key not in FREE:
             raise TsaeError(
@@ -76,14 +82,12 @@ def _config(checkpoints: Path, options: argparse.Namespace) -> RunConfig:
     return configuration.from_mapping(configuration.lay_over(schema.to_plain(config), extra), "command line")
 
 
-def _foreign(run: RunFolder, options: argparse.Namespace) -> RunConfig:
-    """What the config.json of another program's run tells of its language model; flags fill in what it leaves out."""
-    from tsae.interop.origin import origin_of, read_json
-
-    origin = origin_of(read_json(run.config_json), run.path)
-    model = options.model or (None if origin.model == "unknown" else origin.model)
-    layer = origin.layer if origin.layer is not None else options.layer
-    if model is None or layer is None:
-        missing = "--model" if model is None else "--layer"
-        raise TsaeError(f"{run.config_json}: does not tell the {missing[2:]}; give {missing}")
+def _foreign(run: RunFolder, trained: Place, asked: Place) -> RunConfig:
+    """What another program's run tells of its place in a language model; flags fill in what it leaves out."""
+    model, layer = asked.model or trained.model, asked.block if trained.block is None else trained.block
+    if model is None or (layer is None and trained.module is None):
+        missing = "model" if model is None else "layer"
+        raise TsaeError(f"{run.config_json}: does not tell the {missing}; give --{missing}")
+    if layer is None:
+        return RunConfig(model=ModelConfig(name=model, hook_point=trained.module))
     return RunConfig(model=ModelConfig(name=model, layer=layer))

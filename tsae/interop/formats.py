@@ -151,4 +151,4 @@ ORIGIN = Origin("EleutherAI/pythia-160m", 8, "gpt_neox.layers.8", None, 256, 1, 
 
 def _config(dictionary: Dictionary) -> dict[str, Any]:
     metadata = {"model_name": ORIGIN.lens_model, "hook_name": ORIGIN.lens_hook, "context_size": ORIGIN.context_length}
-    return sae_lens.imported_config(type(dictionary).__name__, dictionary, {"metadata": metadata})
+    return sae_lens.imported_config(type(dictionary).__name__, dictionary, {"metadata": metadata}, "config.json")

@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from tsae.checkpoint import RunFolder
+from tsae.config.run import RunConfig
+from tsae.interop.place import Place, find_place, lens_hook, lens_name, module_path
 from tsae.runtime.errors import TsaeError
 
-TRANSFORMER_LENS_PREFIXES = {"google/gemma-": "google/", "EleutherAI/pythia-": "EleutherAI/"}
-"""Hub ids that TransformerLens calls by their second half. It knows other models by their hub id."""
-
-BLOCK_LISTS = {"pythia": "gpt_neox.layers", "gpt2": "transformer.h"}
-"""Where blocks lie in the families whose paths are known; `model.layers` in the others named in LLAMA_LIKE."""
-LLAMA_LIKE = ("gemma", "llama", "mistral", "qwen")
-BLOCK_PATH = re.compile(r"(?:gpt_neox\.layers|transformer\.h|model\.(?:decoder\.|language_model\.)?layers)\.(\d+)")
+UNKNOWN = "unknown"
+"""The model of a file that names none."""
 
 
 class Origin(NamedTuple):
@@ -39,15 +35,18 @@ class Origin(NamedTuple):
     @property
     def lens_model(self) -> str:
         """TransformerLens' name of the model."""
-        for prefix, owner in TRANSFORMER_LENS_PREFIXES.items():
-            if self.model.startswith(prefix):
-                return self.model.removeprefix(owner)
-        return self.model
+        return lens_name(self.model)
+
+    @property
+    def place(self) -> Place:
+        """What the files tell of the place that is read."""
+        model = None if self.model == UNKNOWN else self.model
+        return Place(model, self.layer, self.module if self.layer is None else None)
 
     @property
     def lens_hook(self) -> str | None:
         """TransformerLens' name of the hook point, where it has one for certain."""
-        return None if self.layer is None else f"blocks.{self.layer}.hook_resid_post"
+        return lens_hook(self.place)
 
     def require_block(self, where: str, reader: str) -> None:
         """Raise TsaeError unless the output of a block is read: `reader` knows nothing else."""
@@ -59,23 +58,37 @@ class Origin(NamedTuple):
 
 
 def origin_of(config: dict[str, Any], folder: Path) -> Origin:
-    """The origin told by a config.json and, in our runs, by the provenance.json beside it."""
+    """The origin told by a config.json and, in our runs, by the provenance.json beside it.
+
+    Raises TsaeError if it contradicts itself or names a place that is the output of no module.
+    """
     trainer, buffer = config.get("trainer", {}), config.get("buffer") or {}
     record = read_json(RunFolder(folder).provenance) if RunFolder(folder).provenance.is_file() else {}
-    model = str(trainer.get("lm_name") or "unknown")
-    layer, module = _hook(trainer, record.get("store", {}).get("model", {}).get("hook_path"))
-    if module is None and layer is not None:
-        module = _block_path(model, layer)
+    place = _place(trainer, buffer, str(RunFolder(folder).config_json))
     return Origin(
-        model=model,
-        layer=layer,
-        module=module,
+        model=place.model or UNKNOWN,
+        layer=place.block,
+        module=place.module or record.get("store", {}).get("model", {}).get("hook_path") or module_path(place),
         dataset=buffer.get("dataset"),
         context_length=buffer.get("ctx_len"),
         skip_positions=buffer.get("skip_positions"),
-        prepends_bos=_prepends_bos(model, record),
+        prepends_bos=_prepends_bos(place.model or UNKNOWN, record),
         commit=record.get("tsae", {}).get("commit"),
     )
+
+
+def require_same_place(config: RunConfig, written: dict[str, Any], folder: Path) -> None:
+    """Raise TsaeError if `config` reads another place than the dictionary in `folder` was trained on.
+
+    `written` is its config.json; what that does not tell is not compared.
+    """
+    trained, asked = origin_of(written, folder).place, Place.of(config)
+    part = trained.difference(asked)
+    if part is not None:
+        raise TsaeError(
+            f"{folder}: was trained on {trained.said(part)}, the configuration reads {asked.said(part)}; "
+            "give the model and layer it was trained on"
+        )
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -91,21 +104,21 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def _hook(trainer: dict[str, Any], recorded: str | None) -> tuple[int | None, str | None]:
-    """Block and module path from `submodule_name`: resid_post_layer_8, a block's path, or another module's."""
-    name = str(trainer.get("submodule_name") or "")
-    if re.fullmatch(r"resid_post_layer_\d+", name):
-        return int(name.rpartition("_")[2]), recorded
-    block = BLOCK_PATH.fullmatch(name)
-    return (int(block[1]) if block else None), name or recorded
-
-
-def _block_path(model: str, layer: int) -> str | None:
-    name = model.lower().rpartition("/")[2]
-    for family, blocks in BLOCK_LISTS.items():
-        if name.startswith(family):
-            return f"{blocks}.{layer}"
-    return f"model.layers.{layer}" if name.startswith(LLAMA_LIKE) else None
+def _place(trainer: dict[str, Any], buffer: dict[str, Any], where: str) -> Place:
+    """The place that a config.json names; a layer beside which it names no module is the output of that block."""
+    model, layer, name = (trainer.get(key) for key in ("lm_name", "layer", "submodule_name"))
+    if not (layer is None or (isinstance(layer, int) and layer >= 0)):
+        raise TsaeError(f"{where}: layer is {layer!r}; the number of a block, counted from 0, is expected")
+    if buffer.get("io", "out") != "out":
+        raise TsaeError(
+            f"{where}: buffer.io is {buffer['io']!r}; only dictionaries on a module's output can be used here"
+        )
+    if not name:
+        return Place(model or None, layer)
+    place = find_place(str(name), str(model or UNKNOWN), where)
+    if str(name).startswith("resid_post_layer_") and layer not in (None, place.block):
+        raise TsaeError(f"{where}: layer is {layer} and submodule_name {name}; correct the one that is wrong")
+    return place._replace(model=model or None)
 
 
 def _prepends_bos(model: str, record: dict[str, Any]) -> bool | None:

@@ -15,9 +15,10 @@ from torch import Tensor
 
 from tsae.checkpoint import RunFolder, save_dictionary
 from tsae.interop.folders import new_folder
-from tsae.interop.origin import TRANSFORMER_LENS_PREFIXES, Origin, read_json
+from tsae.interop.origin import UNKNOWN, Origin, read_json
+from tsae.interop.place import Place, find_place, hub_name
 from tsae.interop.portable import Portable, has_unit_rows, portable, recentred, state_dict, with_unit_rows
-from tsae.runtime.errors import TsaeError, suggestion
+from tsae.runtime.errors import SLIP, TsaeError, suggestion
 from tsae.runtime.files import write_json
 from tsae.sae.dictionary import Dictionary, ThresholdDictionary
 from tsae.sae.kinds import AutoEncoderTopK, TemporalMatryoshkaBatchTopKSAE, classes, from_state
@@ -35,6 +36,31 @@ TENSORS = {
     "jumprelu": ("W_enc", "b_enc", "W_dec", "b_dec", "threshold"),
     "gated": ("W_enc", "W_dec", "b_dec", "b_gate", "b_mag", "r_mag"),
 }
+
+ELSEWHERE = "it reconstructs another place than the one it reads; "
+"""What is wrong with a transcoder."""
+
+KEYS = (
+    *("architecture", "d_in", "d_sae", "dtype", "device", "metadata", "sae_lens_version"),
+    *("apply_b_dec_to_input", "normalize_activations", "reshape_activations"),
+)
+OWN_KEYS = {"topk": ("k", "rescale_acts_by_decoder_norm")}
+"""What an architecture's configuration holds beside KEYS."""
+TRAINING_KEYS = (
+    *("decoder_init_norm", "l1_coefficient", "l1_warm_up_steps", "lp_norm", "aux_loss_coefficient"),
+    *("use_sparse_activations", "jumprelu_bandwidth", "jumprelu_init_threshold", "jumprelu_sparsity_loss_mode"),
+    *("jumprelu_ste_to_input", "jumprelu_tanh_scale", "l0_coefficient", "l0_warm_up_steps", "target_l0"),
+    "pre_act_loss_coefficient",
+)
+"""What checkpoints hold besides: it decided the training and changes nothing that a trained SAE computes."""
+
+LOADING = (
+    *("fold_ln", "center_unembed", "fold_value_biases", "refactor_factored_attn_matrices", "first_n_layers"),
+    *("dtype", "torch_dtype", "attn_implementation", "default_padding_side", "default_prepend_bos"),
+    *("device", "device_map", "n_devices", "move_to_device", "low_cpu_mem_usage", "use_safetensors"),
+    *("trust_remote_code", "cache_dir", "local_files_only"),
+)
+"""Arguments that a language model is loaded with and that leave the places that are read here as they are."""
 
 
 def write(folder: Path, dictionary: Dictionary, origin: Origin, notes: dict[str, Any], where: str) -> None:
@@ -95,17 +121,23 @@ def load(folder: str | Path) -> tuple[Dictionary, dict[str, Any]]:
     """
     folder = Path(folder)
     config = read_json(folder / CONFIG)
-    if not _is_modern(config):
+    if not isinstance(config.get("metadata") or {}, dict):
+        raise TsaeError(f"{folder / CONFIG}: metadata: a JSON object is expected")
+    modern = _is_modern(config)
+    if not modern:
         config = _modernised(config, str(folder / CONFIG))
     form = _form(folder, config)
     metadata = config.get("metadata") or {}
+    if modern:  # older files mix an SAE's settings with those of its training
+        _refuse_unknown_keys(config, str(folder / CONFIG))
+    _refuse_other_activations(metadata, str(folder / CONFIG))
     name, form = _class_for(form, metadata)
     where = str(folder / WEIGHTS)
     k = metadata.get("tsae_k") if form.architecture == "jumprelu" else form.k
     state = state_dict(classes()[name].dictionary, form, k, metadata.get("tsae_group_sizes"))
     dictionary = from_state(name, state, k, where)
     dictionary.require_calibrated(where)
-    return dictionary.eval().requires_grad_(False), imported_config(name, dictionary, config)
+    return dictionary.eval().requires_grad_(False), imported_config(name, dictionary, config, str(folder / CONFIG))
 
 
 def import_folder(source: str | Path, out: str | Path) -> Path:
@@ -139,7 +171,8 @@ def _form(folder: Path, config: dict[str, Any]) -> Portable:
             "batchtopk": checkpoint,
             "matryoshka_batchtopk": checkpoint,
         }
-        hint = hints.get(str(architecture)) or suggestion(architecture, TENSORS)
+        transcoder = ELSEWHERE if "transcoder" in str(architecture) else ""
+        hint = hints.get(str(architecture)) or transcoder or suggestion(architecture, TENSORS, SLIP)
         raise TsaeError(f"{where}: architecture {architecture!r} cannot be read; {hint}readable: {', '.join(TENSORS)}")
     if config.get("reshape_activations", "none") != "none":
         raise TsaeError(
@@ -157,10 +190,46 @@ def _form(folder: Path, config: dict[str, Any]) -> Portable:
         if list(tensor.shape) != shape:
             raise TsaeError(f"{folder / WEIGHTS}: {name} has shape {list(tensor.shape)}; {CONFIG} says {shape}")
     form = Portable(architecture, bool(config.get("apply_b_dec_to_input", True)), k, tensors)
-    if config.get("rescale_acts_by_decoder_norm"):
+    if architecture == "topk" and config.get("rescale_acts_by_decoder_norm"):
         # Selected by activation times row norm and decoded by unit rows: scaled once, it is a plain top-k.
         form = with_unit_rows(form._replace(architecture="standard"), where)._replace(architecture="topk")
     return _without_normalisation(form, config.get("normalize_activations", "none"), folder)
+
+
+def _refuse_unknown_keys(config: dict[str, Any], where: str) -> None:
+    known = (*KEYS, *TRAINING_KEYS, *OWN_KEYS.get(config["architecture"], ()))
+    unknown = [key for key, value in config.items() if key not in known and not _is_off(value)]
+    if unknown:
+        raise TsaeError(
+            f"{where}: {unknown[0]}: unknown to this architecture, so that it may change what the SAE computes; "
+            "save the SAE again in SAELens"
+        )
+
+
+def _refuse_other_activations(metadata: dict[str, Any], where: str) -> None:
+    """Refuse what was trained on other activations than the Hugging Face model gives at one place."""
+    loading = metadata.get("model_from_pretrained_kwargs") or {}
+    if not isinstance(loading, dict):
+        raise TsaeError(f"{where}: model_from_pretrained_kwargs: a JSON object is expected")
+    for key, value in loading.items():
+        if key not in LOADING and not _is_off(value):
+            raise TsaeError(
+                f"{where}: model_from_pretrained_kwargs: {key} is {value!r}: it was trained on activations that the "
+                "model has only when it is loaded so; they cannot be read here"
+            )
+    if metadata.get("hook_head_index") is not None:
+        raise TsaeError(
+            f"{where}: hook_head_index {metadata['hook_head_index']}: it reads attention heads, which this package does "
+            "not; dictionaries on whole activation vectors can be read"
+        )
+    for key in ("hook_name", "hf_hook_name"):
+        out = metadata.get(f"{key}_out")
+        if out and out != metadata.get(key):
+            raise TsaeError(f"{where}: {key}_out: {ELSEWHERE}SAEs can be read")
+
+
+def _is_off(value: object) -> bool:
+    return value is None or value is False
 
 
 def _tensors(path: Path, architecture: str) -> dict[str, Tensor]:
@@ -248,28 +317,35 @@ def _modernised(config: dict[str, Any], where: str) -> dict[str, Any]:
         )
     normalisation = config.get("normalize_activations") or "none"
     hook = config.get("hook_name") or config.get("hook_point")
-    names = ("model_name", "dataset_path", "context_size", "prepend_bos", "neuronpedia_id")
+    head = config.get("hook_head_index", config.get("hook_point_head_index"))
+    names = ("model_name", "dataset_path", "context_size", "prepend_bos", "neuronpedia_id", "hf_hook_name")
+    names += ("model_from_pretrained_kwargs", "hook_name_out", "hf_hook_name_out")
     return {
         **config,
         "architecture": architecture,
         "normalize_activations": "expected_average_only_in" if normalisation is True else normalisation,
         "reshape_activations": config.get("reshape_activations") or ("hook_z" if "hook_z" in str(hook) else "none"),
-        "metadata": {"hook_name": hook, **{name: config.get(name) for name in names}},
+        "metadata": {"hook_name": hook, "hook_head_index": head, **{name: config.get(name) for name in names}},
     }
 
 
-def imported_config(name: str, dictionary: Dictionary, config: dict[str, Any]) -> dict[str, Any]:
-    """The config.json of an imported dictionary of class `name`: what other loaders need, and the metadata as found."""
+def imported_config(name: str, dictionary: Dictionary, config: dict[str, Any], where: str) -> dict[str, Any]:
+    """The config.json of an imported dictionary of class `name`: what other loaders need, and the metadata as found.
+
+    Raises TsaeError, naming `where`, for a place in the model that is the output of no module.
+    """
     metadata = config.get("metadata") or {}
-    layer, submodule = _block(str(metadata.get("hook_name") or ""))
+    model = hub_name(str(metadata.get("model_name") or UNKNOWN))
+    hook = metadata.get("hf_hook_name") or metadata.get("hook_name")
+    place = find_place(str(hook), model, where) if hook else Place(model, None)
     trainer: dict[str, Any] = {
         "trainer_class": classes()[name].trainer_class,
         "dict_class": name,
         "activation_dim": dictionary.activation_dim,
         "dict_size": dictionary.dict_size,
-        "layer": layer,
-        "lm_name": _hub_name(str(metadata.get("model_name") or "unknown")),
-        "submodule_name": submodule or metadata.get("hf_hook_name") or metadata.get("hook_name"),
+        "layer": place.block,
+        "lm_name": model,
+        "submodule_name": place.module if place.block is None else f"resid_post_layer_{place.block}",
         "device": "cpu",
     }
     if isinstance(dictionary, ThresholdDictionary):
@@ -280,18 +356,3 @@ def imported_config(name: str, dictionary: Dictionary, config: dict[str, Any]) -
         trainer["temporal"] = metadata.get("tsae_temporal", "p")
     buffer = {"ctx_len": metadata.get("context_size"), "dataset": metadata.get("dataset_path")}
     return {"trainer": trainer, "buffer": buffer, "sae_lens": metadata}
-
-
-def _block(hook: str) -> tuple[int | None, str | None]:
-    """Block whose output a TransformerLens hook reads, and the reference's name of that place."""
-    found = re.fullmatch(r"blocks\.(\d+)\.hook_resid_(pre|post)", hook)
-    layer = int(found[1]) - (found[2] == "pre") if found else -1
-    return (layer, f"resid_post_layer_{layer}") if layer >= 0 else (None, None)
-
-
-def _hub_name(lens_name: str) -> str:
-    """The hub id of a model that TransformerLens calls `lens_name`."""
-    for prefix, owner in TRANSFORMER_LENS_PREFIXES.items():
-        if lens_name.startswith(prefix.removeprefix(owner)):
-            return owner + lens_name
-    return lens_name

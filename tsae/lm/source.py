@@ -50,22 +50,28 @@ def check_layer(model: ModelConfig, where: str) -> None:
     With a hook point, `model.layer` is only a label and anything goes. Raises TsaeError naming `where`.
     """
     try:
-        folder = local_folder(model)
+        config = known_config(model)
     except TsaeError as error:
         raise TsaeError(f"{where}: {error}") from None
-    path = folder / "config.json" if folder else _cached_config(model)
-    if path is None or model.hook_point is not None:
+    if config is None or model.hook_point is not None:
         return
-    depth = _depth(json.loads(path.read_text()))
+    depth = _depth(config)
     if depth is not None and model.layer >= depth:
         raise TsaeError(f"{where}: model.layer: {model.layer} is impossible; {model.name} has blocks 0 to {depth - 1}")
 
 
-def _cached_config(model: ModelConfig) -> Path | None:
+def known_config(model: ModelConfig) -> dict[str, Any] | None:
+    """The model's config.json, from its folder or the hub's cache; None where the hub alone has it.
+
+    Raises TsaeError for a path that is no model folder.
+    """
+    folder = local_folder(model)
+    if folder is not None:
+        return dict(json.loads((folder / "config.json").read_text()))
     from huggingface_hub import try_to_load_from_cache
 
     found = try_to_load_from_cache(model.name, "config.json", revision=model.revision)
-    return Path(found) if isinstance(found, str) else None
+    return dict(json.loads(Path(found).read_text())) if isinstance(found, str) else None
 
 
 def _depth(config: dict[str, Any]) -> int | None:

@@ -22,7 +22,11 @@ def os_error_line(error: OSError, home: object) -> str:
     return f"{place}: {error.strerror or error}; nothing that was complete is lost, and the same command continues"
 
 
-def suggestion(word: object, allowed: Iterable[str]) -> str:
+SLIP = 0.93
+"""The likeness of a name to itself with a slip of the pen, for names of which others that are near mean other things."""
+
+
+def suggestion(word: object, allowed: Iterable[str], likeness: float = 0.5) -> str:
     """`did you mean 'x'? ` for the nearest allowed name, else the empty string."""
-    near = difflib.get_close_matches(str(word), list(allowed), n=1, cutoff=0.5)
+    near = difflib.get_close_matches(str(word), list(allowed), n=1, cutoff=likeness)
     return f"did you mean '{near[0]}'? " if near else ""

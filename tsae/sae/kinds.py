@@ -18,7 +18,7 @@ from typing import Any, ClassVar, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from tsae.runtime.errors import TsaeError, suggestion
+from tsae.runtime.errors import SLIP, TsaeError, suggestion
 from tsae.sae.dictionary import Dictionary, ThresholdDictionary, top_k
 
 LINEAR_LAYERS = {"encoder.weight": "W_enc.T", "encoder.bias": "b_enc", "decoder.weight": "W_dec.T"}
@@ -372,7 +372,8 @@ def kind_of_class(name: object, where: str) -> Kind:
     """The kind that a file's `dict_class` names. Raises TsaeError for an unknown one."""
     known = classes()
     if not isinstance(name, str) or name not in known:
-        raise TsaeError(f"{where}: dict_class {name!r} is unknown; {suggestion(name, known)}known: {', '.join(known)}")
+        near = suggestion(name, known, SLIP)
+        raise TsaeError(f"{where}: dict_class {name!r} is unknown; {near}known: {', '.join(known)}")
     return known[name]
 
 

@@ -7,7 +7,7 @@ import re
 import shlex
 import shutil
 import subprocess
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -20,6 +20,10 @@ PASSED_ON = re.compile(
     r"(TSAE|HF|NCCL|CUDA|NVIDIA|OMP|MKL|OPENBLAS|PYTHON|WANDB|TORCH)_?\w*|MASTER_(ADDR|PORT)|RANK|WORLD_SIZE|LOCAL_RANK|LOCAL_WORLD_SIZE|NUMEXPR_NUM_THREADS|TOKENIZERS_PARALLELISM|MPLBACKEND|OPENAI_API_KEY|(?i:(HTTPS?|ALL|NO)_PROXY)"
 )
 """Variables that a Docker container gets; Apptainer's gets all."""
+LEVELS = 5
+"""Folders in which links are looked for: TSAE_HOME/stores/<store>/<array>/<part> are as many."""
+OF_THE_IMAGE = ("/bin", "/boot", "/dev", "/etc", "/lib", "/lib64", "/proc", "/sbin", "/sys", "/usr")
+"""Where an image has its own; a link that was found by the way binds nothing over it."""
 
 
 @dataclass(frozen=True)
@@ -65,24 +69,29 @@ class Container:
         return [(here, there or here) for here, _, there in (bind.partition(":") for bind in self.binds)]
 
 
-def container(name: str, places: Iterable[str | Path] = (), binds: Sequence[str] = ()) -> Container:
-    """The image that `--container` or the YAML names.
+def container(name: str, places: Iterable[str | Path] = (), binds: Sequence[str] = (), here: bool = True) -> Container:
+    """The image that `--container` or the YAML names, to run on this machine if `here`, else on a cluster's nodes.
 
     `tsae.sif`: Apptainer; `docker://owner/image:tag`: Apptainer if there is one, else Docker; `docker:image`: Docker,
-    with an image that it has. TSAE_HOME, HF_HOME, the working directory and `places` (data, folders on PYTHONPATH) are bound,
-    and `binds` besides. Raises TsaeError for an image or a folder that is not there, and without the program.
+    with an image that it has. TSAE_HOME, HF_HOME, the working directory and `places` (data, folders on PYTHONPATH) are bound
+    with what links in them name, and `binds` besides. Raises TsaeError for an image or a folder that is not there, and
+    without the program: that of a cluster's nodes may come with a module, so the job itself says that it is missing.
     """
-    runtime, image = _image(name)
-    return Container(runtime, image, tuple(_binds([_hub_cache(), Path.cwd(), *places], binds)))
+    runtime, image = _image(name, here)
+    caches = [value for variable, value in os.environ.items() if variable.startswith("HF_") and os.path.isabs(value)]
+    return Container(runtime, image, tuple(_binds([_hub_cache(), Path.cwd(), *caches, *places], binds)))
 
 
-def _image(name: str) -> tuple[Literal["apptainer", "docker"], str]:
+def _image(name: str, here: bool) -> tuple[Literal["apptainer", "docker"], str]:
     """Who runs it, and its path or name."""
-    if name.startswith("docker:") and not (name.startswith("docker://") and shutil.which("apptainer")):
-        if shutil.which("docker") is None:
+    apptainer = shutil.which("apptainer") is not None
+    if name.startswith("docker://") and not here and not apptainer:
+        return "apptainer", name  # the job fetches it
+    if name.startswith("docker:") and not (name.startswith("docker://") and apptainer):
+        if here and shutil.which("docker") is None:
             raise TsaeError(f"--container {name}: neither apptainer nor docker is on PATH")
         return "docker", name.removeprefix("docker:").removeprefix("//")
-    if shutil.which("apptainer") is None:
+    if here and not apptainer:
         raise TsaeError(f"--container {name}: apptainer is not on PATH")
     if name.startswith("docker://"):
         return "apptainer", str(_pulled(name))
@@ -92,25 +101,75 @@ def _image(name: str) -> tuple[Literal["apptainer", "docker"], str]:
             f"--container {name}: no such file; `apptainer build {image.name} apptainer.def` makes one, and "
             "docker://owner/image:tag is fetched"
         )
-    if image.is_file() and (why := _complaint(["apptainer", "inspect", str(image)])):
+    if apptainer and image.is_file() and (why := _complaint(["apptainer", "inspect", str(image)])):
         raise TsaeError(f"--container {name}: apptainer cannot open it: {why}")
     return "apptainer", str(image)
 
 
 def _binds(places: Iterable[str | Path], asked: Sequence[str]) -> list[str]:
-    """TSAE_HOME and every folder that is there once, without those below another; asked ones must exist."""
+    """TSAE_HOME and everything that `places` reach, without what lies below another; `asked` must exist."""
     for bind in asked:
         here = bind.partition(":")[0]
         if not Path(here).exists():
             raise TsaeError(f"binds: {here}: no such folder")
     # Not Path.exists, which raises for what is too long to be a path, as a text is.
-    there = [environment.home(), *(place for place in places if os.path.exists(place))]
-    existing = sorted({str(Path(place).expanduser().absolute()) for place in there})
-    kept: list[str] = []
-    for place in existing:
-        if not any(Path(place).is_relative_to(above) for above in kept):
-            kept.append(place)
-    return [*kept, *asked]
+    named = [environment.home(), *(place for place in places if os.path.exists(place))]
+    cwd = Path.cwd()  # of what lies there a job opens only what is named
+    found = {path for place in named for path in _reached(Path(place).expanduser().absolute(), Path(place) != cwd)}
+    kept: list[Path] = []
+    for path in sorted(found):
+        if not any(path.is_relative_to(above) for above in kept):
+            kept.append(path)
+    return [*map(str, kept), *asked]
+
+
+def _reached(place: Path, inside: bool) -> set[Path]:
+    """`place` by every name that it has on the way through links, and what links below it name, if `inside`.
+
+    A link is bound where it points to: inside the image it stands in its folder as it does outside.
+    """
+    found: set[Path] = set()
+    seen: set[str] = set()
+    todo = [(place, LEVELS if inside else 0)]
+    while todo:
+        path, levels = todo.pop()
+        found.update(_spellings(path))
+        root = os.path.realpath(path)
+        if root in seen:
+            continue
+        seen.add(root)
+        for link, left in _links(root, levels):
+            real = Path(os.path.realpath(link))
+            if Path(root).is_relative_to(real) or any(real.is_relative_to(own) for own in OF_THE_IMAGE):
+                continue
+            if real.is_dir():
+                todo.append((Path(link), 0 if real.is_relative_to(root) else left))
+            elif real.exists():
+                # Their folder, for there may be thousands; but never all of /opt, which an image has too.
+                found.update(name.parent if len(name.parts) > 3 else name for name in _spellings(Path(link)))
+    return found
+
+
+def _links(folder: str, levels: int) -> Iterator[tuple[str, int]]:
+    """Links in `folder` and below it, with the levels that are left there."""
+    if not levels or not os.path.isdir(folder) or not os.access(folder, os.R_OK | os.X_OK):
+        return
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.is_symlink():
+                yield entry.path, levels - 1
+            elif entry.is_dir(follow_symlinks=False):
+                yield from _links(entry.path, levels - 1)
+
+
+def _spellings(path: Path) -> Iterator[Path]:
+    """`path`, and again with each link on its way replaced by what that names, until there is none."""
+    yield path
+    for above in (*reversed(path.parents), path):
+        if above.is_symlink():
+            target = Path(os.path.normpath(above.parent / above.readlink()))
+            yield from _spellings(target / path.relative_to(above))
+            return
 
 
 def _hub_cache() -> Path:

@@ -22,7 +22,7 @@ def dry_run(plan: Plan, options: Options) -> list[str]:
     executor = scheduler.name if scheduler else "debug" if asked == "debug" else "local"
     site = load_cluster(options.cluster) if scheduler or options.cluster else Cluster()
     choice = choose(plan, executor, options.retry_failed)
-    image = container_for(plan, options, site if scheduler else Cluster(), executor)
+    image = container_for(plan, options, site, executor)
     report = plan.report()
     stages = [*choice.start, *([report] if report and choice.start else [])]
     lines = [f"{plan.name}: {len(plan.points)} points", *_points(plan), ""]

@@ -116,7 +116,7 @@ def launch(plan: Plan, options: Options) -> Launched:
         choice = choose(plan, executor, options.retry_failed)
         if not choice.start:
             return Launched(choice)
-        image = container_for(plan, options, site if scheduler else Cluster(), executor)
+        image = container_for(plan, options, site, executor)
         stages = [*choice.start, *(stage for stage in [plan.report()] if stage)]
         # A local queue may have to take over what another one has now.
         attempt = _begin(plan, choice.start, image)
@@ -175,20 +175,28 @@ def _begin(plan: Plan, stages: Sequence[Stage], image: Container | None) -> Atte
 
 
 def container_for(plan: Plan, options: Options, site: Cluster, executor: str) -> Container | None:
-    """The image that the jobs run in, if any: the command line's, else the sweep's, else the site's.
+    """The image that the jobs run in, if any: the command line's, else the sweep's, else on a cluster the site's.
 
-    Whatever the points' settings name and is there is seen inside. Raises TsaeError where `executor` cannot use it.
+    Whatever the points' settings name and is there is seen inside. One that is not used is said on stderr. Raises
+    TsaeError where `executor` cannot use it.
     """
-    if executor == "debug":
-        if options.container:
-            raise TsaeError("--executor debug runs in this process, not in a container; --executor local starts one")
-        return None
-    name = options.container or plan.sweep.config.container or site.container
+    if executor == "debug" and options.container:
+        raise TsaeError("--executor debug runs in this process, not in a container; --executor local starts one")
+    on_cluster, own = executor in schedulers.SCHEDULERS, options.container or plan.sweep.config.container
+    name = None if executor == "debug" else own or (site.container if on_cluster else None)
     if name is None:
+        if unused := own or site.container:
+            where = f"{plan.sweep.path}: " if own else f"{options.cluster}: "
+            print(
+                f"{where}container: {unused}: not used by --executor {executor}; --executor local --container {unused} "
+                "runs in it here",
+                file=sys.stderr,
+            )
         return None
     named = {text for point in plan.points for text in _texts(schema.to_plain(point.config))}
-    image = container_of(name, [*sorted(named), *shell_path(in_image=True)], site.binds)
-    if executor in schedulers.SCHEDULERS and image.runtime == "docker":
+    places, binds = [*sorted(named), *shell_path(in_image=True)], site.binds if on_cluster else ()
+    image = container_of(name, places, binds, here=not on_cluster)
+    if on_cluster and image.runtime == "docker":
         raise TsaeError(
             f"--container {name}: jobs of {schedulers.find(executor).title} run in Apptainer, not in Docker; "
             "`apptainer build tsae.sif docker-daemon:IMAGE:TAG` turns an image of Docker into a file"

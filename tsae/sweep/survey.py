@@ -9,6 +9,7 @@ from __future__ import annotations
 import socket
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 from tsae.runtime import locks
 from tsae.runtime.errors import TsaeError
@@ -166,9 +167,18 @@ def _ended_without_a_word(own: Record, seen: Seen | None, begun: bool) -> Record
         return Record()
     own = replace(own, host=own.host or seen.node)
     if not begun:
-        return replace(own, state=State.FAILED, error=seen.why or "ended before the stage began; its log may say why")
+        why = seen.why or _own_words(own.log) or "ended before the stage began; its log may say why"
+        return replace(own, state=State.FAILED, error=why)
     if seen.state == State.INTERRUPTED:
         return replace(own, state=State.INTERRUPTED, error=own.error or seen.why)
     # A scheduler counts a job as failed when its process ends by itself, as one does that runs out of memory.
     error = seen.why or own.error or "ended without a word (killed, or out of memory?)"
     return replace(own, state=State.FAILED, error=error)
+
+
+def _own_words(log: str) -> str:
+    """The last line of a log in which `tsae` speaks."""
+    if not log or not Path(log).is_file():
+        return ""
+    lines = Path(log).read_text(errors="replace").splitlines()
+    return next((line.removeprefix("tsae: ") for line in reversed(lines) if line.startswith("tsae: ")), "")

@@ -133,10 +133,11 @@ class Subject:
 
     def description(self) -> dict[str, Any]:
         """What results say of their subject."""
+        model = self.config.model
         about: dict[str, Any] = {
             "run": self.name,
-            "model": self.config.model.name,
-            "layer": self.config.model.layer,
+            "model": model.name,
+            "layer": model.hook_point or model.layer,
             "checkpoint": self.checkpoint,
         }
         if not self.is_dense:

@@ -21,6 +21,12 @@ from tsae.sweep.schedulers.arrays import Array, to_arrays
 from tsae.sweep.schedulers.base import Limits, Order, Scheduler
 from tsae.sweep.stage import Stage
 
+NEEDS_APPTAINER = (
+    'command -v apptainer >/dev/null || echo "tsae: apptainer is not on PATH on $(hostname), and the job runs in a '
+    "container; setup: ['module load apptainer'] in the cluster's file loads it where it is a module\" >&2"
+)
+"""The container's command fails then, as it would without this line of shell, but says less."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Submission:
@@ -146,4 +152,5 @@ class Submission:
             *self.cluster.setup,
             *(f"export {name}={shlex.quote(value)}" for name, value in variables.items()),
             f"export PYTHONPATH={shlex.quote(path)}${{PYTHONPATH:+:$PYTHONPATH}}",
+            *([] if self.container is None else [NEEDS_APPTAINER]),
         ]
