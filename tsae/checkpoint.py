@@ -10,6 +10,7 @@ Nothing else in the package builds a path into a run folder.
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -33,17 +34,21 @@ BASELINE = "baseline_model"
 
 
 class RunFolder:
-    """Paths and small files of one run. Creating the object touches nothing on disk."""
+    """Paths and small files of one run. Creating the object touches nothing on disk.
 
-    def __init__(self, path: str | Path) -> None:
+    What is measured on the run, and the locks on that, may lie in a folder of their own, `out`.
+    """
+
+    def __init__(self, path: str | Path, out: str | Path | None = None) -> None:
         self.path = Path(path)
+        self.measured = self.path if out is None else Path(out)
         self.config_json = self.path / "config.json"
         self.weights = self.path / "ae.pt"
         self.resolved = self.path / "resolved.yaml"
         self.provenance = self.path / "provenance.json"
         self.metrics = self.path / "metrics.jsonl"
-        self.progress = self.path / "progress.json"
-        self.eval_results = self.path / "eval_results.json"
+        self.progress = self.measured / "progress.json"
+        self.eval_results = self.measured / "eval_results.json"
         self.calibration = self.path / "calibration.json"
         self.resume = self.path / "resume"
 
@@ -65,7 +70,18 @@ class RunFolder:
 
     def result(self, name: str, suffix: str) -> Path:
         """`<name>.json` or `<name>.png` of an experiment on this run."""
-        return self.path / f"{name}.{suffix}"
+        return self.measured / f"{name}.{suffix}"
+
+    @property
+    def takes_results(self) -> bool:
+        """Whether anything may be written beside the results."""
+        there = next(place for place in (self.measured, *self.measured.absolute().parents) if place.exists())
+        return os.access(there, os.W_OK)
+
+    def require_place(self) -> None:
+        """Refuse to measure what could not be written down. Raises TsaeError."""
+        if not self.takes_results:
+            raise TsaeError(f"{self.measured}: nothing may be written there; name a folder for the results: --out DIR")
 
     def training_hash(self) -> str | None:
         """Hash of the settings that this folder belongs to; None while it belongs to none."""

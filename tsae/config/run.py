@@ -6,7 +6,7 @@ A run is one YAML file; the resolved file and its hash lie beside every output.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -119,7 +119,7 @@ def load(path: str | Path, overrides: list[str] | None = None) -> RunConfig:
     """The run described by a YAML file, such as a run folder's resolved.yaml, and `section.key=value` overrides."""
     tree = read(path)
     if "training_hash" in tree:  # the first line of a resolved.yaml
-        tree = schema.to_plain(load_resolved(Path(path), evaluates=True))
+        tree = schema.to_plain(load_resolved(Path(path), used=("evaluation",)))
     extra = parse_overrides(overrides or [])
     # Overrides are checked on their own first, so that an error names the command line, not the file.
     check_part(extra, "command line")
@@ -128,20 +128,20 @@ def load(path: str | Path, overrides: list[str] | None = None) -> RunConfig:
     return config
 
 
-def load_resolved(path: Path, evaluates: bool = False) -> RunConfig:
+def load_resolved(path: Path, used: Sequence[str] = ()) -> RunConfig:
     """The configuration that a run folder's resolved.yaml records, perhaps written by another version of tsae.
 
     What this version does not know is left out where it decides nothing: a setting of evaluation or experiments, or one
     without which the training hash is the recorded one. Raises TsaeError for one that decided the training, and for one
-    of evaluation if the caller `evaluates`.
+    in the sections that the caller has `used`, such as `evaluation` or `experiments.probe`.
     """
     tree = read(path)
     recorded = tree.pop("training_hash", None)
     unknown = schema.drop_unknown(RunConfig, tree)
     config = from_mapping(tree, str(path))
-    measures = [key for key in unknown if key.startswith("evaluation.")]
-    if evaluates and measures:
-        raise TsaeError(f"{path}: {measures[0]}: unknown key; another version of tsae wrote it, evaluate with that one")
+    wanted = [key for key in unknown if key.startswith(tuple(f"{section}." for section in used))]
+    if wanted:
+        raise TsaeError(f"{path}: {wanted[0]}: unknown key; another version of tsae wrote it, measure with that one")
     deciding = [key for key in unknown if key.partition(".")[0] not in ("evaluation", "experiments")]
     if deciding and config.training_hash != recorded:
         raise TsaeError(

@@ -124,6 +124,7 @@ def _prepare(layout: StoreLayout, config: RunConfig, source: Source) -> None:
         "config_hash": content_hash(config),
         "sources": sources(config),
         "settings": configuration.store_settings(config),
+        "paths": {"model.name": config.model.name, "data.source": config.data.source},
         "model": source.identity,
         "packages": {name: version(name) for name in ("tsae", "zarr", *source.packages)},
     }
