@@ -180,6 +180,8 @@ def _measures(dictionary: ThresholdDictionary, held_out: _HeldOut) -> dict[str, 
         total += x.sum(dim=0, dtype=torch.float64)
         squares += float(x.square().sum(dtype=torch.float64))
     variance = squares - float(total.square().sum()) / held_out.tokens
+    if not variance > 0:
+        raise TsaeError("all held-out activations are equal; harvest text that the model's tokenizer knows")
     return {
         "encode_rule": dictionary.encode_rule,
         "threshold": dictionary.scalar_threshold,
