@@ -19,6 +19,7 @@ from tsae.interop.commands import add_commands
 from tsae.runtime import preemption
 from tsae.runtime.environment import home, load_dotenv, process_count, process_rank
 from tsae.runtime.errors import TsaeError, os_error_line, suggestion
+from tsae.sweep.commands import INEXACT_HELP
 from tsae.sweep.commands import add_commands as add_sweep_commands
 from tsae.sweep.schedulers import adopt_place
 
@@ -98,6 +99,7 @@ def _parser(script: str = "") -> argparse.ArgumentParser:
 
     train = _command(commands, "train", _train, "train a dictionary on a store (harvested first if it is missing)")
     _add_run_arguments(train, "YAML file of a run", named=True)
+    train.add_argument("--inexact", action="store_true", help=f"{INEXACT_HELP}; provenance and results say so")
     evaluate = _command(commands, "evaluate", _evaluate, "measure a trained dictionary on held-out activations")
     _add_run_arguments(evaluate, "YAML file of a run, a run's name, or its folder")
     add_out_argument(evaluate)
@@ -237,7 +239,7 @@ def _train(options: argparse.Namespace) -> None:
     _accept(options, config, RunFolder.of(*run))
     refuse_other_data(config, RunFolder.of(*run))  # before its harvest
     harvest_stage(config)
-    _print_once(train_stage(config, *run))
+    _print_once(train_stage(config, *run, options.inexact))
 
 
 def _evaluate(options: argparse.Namespace) -> None:

@@ -45,8 +45,8 @@ def harvest_stage(config: RunConfig | str, task: int = 0, tasks: int = 1) -> Pat
 
 
 @preemption.watched()
-def train_stage(config: RunConfig | str, checkpoints_path: Path | str, run_name: str) -> Path:
-    """Train the dictionary of run `run_name`, from its last resumable state if there is one."""
+def train_stage(config: RunConfig | str, checkpoints_path: Path | str, run_name: str, inexact: bool = False) -> Path:
+    """Train the dictionary of run `run_name`, from its last resumable state if there is one; see `tsae.training.run.train`."""
     config = _resolved(config)
     run = RunFolder.of(checkpoints_path, run_name)
     require_processes(config, process_count())
@@ -59,12 +59,14 @@ def train_stage(config: RunConfig | str, checkpoints_path: Path | str, run_name:
         with _held_by_first(run_lock(run, "train"), f"train {run_name}", group):
             from tsae.training.run import train
 
-            train(config, run)
+            train(config, run, inexact)
     return run.path
 
 
 @preemption.watched()
-def train_pack_stage(configs: Sequence[str], checkpoints_path: Path | str, run_names: Sequence[str]) -> None:
+def train_pack_stage(
+    configs: Sequence[str], checkpoints_path: Path | str, run_names: Sequence[str], inexact: bool = False
+) -> None:
     """Train several runs in one process on the same batches; each comes out as if trained alone."""
     runs = [
         (_resolved(config), RunFolder.of(checkpoints_path, name))
@@ -77,7 +79,7 @@ def train_pack_stage(configs: Sequence[str], checkpoints_path: Path | str, run_n
             held.enter_context(_held_by_first(run_lock(run, "train"), f"train {run.path.parent.name}", group))
         from tsae.training.run import train_together
 
-        train_together(runs)
+        train_together(runs, inexact)
 
 
 def evaluate_stage(config: RunConfig | str, checkpoints_path: Path | str, run_name: str) -> Path:
@@ -91,6 +93,7 @@ def evaluate_run(config: RunConfig, run: RunFolder) -> Path:
 
     Processes that were started together divide the contexts among themselves; the results are the same.
     """
+    refuse_other_data(config, run)
     with _started_together(config) as group:
         if _in_any(group, is_evaluated(config, run)):
             log.info("%s: already evaluated", run.path)

@@ -53,8 +53,48 @@ def test_held_out_rows_share_no_document_with_training_rows(make_tokenizer, pack
 
 
 def test_the_share_of_documents_held_out_is_the_one_asked_for(make_tokenizer):
-    contexts = make_contexts(corpus(200), make_tokenizer(), settings(min_length=1, holdout=0.1))
+    documents = [Document(f"{index} brown foxes", None) for index in range(200)]
+    contexts = make_contexts(documents, make_tokenizer(), settings(min_length=1, holdout=0.1))
     assert len(np.unique(contexts.document[len(contexts.tokens) - contexts.heldout :])) - 1 == 20
+
+
+def sides(documents: list[Document], tokenizer: object, **changes: object) -> tuple[set[str], set[str]]:
+    """The texts of the training and of the held-out rows, blanks apart."""
+    contexts = make_contexts(documents, tokenizer, settings(**changes))
+    cut = len(contexts.tokens) - contexts.heldout
+    first, second = (
+        {" ".join(documents[index].text.split()) for index in set(part.ravel().tolist()) - {-1}}
+        for part in np.split(contexts.document, [cut])
+    )
+    return first, second
+
+
+@pytest.mark.parametrize("packing", PACKINGS)
+@pytest.mark.parametrize("seed", range(4))
+def test_copies_of_a_text_are_on_one_side_however_many_and_whatever_their_blanks(make_tokenizer, packing, seed):
+    once = corpus(24, seed=7)
+    copies = [document._replace(text=document.text.replace(" ", "\n", 1) + " \n") for document in once]
+    training, heldout = sides(once + copies * 3, make_tokenizer(), packing=packing, seed=seed, min_length=1)
+    assert not training & heldout
+    assert (len(training), len(heldout)) == (18, 6)
+
+
+def test_a_text_that_fills_most_of_a_source_leaves_both_sides_a_document(make_tokenizer):
+    documents = [Document("the quick brown fox jumps over", None)] * 30 + [
+        Document("a lazy dog over a brown fox", None)
+    ]
+    for seed in range(6):
+        training, heldout = sides(documents, make_tokenizer(), seed=seed)
+        assert len(training) == len(heldout) == 1
+
+
+def test_which_texts_are_held_out_follows_from_them_and_the_seed_and_not_from_their_order(make_tokenizer):
+    documents = corpus(60)
+    first, backwards, other = (
+        sides(texts, make_tokenizer(), seed=seed, min_length=1)[1]
+        for texts, seed in ((documents, 0), (documents[::-1], 0), (documents, 1))
+    )
+    assert first == backwards != other
 
 
 def test_split_keeps_every_token_once_and_never_crosses_a_document(make_tokenizer):
@@ -108,7 +148,7 @@ def test_bos_auto_does_what_the_tokenizer_does(make_tokenizer, adds_bos, expecte
 
 def test_text_that_spells_a_special_token_stays_text(make_tokenizer):
     tokenizer = make_tokenizer(adds_bos=True)
-    documents = [Document("the fox <|endoftext|> jumps over <bos> the dog " * 3, None)] * 4
+    documents = [Document("the fox <|endoftext|> jumps over <bos> the dog " * count, None) for count in (2, 3)]
     contexts = make_contexts(documents, tokenizer, settings(context_length=256))
     assert not np.isin(contexts.tokens[:, 1:][contexts.document[:, 1:] >= 0], tokenizer.all_special_ids).any()
 
@@ -158,10 +198,14 @@ def test_labels_are_numbered_per_document(make_tokenizer):
 @pytest.mark.parametrize(
     ("documents", "changes", "message"),
     [
-        ([Document("fox", None)] * 5, {}, "at least 2 documents must give a context of 4 tokens or more, .*; 0 do"),
-        ([Document("the quick brown fox jumps", None)], {}, "1 do: 1 documents were read"),
         (
-            [Document("quick fox", None)] * 2,
+            [Document("fox", None)] * 5,
+            {},
+            "at least 2 different documents must give a context of 4 tokens or more, .*; 0 do",
+        ),
+        ([Document("the quick brown fox jumps", None)] * 3, {}, "1 do: 3 documents were read"),
+        (
+            [Document("quick fox", None), Document("lazy dog", None)],
             {"packing": "concat", "min_length": 16, "context_length": 16},
             "no .* context of 16 tokens is left",
         ),

@@ -5,12 +5,14 @@ import json
 from pathlib import Path
 
 import pyarrow
+import pyarrow.ipc
 import pyarrow.parquet
 import pytest
 import zstandard
 
 from tsae.config.sections import DataConfig
 from tsae.data.documents import Document, fingerprint, read_documents
+from tsae.data.local import SEPARATORS, kind_of
 from tsae.runtime.errors import TsaeError
 
 ROWS = [{"text": f"document {i} · naïve", "meta": {"set": "ab"[i % 2]}, "score": i} for i in range(5)]
@@ -29,6 +31,13 @@ def json_lines(rows: list[dict]) -> bytes:
 def write(path: Path, rows: list[dict] = ROWS) -> Path:
     if path.suffix == ".parquet":
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    elif path.suffix == ".arrow":
+        with pyarrow.ipc.new_file(path, (table := pyarrow.Table.from_pylist(rows)).schema) as writer:
+            writer.write_table(table)
+    elif kind_of(path) in SEPARATORS:
+        cells = [["text", "meta.set"], *([row["text"], row["meta"]["set"]] for row in rows)]
+        lines = "".join(SEPARATORS[kind_of(path)].join(row) + "\n" for row in cells).encode()
+        path.write_bytes(gzip.compress(lines) if path.suffix == ".gz" else lines)
     elif path.suffix == ".gz":
         path.write_bytes(gzip.compress(json_lines(rows[:2])) + gzip.compress(json_lines(rows[2:])))
     elif path.suffix == ".zst":
@@ -39,7 +48,8 @@ def write(path: Path, rows: list[dict] = ROWS) -> Path:
     return path
 
 
-@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "list.json", "a.parquet", "a.jsonl.gz", "a.jsonl.zst"])
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "list.json", "a.parquet", "a.jsonl.gz", "a.jsonl.zst",
+                                  "a.csv", "a.csv.gz", "a.tsv", "a.arrow"])  # fmt: skip
 def test_a_table_gives_its_texts_and_labels_in_order(tmp_path, name):
     assert read(write(tmp_path / name)) == DOCUMENTS
 
@@ -55,6 +65,18 @@ def test_a_folder_gives_its_tables_by_name_and_nothing_else(tmp_path):
     assert read(tmp_path) == DOCUMENTS
 
 
+def test_csv_stands_for_a_folder_unless_it_holds_other_tables_or_more_texts(tmp_path):
+    write(tmp_path / "b.csv")
+    (tmp_path / "README.md").write_text("What this folder is.")
+    (tmp_path / "LICENSE.txt").write_text("What may be done with it.")
+    assert read(tmp_path) == DOCUMENTS
+    (tmp_path / "a.txt").write_text("A text.")
+    texts = ["What may be done with it.", "What this folder is.", "A text."]
+    assert [document.text for document in read(tmp_path, label_field=None)] == texts
+    write(tmp_path / "a.jsonl", ROWS[:1])
+    assert read(tmp_path) == DOCUMENTS[:1]
+
+
 def test_text_files_are_one_document_each_and_long_ones_are_cut_between_paragraphs(tmp_path):
     paragraph = "One sentence after another. " * 100 + "\n\n"
     (tmp_path / "a.txt").write_text("Short.")
@@ -65,6 +87,33 @@ def test_text_files_are_one_document_each_and_long_ones_are_cut_between_paragrap
     assert "".join(document.text for document in documents[1:]) == paragraph * 20
     assert len(documents) == 4
     assert all(document.text.lstrip("\n").startswith("One") for document in documents[1:])
+
+
+BOM = b"\xef\xbb\xbf"
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "list.json", "a.jsonl.gz", "a.csv", "a.csv.gz", "a.tsv"])
+def test_a_byte_order_mark_is_no_part_of_a_table(tmp_path, name):
+    path = write(tmp_path / name)
+    packed = path.suffix == ".gz"
+    content = BOM + (gzip.decompress(path.read_bytes()) if packed else path.read_bytes())
+    path.write_bytes(gzip.compress(content) if packed else content)
+    assert read(path) == DOCUMENTS
+
+
+def test_a_byte_order_mark_is_no_part_of_a_text_or_of_a_file_that_was_appended(tmp_path):
+    (tmp_path / "a.txt").write_bytes(BOM + "Naïve words.".encode())
+    assert read(tmp_path / "a.txt", label_field=None) == [Document("Naïve words.", None)]
+    (tmp_path / "b.jsonl").write_bytes((BOM + json_lines(ROWS[:2])) + (BOM + json_lines(ROWS[2:])))
+    assert read(tmp_path / "b.jsonl") == DOCUMENTS
+
+
+def test_cells_of_a_csv_hold_separators_quotes_and_lines_and_may_be_empty_or_long(tmp_path):
+    long = "word " * 40_000
+    cells = f'text,meta.set\n"one, ""two""\nthree",a\n,b\n\n{long},\nfew\n'
+    (tmp_path / "a.csv").write_text(cells)
+    expected = [Document('one, "two"\nthree', "a"), Document(long, None), Document("few", None)]
+    assert read(tmp_path / "a.csv") == expected
 
 
 def test_rows_without_text_are_passed_over(tmp_path):
@@ -86,7 +135,14 @@ def test_rows_without_text_are_passed_over(tmp_path):
         ("a.jsonl.gz", gzip.compress(json_lines(ROWS))[:-20], r"cannot be read: Truncated"),
         ("a.jsonl.gz", json_lines(ROWS), r"a.jsonl.gz: cannot be read"),
         ("a.parquet", b"PAR1 and something else", r"a.parquet: cannot be read"),
-        ("a.csv", b"text\nwords\n", r"a.csv: files of this kind cannot be read; allowed: .jsonl"),
+        ("a.jsonl", b'{"text": "words", "meta": {"set": 1}}\nnull\n', r"a.jsonl: line 2: an object with the key 'text' is expected, found None"),
+        ("a.csv", b"text;meta.set\nwords;x\n", r"a.csv: line 2: data.text_field: no column 'text'; .*found: text;meta.set"),
+        ("a.csv", b"text,meta.set\nwords,a\nmore, words,b\n", r"a.csv: line 3: has more cells than the first line, which names 2"),
+        ("a.csv", b'text,meta.set\n"words,a\n', r"a.csv: line [23]: cannot be read: unexpected end of data"),
+        ("a.csv.gz", gzip.compress(b"text,meta.set\nwords,a\n")[:-9], r"a.csv.gz: cannot be read: Truncated"),
+        ("a.tsv", b"text\tmeta.set\n\xff\ta\n", r"a.tsv: cannot be read: .*utf-8"),
+        ("a.arrow", b"ARROW1 and something else", r"a.arrow: cannot be read"),
+        ("a.xml", b"<text>words</text>", r"a.xml: files of this kind cannot be read; allowed: .jsonl, .*.csv"),
         ("a.parquet.gz", b"", r"cannot be read; allowed"),
         ("a.txt", b"words", r"data.label_field: plain text has no column"),
     ],

@@ -115,3 +115,32 @@ def test_a_run_is_not_measured_under_settings_it_was_not_trained_with(config: Ru
     with pytest.raises(TsaeError, match="was trained with another configuration"):
         evaluate(configuration.replace(config, sae={"k": 5}), run)
     assert run.eval_results.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("told", "message"),
+    [
+        ({"lm_name": "google/gemma-2-2b"}, "was trained on model google/gemma-2-2b, the configuration reads model "),
+        ({"layer": 0, "submodule_name": None}, "was trained on layer 0, the configuration reads layer 1;"),
+        ({"submodule_name": "gpt_neox.layers.1.mlp"}, "was trained on module gpt_neox.layers.1.mlp, the configuration"),
+        ({"layer": 0, "submodule_name": "blocks.1.hook_mlp_out"}, "was trained on module gpt_neox.layers.1.mlp, "),
+        ({"lm_name": "synthetic"}, "was trained on model synthetic, the configuration reads model "),
+    ],
+)
+def test_a_run_from_elsewhere_is_not_measured_at_another_place(
+    config: RunConfig, tmp_path: Path, told: dict[str, object], message: str
+) -> None:
+    run = run_folder(config, tmp_path / "run")
+    for ours in (run.resolved, run.provenance):
+        ours.unlink(missing_ok=True)
+    written = json.loads(run.config_json.read_text())
+    files.write_json(run.config_json, {**written, "trainer": {**written["trainer"], **told}})
+    with pytest.raises(TsaeError, match=message):
+        evaluate(config, run)
+    assert not run.eval_results.exists()
+    # What its file does not tell, the configuration decides.
+    silent = {**written["trainer"], "submodule_name": None, "layer": 1} | (
+        {"lm_name": None} if "lm_name" in told else {}
+    )
+    files.write_json(run.config_json, {**written, "trainer": silent})
+    assert evaluate(config, run)["tokens"] > 0

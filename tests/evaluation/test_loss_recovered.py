@@ -26,7 +26,7 @@ def model(config: RunConfig) -> LanguageModel:
 def losses_with(model: LanguageModel, reconstruct: object, ablation: Tensor | None = None) -> dict:
     ablation = torch.zeros(32) if ablation is None else ablation
     losses = sequence_losses(model, reconstruct, TOKENS, LENGTHS, DOCUMENT, VALID, ablation)  # type: ignore[arg-type]
-    return {"losses": losses, **loss_results(losses, np.arange(3), "zero")}
+    return {"losses": losses, **loss_results(losses, np.arange(3), "zero")[0]}
 
 
 @torch.no_grad()

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from tsae.evaluation.results import ALL, FIRST_GROUP, HIGH, LOW, SECOND_GROUP, summarise
 from tsae.evaluation.scores import Scores
-from tsae.evaluation.smoothness import active_code, smoothness, split_ranges
+from tsae.evaluation.smoothness import active_code, in_reference, latents_of, smoothness, split_ranges
 from tsae.sae.dictionary import Dictionary
 from tsae.sae.kinds import from_state
 
@@ -66,7 +66,7 @@ def test_smoothness_of_one_context_is_the_references(
 ) -> None:
     sizes = RUNS[run][1]
     code = active_code(tensors[f"{run}.{codes}.f"][:length])
-    measured = smoothness(code, tensors["ctx"][0, :length], split_ranges(sizes))
+    measured = in_reference(latents_of(code, tensors["ctx"][0, :length]), code.slices(split_ranges(sizes)))
     expected = recorded[f"{run}.T{length}.{codes}"]
 
     several = len(sizes) > 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 
 import numpy as np
@@ -12,10 +13,12 @@ from tsae.config.sections import SaeConfig
 from tsae.evaluation.held_out import runs
 from tsae.evaluation.results import summarise
 from tsae.evaluation.scores import Scores
+from tsae.evaluation.smoothness import active_code, in_reference, latents_of
 from tsae.evaluation.statistics import mean_interval, ratio_interval
 from tsae.runtime.errors import TsaeError
 from tsae.sae.dictionary import Dictionary
 from tsae.sae.init import new_dictionary
+from tsae.sae.kinds import GatedAutoEncoder
 
 LENGTHS = [9, 30, 17, 24]
 
@@ -78,6 +81,88 @@ def test_context_with_a_silent_split_is_left_out_of_its_mean_only() -> None:
     json.dumps(results, allow_nan=False)
 
 
+def free_rows(kind: str) -> Dictionary:
+    """A dictionary whose decoder rows have any norm."""
+    dictionary = new_dictionary(SaeConfig(kind=kind, dict_size=40, k=4), 12, seed=0)  # type: ignore[arg-type]
+    dictionary.W_dec.data *= torch.linspace(0.2, 3, 40)[:, None]
+    dictionary.b_enc.data = torch.linspace(-1, 0.5, 40)
+    return dictionary
+
+
+def with_other_scales(dictionary: Dictionary, factors: torch.Tensor) -> Dictionary:
+    """The same function, whose latents' activations are `factors` times as large."""
+    made = copy.deepcopy(dictionary)
+    made.W_dec.data = dictionary.W_dec / factors[:, None]
+    if isinstance(made, GatedAutoEncoder):
+        made.r_mag.data += factors.log()
+        made.mag_bias.data *= factors
+        return made
+    made.W_enc.data = dictionary.W_enc * factors
+    made.b_enc.data *= factors
+    if hasattr(made, "threshold"):
+        made.threshold.data *= factors if made.threshold.ndim else factors[0]
+    return made
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["standard_april", "jump_relu", "gated", "batch_topk"])
+def test_measures_do_not_depend_on_how_encoder_and_decoder_share_a_scale(kind: str) -> None:
+    dictionary, x = free_rows(kind), activations()
+    factors = torch.full((40,), 10.0) if kind == "batch_topk" else torch.logspace(-3, 3, 40)
+    if kind == "batch_topk":
+        dictionary.threshold.fill_(0.5)
+    other = with_other_scales(dictionary, factors)
+    torch.testing.assert_close(other(x), dictionary(x), rtol=1e-4, atol=1e-4)
+    own, rescaled = (summarise(scored(each, x)) for each in (dictionary, other))
+    assert own["l1_loss"] > 0
+    theirs = own.pop("reference"), rescaled.pop("reference")
+    for name, value in own.items():
+        if isinstance(value, float):
+            assert rescaled[name] == pytest.approx(value, rel=2e-4), name
+    assert own["left_out"] == rescaled["left_out"]
+    assert own["firing_rates"] == rescaled["firing_rates"]
+    # The reference's evaluate() takes activations by their rows' norms for one class alone.
+    for name in ("l1_loss", "lipschitz_cont_tot", "smoothness_tv_h"):
+        same = theirs[1][name] == pytest.approx(theirs[0][name], rel=1e-3)
+        assert same == (kind == "standard_april"), name
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["standard_april", "jump_relu", "gated"])
+def test_the_reference_block_takes_the_activations_that_each_class_hands_out(kind: str) -> None:
+    dictionary, x = free_rows(kind), activations()
+    f = dictionary.encode(x)
+    if kind == "standard_april":
+        f = f * dictionary.W_dec.norm(dim=1)
+    contexts, places = list(zip(f.split(LENGTHS), x.split(LENGTHS), strict=True)), [slice(0, None)]
+    expected = [in_reference(latents_of(active_code(code), there), places) for code, there in contexts]
+    found = summarise(scored(dictionary, x))["reference"]
+    assert found["l1_loss"] == pytest.approx(np.mean([code.sum(1).mean() for code, _ in contexts]), rel=1e-5)
+    for name, measure in (("lipschitz_cont", "lipschitz"), ("wavelet", "wavelet"), ("multiscale", "multiscale")):
+        values = [float(getattr(one, measure)[0]) for one in expected]
+        value = None if np.isnan(values).any() else pytest.approx(np.mean(values), rel=1e-5)
+        assert found[f"{name}_tot"] == value, name
+
+
+@pytest.mark.filterwarnings("error::RuntimeWarning")
+def test_a_context_of_zeros_is_left_out_and_counted_and_voids_no_mean() -> None:
+    dictionary, x = small_dictionary(), activations()
+    dictionary.b_dec.data.zero_()
+    whole = summarise(scored(dictionary, x))
+    x[: LENGTHS[0]] = 0
+    results = summarise(scored(dictionary, x))
+    for name in ("l2_ratio", "relative_reconstruction_bias", "cossim", "frac_variance_explained", "lipschitz_cont_tot"):
+        assert isinstance(results[name], float), name
+        assert isinstance(results["half_width_95"][name], float), name
+        assert results["left_out"][name] == 1
+        assert name not in whole["left_out"]
+        assert results["reference"][name] is None  # as the reference's mean is
+    assert "l2_loss" not in results["left_out"]
+    json.dumps(results, allow_nan=False)
+    x[0], dictionary.b_dec.data[0] = 0, 1.0  # what is decoded there is not zero
+    assert summarise(scored(dictionary, x))["left_out"]["l2_ratio"] == 1
+
+
 def test_nothing_to_score_is_refused() -> None:
     with pytest.raises(TsaeError, match="no held-out context"):
         summarise(Scores(small_dictionary()))
@@ -92,11 +177,12 @@ def test_contexts_are_runs_of_valid_positions_of_one_document() -> None:
     assert runs(np.zeros(5, int), np.ones(5, bool)) == [(slice(0, 5), 0)]
 
 
-def test_interval_is_the_textbook_one_where_each_context_is_its_own_document() -> None:
-    values = np.random.default_rng(0).normal(3, 2, 50)
-    mean, half_width = mean_interval(values, np.arange(50))
+@pytest.mark.parametrize(("count", "quantile"), [(2, 12.7062), (15, 2.14479), (50, 2.00958)])
+def test_interval_is_students_where_each_context_is_its_own_document(count: int, quantile: float) -> None:
+    values = np.random.default_rng(0).normal(3, 2, count)
+    mean, half_width = mean_interval(values, np.arange(count))
     assert mean == pytest.approx(values.mean())
-    assert half_width == pytest.approx(1.96 * values.std(ddof=1) / np.sqrt(50), rel=1e-4)
+    assert half_width == pytest.approx(quantile * values.std(ddof=1) / np.sqrt(count), rel=1e-4)
 
 
 def test_repeating_a_documents_contexts_does_not_narrow_the_interval() -> None:
@@ -116,7 +202,9 @@ def test_interval_covers_the_true_ratio_in_95_of_100_cases() -> None:
     assert 0.91 < covered / 400 < 0.98
 
 
-def test_undefined_contexts_are_ignored_and_nothing_defined_is_undefined() -> None:
-    mean, _ = mean_interval(np.array([1.0, np.nan, 3.0]), np.arange(3))
-    assert mean == 2
+@pytest.mark.parametrize("undefined", [np.nan, np.inf, -np.inf])
+def test_undefined_contexts_are_ignored_and_nothing_defined_is_undefined(undefined: float) -> None:
+    assert mean_interval(np.array([1.0, undefined, 3.0]), np.arange(3)) == mean_interval(
+        np.array([1.0, 3.0]), np.arange(2)
+    )
     assert np.isnan(mean_interval(np.array([np.nan, np.nan]), np.arange(2))).all()

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from tsae.evaluation.smoothness import active_code, smoothness, split_ranges
+from tsae.evaluation.smoothness import active_code, in_reference, latents_of, smoothness, split_ranges
 
 
 def measure(f: torch.Tensor, x: torch.Tensor | None = None, groups: tuple[int, ...] | None = None) -> dict[str, list]:
@@ -43,6 +43,34 @@ def test_alternating_latent_has_its_power_in_the_upper_half() -> None:
     assert measure(f)["fft"][0] == pytest.approx(1)
     # pairs (2, 0): details and first approximation 1 each; the approximation is constant, so nothing more is lost.
     assert measure(f)["wavelet"][0] == pytest.approx(8 * 1 / (2 * 1))
+
+
+@pytest.mark.parametrize("height", [1e-6, 1.0, 1e6])
+def test_a_ratio_without_a_denominator_is_undefined_and_the_references_number_stays(height: float) -> None:
+    dropped = torch.zeros(15, 2)  # 15 → 7 pairs → 3 → 1: the last samples of each level are in no pair
+    dropped[13] = height
+    faint = dropped.clone()
+    faint[2] = 1e-4 * height
+    period = torch.zeros(32, 1)
+    period[::2] = height
+    ramp = height * (1 + torch.arange(32.0)[:, None] / 7)
+    cases = {"wavelet": [dropped, faint], "multiscale": [period, ramp, torch.full((32, 1), height)]}
+    for name, codes in cases.items():
+        for f in codes:
+            assert math.isnan(measure(f)[name][0]), name
+            code = active_code(f)
+            theirs = in_reference(latents_of(code, torch.rand(len(f), 2)), code.slices([(0, f.shape[1])]))
+            assert math.isfinite(getattr(theirs, name)[0])
+    if height == 1:
+        code = active_code(dropped)
+        theirs = in_reference(latents_of(code, torch.rand(15, 2)), code.slices([(0, 2)]))
+        assert float(theirs.wavelet[0]) > 1e9
+
+
+def test_ratios_do_not_depend_on_the_scale_of_activations() -> None:
+    f = torch.relu(torch.randn(64, 5, generator=torch.Generator().manual_seed(0)))
+    for name in ("fft", "wavelet", "multiscale", "relative_variation"):
+        assert measure(f * 1e-7)[name][0] == pytest.approx(measure(f)[name][0], rel=1e-4), name
 
 
 def test_lipschitz_is_the_steepest_step_over_the_distance_of_the_activations() -> None:

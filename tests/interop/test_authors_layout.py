@@ -14,6 +14,7 @@ import torch
 from tsae.checkpoint import load_dictionary
 from tsae.interop.explanations import read_explanations
 from tsae.interop.export import export
+from tsae.interop.formats import installed
 from tsae.runtime.errors import TsaeError
 from tsae.sae.init import random_dictionary
 
@@ -108,6 +109,56 @@ def test_the_release_loads_by_hub_id_from_the_cache_without_network(release: Pat
     assert "TsaeError: someone/else: neither a folder here nor reachable on the hub" in ran.stderr
     metadata = json.loads((tmp_path / "lens/cfg.json").read_text())["metadata"]
     assert (metadata["model_name"], metadata["hf_hook_name"]) == ("gemma-2-2b", "model.layers.12")
+
+
+def write_config(release: Path, buffer: dict | None = None, **trainer: object) -> None:
+    config = {"trainer": {**TRAINER, **trainer}, "buffer": {**BUFFER, **(buffer or {})}}
+    (release / "trainer_0/config.json").write_text(json.dumps(config))
+
+
+def test_a_layer_without_a_name_of_a_module_is_the_output_of_that_block(release: Path, tmp_path: Path) -> None:
+    write_config(release, submodule_name=None)
+    export(release, "sae_lens", tmp_path / "lens")
+    metadata = json.loads((tmp_path / "lens/cfg.json").read_text())["metadata"]
+    assert (metadata["hook_name"], metadata["hf_hook_name"]) == ("blocks.12.hook_resid_post", "model.layers.12")
+    export(release, "sae_bench", tmp_path / "bench")
+    assert json.loads((tmp_path / "bench/config.json").read_text())["trainer"]["layer"] == 12
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"layer": 8}, "layer is 8 and submodule_name resid_post_layer_12; correct the one that is wrong"),
+        ({"submodule_name": None, "layer": "twelve"}, "layer is 'twelve'; the number of a block"),
+        ({"submodule_name": None, "layer": -1}, "layer is -1; the number of a block"),
+        ({"submodule_name": "blocks.12.hook_resid_mid"}, "no module's output is that"),
+        ({"buffer": {"io": "in"}}, "buffer.io is 'in'; only dictionaries on a module's output"),
+        ({"buffer": {"io": "in_and_out"}}, "buffer.io is 'in_and_out'"),
+    ],
+)
+def test_a_place_that_is_not_clear_is_refused(release: Path, tmp_path: Path, changes: dict, message: str) -> None:
+    write_config(release, **changes)
+    with pytest.raises(TsaeError, match=message):
+        export(release, "sae_lens", tmp_path / "lens")
+    assert not (tmp_path / "lens").exists()
+
+
+@pytest.mark.skipif(
+    not installed("dictionary_learning"),
+    reason="DICTIONARY_LEARNING ITSELF TRAINED NOTHING: pip install --no-deps dictionary-learning==0.1.0",
+)
+def test_what_dictionary_learning_trains_tells_its_place(tmp_path: Path) -> None:
+    from dictionary_learning.trainers.batch_top_k import BatchTopKTrainer
+    from dictionary_learning.training import trainSAE
+
+    sizes = {"steps": 3, "activation_dim": 16, "dict_size": 32, "k": 4, "warmup_steps": 1, "threshold_start_step": 0}
+    place = {"layer": 3, "lm_name": "EleutherAI/pythia-70m", "device": "cpu"}
+    trainer = {"trainer": BatchTopKTrainer, **sizes, **place}
+    # It has to be told twice where it runs.
+    trainSAE(iter(torch.randn(8, 64, 16)), [trainer], steps=3, save_dir=str(tmp_path / "run"), device="cpu")
+    export(tmp_path / "run", "sae_lens", tmp_path / "lens")
+    metadata = json.loads((tmp_path / "lens/cfg.json").read_text())["metadata"]
+    assert (metadata["model_name"], metadata["hook_name"]) == ("pythia-70m", "blocks.3.hook_resid_post")
 
 
 def test_our_runs_carry_every_key_of_the_release(make_run, tmp_path: Path, activations) -> None:

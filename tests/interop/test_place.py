@@ -8,16 +8,18 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from tsae.config import run as configuration
+from tsae.interop.formats import installed
 from tsae.interop.place import FAMILIES, LENS_NAMES, Place, find_place, hub_name, lens_hook
+from tsae.lm.embedded_text import train_tokenizer
 from tsae.lm.model import find_blocks, hidden_of
 from tsae.runtime.errors import TsaeError
 
 SIZES = {
     **{"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "head_dim": 16},
-    **{"num_key_value_heads": 1, "intermediate_size": 48, "max_position_embeddings": 64, "initializer_range": 0.3},
+    **{"num_key_value_heads": 2, "intermediate_size": 48, "max_position_embeddings": 64, "initializer_range": 0.3},
     **{"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2},
 }
 OWN_SIZES: dict[str, dict[str, Any]] = {
@@ -30,27 +32,35 @@ OWN_SIZES: dict[str, dict[str, Any]] = {
 }
 
 
-def every_output(family: str) -> tuple[str, dict[str, Tensor]]:
-    """The path of the list of blocks, and what each module of a random model gives for a few tokens."""
-    torch.manual_seed(0)
-    sizes = SIZES if family != "gemma3" else {}
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **{**sizes, **OWN_SIZES.get(family, {})}))
-    with torch.no_grad():
-        # Norms and biases that do nothing yet would hide a wrong module.
-        for parameter in model.parameters():
-            parameter += 0.05 * torch.randn_like(parameter)
+TOKENS = torch.randint(3, 64, (2, 6), generator=torch.Generator().manual_seed(0))
+
+
+def every_output(model: PreTrainedModel) -> tuple[str, dict[str, Tensor]]:
+    """The path of the list of blocks, and what each module of a model gives for a few tokens."""
     seen: dict[str, Tensor] = {}
     for path, module in model.named_modules():
         module.register_forward_hook(lambda *call, path=path: seen.update({path: hidden_of(call[-1])}))
     with torch.no_grad():
-        model.eval()(input_ids=torch.randint(3, 64, (2, 6)), use_cache=False)
+        model(input_ids=TOKENS, use_cache=False)
     return find_blocks(model, 2), seen
+
+
+def random_model(family: str) -> PreTrainedModel:
+    torch.manual_seed(0)
+    sizes = SIZES if family != "gemma3" else {}
+    config = AutoConfig.for_model(family, **{**sizes, **OWN_SIZES.get(family, {})})
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    with torch.no_grad():
+        # Norms and biases that do nothing yet would hide a wrong module.
+        for parameter in model.parameters():
+            parameter += 0.05 * torch.randn_like(parameter)
+    return model.eval()
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_the_modules_of_a_family_give_what_is_added_to_the_residual_stream(family: str, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(f'{{"model_type": "{family}"}}')
-    blocks, outputs = every_output(family)
+    blocks, outputs = every_output(random_model(family))
 
     def read(hook: str) -> Tensor:
         place = find_place(hook, str(tmp_path), "here")
@@ -63,6 +73,26 @@ def test_the_modules_of_a_family_give_what_is_added_to_the_residual_stream(famil
         assert torch.allclose(before + attention + mlp, after, atol=1e-4)
         for part in (before, attention, mlp):
             assert not torch.allclose(part, torch.zeros(()), atol=0.1)
+
+
+@pytest.mark.skipif(
+    not installed("transformer_lens"), reason="TRANSFORMERLENS DID NOT SAY WHAT ITS HOOKS READ: install SAELens"
+)
+@pytest.mark.parametrize("family", ["gpt2", "gpt_neox", "llama", "gemma2"])
+def test_transformer_lens_itself_reads_the_same(family: str, tmp_path: Path) -> None:
+    from transformer_lens.model_bridge import TransformerBridge
+
+    model = random_model(family)
+    model.save_pretrained(tmp_path)
+    train_tokenizer(["a small text about small things"], 320, 64).save_pretrained(tmp_path)
+    with torch.no_grad():
+        _, theirs = TransformerBridge.boot_transformers(str(tmp_path), device="cpu").run_with_cache(TOKENS)
+    blocks, outputs = every_output(model)
+    for hook in ("0.hook_resid_pre", "1.hook_resid_pre", "1.hook_resid_post", "1.hook_attn_out", "1.hook_mlp_out"):
+        place = find_place(f"blocks.{hook}", str(tmp_path), "here")
+        ours = outputs[f"{blocks}.{place.block}" if place.module is None else place.module]
+        assert torch.allclose(ours, theirs[f"blocks.{hook}"], atol=1e-4)
+        assert ours.abs().max() > 0.1
 
 
 @pytest.mark.parametrize(

@@ -14,11 +14,17 @@ from torch import Tensor
 from tsae.checkpoint import RunFolder, load_dictionary, save_dictionary
 from tsae.cli import main
 from tsae.interop import sae_lens
+from tsae.interop.formats import installed
 from tsae.runtime.errors import TsaeError
 from tsae.runtime.files import write_json
 from tsae.sae.init import random_dictionary
 
 D, F = 16, 80
+
+needs_sae_lens = pytest.mark.skipif(
+    not installed("sae_lens"),
+    reason="SAELENS ITSELF DID NOT WRITE WHAT IS READ: it is not installed; pip install -e '.[sae-lens]' -c constraints.txt",
+)
 
 
 def tensors(architecture: str) -> dict[str, Tensor]:
@@ -100,6 +106,82 @@ def test_a_residual_stream_before_a_block_is_that_after_the_block_below(tmp_path
     assert config["trainer"]["layer"] == 11
 
 
+@pytest.mark.parametrize(
+    ("metadata", "layer", "submodule"),
+    [
+        ({"hook_name": "blocks.1.hook_mlp_out", "model_name": "gpt2-small"}, None, "transformer.h.1.mlp"),
+        ({"hook_name": "blocks.1.hook_attn_out", "model_name": "embedded"}, None, "gpt_neox.layers.1.attention"),
+        ({"hook_name": "blocks.0.hook_resid_pre", "model_name": "gpt2"}, None, "transformer.drop"),
+        (
+            {"hook_name": "blocks.1.hook_mlp_out", "model_name": "gemma-2-2b"},
+            None,
+            "model.layers.1.post_feedforward_layernorm",
+        ),
+        (
+            {"hook_name": "blocks.1.hook_mlp_out", "hf_hook_name": "backbone.layers.1.mixer"},
+            None,
+            "backbone.layers.1.mixer",
+        ),
+        ({"hook_name": "blocks.1.hook_resid_pre", "hf_hook_name": "model.layers.3.output"}, 3, "resid_post_layer_3"),
+        ({"hook_name": "model.layers.3", "model_class_name": "AutoModelForCausalLM"}, 3, "resid_post_layer_3"),
+        ({}, None, None),
+    ],
+)
+def test_the_place_in_the_model_is_told(
+    tmp_path: Path, metadata: dict, layer: int | None, submodule: str | None
+) -> None:
+    _, config = sae_lens.load(folder(tmp_path, "standard", metadata={"sae_lens_version": "6.20.0"} | metadata))
+    assert (config["trainer"]["layer"], config["trainer"]["submodule_name"]) == (layer, submodule)
+
+
+def test_a_place_comes_back_from_a_run(tmp_path: Path) -> None:
+    metadata = {"sae_lens_version": "6.20.0", "hook_name": "blocks.7.hook_attn_out", "model_name": "gemma-2-2b"}
+    source = folder(tmp_path / "source", "standard", metadata=metadata)
+    assert main(["import", str(source), "--out", str(tmp_path / "run")]) == 0
+    assert main(["export", str(tmp_path / "run"), "--format", "sae_lens", "--out", str(tmp_path / "back")]) == 0
+    back = json.loads((tmp_path / "back/cfg.json").read_text())["metadata"]
+    assert {key: back[key] for key in metadata if key != "sae_lens_version"} == {
+        "hook_name": "blocks.7.hook_attn_out",
+        "model_name": "gemma-2-2b",
+    }
+    assert back["hf_hook_name"] == "model.layers.7.post_attention_layernorm"
+
+
+@pytest.mark.parametrize(
+    ("metadata", "message"),
+    [
+        ({"hook_name": "blocks.1.hook_resid_mid"}, "no module's output is that"),
+        ({"hook_name": "blocks.1.attn.hook_z"}, "hook_z"),
+        ({"hook_name": "blocks.1.hook_mlp_out", "model_name": "nobody/knows"}, "which module of nobody/knows gives it"),
+        ({"hook_name": "blocks.0.hook_resid_pre"}, "which module of unknown gives it"),
+        ({"hook_name": "blocks.1.hook_attn_out", "model_name": "gpt2", "hook_head_index": 0}, "attention heads"),
+        ({"hook_name": "blocks.1.ln2.hook_normalized", "hook_name_out": "blocks.1.hook_mlp_out"}, "another place"),
+        ({"model_from_pretrained_kwargs": {"center_writing_weights": True}}, "center_writing_weights is True"),
+        ({"model_from_pretrained_kwargs": {"checkpoint_index": 0}}, "checkpoint_index is 0"),
+        ({"model_from_pretrained_kwargs": {"fold_ln": True, "revision": "step1000"}}, "revision is 'step1000'"),
+        ({"model_from_pretrained_kwargs": ["center_writing_weights"]}, "a JSON object is expected"),
+    ],
+)
+@pytest.mark.parametrize("nested", [{"sae_lens_version": "6.20.0"}, {}, None])
+def test_other_activations_than_a_modules_output_are_refused(
+    tmp_path: Path, capsys, metadata: dict, message: str, nested: dict | None
+) -> None:
+    settings = {"metadata": nested, **metadata} if nested is None else {"metadata": nested | metadata}
+    source = folder(tmp_path / "source", "standard", **settings)
+    assert main(["import", str(source), "--out", str(tmp_path / "run")]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert message in error
+    assert not (tmp_path / "run").exists()
+
+
+def test_how_a_model_was_loaded_may_be_what_changes_nothing(tmp_path: Path) -> None:
+    loading = {"center_writing_weights": False, "fold_ln": True, "center_unembed": True, "dtype": "bfloat16"}
+    metadata = {"sae_lens_version": "6.20.0", "model_from_pretrained_kwargs": loading}
+    _, config = sae_lens.load(folder(tmp_path, "standard", metadata=metadata))
+    assert config["sae_lens"]["model_from_pretrained_kwargs"] == loading
+
+
 def test_a_top_k_that_selects_by_decoder_norm_is_folded(tmp_path: Path, activations: Tensor) -> None:
     w = tensors("topk")
     dictionary, _ = sae_lens.load(folder(tmp_path, "topk", rescale_acts_by_decoder_norm=True))
@@ -140,6 +222,11 @@ def test_a_config_from_before_version_6_is_understood(tmp_path: Path, activation
         ({"architecture": "temporal"}, "Lubana"),
         ({"architecture": "batchtopk"}, "save_inference_model"),
         ({"architecture": "jump_relu"}, "did you mean 'jumprelu'"),
+        ({"architecture": "skip_transcoder"}, "another place"),
+        ({"activation_fn": "tanh-relu"}, "activation_fn: unknown to this architecture"),
+        ({"finetuning_scaling_factor": True}, "finetuning_scaling_factor: unknown"),
+        ({"k": 7}, "k: unknown to this architecture"),
+        ({"metadata": ["6.20.0"]}, "metadata: a JSON object is expected"),
         ({"normalize_activations": "layer_norm"}, "not linear"),
         ({"reshape_activations": "hook_z"}, "attention heads"),
         ({"d_sae": 81}, r"W_dec has shape \[80, 16\]; cfg.json says \[81, 16\]"),
@@ -184,6 +271,37 @@ def test_a_truncated_file_and_a_run_folder_are_refused(tmp_path: Path, make_run,
     run, _ = make_run()
     assert main(["import", str(run / "trainer_0"), "--out", str(tmp_path / "run")]) == 2
     assert "run folder already" in capsys.readouterr().err
+
+
+@needs_sae_lens
+def test_no_architecture_of_sae_lens_is_taken_for_another(tmp_path: Path) -> None:
+    from sae_lens.registry import SAE_CLASS_REGISTRY, SAE_TRAINING_CLASS_REGISTRY
+
+    names = {*SAE_CLASS_REGISTRY, *SAE_TRAINING_CLASS_REGISTRY}
+    assert set(sae_lens.TENSORS) < names
+    for name in names - set(sae_lens.TENSORS):
+        with pytest.raises(TsaeError, match="cannot be read") as refused:
+            sae_lens.load(folder(tmp_path, name, tensors("standard")))
+        assert "did you mean" not in str(refused.value)
+
+
+@needs_sae_lens
+@pytest.mark.parametrize("trained", [False, True])
+@pytest.mark.parametrize("architecture", list(sae_lens.TENSORS))
+def test_every_key_that_sae_lens_writes_is_known(tmp_path: Path, architecture: str, trained: bool) -> None:
+    from sae_lens.registry import get_sae_class, get_sae_training_class
+
+    kind, configuration = (get_sae_training_class if trained else get_sae_class)(architecture)
+    sizes = {"k": 7} if architecture == "topk" else {}
+    sae = kind(configuration(d_in=D, d_sae=F, **sizes))
+    sae.cfg.metadata.hook_name = "blocks.3.hook_resid_post"
+    sae.cfg.metadata.model_from_pretrained_kwargs = {"center_writing_weights": False}
+    sae.save_model(tmp_path)
+    dictionary, config = sae_lens.load(tmp_path)
+    assert config["trainer"]["layer"] == 3
+    x = torch.randn(5, D)
+    with torch.no_grad():
+        assert torch.allclose(dictionary.encode(x), sae.encode(x), atol=1e-5)
 
 
 def test_our_own_export_comes_back_as_the_class_it_was(make_run, tmp_path: Path, activations: Tensor) -> None:

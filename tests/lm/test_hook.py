@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from tsae.lm.model import find_blocks, hidden_of, with_hidden
+from tsae.lm.hook import find_blocks, hidden_of, with_hidden
 from tsae.runtime.errors import TsaeError
 
 

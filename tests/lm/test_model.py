@@ -50,7 +50,6 @@ def test_a_layer_is_read_as_the_models_own_hidden_state(load: Load, rows: Rows, 
         assert torch.equal(read, states[layer + 1])
     else:
         assert torch.equal(lm.module.base_model.get_submodule(_final_norm(name))(read), states[-1])
-    lm.verify_hook(*rows)
 
 
 def _final_norm(name: str) -> str:
@@ -62,7 +61,6 @@ def test_any_module_can_be_read(load: Load, rows: Rows, name: str, path: str, si
     lm = load(name, hook_point=path)
     assert (lm.hook_path, lm.activation_dim) == (path, size)
     assert torch.equal(lm.read(*rows), hooked(lm, rows))
-    lm.verify_hook(*rows)
 
 
 @pytest.mark.parametrize("fields", [{"layer": 1}, {"layer": 2}, {"hook_point": "gpt_neox.layers.1.attention"}])
@@ -138,23 +136,22 @@ def test_no_gradient_is_kept(load: Load, rows: Rows) -> None:
         assert not result.requires_grad
 
 
-def test_verification_catches_a_wrong_module(load: Load, rows: Rows) -> None:
+def test_verification_catches_a_wrong_module(load: Load) -> None:
     lm = load("gpt_neox", layer=1)
     lm.layer = 0
     with pytest.raises(TsaeError, match=re.escape("is not hidden_states[1] (relative difference")):
-        lm.verify_hook(*rows)
+        lm.verify_hook()
 
 
-def test_verification_catches_a_wrong_last_block(load: Load, rows: Rows) -> None:
+def test_verification_catches_a_wrong_last_block(load: Load) -> None:
     lm = load("gpt_neox", layer=1)
     lm.layer = 2
     with pytest.raises(TsaeError, match=re.escape("is not what becomes hidden_states[3] in the final norm")):
-        lm.verify_hook(*rows)
+        lm.verify_hook()
 
 
-def test_half_precision_reads_and_verifies(load: Load, rows: Rows) -> None:
+def test_half_precision_reads(load: Load, rows: Rows) -> None:
     lm = load("gemma2", layer=2, dtype="bfloat16")
-    lm.verify_hook(*rows)
     assert lm.read(*rows).dtype == torch.bfloat16
     assert lm.splice(*rows, lambda hidden: hidden.float()).dtype == torch.bfloat16
 
@@ -180,8 +177,8 @@ def test_identity_tells_models_apart(load: Load, folders: dict[str, Path]) -> No
             "{name} has no module 'gpt_neox.layer.1.mlp'; the nearest are gpt_neox.layers.1.mlp,",
         ),
         ({"hook_point": "gpt_neox.layers"}, "gpt_neox.layers runs 0 times in a forward pass"),
-        ({"hook_point": "gpt_neox"}, "gpt_neox gives BaseModelOutputWithPast for [2, 3] tokens"),
-        ({"hook_point": "gpt_neox.rotary_emb"}, "gpt_neox.rotary_emb gives shape [1, 3, 2]"),
+        ({"hook_point": "gpt_neox"}, "gpt_neox gives BaseModelOutputWithPast for [17, 16] tokens"),
+        ({"hook_point": "gpt_neox.rotary_emb"}, "gpt_neox.rotary_emb gives shape [1, 16, 2]"),
     ],
 )
 def test_a_wrong_hook_point_is_one_clear_line(
@@ -198,14 +195,6 @@ def test_foreign_tokens_and_long_contexts_are_refused(load: Load, rows: Rows) ->
         lm.read(tokens.masked_fill(tokens == tokens[0, 0], 400), lengths)
     with pytest.raises(TsaeError, match=r"data\.context_length: 36 is impossible; .* has 32 positions"):
         lm.read(tokens.repeat(1, 3), lengths)
-
-
-def test_weights_that_would_stay_random_are_refused(folders: dict[str, Path], tmp_path: Path) -> None:
-    lm = load_language_model(ModelConfig(name=str(folders["gpt_neox"])))
-    lm.module.gpt_neox.save_pretrained(tmp_path)
-    lm.tokenizer.save_pretrained(tmp_path)
-    with pytest.raises(TsaeError, match=r"lack 1 tensors \(lm_head\.weight"):
-        load_language_model(ModelConfig(name=str(tmp_path)))
 
 
 def test_a_hub_model_that_cannot_be_had_is_one_clear_line(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ import pytest
 
 from tsae.cli import main
 from tsae.evaluation import measures
-from tsae.evaluation.identity import made_from
+from tsae.evaluation.identity import is_evaluated, made_from
 from tsae.evaluation.measures import EVERYWHERE, FVE, Chart, Measure
 from tsae.report import write as report
 from tsae.report.figures import series_of
@@ -187,8 +187,10 @@ def test_a_new_measure_is_declared_once_and_is_everywhere(seeded, monkeypatch):
     sharpness = Measure("sharpness", "Sharpness", "sharp latents over all", "of all", "", "lower", EVERYWHERE, chart)
     monkeypatch.setitem(measures.REGISTRY, "sharpness", sharpness)
     for number, point in enumerate(seeded.points):
-        path = seeded.run(point).eval_results
-        path.write_text(json.dumps({**json.loads(path.read_text()), "sharpness": 0.25 + number / 100}))
+        run = seeded.run(point)
+        assert not is_evaluated(point.config, run)  # the new measure is missing of what was complete
+        results = {**json.loads(run.eval_results.read_text()), "made_from": made_from(point.config, run)}
+        run.eval_results.write_text(json.dumps({**results, "sharpness": 0.25 + number / 100}))
 
     page = report.write_report(seeded.compared)
     rows = list(csv.DictReader(page.with_name("table.csv").open()))

@@ -6,9 +6,11 @@ import dataclasses
 import json
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -132,16 +134,37 @@ def test_each_gpu_serves_one_job_at_a_time_and_is_the_only_one_the_job_sees(stag
     assert {path.read_text().strip() for path in tmp_path.glob("job*.out")} == {"3:4", "5:4"}
 
 
-def test_a_gpu_that_a_killed_queue_s_job_still_uses_is_given_to_nobody():
-    first, second = Machine(8, ("test-0",)), Machine(8, ("test-0", "test-1"))
-    share = first.take(1, 1)
-    child = subprocess.Popen(["sleep", "60"], pass_fds=share.leases)
-    first.give_back(share)  # what the system does when the queue is killed
-    assert second.take(1, 1).gpus == ("test-1",)
-    assert second.take(1, 1) is None
-    child.kill()
-    child.wait()
-    assert second.take(1, 1).gpus == ("test-0",)
+QUEUE_AND_JOB = """
+import subprocess, time
+from tsae.sweep.queue.machine import Machine
+share, job = Machine(8, ("0", "1")).take(1, 1), subprocess.Popen(["sleep", "60"])
+share.leases[0].hand_to(job.pid)
+print(job.pid, flush=True)
+time.sleep(60)
+"""
+
+
+def test_a_gpu_that_a_killed_queue_s_job_still_uses_is_given_to_nobody(monkeypatch, tmp_path):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    queue = subprocess.Popen(
+        [sys.executable, "-c", QUEUE_AND_JOB], env=os.environ | {"TMPDIR": str(tmp_path)}, stdout=subprocess.PIPE
+    )
+    job = int(queue.stdout.readline())
+    machine = Machine(8, ("0", "1"))
+    for _ in range(2):
+        share = machine.take(1, 1)
+        assert share.gpus == ("1",)
+        assert machine.take(1, 1) is None
+        machine.give_back(share)
+        queue.kill()
+        queue.wait()
+    os.kill(job, signal.SIGKILL)
+    while locks.started_at(job):
+        time.sleep(0.01)
+    share = machine.take(1, 1)
+    assert share.gpus == ("0",)
+    machine.give_back(share)
+    assert not list(tmp_path.rglob("*.lock"))
 
 
 def test_a_stage_starts_when_its_inputs_are_done(stage, queue_of):

@@ -172,6 +172,9 @@ def test_a_running_point_shows_how_far_and_how_fast(plan):
     standings[train.key] = Record("running", "n7", time.time() - 100)
     row = next(line for line in point_rows(plan, plan.stages, standings, 200) if line.startswith(train.subject))
     assert row.split() == [train.subject, "train", "running", "n7", "1:40", "400/2000", "steps", "16.4k", "tokens/s"]
+    files.write_json(train.progress, {**progress, "message": "loss 0.3 alive 0.98/0.05", "time": time.time()})
+    row = next(line for line in point_rows(plan, plan.stages, standings, 200) if line.startswith(train.subject))
+    assert "400/2000 steps, alive 0.98/0.05  4 steps/s" in row
 
 
 @pytest.mark.parametrize("width", [60, 80, 120])

@@ -93,7 +93,7 @@ def test_our_run_is_evaluated_by_its_name_its_folder_and_its_resolved_file(
 
 
 def test_the_authors_run_is_calibrated_and_measured_on_a_store_of_its_own(
-    theirs: Path, text: Path, trained: Path, home: Path, capsys: pytest.CaptureFixture[str]
+    theirs: Path, text: Path, home: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     source = f"data.source={text}"
     said = refused(capsys, "evaluate", str(theirs), source)
@@ -124,7 +124,7 @@ def test_the_authors_run_is_calibrated_and_measured_on_a_store_of_its_own(
 
 
 def test_a_store_of_another_layer_is_no_store_of_the_run(
-    theirs: Path, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    theirs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert cli.main(["harvest", "small.yaml", "model.layer=0", "store.path=layer0"]) == 0
     said = refused(capsys, "calibrate", str(theirs), "store.path=layer0")

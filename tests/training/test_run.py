@@ -6,6 +6,7 @@ import importlib.util
 import json
 import multiprocessing
 import os
+import re
 import signal
 import time
 from pathlib import Path
@@ -18,6 +19,7 @@ from tsae.config import run as configuration
 from tsae.config.run import RunConfig
 from tsae.runtime.errors import TsaeError
 from tsae.store.harvest import harvest
+from tsae.training.metrics import has_diverged, last_imbalance
 from tsae.training.run import train, train_together
 
 STEPS = 60
@@ -180,3 +182,90 @@ def test_a_diverged_training_fails_and_keeps_no_weights(config: RunConfig, tmp_p
         with pytest.raises(TsaeError, match=r"wild: training diverged.*at step \d+; lower training.lr"):
             train(wild, run)
         assert not run.weights.exists()
+
+
+@pytest.mark.parametrize("kind", ["temporal", "standard_april"])
+def test_a_training_that_explains_nothing_any_more_ends_with_one_line(
+    config: RunConfig, tmp_path: Path, kind: str
+) -> None:
+    # Finite, and far worse than before it was trained.
+    settings = {"lr": 1000.0, "clip_norm": 1e9, "resume_every": 1}
+    wild = configuration.replace(config, training=settings, sae={"kind": kind})
+    run = RunFolder.of(tmp_path, "wild")
+    messages = []
+    for _ in range(2):
+        with pytest.raises(
+            TsaeError,
+            match=r"^wild: training diverged: the fraction of variance explained is -\d\S+, after -?\d\S* at first, at "
+            r"step \d+; lower training.lr \(1000\) or training.clip_norm \(1e\+09\) under another run name",
+        ) as raised:
+            train(wild, run)
+        messages.append(str(raised.value))
+        assert not run.weights.exists()
+        assert list(run.resume.iterdir())  # nothing of what there was is lost
+        assert json.loads(run.metrics.read_text().splitlines()[0])["step"] == 0
+    assert messages[0] == messages[1]
+
+
+def test_a_dictionary_that_is_silent_at_the_end_is_not_kept(config: RunConfig, tmp_path: Path) -> None:
+    silent = configuration.replace(
+        config, sae={"kind": "standard"}, objective={"sparsity_penalty": 1e6}, training={"lr": 0.1}
+    )
+    run = RunFolder.of(tmp_path, "silent")
+    with pytest.raises(TsaeError, match=r"silent: training diverged: no latent fires any more at step 59; lower"):
+        train(silent, run)
+    assert not run.is_trained(silent)
+
+
+@pytest.mark.parametrize(
+    ("fve", "first", "last", "diverged"),
+    [
+        (-34.7, -2.28, False, False),  # as at a learning rate 100 times too large, which came back to 0.03
+        (-7.6e5, -2.28, False, True),
+        (-55.2, -55.2, True, False),  # an untrained dense code
+        (-20.5, -55.2, True, False),
+        (-48.0, 0.15, True, True),
+        (-2.4, -2.28, True, False),
+        (-0.3, 0.9, True, True),
+        (0.2, 0.9, True, False),
+        (float("-inf"), 0.1, True, False),  # a batch without variance
+        (float("nan"), 0.1, True, False),
+    ],
+)
+def test_what_counts_as_diverged(fve: float, first: float, last: bool, diverged: bool) -> None:
+    assert has_diverged(fve, first, last) == diverged
+
+
+def test_every_line_says_how_many_latents_of_each_split_live(
+    config: RunConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = RunFolder.of(tmp_path, "run")
+    train(config, run)
+    lines = [json.loads(line) for line in run.metrics.read_text().splitlines()]
+    for line in lines:
+        alive, dead = ([line[f"{name}_{group}"] for group in (0, 1)] for name in ("alive", "dead"))
+        assert 19 * dead[0] + 77 * dead[1] == pytest.approx(96 * line["dead_percent"] / 100, abs=1e-4)
+        assert all(0 <= a <= 1 - d for a, d in zip(alive, dead, strict=True))
+    assert 19 * lines[0]["alive_0"] + 77 * lines[0]["alive_1"] == pytest.approx(lines[0]["n_fired_features"], abs=1e-4)
+    shown = f"alive {lines[-1]['alive_0']:.2f}/{lines[-1]['alive_1']:.2f}"
+    assert shown in json.loads(run.progress.read_text())["message"]
+    assert shown in capsys.readouterr().err
+    assert not caplog.records
+
+
+def test_a_split_that_dies_is_warned_of_once(
+    config: RunConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    dying = configuration.replace(config, training={"lr": 0.3, "clip_norm": 1.0})
+    run = RunFolder.of(tmp_path, "dying")
+    train(dying, run)
+    last = json.loads(run.metrics.read_text().splitlines()[-1])
+    assert last["alive_1"] < 0.25
+    told = [record.getMessage() for record in caplog.records if "are alive" in record.getMessage()]
+    assert len(told) == 1
+    assert re.match(
+        r"dying: step \d+: of the 77 latents of group 1 \(low-level split\) only \d+\.\d% are alive; a lower training.lr",
+        told[0],
+    )
+    run.metrics.write_text(json.dumps({"alive_0": 1.0, "alive_1": 0.2}) + "\n")
+    assert last_imbalance(run.metrics, dying).startswith("of the 77 latents of group 1 (low-level split) only 20.0%")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -112,3 +113,15 @@ def test_runs_from_before_are_listed_and_measured_again(before: Path) -> None:
         if isinstance(value, float):
             assert again[name] == pytest.approx(value, rel=1e-3, abs=1e-4), name
     assert again["config_hash"] == measured["config_hash"]
+
+
+def test_a_run_from_before_is_not_measured_on_a_store_that_holds_out_other_documents(before: Path) -> None:
+    shutil.rmtree(before / "home/stores")
+    config = str(before / "home/sweeps/before-base/attempts/20261128-055606/points/k=8.yaml")
+    assert tsae(before, "harvest", config).returncode == 0
+    run = ("--checkpoints-path", "home/checkpoints/before-base", "--run-name", "k=8")
+    done = tsae(before, "evaluate", config, *run)
+    assert done.returncode == 2
+    assert "was harvested anew, and other documents are held out in it" in done.stderr
+    accepted = tsae(before, "evaluate", config, *run, "--accept-new-data")
+    assert accepted.returncode == 0, accepted.stderr

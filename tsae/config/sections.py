@@ -45,13 +45,13 @@ class DataConfig:
     """The text, and how it is cut into contexts."""
 
     source: Annotated[str, Place(names=("embedded", "synthetic"))] = "embedded"
-    """Hub dataset id, a local file or folder (jsonl, json, parquet, txt, md; the text formats also as .gz, .zst), `embedded` (English documentation found on this machine), or `synthetic` (no text and no language model: the world of the section `synthetic`)."""
+    """Hub dataset id, a local file or folder (jsonl, json, csv, tsv, parquet, arrow, txt, md; all but parquet and arrow also as .gz, .zst; what `datasets` wrote with `save_to_disk`), `embedded` (English documentation found on this machine), or `synthetic` (no text and no language model: the world of the section `synthetic`)."""
     subset: str | None = None
     """Configuration name of a hub dataset."""
     revision: str | None = None
     """Branch, tag or commit of a hub dataset."""
     split: str = "train"
-    """Split of a hub dataset."""
+    """Split of a hub dataset, or of a local folder whose files are named after splits."""
     text_field: str = "text"
     """Column that holds the text."""
     label_field: str | None = None

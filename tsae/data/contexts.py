@@ -16,12 +16,16 @@ from tsae.runtime.progress import Progress
 ROWS_AT_ONCE = 65_536
 BATCH_CHARACTERS = 1_000_000  # of text, given to the tokenizer at a time
 
+HELD_OUT_BY = "text"
+"""What decides whether a document is held out: its text, and not its number as up to version 3195aa1. Kept in a store's
+sources, and so in its identity."""
+
 
 class Contexts(NamedTuple):
     """What the language model reads, one context per row, and where each token comes from.
 
-    The first S - heldout rows and the last `heldout` rows come from different documents; each part is in a random
-    order that follows from `data.seed`.
+    The first S - heldout rows and the last `heldout` rows come from different texts: documents that differ in blanks
+    alone are on one side. Each part is in a random order that follows from `data.seed`.
     """
 
     tokens: np.ndarray
@@ -49,6 +53,8 @@ class TokenizedDocuments(NamedTuple):
     label: np.ndarray
     """[documents] int32: index into `label_names`, -1 for none."""
     label_names: tuple[str, ...]
+    text: np.ndarray
+    """[documents] uint64: hash of each text, blanks apart."""
 
     @property
     def sizes(self) -> np.ndarray:
@@ -130,6 +136,7 @@ def tokenize(
     progress = Progress("tokenize", enough, "tokens")
     ids: list[np.ndarray] = []
     labels: list[str | None] = []
+    texts: list[int] = []
     total = 0
     for batch in _batches(documents):
         encoded = tokenizer(
@@ -141,6 +148,7 @@ def tokenize(
         )
         ids += [np.asarray(sequence, np.int32) for sequence in encoded["input_ids"]]
         labels += [document.label for document in batch]
+        texts += [_hash_of(" ".join(encodable(document.text).split()).encode()) for document in batch]
         total += int(counted(np.array([len(sequence) for sequence in encoded["input_ids"]])).sum())
         progress.update(total, documents=len(ids))
         if enough is not None and total >= enough:
@@ -152,7 +160,14 @@ def tokenize(
         ends=np.cumsum([len(sequence) for sequence in ids], dtype=np.int64),
         label=np.array([-1 if label is None else number[label] for label in labels], np.int32),
         label_names=names,
+        text=np.array(texts, np.uint64),
     )
+
+
+def _hash_of(content: bytes, seed: int = 0) -> int:
+    """64 bits that follow from `content` and the seed alone, on every machine."""
+    salt = (seed % 2**64).to_bytes(8, "little")
+    return int.from_bytes(hashlib.blake2b(content, digest_size=8, salt=salt).digest(), "little")
 
 
 def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
@@ -193,16 +208,22 @@ def _kept(sizes: np.ndarray, room: int, extra: int, data: DataConfig) -> np.ndar
 def _split_documents(
     tokenized: TokenizedDocuments, room: int, extra: int, data: DataConfig, random: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Indices of the documents to train on and of those held out; the share is of documents that give a context."""
+    """Indices of the documents to train on and of those held out: a share of the different texts that give a context.
+
+    Which texts these are follows from their hashes and `data.seed`, so that copies of a text are on one side.
+    """
     usable = np.flatnonzero(_kept(tokenized.sizes, room, extra, data))
-    if len(usable) < 2:
+    texts = np.unique(tokenized.text[usable])
+    if len(texts) < 2:
         raise TsaeError(
-            f"data.holdout: at least 2 documents must give a context of {data.min_length} tokens or more, one to train "
-            f"on and one to hold out; {len(usable)} do: {_size(tokenized)}"
+            f"data.holdout: at least 2 different documents must give a context of {data.min_length} tokens or more, one "
+            f"to train on and one to hold out; {len(texts)} do: {_size(tokenized)}"
         )
-    heldout = min(max(round(len(usable) * data.holdout), 1), len(usable) - 1)
+    share = min(max(round(len(texts) * data.holdout), 1), len(texts) - 1)
+    heldout = sorted(texts, key=lambda text: _hash_of(text.tobytes(), data.seed))[:share]
     order = random.permutation(usable)
-    return order[heldout:], order[:heldout]
+    chosen = np.isin(tokenized.text[order], heldout)
+    return order[~chosen], order[chosen]
 
 
 def _size(tokenized: TokenizedDocuments) -> str:

@@ -63,15 +63,17 @@ def _write(
     dictionary: Dictionary,
     store: Store,
     scores: Scores,
-    losses: dict[str, tuple[float, float]] | None,
+    losses: tuple[dict[str, tuple[float, float]], dict[str, int]] | None,
 ) -> None:
     results = summarise(scores)
     if config.is_synthetic:
         # No language model stands behind a synthetic world; the truth takes the place of its loss.
         results |= truth_results(ground_truth.measure(config, run, dictionary, store))
     if losses is not None:
-        for name, interval in losses.items():
+        intervals, left_out = losses
+        for name, interval in intervals.items():
             results[name], results["half_width_95"][name] = (plain(number) for number in interval)
+        results["left_out"] |= left_out
         results["loss_ablation"] = config.evaluation.ablation
     results |= {
         "encode_rule": dictionary.encode_rule,
@@ -79,6 +81,7 @@ def _write(
         "config_hash": config.evaluation_hash,
         "made_from": made_from(config, run),
         "trained_on_other_data": binding.is_measured_elsewhere(run),
+        **binding.inexact(run),
     }
     figure.draw(results, run.result("eval_results", "png"))
     files.write_json(run.eval_results, results)
@@ -100,7 +103,7 @@ def _score(config: RunConfig, run: RunFolder, dictionary: Dictionary, store: Sto
 
 def _loss_recovered(
     config: RunConfig, run: RunFolder, dictionary: Dictionary, store: Store, group: Group
-) -> dict[str, tuple[float, float]] | None:
+) -> tuple[dict[str, tuple[float, float]], dict[str, int]] | None:
     """Losses of the language model on the first held-out sequences, with half-widths; in the first process."""
     from tsae.lm.model import load_language_model
 

@@ -54,7 +54,8 @@ def measure(config: RunConfig, run: RunFolder, dictionary: Dictionary, store: St
     features = torch.from_numpy(truth.features[: len(rows), config.data.skip_positions :])
     device = dictionary.b_dec.device
     with torch.no_grad():
-        codes = torch.stack([dictionary.encode(sequence.to(device)).cpu() for sequence in x])
+        norms = dictionary.row_norms
+        codes = torch.stack([(dictionary.encode(sequence.to(device)) * norms).cpu() for sequence in x])
     sizes = dictionary.group_sizes
     if len(sizes) == 1:
         # A dictionary without groups is judged by where its latents happen to lie.

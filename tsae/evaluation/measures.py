@@ -17,6 +17,8 @@ FVE = "frac_variance_explained"
 """The measure that others are traded against."""
 TRUTH = "truth_"
 """How measures begin that only a synthetic world has."""
+REFERENCE = "reference "
+"""How the columns of scores begin that only the block `reference` of the results is made of."""
 NOT_MEASURES = frozenset({"contexts", "documents", "tokens"})
 """Counts that say how much was measured."""
 

@@ -2,8 +2,8 @@
 
 The reference's names keep the reference's meaning: a mean over contexts of a measure of one context. They are joined
 by values pooled over tokens (`_pooled`), values of each group (`_group`) and half-widths of 95 % intervals over
-documents. `_h`, `_high` are group 0, `_l`, `_low` the rest. What is not defined is null and left out of means; with a
-single group there are no splits.
+documents. `_h`, `_high` are group 0, `_l`, `_low` the rest. What is not defined is null and left out of means, which
+`left_out` counts; with a single group there are no splits.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tsae.evaluation.measures import EVERYWHERE, FVE, Chart, Measure, Place, declare
+from tsae.evaluation.measures import EVERYWHERE, FVE, REFERENCE, Chart, Measure, Place, declare
 from tsae.evaluation.statistics import mean_interval, ratio_interval
 
 if TYPE_CHECKING:
@@ -251,12 +251,14 @@ declare(
 
 
 class Results:
-    """A flat dictionary of measures and the half-widths of their intervals."""
+    """A flat dictionary of measures, the half-widths of their intervals, and the contexts that were left out of each."""
 
     def __init__(self, scores: Scores) -> None:
         self.has_splits = len(scores.dictionary.group_sizes) > 1
+        self.documents = scores.documents
         self.values: dict[str, Any] = {}
         self.half_widths: dict[str, float | None] = {}
+        self.left_out: dict[str, int] = {}
 
     def put(self, name: str, interval: tuple[float, float]) -> None:
         """Record a value and its half-width under `name`."""
@@ -269,29 +271,44 @@ class Results:
             self.put(names[position], intervals[position] if self.has_splits else (math.nan, math.nan))
         self.values[names[FIRST_GROUP]] = [plain(value) for value, _ in intervals[FIRST_GROUP:]]
 
+    def put_mean(self, name: str, values: np.ndarray) -> None:
+        """Record the mean over contexts of values [S] and on how many they are not defined."""
+        self.put(name, mean_interval(values, self.documents))
+        self.left_out |= not_finite({name: values})
+
+    def put_means(self, names: tuple[str, str, str, str], values: np.ndarray) -> None:
+        """Record the means over contexts of values [S, R], as `put_ranges` and `put_mean` do."""
+        self.put_ranges(names, [mean_interval(column, self.documents) for column in values.T])
+        shown = (ALL, HIGH, LOW) if self.has_splits else (ALL,)
+        self.left_out |= not_finite({names[position]: values[:, position] for position in shown})
+
+
+def not_finite(columns: dict[str, np.ndarray]) -> dict[str, int]:
+    """Name → how many of its values are not finite, of those of which any is."""
+    counts = {name: int((~np.isfinite(values)).sum()) for name, values in columns.items()}
+    return {name: count for name, count in counts.items() if count}
+
 
 def summarise(scores: Scores) -> dict[str, Any]:
     """The measures of all scored contexts; see the module's docstring for the names."""
     table, results = scores.table(), Results(scores)
-    documents, tokens = scores.documents, scores.tokens
     for measure, name in SMOOTHNESS_NAMES.items():
-        names = (f"{name}_tot", f"{name}_h", f"{name}_l", f"{name}_group")
-        results.put_ranges(names, _means(table[measure], documents))
+        results.put_means((f"{name}_tot", f"{name}_h", f"{name}_l", f"{name}_group"), table[measure])
     for measure in ("l0", "l1_loss", "sequence_l0"):
-        names = (measure, f"{measure}_high", f"{measure}_low", f"{measure}_group")
-        results.put_ranges(names, _means(table[measure], documents))
-    _put_variance_explained(results, FVE, _means(table["variance_explained"], documents))
-    _put_variance_explained(results, f"{FVE}_pooled", _pooled_variance_explained(scores, table))
+        results.put_means((measure, f"{measure}_high", f"{measure}_low", f"{measure}_group"), table[measure])
+    results.put_means(_explained(FVE), table["variance_explained"])
+    results.put_ranges(_explained(f"{FVE}_pooled"), _pooled_variance_explained(scores, table))
     for measure in TOKEN_MEANS:
-        results.put(measure, mean_interval(table[measure], documents))
+        results.put_mean(measure, table[measure])
     return {
         **results.values,
         **_firing(scores),
         "half_width_95": results.half_widths,
+        "left_out": results.left_out,
         "reference": reference_results(scores),
         "contexts": scores.contexts,
-        "documents": len(np.unique(documents)),
-        "tokens": tokens,
+        "documents": len(np.unique(scores.documents)),
+        "tokens": scores.tokens,
         "group_sizes": list(scores.dictionary.group_sizes),
     }
 
@@ -301,12 +318,8 @@ def plain(value: float) -> float | None:
     return float(value) if math.isfinite(value) else None
 
 
-def _means(values: np.ndarray, documents: np.ndarray) -> list[tuple[float, float]]:
-    return [mean_interval(column, documents) for column in values.T]
-
-
-def _put_variance_explained(results: Results, name: str, intervals: list[tuple[float, float]]) -> None:
-    results.put_ranges((name, f"{name}_high", f"{name}_low", f"{name}_group"), intervals)
+def _explained(name: str) -> tuple[str, str, str, str]:
+    return name, f"{name}_high", f"{name}_low", f"{name}_group"
 
 
 def _pooled_variance_explained(scores: Scores, table: dict[str, np.ndarray]) -> list[tuple[float, float]]:
@@ -338,48 +351,53 @@ def _firing(scores: Scores) -> dict[str, Any]:
 def reference_results(scores: Scores) -> dict[str, float | None]:
     """What the reference's evaluate() returns for the same contexts, defects included, for comparison with its numbers.
 
-    One context on which a measure is undefined makes its mean undefined (the reference's FFT measure raises there); the
-    wavelet ratio of a silent range is 0; `_l` is group 1 alone except for total variation; with one group, all splits
-    are 0 and smoothness_tv_h is the total.
+    One context on which a measure is undefined makes its mean undefined (the reference's FFT measure raises there);
+    `_l` is group 1 alone except for total variation; with one group, all splits are 0 and smoothness_tv_h is the total.
     """
     table, one_group = scores.table(), len(scores.dictionary.group_sizes) == 1
-    wavelet = np.where(table["sequence_l0"] == 0, 0.0, table["wavelet"])
-    ratios = {**table, "wavelet": wavelet}
+
+    def mean(measure: str) -> np.ndarray:
+        with np.errstate(invalid="ignore"):  # of infinities of both signs
+            return np.asarray(table[measure].mean(0))
 
     def splits(measure: str) -> tuple[float, float]:
-        if one_group:
-            return 0.0, 0.0
-        return ratios[measure][:, HIGH].mean(), ratios[measure][:, SECOND_GROUP].mean()
+        return (0.0, 0.0) if one_group else (mean(measure)[HIGH], mean(measure)[SECOND_GROUP])
 
-    out = {name: table[name].mean() for name in TOKEN_MEANS}
-    out |= {name: table[name][:, ALL].mean() for name in ("l1_loss", "l0", "sequence_l0")}
-    variation = table["total_variation"].mean(0)
+    out = {name: float(mean(name)) for name in TOKEN_MEANS}
+    out |= {name: mean(name)[ALL] for name in ("l0", "sequence_l0")} | {"l1_loss": mean(REFERENCE + "l1_loss")[ALL]}
+    variation = mean(REFERENCE + "total_variation")
     out |= {"smoothness_tv_h": variation[HIGH], "smoothness_tv_l": 0.0 if one_group else variation[LOW]}
     for measure in ("lipschitz", "fft", "wavelet", "multiscale"):
         name = SMOOTHNESS_NAMES[measure]
-        out[f"{name}_tot"] = ratios[measure][:, ALL].mean()
-        out[f"{name}_h"], out[f"{name}_l"] = splits(measure)
-    out[FVE] = table["variance_explained"][:, ALL].mean()
+        out[f"{name}_tot"] = mean(REFERENCE + measure)[ALL]
+        out[f"{name}_h"], out[f"{name}_l"] = splits(REFERENCE + measure)
+    out[FVE] = mean("variance_explained")[ALL]
     out[f"{FVE}_high"], out[f"{FVE}_low"] = splits("variance_explained")
     out["frac_alive"] = (scores.firings > 0).double().mean().item()
     return {name: plain(value) for name, value in out.items()}
 
 
-def loss_results(losses: SequenceLosses, documents: np.ndarray, ablation: str) -> dict[str, Any]:
+def loss_results(
+    losses: SequenceLosses, documents: np.ndarray, ablation: str
+) -> tuple[dict[str, tuple[float, float]], dict[str, int]]:
     """Value and half-width of the pooled losses and of frac_recovered, under the reference's names, and of the loss that
     reconstructions add (an absolute measure: frac_recovered is close to 1 wherever ablation is a catastrophe).
 
-    `documents` [S] names the document of each sequence; `ablation` is `zero` or `mean` and names the third loss.
+    `documents` [S] names the document of each sequence; `ablation` is `zero` or `mean` and names the third loss. Beside
+    them, how many sequences were left out because a loss of theirs is not finite.
     """
-    return {
-        "loss_original": ratio_interval(losses.original, losses.targets, documents),
-        "loss_reconstructed": ratio_interval(losses.reconstructed, losses.targets, documents),
-        f"loss_{ablation}": ratio_interval(losses.ablated, losses.targets, documents),
+    named = {
+        "loss_original": losses.original,
+        "loss_reconstructed": losses.reconstructed,
+        f"loss_{ablation}": losses.ablated,
+    }
+    intervals = {name: ratio_interval(loss, losses.targets, documents) for name, loss in named.items()} | {
         "loss_increase": ratio_interval(losses.reconstructed - losses.original, losses.targets, documents),
         "frac_recovered": ratio_interval(
             losses.reconstructed - losses.ablated, losses.original - losses.ablated, documents
         ),
     }
+    return intervals, not_finite(named)
 
 
 def truth_results(results: dict[str, Any]) -> dict[str, float | None]:

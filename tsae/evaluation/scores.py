@@ -13,7 +13,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tsae.evaluation.smoothness import ActiveCode, Ranges, context_code, reduce_ranges, smoothness, split_ranges
+from tsae.evaluation.measures import REFERENCE
+from tsae.evaluation.smoothness import (
+    ActiveCode,
+    context_code,
+    in_reference,
+    latents_of,
+    reduce_ranges,
+    reduced,
+    split_ranges,
+)
 from tsae.parallel.group import Group, in_turns
 from tsae.runtime.errors import TsaeError
 from tsae.sae.dictionary import Dictionary
@@ -66,14 +75,28 @@ def token_means(x: Tensor, x_hat: Tensor) -> dict[str, Tensor]:
     }
 
 
-def sparsity(code: ActiveCode, ranges: Ranges) -> dict[str, Tensor]:
-    """Active latents per token (l0), summed activation per token (l1_loss), distinct latents (sequence_l0); each [R]."""
-    slices, positions = code.slices(ranges), code.values.shape[1]
+def sparsity(code: ActiveCode, slices: Sequence[slice]) -> dict[str, Tensor]:
+    """Active latents per token (l0) and distinct latents (sequence_l0); each [R]."""
     return {
-        "l0": reduce_ranges((code.values > 0).sum(1), slices) / positions,
-        "l1_loss": reduce_ranges(code.values.sum(1), slices) / positions,
+        "l0": reduce_ranges((code.values > 0).sum(1), slices) / code.values.shape[1],
         "sequence_l0": torch.tensor([float(part.stop - part.start) for part in slices], dtype=torch.float64),
     }
+
+
+def magnitudes(
+    code: ActiveCode, x: Tensor, slices: Sequence[slice], norms: Tensor, in_norms: bool
+) -> dict[str, Tensor]:
+    """What depends on the units of feature activations, each [R]: smoothness, and summed activation per token (l1_loss).
+
+    Of activations times their latents' row `norms` [A]; under names with `REFERENCE`, as the reference has it, which
+    takes them so for some classes only (`in_norms`).
+    """
+    raw, positions = latents_of(code, x), len(x)
+    own = raw.times(norms)
+    theirs = own if in_norms else raw
+    found = reduced(own, slices)._asdict() | {"l1_loss": reduce_ranges(own.mass, slices) / positions}
+    reference = in_reference(theirs, slices)._asdict() | {"l1_loss": reduce_ranges(theirs.mass, slices) / positions}
+    return found | {REFERENCE + name: value for name, value in reference.items()}
 
 
 class _Context(NamedTuple):
@@ -95,6 +118,7 @@ class Scores:
         self.ranges = split_ranges(dictionary.group_sizes)
         self.firings = torch.zeros(dictionary.dict_size, dtype=torch.int64)
         """Tokens on which each latent was active, [F]."""
+        self._norms = dictionary.row_norms
         self._encoder = Encoder()
         self._batches: list[list[_Context]] = []
 
@@ -114,9 +138,10 @@ class Scores:
 
     def _measures(self, x: Tensor, code: ActiveCode, reconstructions: list[Tensor]) -> dict[str, Tensor]:
         self.firings.index_add_(0, code.latents.cpu(), (code.values > 0).sum(1).cpu())
+        slices, norms = code.slices(self.ranges), self._norms[code.latents].double().cpu()
         measures = {
-            **smoothness(code, x, self.ranges)._asdict(),
-            **sparsity(code, self.ranges),
+            **magnitudes(code, x, slices, norms, self.dictionary.evaluated_by_norms),
+            **sparsity(code, slices),
             **token_means(x, reconstructions[0]),
             "variance_explained": variance_explained(x, reconstructions),
             "squared_error": squared_errors(x, reconstructions, self.dictionary.b_dec),

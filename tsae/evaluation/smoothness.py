@@ -9,8 +9,12 @@ Per latent, then over each range of latents. The first five are those of the ref
     multiscale        variance of differences over 1 step against those over 8 steps, means over latents
     relative variation   total variation over twice the summed activation: 0 for a constant code, 1 for isolated spikes
 
-Smaller is smoother. A measure that is not defined (a range of latents that stays silent, too few positions) is NaN,
-never an exception; total variation of silence is 0.
+Smaller is smoother. A measure that is not defined (a range of latents that stays silent, too few positions, a ratio
+whose denominator vanishes) is NaN, never an exception; total variation of silence is 0. What the reference makes of the
+same latents is `in_reference`.
+
+Lipschitz and total variation are in the units of f, and sums over latents weigh them by their units: callers give
+feature activations times the norms of the decoder rows (`Dictionary.row_norms`).
 """
 
 from __future__ import annotations
@@ -73,7 +77,13 @@ def reduce_ranges(per_latent: Tensor, slices: Sequence[slice], mean: bool = Fals
     return torch.stack([values[part].mean() if mean else values[part].sum() for part in slices])
 
 
-EPSILON = 1e-10  # the reference's guard of denominators
+EPSILON = 1e-10
+"""What the reference adds to denominators."""
+VANISHING = 1e-3
+"""A denominator below this part of its numerator says which samples an odd length drops, or that a latent has a period
+of 8, and nothing of smoothness. With every sample in its Haar pairs, a code that is not negative stays below 21."""
+ROUNDING = 1e-12
+"""Variance below this part of a mean square is float32's rounding."""
 WAVELET_LEVELS = 3
 SCALES = (8, 4, 2, 1)
 BLOCK_VALUES = 1 << 18
@@ -90,54 +100,104 @@ class Smoothness(NamedTuple):
     relative_variation: Tensor
 
 
-class _PerLatent(NamedTuple):
-    """What the measures need to know of each latent, each [A]."""
+class Latents(NamedTuple):
+    """What the measures need to know of each active latent, each [A]; the first four grow with its activations, the others with their squares."""
 
     variation: Tensor
     mass: Tensor
     steepest: Tensor
-    power_ratio: Tensor
+    """Over the steps at which x moves."""
+    steepest_or_nan: Tensor
+    """NaN where x stands still somewhere."""
+    low_power: Tensor
+    high_power: Tensor
     detail: Tensor
     rest: Tensor
     short_variance: Tensor
     long_variance: Tensor
+    mean_square: Tensor
+
+    def times(self, factors: Tensor) -> Latents:
+        """Those of the same latents with their activations multiplied by `factors` [A]."""
+        return Latents(*(column * factors for column in self[:4]), *(column * factors**2 for column in self[4:]))
 
 
 def smoothness(code: ActiveCode, x: Tensor, ranges: Ranges) -> Smoothness:
     """The measures of one context from its codes and its activations x [T, D]."""
-    slices = code.slices(ranges)
+    return reduced(latents_of(code, x), code.slices(ranges))
+
+
+def latents_of(code: ActiveCode, x: Tensor) -> Latents:
+    """All that the measures need of one context, float64 on the CPU."""
     distances = torch.linalg.vector_norm(x.float().diff(dim=0), dim=1)
     # Blocks of latents that fit in a cache: long contexts have many values per latent.
     blocks = code.values.split(max(1, BLOCK_VALUES // len(x)))
-    latents = torch.cat([torch.stack(_per_latent(block, distances)) for block in blocks], dim=1).double().cpu()
-    totals = _PerLatent(*torch.stack([latents[:, part].sum(1) for part in slices], dim=1))
-    means = _PerLatent(*torch.stack([latents[:, part].mean(1) for part in slices], dim=1))
-    silent = totals.mass == 0
+    return Latents(*torch.cat([torch.stack(_per_latent(block, distances)) for block in blocks], dim=1).double().cpu())
+
+
+def reduced(latents: Latents, slices: Sequence[slice]) -> Smoothness:
+    """The measures of each of R runs of latents."""
+    sums = _over(latents, slices)
+    ratios = latents.high_power / latents.low_power
     return Smoothness(
-        total_variation=totals.variation,
-        lipschitz=means.steepest,
-        fft=means.power_ratio,
-        wavelet=(totals.detail / (totals.rest + EPSILON)).masked_fill(silent, torch.nan),
-        multiscale=means.short_variance / (means.long_variance + EPSILON),
-        relative_variation=totals.variation / (2 * totals.mass),
+        total_variation=sums.variation,
+        lipschitz=reduce_ranges(latents.steepest, slices, mean=True),
+        fft=reduce_ranges(ratios, slices, mean=True),
+        wavelet=_defined_ratio(sums.detail, sums.rest, sums.mean_square),
+        multiscale=_defined_ratio(sums.short_variance, sums.long_variance, sums.mean_square),
+        relative_variation=sums.variation / (2 * sums.mass),
     )
 
 
-def _per_latent(series: Tensor, distances: Tensor) -> _PerLatent:
+def _over(latents: Latents, slices: Sequence[slice], mean: bool = False) -> Latents:
+    """Sums, or means, over each of R runs of latents, each [R]."""
+    columns = torch.stack(latents)
+    parts = [columns[:, part].mean(1) if mean else columns[:, part].sum(1) for part in slices]
+    return Latents(*torch.stack(parts, dim=1))
+
+
+def _defined_ratio(numerator: Tensor, denominator: Tensor, scale: Tensor) -> Tensor:
+    vanishes = denominator <= torch.maximum(VANISHING * numerator, ROUNDING * scale)
+    return (numerator / denominator).masked_fill(vanishes, torch.nan)
+
+
+def in_reference(latents: Latents, slices: Sequence[slice]) -> Smoothness:
+    """The measures as the reference computes them: no denominator vanishes beside its summand, however much it matters.
+
+    Its Lipschitz measure is undefined where x stands still; where its FFT measure raises (no active latent), NaN.
+    """
+    sums, means = _over(latents, slices), _over(latents, slices, mean=True)
+    ratios = latents.high_power / (latents.low_power + EPSILON)
+    return Smoothness(
+        total_variation=sums.variation,
+        lipschitz=means.steepest_or_nan,
+        fft=reduce_ranges(ratios, slices, mean=True),
+        wavelet=sums.detail / (sums.rest + EPSILON),
+        multiscale=means.short_variance / (means.long_variance + EPSILON),
+        relative_variation=sums.variation / (2 * sums.mass),
+    )
+
+
+def _per_latent(series: Tensor, distances: Tensor) -> Latents:
     """From the activations of some latents [A, T] and how far x moves at each step [T-1]."""
     steps = series.diff(dim=1)
     detail, rest = _wavelet_energies(series)
     short, long = _difference_variances(series, steps)
+    low, high = _low_and_high_power(series)
     absolute = steps.abs()
-    return _PerLatent(
+    steepest = _steepest(absolute, distances)
+    return Latents(
         variation=absolute.sum(1),
         mass=series.sum(1),
-        steepest=_steepest(absolute, distances),
-        power_ratio=_high_over_low_power(series),
+        steepest=steepest,
+        steepest_or_nan=steepest if bool((distances > 0).all()) else torch.full_like(steepest, torch.nan),
+        low_power=low,
+        high_power=high,
         detail=detail,
         rest=rest,
         short_variance=short,
         long_variance=long,
+        mean_square=series.square().mean(1),
     )
 
 
@@ -152,14 +212,14 @@ def _steepest(steps: Tensor, distances: Tensor) -> Tensor:
     return (steps / distances).amax(1)
 
 
-def _high_over_low_power(series: Tensor) -> Tensor:
-    """Power in the upper over the lower half of the real spectrum (mean included) of each latent [A]."""
+def _low_and_high_power(series: Tensor) -> tuple[Tensor, Tensor]:
+    """Power in the lower (mean included) and in the upper half of the real spectrum of each latent, two [A]."""
     if len(series) == 0:
-        return series.new_empty(0)
+        return series.new_empty(0), series.new_empty(0)
     spectrum = torch.view_as_real(torch.fft.rfft(series))
     power = spectrum.flatten(1).square()
     cut = 2 * (spectrum.shape[1] // 2)
-    return power[:, cut:].sum(1) / (power[:, :cut].sum(1) + EPSILON)
+    return power[:, :cut].sum(1), power[:, cut:].sum(1)
 
 
 def _wavelet_energies(series: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,6 +1,6 @@
 """Every interval there is: 95 %, by what counts as one independent draw.
 
-ratio_interval, mean_interval     contexts, of which those of one document resemble each other: normal, clustered
+ratio_interval, mean_interval     contexts, of which those of one document resemble each other: Student's t, clustered
 over_seeds, student_interval      a few repetitions, such as seeds or splits: Student's t
 bootstrap_mean, bootstrap_means   draws of any distribution, such as texts, pairs or concepts: percentiles
 """
@@ -18,12 +18,13 @@ NORMAL_95 = 1.959963984540054
 
 
 def ratio_interval(numerator: np.ndarray, denominator: np.ndarray, documents: np.ndarray) -> tuple[float, float]:
-    """Ratio of two sums over contexts [S] and the half-width of its 95 % normal interval.
+    """Ratio of two sums over contexts [S] and the half-width of its 95 % interval.
 
     Contexts of one document resemble each other, so documents, not contexts, count as independent draws (the
-    linearised, cluster-robust variance). Contexts with a NaN are left out; NaN where nothing is defined.
+    linearised, cluster-robust variance; Student's t with a degree of freedom less than documents). Contexts of which
+    either is not finite are left out; NaN where nothing is defined.
     """
-    known = ~(np.isnan(numerator) | np.isnan(denominator))
+    known = np.isfinite(numerator) & np.isfinite(denominator)
     numerator, denominator = numerator[known].astype(np.float64), denominator[known].astype(np.float64)
     total = denominator.sum()
     if total == 0:
@@ -35,7 +36,7 @@ def ratio_interval(numerator: np.ndarray, denominator: np.ndarray, documents: np
     if clusters < 2:
         return float(ratio), float("nan")
     variance = np.square(influence).sum() * clusters / (clusters - 1)
-    return float(ratio), float(NORMAL_95 * np.sqrt(variance))
+    return float(ratio), float(student_quantile(clusters - 1) * np.sqrt(variance))
 
 
 def mean_interval(values: np.ndarray, documents: np.ndarray) -> tuple[float, float]:

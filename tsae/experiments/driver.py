@@ -22,6 +22,7 @@ from tsae.config import schema
 from tsae.config.run import RunConfig
 from tsae.data.labelled import content_of
 from tsae.evaluation.measures import versions
+from tsae.experiments.answers.ask import content_of_answers
 from tsae.experiments.registry import EXPERIMENTS, declare_measures, module_of, settings_of
 from tsae.runtime import files, preemption
 from tsae.runtime.errors import TsaeError
@@ -111,12 +112,14 @@ def made_from(
     experiment, dense = EXPERIMENTS[name], run.path.parent.name == BASELINE
     own = settings_of(config, name)
     passages = own.texts if name == "sequences" else ()
+    asked = {"explain": "answers", "steer": "judge"}.get(name)
     named = [getattr(own, "dataset", None), config.experiments.texts.categories, *passages]
     return {
         "weights": "" if dense else binding.weights_identity(run, checkpoint),
         "model": binding.model_identity(config.model, run),
         "data": "" if dense else binding.data_identity(run, config),
         "texts": [content_of(text) for text in named if text],
+        "answers": content_of_answers(getattr(own, asked)) if asked else "",
         "settings": schema.stable_hash([configuration.experiment_settings(config, name), chunk, checkpoint]),
         "measures": schema.stable_hash([experiment.version, versions(experiment.file)]),
     }
@@ -158,6 +161,7 @@ def _make(name: str, subject: Subject, chunk: int | None) -> None:
         "experiment": name,
         "made_from": made_from(subject.config, subject.run, name, chunk, subject.checkpoint),
         "subject": subject.description(),
+        **binding.inexact(subject.run),
         "settings": {} if settings is None else schema.to_plain(settings),
     }
     if EXPERIMENTS[name].explained:

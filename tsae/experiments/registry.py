@@ -40,7 +40,7 @@ class Experiment(NamedTuple):
 
 EXPERIMENTS = {
     "probe": Experiment(
-        "probing", True, True, "probe feature activations for semantics, context and syntax", compared=True
+        "probing", True, True, "probe feature activations for semantics, context and syntax", version=2, compared=True
     ),
     "tsne": Experiment("tsne", True, True, "map feature activations with t-SNE, coloured by three labels"),
     "sequences": Experiment(

@@ -303,7 +303,7 @@ def _is_modern(config: dict[str, Any]) -> bool:
 
 def _modernised(config: dict[str, Any], where: str) -> dict[str, Any]:
     """A cfg.json from before version 6 in the form of version 6. Raises TsaeError for activation functions it lost."""
-    config = dict(config)
+    config = {**(config.get("metadata") or {}), **config}
     activation = config.get("activation_fn_str") or config.get("activation_fn") or "relu"
     architecture = config.get("architecture") or "standard"
     if activation == "topk":
@@ -318,7 +318,14 @@ def _modernised(config: dict[str, Any], where: str) -> dict[str, Any]:
     normalisation = config.get("normalize_activations") or "none"
     hook = config.get("hook_name") or config.get("hook_point")
     head = config.get("hook_head_index", config.get("hook_point_head_index"))
-    names = ("model_name", "dataset_path", "context_size", "prepend_bos", "neuronpedia_id", "hf_hook_name")
+    names: tuple[str, ...] = (
+        "model_name",
+        "dataset_path",
+        "context_size",
+        "prepend_bos",
+        "neuronpedia_id",
+        "hf_hook_name",
+    )
     names += ("model_from_pretrained_kwargs", "hook_name_out", "hf_hook_name_out")
     return {
         **config,

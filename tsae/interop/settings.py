@@ -24,7 +24,15 @@ from tsae.store.layout import StoreLayout
 FREE = ("model.device", "model.batch_size", "training.device")
 """Settings of a trained run that a command may change: where things run."""
 MEASURES = ("evaluation.", "experiments.")
-FREE_ELSEWHERE = ("data.", "store.", "model.revision", "model.dtype", "model.attn_implementation")
+FREE_ELSEWHERE = (
+    "data.",
+    "store.",
+    "model.name",
+    "model.layer",
+    "model.revision",
+    "model.dtype",
+    "model.attn_implementation",
+)
 """Of a run from elsewhere, what its files do not tell."""
 UNSAID = Place(None, None)
 TEXT = {"max_tokens": 500_000, "holdout": 0.5}
@@ -58,6 +66,9 @@ def settings_of(
     Raises TsaeError for settings that the run itself decides, and for a place that contradicts it or is not known.
     """
     extra = extra or {}
+    asked = Place(
+        asked.model or extra.get("model.name"), extra.get("model.layer") if asked.block is None else asked.block
+    )
     ours = run.resolved.exists()
     config = configuration.load_resolved(run.resolved, used) if ours else None
     trained = Place.of(config) if config else origin_of(read_json(run.config_json), run.path).place
@@ -78,8 +89,8 @@ def _told(run: RunFolder, trained: Place, asked: Place, extra: Mapping[str, Any]
     """What a run from elsewhere tells, as a tree of settings; flags fill in what it leaves out."""
     model, layer = asked.model or trained.model, asked.block if trained.block is None else trained.block
     if model is None or (layer is None and trained.module is None):
-        missing = "model" if model is None else "layer"
-        raise TsaeError(f"{run.config_json}: does not tell the {missing}; give --{missing}")
+        missing, key = ("model", "name") if model is None else ("layer", "layer")
+        raise TsaeError(f"{run.config_json}: does not tell the {missing}; give --{missing} or model.{key}=…")
     place = {"hook_point": trained.module} if layer is None else {"layer": layer}
     if "store.path" in extra and StoreLayout(extra["store.path"]).exists():
         return _of_store(

@@ -1,29 +1,43 @@
 """Any Hugging Face causal language model, read and changed at one hook point through nnsight.
 
 Rows are right-padded. Since attention is causal, what follows a real position cannot change it, so no attention mask is
-given: the fast kernels need none, and numbers do not depend on the padding.
+given: the fast kernels need none, and numbers do not depend on the padding. That this is so, and that the right place
+is read, every model proves when it is loaded.
 """
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 from collections.abc import Callable
+from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from tsae.config.sections import ModelConfig
-from tsae.lm.source import local_folder, weights_fingerprint
+from tsae.lm.hook import (
+    TOLERANCE,
+    differences,
+    expected_reading,
+    find_hook,
+    first_not_finite,
+    hidden_of,
+    hook_size,
+    largest_difference,
+    proof_rows,
+    with_hidden,
+)
+from tsae.lm.pretrained import from_pretrained, require_complete
+from tsae.lm.source import cached_commit, weights_fingerprint
 from tsae.runtime.environment import own_device
 from tsae.runtime.errors import TsaeError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-TOLERANCE = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 3e-2}
-"""Largest relative difference of two readings of one activation vector that still counts as the same."""
+FEW = 0.03
+"""Share of positions at which rounding alone may send a mixture of experts another way."""
 
 
 class LanguageModel:
@@ -33,24 +47,30 @@ class LanguageModel:
     model's precision, and meaningless at pad positions.
     """
 
-    def __init__(self, module: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, model: ModelConfig) -> None:
+    def __init__(
+        self, module: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, model: ModelConfig, commit: str | None = None
+    ) -> None:
         from nnsight import NNsight
 
         self.module = module.eval().requires_grad_(False)
         self.tokenizer = tokenizer
         text_config = module.config.get_text_config()
         self.n_layers: int = text_config.num_hidden_layers
-        self.max_length: int | None = getattr(text_config, "max_position_embeddings", None)
+        positions = getattr(text_config, "max_position_embeddings", None)
+        # Minus one is how some say that there is no limit.
+        self.max_length: int | None = positions if positions is None or positions > 0 else None
         self.vocabulary = int(module.get_input_embeddings().get_parameter("weight").shape[0])
         self.layer: int | None = model.layer if model.hook_point is None else None
         self.hook_path = find_hook(module, model, self.n_layers)
         with torch.no_grad():
-            self.activation_dim = probe(module, self.hook_path, torch.zeros(2, 3, dtype=torch.long, device=self.device))
+            tokens = proof_rows(self.vocabulary, self.max_length).to(self.device)
+            self.activation_dim = hook_size(module, self.hook_path, tokens, model.name)
         self._traced = NNsight(module)
         target = module.get_submodule(self.hook_path)
         # Looked up by identity: nnsight renames modules whose name is one of its own attributes.
         self._hook = next(envoy for envoy in self._traced.modules() if envoy._module is target)
-        self.identity = _identity(self, model)
+        self.identity = _identity(self, model, commit)
+        self.verify_hook()
 
     @property
     def device(self) -> torch.device:
@@ -58,17 +78,26 @@ class LanguageModel:
         return self.module.device
 
     def read(self, tokens: Tensor, lengths: Tensor) -> Tensor:
-        """[S, L, D] activations at the hook point; nothing after it is computed."""
+        """[S, L, D] activations at the hook point; nothing after it is computed.
+
+        Raises TsaeError if any of a real token is not finite.
+        """
         inputs = self._inputs(tokens, lengths)
         with torch.no_grad(), self._traced.trace(**inputs) as tracer:
             output = self._hook.output.save()
             tracer.stop()
-        return hidden_of(output)
+        hidden = hidden_of(output)
+        self._require_finite(hidden.isfinite().all(-1), inputs, lengths)
+        return hidden
 
     def logits(self, tokens: Tensor, lengths: Tensor) -> Tensor:
-        """[S, L, V] next-token scores."""
+        """[S, L, V] next-token scores. Raises TsaeError if those of a real token are not finite."""
+        inputs = self._inputs(tokens, lengths)
         with torch.no_grad():
-            return self.module(**self._inputs(tokens, lengths)).logits
+            logits = self.module(**inputs).logits
+        # Some models give minus infinity to tokens that cannot be.
+        self._require_finite(logits.amax(-1).isfinite(), inputs, lengths)
+        return logits
 
     def splice(self, tokens: Tensor, lengths: Tensor, replace: Callable[[Tensor], Tensor]) -> Tensor:
         """[S, L, V] next-token scores when the activations [S, L, D] at the hook point are exchanged by `replace`."""
@@ -116,21 +145,46 @@ class LanguageModel:
             continued = tracer.result.save()
         return continued  # noqa: RET504 - only names that were saved inside a trace outlive it
 
-    def verify_hook(self, tokens: Tensor, lengths: Tensor) -> None:
-        """Prove on a batch that `read` gives the model's own `hidden_states[layer + 1]`, or what the named module gives.
-
-        The last block's entry of that tuple is final-normed, so there the raw output is traced through the norm.
-        Raises TsaeError with the largest relative difference.
+    def verify_hook(self) -> None:
+        """Prove that `read` gives the model's own hidden state after block `layer`, or what the named module gives, and
+        that no later token has a part in it, or in the scores. Raises TsaeError with the largest relative difference.
         """
+        tokens = proof_rows(self.vocabulary, self.max_length)
+        lengths = torch.full((len(tokens),), tokens.shape[1])
         found = self.read(tokens, lengths)
         with torch.no_grad():
-            expected, what = _expected_activations(self, self._inputs(tokens, lengths))
-        difference = _largest_difference(found, expected, lengths)
-        if not difference <= TOLERANCE[str(self.module.dtype).removeprefix("torch.")]:
+            inputs = self._inputs(tokens, lengths)
+            expected, what, logits = expected_reading(self.module, self.hook_path, self.layer, inputs)
+        tolerance = TOLERANCE[self.module.dtype]
+        earlier = (tokens == tokens[0]).to(self.device)
+        for given, values in ((f"read at {self.hook_path}", found), ("predicted", logits)):
+            change = differences(values, values[:1])[earlier]
+            if float((change > tolerance).float().mean()) > FEW:
+                raise TsaeError(
+                    f"model.name: {self.identity['name']} looks ahead: a later token changes what is {given} before it "
+                    f"(relative difference {float(change.max()):.2g}); a causal language model is expected"
+                )
+        difference = largest_difference(found, expected)
+        if not difference <= tolerance:
             raise TsaeError(
-                f"model: what is read at {self.hook_path} is not {what} (relative difference {difference:.2g}); "
-                "name the module to read in model.hook_point"
+                f"model: what is read at {self.hook_path} is not {what} (relative difference {difference:.2g}); name the "
+                f"module to read in model.hook_point; {self.hook_path} itself is model.hook_point={self.hook_path}"
             )
+
+    def _require_finite(self, finite: Tensor, inputs: dict[str, Any], lengths: Tensor) -> None:
+        """Raise a TsaeError that says where values first overflow unless all are finite; [S, L], one for each token."""
+        real = torch.arange(finite.shape[1], device=finite.device) < lengths.to(finite.device)[:, None]
+        if bool((finite | ~real).all()):
+            return
+        with torch.no_grad():
+            place = first_not_finite(self.module, inputs, real) or self.hook_path
+        dtype = str(self.module.dtype).removeprefix("torch.")
+        wider = {"float16": "set model.dtype to bfloat16 or float32", "bfloat16": "set model.dtype to float32"}
+        remedy = wider.get(dtype, "float32 is the widest precision there is, so look for damage")
+        bad = next((name for name, values in self.module.named_parameters() if not values.isfinite().all()), None)
+        if bad is not None:
+            remedy += f"; the weights {bad} are not finite"
+        raise TsaeError(f"model: the values at {place} are not finite in {dtype}; {remedy}")
 
     def _inputs(self, tokens: Tensor, lengths: Tensor) -> dict[str, Any]:
         """Keyword arguments of the forward pass; pad positions get token 0, whatever stands there."""
@@ -148,115 +202,6 @@ class LanguageModel:
         return {"input_ids": ids.to(self.device), "use_cache": False}
 
 
-def find_hook(module: nn.Module, model: ModelConfig, depth: int) -> str:
-    """The path of the module to read: `model.hook_point`, or block `model.layer`. Raises TsaeError."""
-    if model.hook_point is None:
-        if model.layer >= depth:
-            raise TsaeError(f"model.layer: {model.layer} is impossible; {model.name} has blocks 0 to {depth - 1}")
-        return f"{find_blocks(module, depth)}.{model.layer}"
-    paths = [path for path, _ in module.named_modules() if path]
-    if model.hook_point not in paths:
-        near = difflib.get_close_matches(model.hook_point, paths, n=3, cutoff=0.0)
-        raise TsaeError(
-            f"model.hook_point: {model.name} has no module {model.hook_point!r}; the nearest are {', '.join(near)}"
-        )
-    return model.hook_point
-
-
-def find_blocks(module: nn.Module, depth: int) -> str:
-    """The path of the list of blocks: of the module lists with `depth` members, the one with the most parameters."""
-    lists = {
-        path: sum(parameter.numel() for parameter in part.parameters())
-        for path, part in module.named_modules()
-        if isinstance(part, nn.ModuleList) and len(part) == depth
-    }
-    if not lists:
-        raise TsaeError(
-            f"model: no list of {depth} blocks in {type(module).__name__}; name a module in model.hook_point"
-        )
-    return max(lists, key=lambda path: lists[path])
-
-
-def hidden_of(output: Any) -> Any:
-    """The activations in what a module returns: a tensor, or the first member of a tuple (attention, older blocks)."""
-    return output[0] if type(output) in (tuple, list) and output else output
-
-
-def with_hidden(output: Any, hidden: Tensor) -> Any:
-    """What a module returned, with its activations exchanged."""
-    return type(output)([hidden, *output[1:]]) if type(output) in (tuple, list) else hidden
-
-
-def probe(module: nn.Module, path: str, tokens: Tensor) -> int:
-    """Run a few tokens [S, L] through the model and return the size D of what the module at `path` gives.
-
-    Raises TsaeError unless the module runs exactly once and gives a float tensor [S, L, D].
-    """
-    seen: list[Any] = []
-    handle = module.get_submodule(path).register_forward_hook(lambda *call: seen.append(hidden_of(call[-1])))
-    try:
-        module(input_ids=tokens, use_cache=False)
-    finally:
-        handle.remove()
-    if len(seen) != 1:
-        raise TsaeError(
-            f"model.hook_point: {path} runs {len(seen)} times in a forward pass; name a module that runs once, "
-            "such as a block, its mlp or its attention"
-        )
-    hidden = seen[0]
-    if not isinstance(hidden, Tensor) or hidden.shape[:-1] != tokens.shape or not hidden.is_floating_point():
-        given = f"shape {list(hidden.shape)}" if isinstance(hidden, Tensor) else type(hidden).__name__
-        raise TsaeError(
-            f"model.hook_point: {path} gives {given} for {list(tokens.shape)} tokens; name a module that gives one "
-            "vector for each token"
-        )
-    return hidden.shape[-1]
-
-
-def _expected_activations(lm: LanguageModel, inputs: dict[str, Any]) -> tuple[Tensor, str]:
-    """[S, L, D] and its name: what reading must give for one batch, found without nnsight: the model's own hidden
-    states, or a plain forward hook.
-    """
-    if lm.layer is None:
-        return _watch(lm, [lm.hook_path], inputs)[0][1], "the output of that module"
-    states = lm.module(**inputs, output_hidden_states=True).hidden_states
-    if lm.layer + 1 < lm.n_layers:
-        return states[lm.layer + 1], f"hidden_states[{lm.layer + 1}]"
-    # The model reports its last state after the final norm, which is one of the modules beside the list of blocks.
-    last = states[-1]
-    holder = lm.hook_path.rpartition(".")[0].rpartition(".")[0]
-    beside = [path for path, _ in lm.module.named_modules() if path and path.rpartition(".")[0] == holder]
-    for taken, given in _watch(lm, beside, inputs):
-        if isinstance(given, torch.Tensor) and given.shape == last.shape and torch.equal(given, last):
-            return taken, f"what becomes hidden_states[{lm.n_layers}] in the final norm"
-    return last, f"hidden_states[{lm.n_layers}]"
-
-
-def _largest_difference(found: Tensor, expected: Tensor, lengths: Tensor) -> float:
-    """The largest norm of the difference over the real positions, relative to the expected vector's; inf if shapes differ."""
-    if found.shape != expected.shape:
-        return float("inf")
-    real = torch.arange(found.shape[1], device=found.device) < lengths.to(found.device)[:, None]
-    difference = (found.float() - expected.float()).norm(dim=-1)[real]
-    return float((difference / expected.float().norm(dim=-1)[real].clamp_min(1e-12)).max())
-
-
-def _watch(lm: LanguageModel, paths: list[str], inputs: dict[str, Any]) -> list[tuple[Any, Any]]:
-    """(first input, output) of the modules at `paths`, in the order in which they run."""
-    seen: list[tuple[Any, Any]] = []
-
-    def hook(_module: Any, args: tuple[Any, ...], output: Any) -> None:
-        seen.append((args[0] if args else None, hidden_of(output)))
-
-    handles = [lm.module.get_submodule(path).register_forward_hook(hook) for path in paths]
-    try:
-        lm.module(**inputs)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return seen
-
-
 def load_language_model(model: ModelConfig, commit: str | None = None) -> LanguageModel:
     """The language model of a configuration, in its precision, on its device.
 
@@ -268,55 +213,36 @@ def load_language_model(model: ModelConfig, commit: str | None = None) -> Langua
 
     hf_logging.disable_progress_bar()  # a bar for weights that load in a second would stand before every error
     device = own_device(model.device, "model.device")
-    options = {"attn_implementation": model.attn_implementation} if model.attn_implementation else {}
-    module, info = _load(
-        AutoModelForCausalLM, model, commit, dtype=getattr(torch, model.dtype), output_loading_info=True, **options
-    )
-    missing = sorted(info["missing_keys"])
-    if missing:
-        raise TsaeError(
-            f"model.name: the weights of {model.name} lack {len(missing)} tensors ({missing[0]}, …), which would be "
-            "random; name a complete causal language model"
-        )
-    return LanguageModel(module.to(device), load_tokenizer(model, commit), model)
+    options: dict[str, Any] = {"dtype": getattr(torch, model.dtype)}
+    if model.attn_implementation:
+        options["attn_implementation"] = model.attn_implementation
+    # What does not fit is told, not raised.
+    told = {"output_loading_info": True, "ignore_mismatched_sizes": True}
+    needed = "a config.json and a model.safetensors that fit together"
+    module, info = from_pretrained(AutoModelForCausalLM, model, needed, commit, **told, **options)
+    require_complete(model, info)
+    return LanguageModel(module.to(device), load_tokenizer(model, commit), model, commit)
 
 
 def load_tokenizer(model: ModelConfig, commit: str | None = None) -> PreTrainedTokenizerFast:
     """The fast tokenizer of a language model, of a hub model at `commit` if given. Raises TsaeError."""
     from transformers import AutoTokenizer
 
-    tokenizer = _load(AutoTokenizer, model, commit)
+    needed = f"a tokenizer.json that tokenizers {version('tokenizers')} can read"
+    tokenizer = from_pretrained(AutoTokenizer, model, needed, commit)
     if not tokenizer.is_fast:
         raise TsaeError(f"model.name: {model.name} has no fast tokenizer; add its tokenizer.json")
     return tokenizer
 
 
-def _load(auto: Any, model: ModelConfig, commit: str | None, **options: Any) -> Any:
-    from huggingface_hub import constants
-
-    folder = local_folder(model)
-    place: dict[str, Any] = {"local_files_only": True} if folder else {"revision": commit or model.revision}
-    try:
-        return auto.from_pretrained(str(folder or model.name), **place, **options)
-    except (OSError, ValueError, ImportError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        remedy = "check the id, the revision and HF_TOKEN"
-        if folder is not None:
-            remedy = "the folder needs config.json, tokenizer.json and model.safetensors"
-        elif constants.HF_HUB_OFFLINE:
-            at = f" --revision {commit}" if commit else ""
-            remedy = f"offline: run `hf download {model.name}{at}` on a machine with network and the same HF_HOME"
-        made_with = f" at commit {commit}, with which this was made," if folder is None and commit else ""
-        raise TsaeError(f"model.name: {model.name}{made_with} cannot be loaded: {reason} ({remedy})") from error
-
-
-def _identity(lm: LanguageModel, model: ModelConfig) -> dict[str, Any]:
+def _identity(lm: LanguageModel, model: ModelConfig, commit: str | None) -> dict[str, Any]:
     config = lm.module.config
     tokenizer = lm.tokenizer.backend_tokenizer.to_str()
     return {
         "name": model.name,
         "architecture": type(lm.module).__name__,
-        "revision": getattr(config, "_commit_hash", None) or model.revision,
+        # The hub's cache knows which commit a branch is; transformers does not always tell.
+        "revision": commit or getattr(config, "_commit_hash", None) or cached_commit(model) or model.revision,
         "weights": weights_fingerprint(model),
         "dtype": model.dtype,
         "attn_implementation": config._attn_implementation,

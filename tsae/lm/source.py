@@ -68,10 +68,16 @@ def known_config(model: ModelConfig) -> dict[str, Any] | None:
     folder = local_folder(model)
     if folder is not None:
         return dict(json.loads((folder / "config.json").read_text()))
+    found = _in_cache(model)
+    return dict(json.loads(found.read_text())) if found else None
+
+
+def _in_cache(model: ModelConfig) -> Path | None:
+    """config.json of a hub model in the local cache, below the folder of its commit."""
     from huggingface_hub import try_to_load_from_cache
 
     found = try_to_load_from_cache(model.name, "config.json", revision=model.revision)
-    return dict(json.loads(Path(found).read_text())) if isinstance(found, str) else None
+    return Path(found) if isinstance(found, str) else None
 
 
 def _depth(config: dict[str, Any]) -> int | None:
@@ -126,7 +132,7 @@ def _weights_in(folder: Path) -> list[Path]:
 
 def cached_commit(model: ModelConfig) -> str | None:
     """The commit of a hub model that the local cache has for its revision; None for others, and where there is none."""
-    found = _cached_config(model) if local_folder(model) is None else None
+    found = _in_cache(model) if local_folder(model) is None else None
     return found.parent.name if found else None
 
 

@@ -88,6 +88,13 @@ def _warnings(summary: Summary) -> list[tuple[str, str]]:
         points = "; ".join(f"{row.point.name}: {row.changed}" for row in changed[:MOST_MISSING])
         more = len(changed) - MOST_MISSING
         found.append(("Data changed since the training:", points + (f"; and {more} more" if more > 0 else "")))
+    inexact = [
+        f"{row.point.name}: {'; '.join(row.results['trained_inexactly'])}"
+        for row in summary.rows
+        if "trained_inexactly" in row.results
+    ]
+    if inexact:
+        found.append(("Trained on with other versions than begun with:", "; ".join(inexact[:MOST_MISSING])))
     unbalanced = [row for row in summary.rows if row.imbalance]
     if unbalanced:
         points = "; ".join(f"{row.point.name}: {row.imbalance}" for row in unbalanced[:MOST_MISSING])

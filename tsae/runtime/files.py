@@ -14,7 +14,8 @@ def write_atomically(path: str | Path, write: Callable[[BinaryIO], object]) -> N
     """Let `write` fill a temporary file, then fsync it, rename it to `path` and fsync the folder."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    # Processes of several machines, and of several containers, may have the same id.
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{os.urandom(4).hex()}.tmp")
     try:
         with open(temporary, "wb") as stream:
             write(stream)

@@ -17,6 +17,8 @@ from tsae.runtime.phases import phase
 
 UNCALIBRATED = -1.0
 EPSILON = float(torch.finfo(torch.float32).eps)
+UNIT = 1e-5
+"""How near 1 the norm of a row of norm 1 is, files in half precision aside."""
 
 
 class Dictionary(nn.Module, ABC):
@@ -32,6 +34,8 @@ class Dictionary(nn.Module, ABC):
     """Whether `b_dec` is subtracted from the input before encoding."""
     scales_with_input: ClassVar[tuple[str, ...]] = ("b_enc", "b_dec")
     """Tensors that must grow with the activations for the dictionary to do the same on a larger scale."""
+    evaluated_by_norms: ClassVar[bool] = False
+    """Whether the reference's `evaluate` multiplies feature activations by `row_norms` first."""
 
     def __init__(self, activation_dim: int, dict_size: int) -> None:
         super().__init__()
@@ -70,6 +74,16 @@ class Dictionary(nn.Module, ABC):
             slices.append(slice(start, start + size))
             start += size
         return tuple(slices)
+
+    @property
+    def row_norms(self) -> Tensor:
+        """Norms of the decoder's rows [F]; exactly 1 where they are 1 but for rounding.
+
+        A feature activation times its row's norm is how much the latent writes: what may be compared between latents
+        and dictionaries, since encoder and decoder may share a scale between them in any way.
+        """
+        norms = self.W_dec.detach().float().norm(dim=1)
+        return torch.where((norms - 1).abs() < UNIT, 1.0, norms)
 
     @property
     @abstractmethod

@@ -27,6 +27,11 @@ def encode_sparse(dictionary: Dictionary, x: Tensor, encoder: Encoder | None = N
     return from_entries(rows, latents, values, len(x), dictionary.dict_size)
 
 
+def in_units_written(code: SparseCode, row_norms: Tensor) -> SparseCode:
+    """The code in units that may be compared between latents and dictionaries: see `Dictionary.row_norms` [F]."""
+    return code._replace(values=code.values * row_norms[code.latents])
+
+
 @torch.no_grad()
 def decode_latents(dictionary: Dictionary, code: SparseCode, latents: slice) -> Tensor:
     """What a run of latents alone writes, [N, D]; without the bias."""

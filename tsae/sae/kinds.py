@@ -32,6 +32,7 @@ class AutoEncoderNew(Dictionary):
 
     file_tensors: ClassVar[dict[str, str]] = {**LINEAR_LAYERS, "decoder.bias": "b_dec"}
     centre_input: ClassVar[bool] = False
+    evaluated_by_norms: ClassVar[bool] = True
 
     @property
     def encode_rule(self) -> str:

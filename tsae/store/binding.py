@@ -19,7 +19,15 @@ from tsae.config.sections import ModelConfig
 from tsae.lm.source import cached_commit, fingerprint_before, weights_fingerprint
 from tsae.runtime import contents, files
 from tsae.runtime.errors import TsaeError
-from tsae.store.layout import changed, content_hash, hash_before, sources, untouched_since
+from tsae.store.layout import (
+    StoreLayout,
+    changed,
+    content_hash,
+    hash_before,
+    sources,
+    store_path,
+    untouched_since,
+)
 
 DECIDING = ("dict_class", "k", "activation_dim", "dict_size", "group_sizes", "group_fractions")
 """Of config.json's trainer, what decides how the weights encode."""
@@ -49,8 +57,16 @@ def difference(run: RunFolder, config: RunConfig) -> str:
         return ""
     known_by_size = made["sources"] is None and made["identity"] == hash_before(config)
     if known_by_size and untouched_since(config, run.provenance.stat().st_mtime):
-        return ""
+        return _held_out_otherwise(run, config)
     return changed(made["sources"], config)
+
+
+def _held_out_otherwise(run: RunFolder, config: RunConfig) -> str:
+    """In words, that a store is there which is not the one of an older run: it was harvested anew, by another rule."""
+    layout, trained = StoreLayout(store_path(config)), files.read_whole_json(run.provenance)["store"]
+    if layout.exists() and layout.attributes["contexts"] != trained["contexts"]:
+        return f"{layout.path}: was harvested anew, and other documents are held out in it"
+    return ""
 
 
 def require_unchanged(run: RunFolder, config: RunConfig) -> None:
@@ -82,6 +98,12 @@ def require_same_model(run: RunFolder, config: RunConfig) -> None:
             f"{run.path}: was trained on another language model: model.name: {config.model.name} has another content now; "
             "restore it, or measure the run with what is there now with --accept-new-data"
         )
+
+
+def inexact(run: RunFolder) -> dict[str, Any]:
+    """What results of `run` say if its training went on with other versions of what computes it (`--inexact`)."""
+    said = files.read_whole_json(run.provenance).get("inexact")
+    return {"trained_inexactly": said} if said else {}
 
 
 def accept(run: RunFolder, config: RunConfig) -> None:

@@ -60,13 +60,18 @@ def content_hash(config: RunConfig) -> str:
 
 
 def sources(config: RunConfig) -> dict[str, str]:
-    """What the store of `config` is made from, beside settings: the text's content and the language model's."""
+    """What the store of `config` is made from, beside settings: the text's content and the language model's.
+
+    And by what its held-out documents are chosen.
+    """
     if config.is_synthetic:
         return {}
+    from tsae.data.contexts import HELD_OUT_BY
     from tsae.data.documents import fingerprint
     from tsae.lm.source import weights_fingerprint
 
-    return {"text": fingerprint(config.data), "weights": weights_fingerprint(config.model)}
+    made_of = {"text": fingerprint(config.data), "weights": weights_fingerprint(config.model)}
+    return {**made_of, "held_out_by": HELD_OUT_BY}
 
 
 def hash_before(config: RunConfig) -> str:

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from tsae.sweep.launcher import Launched, Options
     from tsae.sweep.plan import Plan
 
+INEXACT_HELP = "go on with trainings whose state another version of torch or tsae saved"
+
 AddCommand = Callable[[str, Callable[[argparse.Namespace], int | None], str], argparse.ArgumentParser]
 
 
@@ -51,6 +53,9 @@ def add_commands(add: AddCommand) -> None:
     )
     sweep.add_argument("--retry-failed", action="store_true", help="try again what failed; else it is only named")
     add_accept_argument(sweep)
+    sweep.add_argument(
+        "--inexact", action="store_true", help=f"{INEXACT_HELP}, those that failed over it among them; results say so"
+    )
     sweep.add_argument("--detach", action="store_true", help="local: return once the queue runs, do not follow it")
     sweep.add_argument("--cancel", action="store_true", help="end what runs or waits of this sweep, and nothing else")
     sweep.add_argument("--dry-run", action="store_true", help="show points, stages and job scripts, start nothing")
@@ -81,13 +86,14 @@ def _sweep(given: argparse.Namespace) -> int:
         return _cancel(given)
     plan = plan_of(given)
     plan.decide_on_data(given.accept_new_data)
+    plan = plan.inexact() if given.inexact else plan
     from tsae.sweep.launcher import Options
 
     options = Options(
         executor=given.executor,
         cluster=given.cluster,
         container=given.container,
-        retry_failed=given.retry_failed,
+        retry_failed=given.retry_failed or given.inexact,
         detach=given.detach,
     )
     if given.dry_run:

@@ -121,7 +121,7 @@ def _cells(stage: Stage, standing: Record) -> list[str]:
 
 
 def _progress(stage: Stage, standing: Record) -> tuple[str, str]:
-    """`200/800 steps` and `12.5k tokens/s`, of what the stage's progress file says."""
+    """`200/800 steps, alive 0.98/0.91` and `12.5k tokens/s`, of what the stage's progress file says."""
     record = read_progress(stage, standing.started or 0.0)
     if not record or str(record.get("stage", "")).split(" ")[0] != stage.kind:
         return "", ""
@@ -132,7 +132,8 @@ def _progress(stage: Stage, standing: Record) -> tuple[str, str]:
         rate, per = float(words[words.index("tokens/s") + 1]), "tokens"
     else:
         per = unit
-    return f"{reached} {unit}", f"{_short(rate)} {per}/s" if rate else ""
+    alive = f", alive {words[words.index('alive') + 1]}" if "alive" in words[:-1] else ""
+    return f"{reached} {unit}{alive}", f"{_short(rate)} {per}/s" if rate else ""
 
 
 def _short(number: float) -> str:

@@ -92,6 +92,14 @@ class Plan:
                 "or measure the trained runs on what is there now with --accept-new-data"
             )
 
+    def inexact(self) -> Plan:
+        """The same, with trainings that go on from states of other versions of torch and tsae, too."""
+        told = [
+            dataclasses.replace(stage, arguments=(*stage.arguments, True)) if stage.kind == "train" else stage
+            for stage in self.stages
+        ]
+        return dataclasses.replace(self, stages=tuple(told))
+
     def report(self) -> Stage | None:
         """The stage that writes the report, if the sweep lists it."""
         if "report" not in self.sweep.config.stages:

@@ -29,6 +29,8 @@ from tsae.runtime.errors import TsaeError
 
 PREFIX = "step_"
 PIECE_BYTES = 2**23
+PASSABLE = ("version of tsae", "version of torch")
+"""Of what a state depends on, what may be another: the training then goes on, to rounding and other random numbers."""
 
 log = logging.getLogger("tsae")
 
@@ -51,15 +53,15 @@ class ResumeStates:
         self._writer = ThreadPoolExecutor(1, "resume")
         self._writing: Future[None] | None = None
 
-    def load(self) -> dict[str, Any] | None:
-        """The newest whole state, or None.
+    def load(self, inexact: bool = False) -> dict[str, Any] | None:
+        """The newest whole state, or None; its entry `inexact` says in words where this run went on with other versions.
 
-        Raises TsaeError for a state of another run, configuration or version.
+        Raises TsaeError for a state of another run or configuration, and for one of another version unless `inexact`.
         """
         state, counted = None, self._counted()
         for n, folder in enumerate(counted, start=1):
             try:
-                state = self._read(folder)
+                state = self._read(folder, inexact)
             except Damaged as damage:
                 instead = (
                     "the state before it is taken" if n < len(counted) else "no other is left: training begins again"
@@ -128,8 +130,8 @@ class ResumeStates:
         for stale in self._folders()[self._keep :]:
             shutil.rmtree(stale)
 
-    def _read(self, folder: Path) -> dict[str, Any]:
-        path = folder / "state.pt"
+    def _read(self, folder: Path, inexact: bool) -> dict[str, Any]:
+        path, changes = folder / "state.pt", []
         try:
             record = json.loads((folder / "state.json").read_text())
             length = path.stat().st_size
@@ -141,14 +143,18 @@ class ResumeStates:
             raise Damaged(f"not readable ({error})") from None
         for name, now in self._belongs_to.items():
             then = record["belongs_to"].get(name)
-            if then != now:
+            if then == now:
+                continue
+            if not (inexact and name in PASSABLE):
+                anyway = " continue all the same with --inexact," if name in PASSABLE else ""
                 raise TsaeError(
                     f"{folder}: saved with another {name} ({then}, now {now}), so it cannot be continued exactly; "
-                    f"go back to that, or remove {self.path} to begin again"
+                    f"go back to that,{anyway} or remove {self.path} to begin again"
                 )
+            changes.append(f"from step {_step(folder)} with another {name} ({then}, then {now})")
         # Mapped: of moments that processes share out, each reads its part alone.
         state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        return state
+        return {**state, "inexact": [*state.get("inexact", []), *changes]}
 
     def _counted(self) -> list[Path]:
         """Folders of the states up to `latest`, newest first."""

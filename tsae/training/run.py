@@ -30,25 +30,31 @@ from tsae.store import binding
 from tsae.store.layout import store_path
 from tsae.store.pairs import PairStream
 from tsae.store.reader import Store
-from tsae.training.metrics import Metrics, imbalance, measures_of
+from tsae.training.metrics import Metrics, first_fve, has_diverged, imbalance, living, measures_of, quiet
 from tsae.training.resume import ResumeStates, random_state, set_random_state
 from tsae.training.trainer import Terms, Trainer
 
 SHOWN = ("loss", "l2_loss", "temp_loss", "auxk_loss", "l0", "fve", "dead_percent")
+IMBALANCED = (
+    "the temporal term is too strong or too weak, or its logits do not fit the activations' scale "
+    "(objective.temporal_alpha, objective.temperature, training.normalize)"
+)
+QUIETENED = "a lower training.lr keeps them alive, a lower training.dead_after lets aux-k revive them"
 
 log = logging.getLogger("tsae")
 
 
-def train(config: RunConfig, run: RunFolder) -> None:
+def train(config: RunConfig, run: RunFolder, inexact: bool = False) -> None:
     """Train the dictionary of `config` into `run`; continues what an earlier call left, does nothing when complete.
 
+    `inexact`: also from a state that another version of torch or tsae saved; provenance.json and all results then say so.
     Where several processes were started together, all call this; the first one writes the files.
     Raises Preempted, its state saved, if the process is asked to leave meanwhile (see `tsae.runtime.preemption`).
     """
-    train_together([(config, run)])
+    train_together([(config, run)], inexact)
 
 
-def train_together(runs: Sequence[tuple[RunConfig, RunFolder]]) -> None:
+def train_together(runs: Sequence[tuple[RunConfig, RunFolder]], inexact: bool = False) -> None:
     """Train several dictionaries on the same batches, which are read once; each comes out as if trained alone.
 
     Runs that are complete are skipped. One that fails does not stop the others; the first error is raised at the end.
@@ -67,13 +73,13 @@ def train_together(runs: Sequence[tuple[RunConfig, RunFolder]]) -> None:
         if reading_settings(other) != reading_settings(config):
             raise TsaeError(f"{run.path}: reads other batches than {pending[0][1].path}; they cannot be packed")
     with together(cpu=config.training.device == "cpu") as group:
-        _train(pending, group)
+        _train(pending, group, inexact)
 
 
-def _train(runs: Sequence[tuple[RunConfig, RunFolder]], group: Group) -> None:
+def _train(runs: Sequence[tuple[RunConfig, RunFolder]], group: Group, inexact: bool) -> None:
     config = runs[0][0]
     store = Store.open(store_path(config), config)
-    running = [_Training(config, run, store, group) for config, run in runs]
+    running = [_Training(config, run, store, group, inexact) for config, run in runs]
     failed: list[Exception] = []
     first, end = min(training.step for training in running), max(training.steps for training in running)
     settings = config.training
@@ -127,14 +133,15 @@ def _leave(running: Sequence[_Training], group: Group) -> None:
 class _Training:
     """One run in training: its trainer, and what the first of its processes writes."""
 
-    def __init__(self, config: RunConfig, run: RunFolder, store: Store, group: Group) -> None:
+    def __init__(self, config: RunConfig, run: RunFolder, store: Store, group: Group, inexact: bool) -> None:
         self.config, self.run, self._group = config, run, group
         self.steps = config.training.steps
-        self.finished = self._warned = False
+        self.finished, self._told = False, set[str]()
         origin = _origin(config, store)
         self._store, self._opened = store, False
         self._states = ResumeStates(run.resume, origin, config.training.resume_keep)
-        state = self._begin()
+        state = self._begin(inexact)
+        self._inexact = state.get("inexact", [])
         self._require_agreement(origin)
         # The name of this run in the trackers, and the step that comes next there.
         self._tracking = state.get("tracking") or {"id": uuid.uuid4().hex, "step": 0}
@@ -142,25 +149,36 @@ class _Training:
         self._accelerator = _accelerator(config, run)
         device, norm = self._accelerator.device, store.mean_squared_norm
         self._trainer = Trainer(config, store.activation_dim, device=device, mean_squared_norm=norm, group=group)
+        self._first_fve = first_fve(run.metrics) if state else None
         if state:
-            self._trainer.load_state(state["trainer"])
-            if group.rank < len(state["random"]):  # of more processes than saved the state, the new ones keep their own
-                set_random_state(state["random"][group.rank])
+            self._continue(state)
         self._saved, self._saved_at = self.step, time.monotonic()
         self._progress = Progress(f"train {run.path.parent.name}", self.steps, "steps", run.progress, self.step)
 
-    def _begin(self) -> dict[str, Any]:
+    def _begin(self, inexact: bool) -> dict[str, Any]:
         """The state to continue from, empty at the start. Raises TsaeError for a folder of another configuration."""
         state: dict[str, Any] = {}
 
         def begin() -> None:
             self.run.require_free(self.config)
-            state.update(self._states.load() or {})
+            state.update(self._states.load(inexact) or {})
+            for change in state.get("inexact", []):
+                log.warning("%s: goes on inexactly %s", self.run.path.parent.name, change)
 
         self._group.on_first(begin)
         if self._group.rank > 0:
-            state.update(self._states.load() or {})
+            state.update(self._states.load(inexact) or {})
         return state
+
+    def _continue(self, state: dict[str, Any]) -> None:
+        try:
+            self._trainer.load_state(state["trainer"])
+            if self._group.rank < len(state["random"]):  # of more processes than saved it, the new ones keep their own
+                set_random_state(state["random"][self._group.rank])
+        except (KeyError, RuntimeError, TypeError, ValueError) as error:
+            if not self._inexact:
+                raise
+            raise TsaeError(f"{self.run.resume}: these versions cannot read what those saved ({error})") from error
 
     def _require_agreement(self, origin: dict[str, str]) -> None:
         """Refuse processes that would train apart, as two machines might that see other files or have other packages."""
@@ -190,9 +208,10 @@ class _Training:
         run.claim(config)
         run.remove_leftovers()
         self._states.remove_leftovers()
-        files.write_json(
-            run.provenance, provenance(config.training_hash, store=store.attributes, data=binding.record(config))
-        )
+        sources = {"store": store.attributes, "data": binding.record(config)}
+        if self._inexact:
+            sources["inexact"] = self._inexact
+        files.write_json(run.provenance, provenance(config.training_hash, **sources))
         files.write_json(run.config_json, reference_config(config, store.activation_dim, self._trainer.scale))
         self._metrics = Metrics(run.metrics, offset=self._metrics_bytes)
 
@@ -213,6 +232,7 @@ class _Training:
         logged = last or step % settings.log_every == 0
         if logged:
             self._require_finite(terms.loss)
+            self._require_sense(terms, last)
         self._open()
         if kept is not None:
             save_dictionary(self.run.checkpoint(step), kept, self._trainer.scale)
@@ -229,10 +249,26 @@ class _Training:
             (tensor.detach().sum() for tensor in (dictionary.W_enc, *more)), dictionary.W_dec.detach().sum()
         )
         if not bool(torch.isfinite(everything)):
-            raise TsaeError(
-                f"{self.run.path.parent.name}: training diverged: the loss or the weights are not finite "
-                f"at step {self.step - 1}; lower training.lr ({self._trainer.peak_lr:g})"
+            raise self._diverged("the loss or the weights are not finite")
+
+    def _require_sense(self, terms: Terms, last: bool) -> None:
+        """Refuse to go on with, or to keep, weights that explain far less than they did before they were trained."""
+        fve = float(terms.fve)
+        if self._first_fve is None:
+            self._first_fve = fve
+        if has_diverged(fve, self._first_fve, last):
+            raise self._diverged(
+                f"the fraction of variance explained is {fve:.3g}, after {self._first_fve:.3g} at first,"
             )
+        if last and int(terms.n_active) == 0:
+            raise self._diverged("no latent fires any more")
+
+    def _diverged(self, what: str) -> TsaeError:
+        return TsaeError(
+            f"{self.run.path.parent.name}: training diverged: {what} at step {self.step - 1}; lower training.lr "
+            f"({self._trainer.peak_lr:g}) or training.clip_norm ({self.config.clip_norm:g}) under another run name; "
+            f"{self.run.metrics} tells how it went, and without {self.run.path} this run begins again"
+        )
 
     def will_be_due(self) -> bool:
         """Whether a resumable state should be written after the update that comes next; the first process decides."""
@@ -256,6 +292,7 @@ class _Training:
                 "metrics_bytes": self._metrics.length,
                 "random": random,
                 "tracking": {**self._tracking, "step": self.step},
+                "inexact": self._inexact,
             }
             self._states.save(self.step, state, first=self._metrics.sync)
 
@@ -264,25 +301,23 @@ class _Training:
         self._states.wait()
 
     def _log(self, step: int, terms: Terms) -> None:
-        measures = measures_of(step, terms, self.config)
+        latents = living(self._trainer)
+        measures = measures_of(step, terms, self.config, latents)
         self._metrics.append(measures)
-        self._warn_of_imbalance(step, terms)
+        if step >= self.config.training.warmup:
+            self._warn_once(step, imbalance(terms.group_shares.tolist(), self.config), IMBALANCED)
+            self._warn_once(step, quiet(latents.alive, self.config), QUIETENED)
         self._accelerator.log({name: value for name, value in measures.items() if name != "step"}, step=step)
         rate = self._progress.rate(self.step) * self.config.training.batch_size
-        self._progress.update(self.step, **{"tokens/s": rate}, **{name: measures[name] for name in SHOWN})
+        alive = {"alive": "/".join(f"{share:.2f}" for share in latents.alive)}
+        self._progress.update(self.step, **{"tokens/s": rate}, **{name: measures[name] for name in SHOWN}, **alive)
 
-    def _warn_of_imbalance(self, step: int, terms: Terms) -> None:
-        """Say once that a group fell silent or took over; metrics.jsonl tells it at every line, a sweep's report the end."""
-        if self._warned or step < self.config.training.warmup:
-            return
-        found = imbalance(terms.group_shares.tolist(), self.config)
-        if found:
-            self._warned = True
-            log.warning(
-                "%s: step %d: %s; the temporal term is too strong or too weak, or its logits do not fit the activations' "
-                "scale (objective.temporal_alpha, objective.temperature, training.normalize)",
-                self.run.path.parent.name, step, found,
-            )  # fmt: skip
+    def _warn_once(self, step: int, found: str, remedy: str) -> None:
+        """Say once that groups of latents are not as they should be; metrics.jsonl tells it at every line, a sweep's
+        report the end."""
+        if found and remedy not in self._told:
+            self._told.add(remedy)
+            log.warning("%s: step %d: %s; %s", self.run.path.parent.name, step, found, remedy)
 
     def _finish(self) -> None:
         self.wait()

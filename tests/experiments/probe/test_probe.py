@@ -221,6 +221,26 @@ def test_the_released_codes_protocol_has_files_of_its_own(config, checkpoints):
     assert [entry["features"] for entry in tasks["context"]["probes"]] == [10]
 
 
+def test_copies_of_a_text_count_once_and_are_never_on_both_sides(config, checkpoints, labelled_text, tmp_path):
+    rows = labelled_text.read_text().splitlines()
+
+    def probe(texts: int, task: str) -> dict:
+        """Of so many texts (a third of them of each class), each of them eight times."""
+        (tmp_path / "copies.jsonl").write_text("\n".join(rows[:texts] * 8))
+        own = ProbeConfig(
+            **{**vars(config.experiments.probe), "dataset": str(tmp_path / "copies.jsonl"), "tasks": (task,)}
+        )
+        texts_read = TextsConfig(count=8 * texts, context_length=32, min_characters=50)
+        changed = configuration.replace(config, experiments={"probe": own, "texts": texts_read})
+        experiment_stage(changed, checkpoints, "temporal", "probe", chunks=[2])
+        return read(checkpoints, "temporal", "probing_chunk2")["tasks"][task]
+
+    with pytest.raises(TsaeError, match="fewer than two classes have tokens in 4 texts or more"):
+        probe(9, "semantics")
+    assert len(probe(12, "semantics")["classes"]) == 3
+    assert len(probe(4, "context")["classes"]) == 4
+
+
 def test_too_few_texts_and_a_split_that_is_not_there_are_one_line(config, checkpoints):
     few = configuration.replace(
         config, experiments={"texts": TextsConfig(count=9, context_length=32, min_characters=50)}

@@ -88,6 +88,14 @@ def test_tokens_know_their_characters_and_the_first_is_left_out(subject):
     assert texts.label_names == ("a", "b")
 
 
+def test_groups_that_have_a_text_in_common_are_one_group_of_copies(subject):
+    texts = [("kaba lodo mife", 0), ("ru se", 1), ("kaba  lodo mife\n", 2), ("ru se", 2), ("nu ba", 5), ("nu ba di", 6)]
+    found = harvest_texts(subject, [LabelledText(text, "a", group) for text, group in texts], 8)
+    assert found.group_of_copies.tolist() == [0, 0, 0, 0, 5, 6]
+    cut = harvest_texts(subject, [LabelledText(text, "a", group) for text, group in texts], 2)
+    assert cut.group_of_copies.tolist() == [0, 0, 0, 0, 5, 5]
+
+
 def test_the_activations_are_those_of_the_language_model(subject):
     texts = harvest_texts(subject, TEXTS, 8)
     tokens = torch.tensor(subject.language_model.tokenizer("kaba lodo mife")["input_ids"])[None]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -36,7 +37,7 @@ def subject() -> Any:
     """A random dictionary of 24 latents on 8 dimensions, on the CPU."""
     dictionary = new_dictionary(SaeConfig(kind="batch_topk", dict_size=24, k=4), 8, seed=0)
     dictionary.threshold.fill_(0.3)
-    return SimpleNamespace(dictionary=dictionary, device=torch.device("cpu"))
+    return SimpleNamespace(dictionary=dictionary, device=torch.device("cpu"), row_norms=dictionary.row_norms)
 
 
 def activations(subject: Any, x: torch.Tensor) -> torch.Tensor:
@@ -62,6 +63,19 @@ def test_the_error_term_is_kept_and_only_one_direction_changes(subject: Any, mod
         error = x[row] - subject.dictionary.decode(before[row])
         assert torch.allclose(steered[row], subject.dictionary.decode(code) + error, atol=1e-5)
     assert bool((before[0, :, 3] > 0).any())
+
+
+def test_strengths_are_what_is_written_whatever_the_norms_of_decoder_rows(subject: Any) -> None:
+    x = torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(1))
+    steered = Steering(subject, rows(subject, [3, 7], [4.0, 2.5], "set"), first_position=True)(x)
+    same = copy.deepcopy(subject.dictionary)
+    same.W_dec.data /= 10
+    for tensor in (same.W_enc, same.b_enc, same.threshold):
+        tensor.data *= 10
+    other = SimpleNamespace(dictionary=same, device=subject.device, row_norms=same.row_norms)
+    assert torch.allclose(
+        Steering(other, rows(subject, [3, 7], [4.0, 2.5], "set"), first_position=True)(x), steered, atol=1e-5
+    )
 
 
 def test_the_first_position_is_left_alone_in_the_prompt_only(subject: Any) -> None:

@@ -14,7 +14,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tsae.config.sections import ModelConfig
+from tsae.data.labelled import content_of
 from tsae.experiments.answers.prompts import Answer, Prompt, Respondent
+from tsae.lm.source import cached_commit, weights_fingerprint
 from tsae.runtime import preemption
 from tsae.runtime.environment import home
 from tsae.runtime.errors import TsaeError
@@ -117,7 +120,9 @@ def open_backend(settings: AnswersConfig, where: str) -> Backend:
         if not path.exists():
             raise TsaeError(f"{where}.recorded: there is no {path}; a file or folder of recorded answers is expected")
         return Backend(f"{model} (recorded)", model, None, AnswerFile(path, writable=False))
-    kept = AnswerFile(home() / "answers" / _folder_name(model), writable=True)
+    # A model of this machine may be another one tomorrow; what an endpoint has behind a name is its own business.
+    known_as = f"{model} {local_model_identity(model)}".strip() if kind == "local" else model
+    kept = AnswerFile(home() / "answers" / _folder_name(known_as), writable=True)
     if kind == "endpoint":
         from tsae.experiments.answers.endpoint import Endpoint
 
@@ -125,6 +130,19 @@ def open_backend(settings: AnswersConfig, where: str) -> Backend:
     from tsae.experiments.answers.local import LocalModel
 
     return Backend(model, model, LocalModel(settings), kept)
+
+
+def content_of_answers(settings: AnswersConfig) -> str:
+    """What gives the answers, as far as it can be known: a local model's content, the file of recorded ones."""
+    if settings.backend == "replay" and settings.recorded:
+        return content_of(settings.recorded)
+    return local_model_identity(str(settings.model)) if settings.backend == "local" and settings.model else ""
+
+
+def local_model_identity(model: str) -> str:
+    """The content of a model folder, the commit of a hub model in the local cache; nothing where that is not known."""
+    config = ModelConfig(name=model)
+    return weights_fingerprint(config) or cached_commit(config) or ""
 
 
 def _key(model: str, prompt: Prompt) -> str:

@@ -18,6 +18,7 @@ from tsae.evaluation.statistics import over_seeds
 from tsae.experiments.probe import fit as probe_fit
 from tsae.experiments.probe.samples import Samples, choose_samples, split
 from tsae.experiments.shared.subject import Subject
+from tsae.experiments.shared.tags import find_tagger
 from tsae.experiments.shared.texts import TextActivations, harvest_dataset, texts_read
 from tsae.runtime.errors import TsaeError
 from tsae.runtime.progress import Progress
@@ -79,8 +80,11 @@ class _Material(NamedTuple):
 @lru_cache(maxsize=1)
 def _material(subject: Subject, settings: ProbeConfig) -> _Material:
     """Texts, samples and the feature activations of all latents."""
+    # Looked for before the texts are harvested, which may take long.
+    tags = "syntax" in settings.tasks
+    tagger = find_tagger(settings.tagger, settings.dataset, "experiments.probe.tagger") if tags else None
     texts = harvest_dataset(subject, settings.dataset)
-    samples: dict[str, Samples] = {task: choose_samples(texts, settings, task) for task in settings.tasks}
+    samples: dict[str, Samples] = {task: choose_samples(texts, settings, task, tagger) for task in settings.tasks}
     features: dict[str, Features] = {
         task: texts.features(subject, found.rows, found.positions) for task, found in samples.items()
     }

@@ -8,7 +8,7 @@ import numpy as np
 
 from tsae.config.experiments import ProbeConfig
 from tsae.data.labelled import LabelledText
-from tsae.experiments.shared.tags import Tagger, Tags, find_tagger, tags_of
+from tsae.experiments.shared.tags import Tagger, Tags, tags_of
 from tsae.experiments.shared.texts import TextActivations
 from tsae.runtime.errors import TsaeError
 
@@ -38,20 +38,25 @@ class Samples(NamedTuple):
     """What the labels are, in words."""
 
 
-def choose_samples(texts: TextActivations, probe: ProbeConfig, task: str) -> Samples:
-    """The tokens of `task`, the same for every run and seed. Raises TsaeError if fewer than two classes are left."""
+def choose_samples(texts: TextActivations, probe: ProbeConfig, task: str, tagger: Tagger | None) -> Samples:
+    """The tokens of `task`, the same for every run and seed; that of syntax needs a tagger.
+
+    Raises TsaeError if fewer than two classes are left.
+    """
     random = np.random.default_rng(0)
     if task == "context":
         return _context(texts, probe, random)
     if task == "semantics":
         tags = Tags(np.broadcast_to(texts.label[:, None], texts.valid.shape), texts.label_names, "label of the text")
     else:
-        tags = _syntax(texts, probe)
+        assert tagger is not None
+        tags = _syntax(texts, probe, tagger)
     valid = texts.valid & (tags.of_token >= 0)
     rows, positions = (
         _last_tokens(valid) if probe.protocol == "reference" else _random_tokens(valid, tags, probe, random)
     )
-    samples = Samples(rows, positions, tags.of_token[rows, positions], texts.group[rows], tags.names, (), tags.tagger)
+    group = texts.group if probe.protocol == "reference" else texts.group_of_copies
+    samples = Samples(rows, positions, tags.of_token[rows, positions], group[rows], tags.names, (), tags.tagger)
     return _without_rare(samples, task)
 
 
@@ -61,6 +66,8 @@ def _context(texts: TextActivations, probe: ProbeConfig, random: np.random.Gener
     reference = probe.protocol == "reference"
     shortest = REFERENCE_LAST if reference else int((2 * probe.gap + 4) / (1 - probe.test_share))
     usable = np.flatnonzero(sizes >= shortest)
+    if not reference:  # of copies one is a class; which of them a token is from, nothing could tell
+        usable = usable[np.sort(np.unique(texts.same_text[usable], return_index=True)[1])]
     count = REFERENCE_TEXTS if reference else probe.context_texts
     if len(usable) < 2:
         raise TsaeError(
@@ -75,8 +82,7 @@ def _context(texts: TextActivations, probe: ProbeConfig, random: np.random.Gener
     return Samples(chosen[label], np.concatenate(found), label, label, names, (), "which text a token is from")
 
 
-def _syntax(texts: TextActivations, probe: ProbeConfig) -> Tags:
-    tagger = find_tagger(probe.tagger, probe.dataset)
+def _syntax(texts: TextActivations, probe: ProbeConfig, tagger: Tagger) -> Tags:
     if probe.protocol == "disjoint":
         return tags_of(texts.texts, texts.offsets, tagger)
     return _tags_of_last_tokens_alone(texts, tagger)

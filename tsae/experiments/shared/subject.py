@@ -13,7 +13,7 @@ from tsae.checkpoint import BASELINE, RunFolder, find_dictionary, load_dictionar
 from tsae.config.run import RunConfig
 from tsae.runtime.errors import TsaeError
 from tsae.sae.dictionary import Dictionary
-from tsae.sae.inference import encode_sparse
+from tsae.sae.inference import encode_sparse, in_units_written
 from tsae.sae.selection.top_k import Encoder
 from tsae.sae.sparse import SparseCode
 from tsae.store.binding import commit_of
@@ -103,9 +103,19 @@ class Subject:
             )
         return groups[0] if chunk == HIGH else slice(groups[0].stop, self.dictionary.dict_size)
 
+    @cached_property
+    def row_norms(self) -> Tensor:
+        """Norms of the decoder's rows [F], in which feature activations are measured, on the device."""
+        return self.dictionary.row_norms
+
     def codes(self, x: Tensor) -> SparseCode:
-        """Feature activations of activations x [N, D], all latents, on the CPU, without a dense [N, F] tensor."""
-        code = encode_sparse(self.dictionary, x.to(self.device, torch.float32), self._encoder)
+        """Feature activations of activations x [N, D], all latents, without a dense [N, F] tensor; on the CPU.
+
+        They are what the latents write: those of `encode` times the norms of the decoder's rows.
+        """
+        code = in_units_written(
+            encode_sparse(self.dictionary, x.to(self.device, torch.float32), self._encoder), self.row_norms
+        )
         return SparseCode(code.offsets.cpu(), code.latents.cpu(), code.values.cpu(), code.dict_size)
 
     @cached_property

@@ -143,6 +143,27 @@ class TextActivations:
         """[S] int64: texts of one group belong together and never stand on both sides of a split."""
         return np.array([text.group for text in self.texts], np.int64)
 
+    @property
+    def same_text(self) -> np.ndarray:
+        """[S] int64: a number for each text as far as it was read; equal ones, blanks apart, have one number."""
+        ends = self.offsets[..., 1].max(1)
+        read = [" ".join(text.text[:end].split()) for text, end in zip(self.texts, ends, strict=True)]
+        return np.unique(read, return_inverse=True)[1]
+
+    @property
+    def group_of_copies(self) -> np.ndarray:
+        """[S] int64: as `group`, with groups in one that have a text in common; numbered by the smallest of them."""
+        from scipy.sparse import coo_array
+        from scipy.sparse.csgraph import connected_components
+
+        group, text = np.unique(self.group, return_inverse=True)[1], self.same_text
+        nodes = int(group.max()) + int(text.max()) + 2
+        edges = (np.ones(len(group)), (group, text + group.max() + 1))
+        joined = connected_components(coo_array(edges, shape=(nodes, nodes)), directed=False)[1][group]
+        smallest = np.full(nodes, self.group.max())
+        np.minimum.at(smallest, joined, self.group)
+        return smallest[joined]
+
     def read(self, rows: Sequence[int] | np.ndarray) -> Tensor:
         """Activations [n, L, D] float32 of the texts `rows`; meaningless at padding."""
         return self.store.read(rows).float()
@@ -285,8 +306,6 @@ def _activations(subject: Subject, contexts: Contexts, rows: range, progress: Pr
     for start in preemption.polled(range(rows.start, rows.stop, step)):
         batch = slice(start, min(start + step, rows.stop))
         tokens, lengths = (torch.from_numpy(array[batch]).long() for array in (contexts.tokens, contexts.lengths))
-        if start == 0:
-            lm.verify_hook(tokens, lengths)
         yield lm.read(tokens, lengths)
         progress.update(batch.stop)
 

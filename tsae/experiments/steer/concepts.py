@@ -28,6 +28,7 @@ SELECTION, TRAINING, REAL = (0, 1), (2, 3), (4,)
 FOLDS = 5
 MIN_TEXTS = 10
 QUANTILE = 0.999
+TINY = 1e-30
 
 
 class Direction(NamedTuple):
@@ -38,7 +39,7 @@ class Direction(NamedTuple):
     concept: int
     latent: int | None
     vector: Tensor
-    """[D] what a strength of 1 adds."""
+    """[D] what a strength of 1 adds; of norm 1 for a latent, as feature activations are in the units of what is written."""
     unit: float
     """Strength of the multiple 1: the 99.9th percentile of the latent's activation where it is active."""
     auc: float | None
@@ -125,7 +126,8 @@ def _latent(subject: Subject, codes: Any, method: str, concept: int, latent: int
         raise TsaeError(
             f"experiments.steer.latents: latent {latent} never fires on the chosen texts; it is dead or about something else"
         )
-    vector = subject.dictionary.W_dec[latent].detach().float().cpu()
+    row = subject.dictionary.W_dec[latent].detach().float()
+    vector = (row / subject.row_norms[latent].clamp_min(TINY)).cpu()  # a row of zeros writes nothing
     return Direction(method, concept, latent, vector, float(np.quantile(values, QUANTILE)), None)
 
 

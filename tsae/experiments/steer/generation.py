@@ -19,7 +19,7 @@ from tsae.experiments.steer.concepts import REAL, Direction, Uses
 from tsae.runtime.errors import TsaeError
 from tsae.runtime.preemption import polled
 from tsae.runtime.progress import Progress
-from tsae.sae.inference import encode_sparse
+from tsae.sae.inference import encode_sparse, in_units_written
 from tsae.sae.selection.top_k import Encoder
 
 if TYPE_CHECKING:
@@ -66,11 +66,11 @@ class Steering:
         return strength[..., None] * rows.vectors[:, None].to(hidden.device, torch.float32)
 
     def _activations(self, hidden: Tensor) -> Tensor:
-        """[R, T] feature activation of each row's latent; 0 for a row without one."""
+        """[R, T] what each row's latent writes; 0 for a row without one."""
         count, length, width = hidden.shape
-        dictionary, device = self._subject.dictionary, self._subject.device
+        subject, device = self._subject, self._subject.device
         x = hidden.reshape(-1, width).to(device, torch.float32)
-        code = encode_sparse(dictionary, x, self._encoder)
+        code = in_units_written(encode_sparse(subject.dictionary, x, self._encoder), subject.row_norms)
         wanted = self._rows.latents.to(device).repeat_interleave(length)
         hits = code.latents == wanted[code.rows]
         found = torch.zeros(len(x), device=device)

@@ -155,7 +155,6 @@ class LocalExecutor:
                         stderr=stream,
                         # All of them in a group of their own, which Ctrl-C does not reach and one signal ends.
                         process_group=processes[0].pid if processes else 0,
-                        pass_fds=share.leases,
                     )
                 )
         return LocalJob(stage.record, log, processes)

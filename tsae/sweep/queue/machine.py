@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import fcntl
 import getpass
 import os
+import socket
 import subprocess
 import tempfile
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
 
-from tsae.runtime import environment
+from tsae.runtime import environment, locks
 
 
 @dataclass(frozen=True)
@@ -20,8 +20,8 @@ class Share:
 
     cpus: int
     gpus: tuple[str, ...] = ()
-    leases: tuple[int, ...] = ()
-    """File descriptors that hold the GPUs; a job that inherits them keeps its GPUs should the queue be killed."""
+    leases: tuple[locks.Lock, ...] = ()
+    """What holds the GPUs; handed to a job, it keeps them should the queue be killed."""
 
 
 class Machine:
@@ -30,7 +30,7 @@ class Machine:
     def __init__(self, cores: int, gpus: tuple[str, ...] = ()) -> None:
         self.cores, self.gpus = cores, gpus
         self._free_cores = cores
-        self._held: dict[str, IO[str]] = {}
+        self._held: dict[str, locks.Lock] = {}
 
     @classmethod
     def this(cls) -> Machine:
@@ -42,26 +42,26 @@ class Machine:
         cpus = min(cpus, self.cores)
         if cpus > self._free_cores:
             return None
-        held: dict[str, IO[str]] = {}
+        held: dict[str, locks.Lock] = {}
         for gpu in self.gpus:
             if len(held) == gpus:
                 break
-            stream = None if gpu in self._held else _lease(gpu)
-            if stream is not None:
-                held[gpu] = stream
+            if gpu not in self._held:
+                with suppress(locks.LockHeld):
+                    held[gpu] = locks.Lock(_lease(gpu), f"GPU {gpu}")
         if len(held) < gpus:
-            for stream in held.values():
-                stream.close()
+            for lease in held.values():
+                lease.release()
             return None
         self._held |= held
         self._free_cores -= cpus
-        return Share(cpus, tuple(held), tuple(stream.fileno() for stream in held.values()))
+        return Share(cpus, tuple(held), tuple(held.values()))
 
     def give_back(self, share: Share) -> None:
         """Free what was taken; once its job has ended."""
         self._free_cores += share.cpus
         for gpu in share.gpus:
-            self._held.pop(gpu).close()
+            self._held.pop(gpu).release()
 
 
 def visible_gpus() -> tuple[str, ...]:
@@ -76,14 +76,7 @@ def visible_gpus() -> tuple[str, ...]:
     return tuple(str(i) for i, line in enumerate(listed.stdout.splitlines()) if line.startswith("GPU "))
 
 
-def _lease(gpu: str) -> IO[str] | None:
-    """A stream that holds `gpu` as long as it, or a copy of it in a job, is open; None if another queue has the GPU."""
-    folder = Path(tempfile.gettempdir()) / f"tsae-gpus-{getpass.getuser()}"
-    folder.mkdir(exist_ok=True)
-    stream = open(folder / gpu.replace("/", "-"), "w")  # noqa: SIM115 (closed when the GPU is given back)
-    try:
-        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        stream.close()
-        return None
-    return stream
+def _lease(gpu: str) -> Path:
+    """The lock on a GPU of this machine: whoever has it has the GPU. Temporary folders may be those of several machines."""
+    folder = Path(tempfile.gettempdir()) / f"tsae-gpus-{getpass.getuser()}-{socket.gethostname()}"
+    return folder / f"{gpu.replace('/', '-')}.lock"

@@ -163,6 +163,8 @@ class Queue:
         task.share = share
         self._running += 1
         task.job = self._executor.start(task.stage, share)
+        for lease in share.leases if task.job.pid else ():
+            lease.hand_to(task.job.pid)
         task.status = Record(
             cpus=share.cpus,
             gpus=",".join(share.gpus),
