@@ -107,7 +107,7 @@ def test_a_place_that_a_run_from_elsewhere_contradicts_is_refused(
 def test_a_run_from_elsewhere_is_read_where_its_file_says(
     theirs: Callable[..., Path], told: dict[str, object], flags: list[str], path: str
 ) -> None:
-    options = argparse.Namespace(run_name="theirs", checkpoints_path=theirs(**told), model=None, layer=None)
+    options = argparse.Namespace(run_name="theirs", checkpoints_path=theirs(**told), model=None, layer=None, out=None)
     options.overrides, options.dataset, options.checkpoint = ["model.device=cpu"], None, None
     options.layer = int(flags[1]) if flags else None
     config = arguments_of("probe", options)["config"]

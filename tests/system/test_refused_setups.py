@@ -36,7 +36,9 @@ def settings(tiny_model: Path, text: Path, tmp_path: Path) -> Path:
 
 
 def contents(folder: Path) -> list[str]:
-    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+    """What lies below TSAE_HOME, but for the hashes of files that were looked at."""
+    found = (str(path.relative_to(folder)) for path in folder.rglob("*"))
+    return sorted(path for path in found if not path.startswith("contents"))
 
 
 def test_a_training_that_was_refused_leaves_its_name_free(
@@ -48,7 +50,6 @@ def test_a_training_that_was_refused_leaves_its_name_free(
     for words, refusal in (
         (["training.batch_size=10000000"], "has only"),
         (["training.processes=2"], "were asked for"),
-        (["sae.k=1", "sae.split_fraction=0.011", "objective.temporal=l2"], "the temporal term is switched on"),
     ):
         assert cli.main([*train, *words]) == 2
         assert refusal in capsys.readouterr().err
@@ -62,7 +63,7 @@ def test_a_training_that_was_refused_leaves_its_name_free(
     [
         (["data.context_length=500"], "positions"),
         (["model.hook_point=gpt_neox.layers.9"], "has no module"),
-        (["data.min_length=32", "data.context_length=32", "data.max_documents=2"], "at least 2 documents"),
+        (["data.min_length=32", "data.context_length=32", "data.max_documents=2"], "at least 2 different documents"),
     ],
 )
 def test_a_harvest_that_was_refused_leaves_nothing(
