@@ -10,6 +10,7 @@ Nothing else in the package builds a path into a run folder.
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -33,17 +34,21 @@ BASELINE = "baseline_model"
 
 
 class RunFolder:
-    """Paths and small files of one run. Creating the object touches nothing on disk."""
+    """Paths and small files of one run. Creating the object touches nothing on disk.
 
-    def __init__(self, path: str | Path) -> None:
+    What is measured on the run, and the locks on that, may lie in a folder of their own, `out`.
+    """
+
+    def __init__(self, path: str | Path, out: str | Path | None = None) -> None:
         self.path = Path(path)
+        self.measured = self.path if out is None else Path(out)
         self.config_json = self.path / "config.json"
         self.weights = self.path / "ae.pt"
         self.resolved = self.path / "resolved.yaml"
         self.provenance = self.path / "provenance.json"
         self.metrics = self.path / "metrics.jsonl"
-        self.progress = self.path / "progress.json"
-        self.eval_results = self.path / "eval_results.json"
+        self.progress = self.measured / "progress.json"
+        self.eval_results = self.measured / "eval_results.json"
         self.calibration = self.path / "calibration.json"
         self.resume = self.path / "resume"
 
@@ -65,7 +70,18 @@ class RunFolder:
 
     def result(self, name: str, suffix: str) -> Path:
         """`<name>.json` or `<name>.png` of an experiment on this run."""
-        return self.path / f"{name}.{suffix}"
+        return self.measured / f"{name}.{suffix}"
+
+    @property
+    def takes_results(self) -> bool:
+        """Whether anything may be written beside the results."""
+        there = next(place for place in (self.measured, *self.measured.absolute().parents) if place.exists())
+        return os.access(there, os.W_OK)
+
+    def require_place(self) -> None:
+        """Refuse to measure what could not be written down. Raises TsaeError."""
+        if not self.takes_results:
+            raise TsaeError(f"{self.measured}: nothing may be written there; name a folder for the results: --out DIR")
 
     def training_hash(self) -> str | None:
         """Hash of the settings that this folder belongs to; None while it belongs to none."""
@@ -79,33 +95,42 @@ class RunFolder:
             raise TsaeError(f"{self.resolved}: cannot be read: {reason}") from None
         return str(yaml.safe_load(line[0])["training_hash"]) if line else ""
 
+    def differences(self, config: RunConfig) -> str | None:
+        """In which settings this folder's training differs from that of `config`, in words.
+
+        None if it is the same, or if the folder states none, as files that came from elsewhere.
+        """
+        if self.training_hash() in (None, config.training_hash):
+            return None
+        there, here = (configuration.training_settings(each) for each in (self.load_config(), config))
+        return schema.differences(there, here) or "another version of tsae made it"
+
     def require_same_training(self, config: RunConfig) -> None:
         """Refuse a run that was trained with other settings; files that came from elsewhere state none."""
-        found = self.training_hash()
-        if found is None:
-            return
-        wanted = config.training_hash
-        if found != wanted:
+        different = self.differences(config)
+        if different is not None:
             raise TsaeError(
-                f"{self.path}: was trained with another configuration (hash {found}, this one is {wanted}); "
+                f"{self.path}: was trained with another configuration ({different}); "
                 f"give the settings it was trained with: they are in {self.resolved}"
             )
 
+    def require_free(self, config: RunConfig) -> None:
+        """Refuse a folder that belongs to another training configuration."""
+        different = self.differences(config)
+        if different is not None:
+            raise TsaeError(
+                f"{self.path}: holds a run of another configuration ({different}); "
+                "choose another run name or remove the folder"
+            )
+        if self.training_hash() is None and self.weights.exists():
+            raise TsaeError(f"{self.path}: holds weights but no resolved.yaml; choose another run name")
+
     def claim(self, config: RunConfig) -> None:
         """Write resolved.yaml, or refuse a folder that belongs to another training configuration."""
-        wanted = config.training_hash
-        found = self.training_hash()
-        if found is not None:
-            if found != wanted:
-                raise TsaeError(
-                    f"{self.path}: holds a run of another configuration (hash {found}, this one is {wanted}); "
-                    "choose another run name or remove the folder"
-                )
-            return
-        if self.weights.exists():
-            raise TsaeError(f"{self.path}: holds weights but no resolved.yaml; choose another run name")
-        text = yaml.safe_dump({"training_hash": wanted, **schema.to_plain(config)}, sort_keys=False)
-        files.write_atomically(self.resolved, lambda stream: stream.write(text.encode()))
+        self.require_free(config)
+        if self.training_hash() is None:
+            tree = {"training_hash": config.training_hash, **configuration.to_yaml(config)}
+            files.write_text(self.resolved, yaml.safe_dump(tree, sort_keys=False))
 
     def remove_leftovers(self) -> None:
         """Remove the half-written files of killed processes; for the one that trains into this folder."""

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from tsae.bench.command import add_arguments as add_bench_arguments
-from tsae.experiments.commands import add_accept_argument
+from tsae.experiments.commands import add_accept_argument, add_out_argument
 from tsae.experiments.commands import add_commands as add_experiment_commands
 from tsae.interop.commands import add_commands
 from tsae.runtime import preemption
@@ -24,6 +24,7 @@ from tsae.sweep.commands import add_commands as add_sweep_commands
 from tsae.sweep.schedulers import adopt_place
 
 if TYPE_CHECKING:
+    from tsae.checkpoint import RunFolder
     from tsae.config.run import RunConfig
 
 
@@ -92,29 +93,32 @@ def _parser(script: str = "") -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     harvest = _command(commands, "harvest", _harvest, "read a language model's activations into a zarr store")
-    _add_run_arguments(harvest, named=False)
+    _add_run_arguments(harvest, "YAML file of a run", named=False)
     harvest.add_argument("--task", type=int, default=0, help="which part of the shards to write, from 0")
     harvest.add_argument("--tasks", type=int, default=1, help="into how many parts the harvest is split")
 
     train = _command(commands, "train", _train, "train a dictionary on a store (harvested first if it is missing)")
-    _add_run_arguments(train)
+    _add_run_arguments(train, "YAML file of a run", named=True)
     train.add_argument("--inexact", action="store_true", help=f"{INEXACT_HELP}; provenance and results say so")
     evaluate = _command(commands, "evaluate", _evaluate, "measure a trained dictionary on held-out activations")
-    _add_run_arguments(evaluate)
+    _add_run_arguments(evaluate, "YAML file of a run, a run's name, or its folder")
+    add_out_argument(evaluate)
 
     add_experiment_commands(functools.partial(_command, commands), _experiment)
 
     calibrate = _command(
         commands, "calibrate", _calibrate, "set a run's threshold to a wanted number of active latents"
     )
-    calibrate.add_argument("path", type=Path, metavar="RUN", help="folder of a run")
+    _add_measured_arguments(calibrate)
+    add_out_argument(calibrate, "a copy of the run, which is calibrated in its place")
     how = calibrate.add_mutually_exclusive_group()
     how.add_argument("--target-l0", type=float, help="active latents per held-out token (default: sae.k)")
     add_accept_argument(calibrate)
     how.add_argument("--keep", action="store_true", help="take the threshold that training tracked, and measure it")
 
     synthetic = _command(commands, "synthetic", _synthetic, "measure a run on a synthetic world against the truth")
-    synthetic.add_argument("path", type=Path, metavar="RUN", help="folder of a run with data.source: synthetic")
+    _add_measured_arguments(synthetic)
+    add_out_argument(synthetic)
 
     settings = _command(commands, "settings", _settings, "print every setting, or a run's resolved configuration")
     what = settings.add_mutually_exclusive_group()
@@ -180,9 +184,22 @@ class _SettingsHelp(argparse.Action):
         parser.exit()
 
 
-def _add_run_arguments(parser: argparse.ArgumentParser, named: bool = True) -> None:
+def _add_measured_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "path", type=Path, metavar="RUN", help="a run's folder, or its name under TSAE_HOME/checkpoints"
+    )
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        default=[],
+        metavar="section.key=value",
+        help="such as evaluation.…, or data.… of a run from elsewhere",
+    )
+
+
+def _add_run_arguments(parser: argparse.ArgumentParser, what: str, named: bool = True) -> None:
     parser.add_argument("--help-settings", action=_SettingsHelp, nargs=0, help="show every setting and exit")
-    parser.add_argument("config", type=Path, metavar="CONFIG", help="YAML file of a run")
+    parser.add_argument("config", type=Path, metavar="CONFIG", help=what)
     parser.add_argument(
         "overrides", nargs="*", default=[], metavar="section.key=value", help="settings that replace the file's"
     )
@@ -221,37 +238,58 @@ def _train(options: argparse.Namespace) -> None:
     require_processes(config, process_count())  # before the harvest, which may take long
     require_trackers(config.training.trackers if process_rank() == 0 else ())
     run = _run_of(options)
-    _accept(options, config, run)
+    _accept(options, config, RunFolder.of(*run))
     refuse_other_data(config, RunFolder.of(*run))  # before its harvest
     harvest_stage(config)
     _print_once(train_stage(config, *run, options.inexact))
 
 
 def _evaluate(options: argparse.Namespace) -> None:
-    from tsae.config import run as configuration
-    from tsae.stages import evaluate_stage
+    from tsae.stages import evaluate_run, harvest_elsewhere
 
-    config, run = configuration.load(options.config, options.overrides), _run_of(options)
+    config, run = _measured(options, options.config)
     _accept(options, config, run)
-    _print_once(evaluate_stage(config, *run))
+    harvest_elsewhere(config, run)
+    _print_once(evaluate_run(config, run))
 
 
-def _accept(options: argparse.Namespace, config: RunConfig, run: tuple[Path, str]) -> None:
+def _measured(options: argparse.Namespace, named: Path) -> tuple[RunConfig, RunFolder]:
+    """The run that a YAML, a name or a folder stands for, and the settings by which it is measured."""
+    from tsae.checkpoint import RunFolder
+    from tsae.config import run as configuration
+    from tsae.interop.settings import find_run, settings_of
+
+    checkpoints = getattr(options, "checkpoints_path", None) or home() / "checkpoints"
+    if hasattr(options, "config") and (named.is_file() or named.suffix in (".yaml", ".yml")):
+        config = configuration.load(named, options.overrides)
+        folder, name = _run_of(options)
+        return config, RunFolder(RunFolder.of(folder, name).path, options.out)
+    if getattr(options, "run_name", None) is not None:
+        raise TsaeError(f"--run-name {options.run_name}: {named} is a run already; leave --run-name out")
+    run = find_run(named, checkpoints, options.out)
+    extra = configuration.parse_overrides(options.overrides)
+    configuration.check_part(extra, "command line")
+    return settings_of(run, extra, ("evaluation",)), run
+
+
+def _accept(options: argparse.Namespace, config: RunConfig, run: RunFolder) -> None:
     """With --accept-new-data, have a trained run measured on the text and the model that are there now."""
     if options.accept_new_data:
-        from tsae.checkpoint import RunFolder
         from tsae.stages import accept_new_data
 
-        accept_new_data(config, RunFolder.of(*run))
+        accept_new_data(config, run)
 
 
 def _experiment(name: str, options: argparse.Namespace) -> None:
+    from tsae.experiments.registry import EXPERIMENTS
     from tsae.experiments.request import arguments_of
-    from tsae.stages import experiment_stage
+    from tsae.stages import experiment_run, harvest_elsewhere
 
     asked = arguments_of(name, options)
-    _accept(options, asked["config"], (asked["checkpoints_path"], asked["run_name"]))
-    print("\n".join(experiment_stage(**asked)))
+    _accept(options, asked["config"], asked["run"])
+    if EXPERIMENTS[name].reads_store:
+        harvest_elsewhere(asked["config"], asked["run"])
+    print("\n".join(experiment_run(**asked)))
 
 
 def _print_once(path: Path) -> None:
@@ -261,24 +299,31 @@ def _print_once(path: Path) -> None:
 
 
 def _calibrate(options: argparse.Namespace) -> None:
-    from tsae.evaluation.calibration import calibrate, run_at, summary
-    from tsae.stages import accept_new_data
+    from tsae.evaluation.calibration import calibrate, calibrate_copy, summary
+    from tsae.stages import harvest_elsewhere
 
-    run = run_at(options.path)
-    if options.accept_new_data:
-        accept_new_data(run.load_config(), run)
-    print(summary(calibrate(run, run.load_config(), options.target_l0, keep=options.keep)))
+    out, options.out = options.out, None
+    config, run = _measured(options, options.path)
+    _accept(options, config, run)
+    harvest_elsewhere(config, run, calibrated=False)
+    if out is None:
+        record = calibrate(run, config, options.target_l0, keep=options.keep)
+    else:
+        record = calibrate_copy(run, out, config, options.target_l0, keep=options.keep)
+    print(summary(record))
 
 
 def _synthetic(options: argparse.Namespace) -> None:
-    from tsae.evaluation.calibration import run_at
     from tsae.evaluation.ground_truth import measure_run, summary
 
-    run = run_at(options.path)
-    print(summary(measure_run(run.load_config(), run)))
+    print(summary(measure_run(*_measured(options, options.path))))
 
 
 def _run_of(options: argparse.Namespace) -> tuple[Path, str]:
+    """Folder of runs and name of the run that a YAML is about; a run's own resolved.yaml is about that run."""
+    place = options.config.absolute().parent
+    if options.run_name is None and options.config.name == "resolved.yaml" and place.name == "trainer_0":
+        return place.parents[1], place.parent.name
     name = options.config.stem if options.run_name is None else options.run_name
     if not name or Path(name).is_absolute() or any(part in ("", ".", "..") for part in name.split("/")):
         raise TsaeError(f"--run-name {name!r}: a folder name below the checkpoints is expected")
@@ -293,9 +338,8 @@ def _settings(options: argparse.Namespace) -> None:
         return
     import yaml
 
-    from tsae.config.schema import to_plain
-
-    print(yaml.safe_dump(to_plain(configuration.load(options.config, options.overrides)), sort_keys=False), end="")
+    resolved = configuration.to_yaml(configuration.load(options.config, options.overrides))
+    print(yaml.safe_dump(resolved, sort_keys=False), end="")
 
 
 def _measures(options: argparse.Namespace) -> None:

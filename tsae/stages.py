@@ -12,7 +12,7 @@ import logging
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tsae.checkpoint import RunFolder
 from tsae.config import run as configuration
@@ -82,44 +82,69 @@ def train_pack_stage(
         train_together(runs, inexact)
 
 
-@preemption.watched()
 def evaluate_stage(config: RunConfig | str, checkpoints_path: Path | str, run_name: str) -> Path:
-    """Measure the trained dictionary of run `run_name` on held-out activations.
+    """Measure the trained dictionary of run `run_name` on held-out activations; the folder of the results."""
+    return evaluate_run(_resolved(config), RunFolder.of(checkpoints_path, run_name))
+
+
+@preemption.watched()
+def evaluate_run(config: RunConfig, run: RunFolder) -> Path:
+    """The same for a run wherever it lies.
 
     Processes that were started together divide the contexts among themselves; the results are the same.
     """
-    config = _resolved(config)
-    run = RunFolder.of(checkpoints_path, run_name)
     refuse_other_data(config, run)
     with _started_together(config) as group:
         if _in_any(group, is_evaluated(config, run)):
             log.info("%s: already evaluated", run.path)
-            return run.path
-        with _held_by_first(run_lock(run, "evaluate"), f"evaluate {run_name}", group):
+            return run.measured
+        run.require_place()
+        with _held_by_first(run_lock(run, "evaluate"), f"evaluate {run.path.parent.name}", group):
             from tsae.evaluation.driver import evaluate
 
             if not _in_any(group, is_evaluated(config, run)):  # another process may have been faster
                 evaluate(config, run)
-    return run.path
+    return run.measured
+
+
+def experiment_stage(
+    config: RunConfig | str, checkpoints_path: Path | str, run_name: str, name: str, **asked: Any
+) -> list[str]:
+    """Make experiment `name` on run `run_name`, as `experiment_run` takes it; the paths of the results."""
+    return experiment_run(_resolved(config), RunFolder.of(checkpoints_path, run_name), name, **asked)
 
 
 @preemption.watched()
-def experiment_stage(
-    config: RunConfig | str,
-    checkpoints_path: Path | str,
-    run_name: str,
+def experiment_run(
+    config: RunConfig,
+    run: RunFolder,
     name: str,
     chunks: Sequence[int] | None = None,
     checkpoint: str | None = None,
     explanations: Path | None = None,
 ) -> list[str]:
-    """Make experiment `name` on run `run_name`, for all of its splits or `chunks`; the paths of the results."""
-    config = _resolved(config)
-    run = RunFolder.of(checkpoints_path, run_name)
-    with locks.hold(run_lock(run, name), f"{name} {run_name}"):
+    """Make experiment `name` on a run wherever it lies, for all of its splits or `chunks`; the paths of the results.
+
+    Results that are complete are found also where nothing may be written.
+    """
+    with ExitStack() as held:
+        if run.takes_results:
+            held.enter_context(locks.hold(run_lock(run, name), f"{name} {run.path.parent.name}"))
         from tsae.experiments import driver
 
         return driver.run(name, config, run, chunks, checkpoint, explanations)
+
+
+def harvest_elsewhere(config: RunConfig, run: RunFolder, calibrated: bool = True) -> None:
+    """Harvest the store of a run from elsewhere, unless it is there: no YAML of ours would make it.
+
+    Raises TsaeError for weights that cannot be measured, which unless `calibrated` may lack a threshold.
+    """
+    if not run.resolved.exists():
+        from tsae.checkpoint import load_dictionary
+
+        load_dictionary(run.path, calibrated=calibrated)
+        harvest_stage(config)
 
 
 @contextmanager

@@ -95,7 +95,7 @@ def test_no_language_model_is_imported(tmp_path: Path) -> None:
 
 def test_a_store_of_another_world_is_refused(config: RunConfig) -> None:
     path = store_path(config)
-    with pytest.raises(TsaeError, match=r"synthetic.scale is 1.0 there and 2.0 here"):
+    with pytest.raises(TsaeError, match=r"synthetic.scale is 1.0 there, 2.0 here"):
         Store.open(path, make(path, synthetic={"scale": 2.0}))
     # What a language model is called has no say.
     Store.open(path, make(path, model={"layer": 1}))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -107,7 +108,7 @@ def test_a_place_that_a_run_from_elsewhere_contradicts_is_refused(
 def test_a_run_from_elsewhere_is_read_where_its_file_says(
     theirs: Callable[..., Path], told: dict[str, object], flags: list[str], path: str
 ) -> None:
-    options = argparse.Namespace(run_name="theirs", checkpoints_path=theirs(**told), model=None, out=None)
+    options = argparse.Namespace(run_name="theirs", checkpoints_path=theirs(**told), model=None, layer=None, out=None)
     options.overrides, options.dataset, options.checkpoint = ["model.device=cpu"], None, None
     options.layer = int(flags[1]) if flags else None
     config = arguments_of("probe", options)["config"]
@@ -117,3 +118,20 @@ def test_a_run_from_elsewhere_is_read_where_its_file_says(
     read = lm.read(tokens, torch.tensor([5, 5]))
     lm.logits(tokens, torch.tensor([5, 5]))
     assert torch.equal(read, seen[-1])
+
+
+@pytest.mark.parametrize("command", ["probe", "tsne"])
+def test_texts_without_a_tagger_are_refused_before_they_are_harvested(
+    command: str,
+    checkpoints: Path,
+    labelled_text: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("TSAE_HOME", str(tmp_path))
+    monkeypatch.setitem(sys.modules, "spacy", None)
+    flags = ["--run_name", "temporal", "--checkpoints_path", str(checkpoints), "--dataset", str(labelled_text)]
+    assert cli.main([command, *flags]) == 2
+    assert f"set experiments.{command}.tagger=surface" in capsys.readouterr().err
+    assert not (tmp_path / "stores").exists()

@@ -155,7 +155,7 @@ def test_store_is_incomplete_from_the_loss_of_a_shard_to_its_return(
 def test_another_configuration_is_refused(tmp_path: Path, harvested: Path, make_config: Make) -> None:
     other = make_config(harvested, model={"layer": 1})
     for refuse in (harvest, lambda config: Store.open(harvested, config)):
-        with pytest.raises(TsaeError, match=r"model.layer is 0 there and 1 here"):
+        with pytest.raises(TsaeError, match=r"model.layer is 0 there, 1 here"):
             refuse(other)
     assert not is_harvested(other)
     (tmp_path / "notes.txt").touch()

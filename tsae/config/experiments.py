@@ -17,7 +17,9 @@ from tsae.config.bounds import (
     at_least,
     some,
 )
+from tsae.config.paths import Place
 
+Dataset = Annotated[str, Place(names=("embedded", "finefineweb", "wikipedia", "mmlu", "pile", "pile-10k", "hh-rlhf"))]
 Draws = Annotated[int, at_least(100)]
 """Of an interval; fewer give none."""
 Strengths = Annotated[
@@ -32,7 +34,7 @@ class AnswersConfig:
 
     backend: Literal["none", "local", "endpoint", "replay"] = "none"
     """Who answers: nobody, a local transformers model, an OpenAI-compatible endpoint, or recorded answers."""
-    model: str | None = None
+    model: Annotated[str, Place(holds="config.json")] | None = None
     """Hub id or folder of a local model; the endpoint's name of one; of recorded answers, the name they are kept under."""
     base_url: str | None = None
     """Address of the endpoint up to /v1, such as http://localhost:8000/v1."""
@@ -48,7 +50,7 @@ class AnswersConfig:
     """Longest answer in tokens, thinking included; by default 400 for an explanation, 200 for verdicts, 16 for grades."""
     batch_size: Count = 8
     """Prompts that a local model answers at a time."""
-    recorded: str | None = None
+    recorded: Annotated[str, Place(always=True)] | None = None
     """File or folder of recorded answers (JSON lines, as the cache under TSAE_HOME/answers keeps them)."""
 
 
@@ -64,7 +66,7 @@ class TextsConfig:
     """Tokens of each text that the language model reads, at most."""
     min_characters: Count = 200
     """Shorter texts are passed over."""
-    categories: str | None = None
+    categories: Annotated[str, Place(always=True)] | None = None
     """CSV table (columns Article, Category) that labels the articles of `wikipedia`."""
     subset: str | None = None
     """Configuration of a hub dataset, in place of the paper's."""
@@ -76,7 +78,7 @@ class TextsConfig:
 class ProbeConfig:
     """Linear probes for semantics, context and syntax on feature activations (paper section 4.2)."""
 
-    dataset: str = "embedded"
+    dataset: Dataset = "embedded"
     """Labelled texts: `embedded`, `finefineweb`, `wikipedia`, `mmlu`, `pile`, or a local file or hub id in one of their schemas."""
     protocol: Literal["disjoint", "reference"] = "disjoint"
     """`disjoint`: training and test tokens come from different texts (context: lie apart), probes are standardised; `reference`: what the authors' released code does, down to the texts, for which `experiments.texts` then names only the classes and where they are."""
@@ -110,7 +112,7 @@ class ProbeConfig:
 class TsneConfig:
     """A map of feature activations, coloured by semantics, context and syntax (paper figures 2 and 9)."""
 
-    dataset: str = "embedded"
+    dataset: Dataset = "embedded"
     """Labelled texts, as for probing."""
     tagger: str = "auto"
     """Who gives syntactic classes, as for probing."""
@@ -132,9 +134,11 @@ class TsneConfig:
 class SequencesConfig:
     """Latents over the tokens of passages spliced into one context (paper figures 1 and 4)."""
 
-    dataset: str = "embedded"
+    dataset: Dataset = "embedded"
     """Labelled texts that passages are drawn from, as for probing."""
-    texts: Annotated[tuple[str, ...], Bound(lambda texts: len(texts) != 1, "one text has no border")] = ()
+    texts: Annotated[
+        tuple[Annotated[str, Place()], ...], Bound(lambda texts: len(texts) != 1, "one text has no border")
+    ] = ()
     """What the figure shows: files, or texts themselves (anything with a space in it), one passage each; by default passages drawn from the dataset."""
     labels: tuple[str, ...] = ()
     """Labels of the dataset that passages are drawn from; by default all."""
@@ -166,7 +170,7 @@ class SequencesConfig:
 class AlignConfig:
     """Latents that tell rejected from chosen responses (paper section 4.5)."""
 
-    dataset: str = "embedded"
+    dataset: Dataset = "embedded"
     """Pairs of dialogues: `hh-rlhf`, a local file or hub id with columns chosen and rejected, or `embedded` (passages on two topics, which have nothing to do with preferences)."""
     pairs: Annotated[int, Bound(lambda n: n >= 20, "at least 20 pairs are needed for a test")] = 1000
     """Pairs that are read, at most."""
@@ -192,7 +196,7 @@ class AlignConfig:
 class SteerConfig:
     """Text generated while one latent is held up (paper section 4.4 and appendix B.2)."""
 
-    dataset: str = "embedded"
+    dataset: Dataset = "embedded"
     """Labelled texts, as for probing; a concept is a label."""
     concepts: tuple[str, ...] = ()
     """Labels to steer towards; by default the first of the dataset's."""

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tsae.config import schema
+from tsae.config.paths import as_written
 from tsae.config.run import RunConfig
 from tsae.config.sections import ObjectiveConfig
 from tsae.config.synthetic import SyntheticConfig
@@ -61,6 +62,7 @@ def file_name(text: str, longest: int = 150) -> str:
 
 def shown(value: Any) -> str:
     """A setting's value as it reads in names and tables."""
+    value = as_written(value)
     if isinstance(value, (list, tuple)):
         return "+".join(shown(item) for item in value)
     if isinstance(value, bool) or value is None:

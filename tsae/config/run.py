@@ -6,7 +6,7 @@ A run is one YAML file; the resolved file and its hash lie beside every output.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -14,6 +14,7 @@ from typing import Any
 
 from tsae.config import schema
 from tsae.config.experiments import ExperimentsConfig
+from tsae.config.paths import Located, as_written, located, restored
 from tsae.config.sections import (
     KIND_SETTINGS,
     OBJECTIVE_PRESETS,
@@ -116,10 +117,10 @@ class RunConfig:
 
 def load(path: str | Path, overrides: list[str] | None = None) -> RunConfig:
     """The run described by a YAML file, such as a run folder's resolved.yaml, and `section.key=value` overrides."""
-    tree = schema.read_yaml(path)
+    tree = read(path)
     if "training_hash" in tree:  # the first line of a resolved.yaml
-        tree = schema.to_plain(load_resolved(Path(path), evaluates=True))
-    extra = schema.parse_overrides(overrides or [])
+        tree = schema.to_plain(load_resolved(Path(path), used=("evaluation",)))
+    extra = parse_overrides(overrides or [])
     # Overrides are checked on their own first, so that an error names the command line, not the file.
     check_part(extra, "command line")
     config = from_mapping(lay_over(tree, extra), str(path))
@@ -127,20 +128,20 @@ def load(path: str | Path, overrides: list[str] | None = None) -> RunConfig:
     return config
 
 
-def load_resolved(path: Path, evaluates: bool = False) -> RunConfig:
+def load_resolved(path: Path, used: Sequence[str] = ()) -> RunConfig:
     """The configuration that a run folder's resolved.yaml records, perhaps written by another version of tsae.
 
     What this version does not know is left out where it decides nothing: a setting of evaluation or experiments, or one
     without which the training hash is the recorded one. Raises TsaeError for one that decided the training, and for one
-    of evaluation if the caller `evaluates`.
+    in the sections that the caller has `used`, such as `evaluation` or `experiments.probe`.
     """
-    tree = schema.read_yaml(path)
+    tree = read(path)
     recorded = tree.pop("training_hash", None)
     unknown = schema.drop_unknown(RunConfig, tree)
     config = from_mapping(tree, str(path))
-    measures = [key for key in unknown if key.startswith("evaluation.")]
-    if evaluates and measures:
-        raise TsaeError(f"{path}: {measures[0]}: unknown key; another version of tsae wrote it, evaluate with that one")
+    wanted = [key for key in unknown if key.startswith(tuple(f"{section}." for section in used))]
+    if wanted:
+        raise TsaeError(f"{path}: {wanted[0]}: unknown key; another version of tsae wrote it, measure with that one")
     deciding = [key for key in unknown if key.partition(".")[0] not in ("evaluation", "experiments")]
     if deciding and config.training_hash != recorded:
         raise TsaeError(
@@ -148,6 +149,48 @@ def load_resolved(path: Path, evaluates: bool = False) -> RunConfig:
             "read the run with that version"
         )
     return config
+
+
+WRITTEN = "written"
+"""The key of a resolved file that has the words in which its paths were given, by key path."""
+
+
+def read(path: str | Path, folder: Path | None = None) -> dict[str, Any]:
+    """The tree of settings in a YAML file, its paths absolute; relative ones mean `folder`, by default the file's."""
+    tree = schema.read_yaml(path)
+    written = schema.convert(dict[str, Any], tree.pop(WRITTEN, {}), str(path), WRITTEN)
+    places, folder = schema.places(RunConfig), folder or Path(path).absolute().parent
+    for key, value in list(schema.flatten(tree)):
+        if key in written:
+            schema.put(tree, key, restored(value, written[key]))
+        elif key in places:
+            schema.put(tree, key, located(value, folder, places[key]))
+    return tree
+
+
+def locate(flat: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """Settings by key path with their paths absolute; relative ones mean `folder`."""
+    places = schema.places(RunConfig)
+    return {key: located(value, folder, places[key]) if key in places else value for key, value in flat.items()}
+
+
+def parse_overrides(assignments: list[str], folder: Path | None = None) -> dict[str, Any]:
+    """`section.key=value` of a command line by key path; relative paths mean the working directory, or `folder`."""
+    return locate(schema.parse_overrides(assignments), folder or Path.cwd())
+
+
+def to_yaml(config: RunConfig) -> dict[str, Any]:
+    """`config` as the tree of a resolved file, from which `read` makes the same one wherever it lies."""
+    tree = schema.to_plain(config)
+    given = {key: value for key, value in schema.flatten(tree) if key in schema.places(RunConfig) and _moved(value)}
+    words = {
+        key: [*map(as_written, value)] if isinstance(value, list) else as_written(value) for key, value in given.items()
+    }
+    return {**tree, WRITTEN: words} if words else tree
+
+
+def _moved(value: Any) -> bool:
+    return any(isinstance(item, Located) for item in (value if isinstance(value, list) else [value]))
 
 
 def lay_over(tree: dict[str, Any], asked: Mapping[str, Any]) -> dict[str, Any]:

@@ -15,7 +15,7 @@ import json
 import math
 import textwrap
 import types
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -23,9 +23,13 @@ from typing import Annotated, Any, Literal, NamedTuple, TypeVar, Union, get_args
 import yaml
 
 from tsae.config.bounds import Added, Bound, OneOf
+from tsae.config.paths import Located, Place, as_written
 from tsae.runtime.errors import TsaeError, suggestion
 
 T = TypeVar("T")
+
+
+yaml.representer.SafeRepresenter.add_representer(Located, lambda dumper, path: dumper.represent_str(str(path)))
 
 
 class _UniqueKeys(yaml.SafeLoader):
@@ -84,6 +88,22 @@ def flatten(tree: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any]
             yield from flatten(value, dotted)
         else:
             yield dotted, value
+
+
+MOST_DIFFERENCES = 8
+
+
+def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
+    """The settings in which two trees differ, with both values: `training.lr is 0.001 there, 0.002 here; …`; empty if none."""
+    found, wanted = dict(flatten(there)), dict(flatten(here))
+    keys = [key for key in {**wanted, **found} if found.get(key) != wanted.get(key)]
+    told = [f"{key} is {_told(found.get(key))} there, {_told(wanted.get(key))} here" for key in keys[:MOST_DIFFERENCES]]
+    more = [f"{len(keys) - MOST_DIFFERENCES} more settings differ"] if len(keys) > MOST_DIFFERENCES else []
+    return "; ".join([*told, *more])
+
+
+def _told(value: Any) -> str:
+    return "none" if value is None else str(value)
 
 
 def put(tree: dict[str, Any], path: str, value: Any) -> None:
@@ -221,13 +241,14 @@ def to_plain(config: Any) -> dict[str, Any]:
 
 
 def identity(config: Any) -> dict[str, Any]:
-    """`to_plain` without the settings that came later and have their neutral value; what hashes are made of."""
+    """`to_plain` without the settings that came later and have their neutral value, paths as they were written: what
+    hashes are made of."""
     plain = {}
     for name, neutral in _neutral(type(config)):  # type: ignore[arg-type]
         value = getattr(config, name)
         if neutral is not None and value == neutral.neutral:
             continue
-        plain[name] = identity(value) if dataclasses.is_dataclass(value) else _plain(value)
+        plain[name] = identity(value) if dataclasses.is_dataclass(value) else _plain(value, as_written)
     return plain
 
 
@@ -243,12 +264,12 @@ def _names(cls: type) -> tuple[str, ...]:
     return tuple(field.name for field in dataclasses.fields(cls))
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: Any, scalar: Callable[[Any], Any] = lambda value: value) -> Any:
     if value is None or isinstance(value, (str, int, float)):
-        return value
+        return scalar(value)
     if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else to_plain(value)
+        return {str(key): _plain(item, scalar) for key, item in value.items()}
+    return [_plain(item, scalar) for item in value] if isinstance(value, (list, tuple)) else to_plain(value)
 
 
 @cache
@@ -289,6 +310,26 @@ class Setting(NamedTuple):
     bound: str
     """Which values are possible, where the type alone does not say it."""
     doc: str
+
+
+@cache
+def places(cls: type) -> dict[str, Place]:
+    """Key path → how it is found, of every setting that may name a file or folder."""
+    found: dict[str, Place] = {}
+    for name, hint in type_hints(cls).items():
+        if dataclasses.is_dataclass(hint):
+            found |= {f"{name}.{path}": place for path, place in places(hint).items()}  # type: ignore[arg-type]
+        for mark in _marks(hint):
+            if isinstance(mark, Place):
+                found[name] = mark
+    return found
+
+
+def _marks(hint: Any) -> Iterator[Any]:
+    """What stands in the annotations of a type and of its parts."""
+    yield from getattr(hint, "__metadata__", ())
+    for part in get_args(hint):
+        yield from _marks(part)
 
 
 def settings(cls: type, path: str = "") -> Iterator[Setting]:

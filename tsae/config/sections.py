@@ -22,6 +22,7 @@ from tsae.config.bounds import (
     Seed,
     matching,
 )
+from tsae.config.paths import Place
 from tsae.runtime.errors import TsaeError, suggestion
 
 
@@ -29,7 +30,11 @@ from tsae.runtime.errors import TsaeError, suggestion
 class ModelConfig:
     """The language model and the place where its activations are read."""
 
-    name: Annotated[str, matching(r".*\S.*", "a hub id, a folder or 'embedded' is expected")] = "embedded"
+    name: Annotated[
+        str,
+        matching(r".*\S.*", "a hub id, a folder or 'embedded' is expected"),
+        Place(names=("embedded",), holds="config.json"),
+    ] = "embedded"
     """Hugging Face model id, a local folder in the hub's format, or `embedded` (the small GPT-NeoX shipped inside)."""
     revision: str | None = None
     """Branch, tag or commit of a hub model."""
@@ -51,7 +56,7 @@ class ModelConfig:
 class DataConfig:
     """The text, and how it is cut into contexts."""
 
-    source: str = "embedded"
+    source: Annotated[str, Place(names=("embedded", "synthetic"))] = "embedded"
     """Hub dataset id, a local file or folder (jsonl, json, csv, tsv, parquet, arrow, txt, md; all but parquet and arrow also as .gz, .zst; what `datasets` wrote with `save_to_disk`), `embedded` (English documentation found on this machine), or `synthetic` (no text and no language model: the world of the section `synthetic`)."""
     subset: str | None = None
     """Configuration name of a hub dataset."""
@@ -87,7 +92,7 @@ class DataConfig:
 class StoreConfig:
     """The zarr store that holds the activations."""
 
-    path: str | None = None
+    path: Annotated[str, Place(always=True)] | None = None
     """Folder of the store; by default under TSAE_HOME/stores, named after model, layer and content hash."""
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     """Precision on disk."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tsae.checkpoint import RunFolder, find_dictionary, load_dictionary, save_dictionary
+from tsae.checkpoint import RunFolder, load_dictionary, save_dictionary
 from tsae.config.run import RunConfig
 from tsae.evaluation.held_out import held_out_batches, runs
+from tsae.interop.folders import new_folder
 from tsae.runtime import files
 from tsae.runtime.errors import TsaeError
 from tsae.runtime.progress import Progress
@@ -28,13 +30,6 @@ from tsae.sae.sparse import weighted_rows
 from tsae.store import binding
 from tsae.store.layout import store_path
 from tsae.store.reader import Store
-
-
-def run_at(path: Path) -> RunFolder:
-    """The run in the folder `path`, or in its trainer_0/. Raises TsaeError if there is none."""
-    if not path.exists():
-        raise TsaeError(f"{path}: no such folder; the folder of a run is expected")
-    return RunFolder(find_dictionary(path))
 
 
 def calibrate(
@@ -48,6 +43,7 @@ def calibrate(
     TsaeError for a dictionary without one threshold, or a target that no threshold reaches.
     """
     binding.require_unchanged(run, config)
+    run.require_place()
     dictionary, written = load_dictionary(run.path, calibrated=False)
     if not isinstance(dictionary, ThresholdDictionary):
         raise TsaeError(f"{run.path}: a {type(dictionary).__name__} has no threshold to calibrate")
@@ -76,6 +72,19 @@ def calibrate(
     files.write_json(run.config_json, {**written, "calibration": record})
     save_dictionary(run.weights, dictionary)
     return record
+
+
+def calibrate_copy(
+    run: RunFolder, out: Path, config: RunConfig, target_l0: float | None = None, *, keep: bool = False
+) -> dict[str, Any]:
+    """Copy the run to the new folder `out` and calibrate the copy. Raises TsaeError as `calibrate` does."""
+    with new_folder(out) as folder:
+        copy = RunFolder(folder / "trainer_0")
+        copy.path.mkdir()
+        for path in (run.config_json, run.weights, run.resolved, run.provenance, run.calibration):
+            if path.exists():
+                shutil.copyfile(path, copy.path / path.name)
+        return calibrate(copy, config, target_l0, keep=keep)
 
 
 def summary(record: dict[str, Any]) -> str:
@@ -171,6 +180,8 @@ def _measures(dictionary: ThresholdDictionary, held_out: _HeldOut) -> dict[str, 
         total += x.sum(dim=0, dtype=torch.float64)
         squares += float(x.square().sum(dtype=torch.float64))
     variance = squares - float(total.square().sum()) / held_out.tokens
+    if not variance > 0:
+        raise TsaeError("all held-out activations are equal; harvest text that the model's tokenizer knows")
     return {
         "encode_rule": dictionary.encode_rule,
         "threshold": dictionary.scalar_threshold,

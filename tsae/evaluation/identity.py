@@ -24,4 +24,5 @@ def made_from(config: RunConfig, run: RunFolder) -> dict[str, str]:
 def is_evaluated(config: RunConfig, run: RunFolder) -> bool:
     """Whether eval_results.json of exactly this configuration is here, made from the weights and data that are there now."""
     found = run.read_results()
-    return bool(found) and run.is_trained(config) and found.get("made_from") == made_from(config, run)
+    ours = run.training_hash() in (None, config.training_hash)  # a run from elsewhere states none
+    return bool(found) and ours and found.get("made_from") == made_from(config, run)

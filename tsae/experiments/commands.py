@@ -18,13 +18,16 @@ def add_commands(add: AddCommand, run: Callable[[str, argparse.Namespace], None]
     for name, experiment in EXPERIMENTS.items():
         parser = add(name, partial(run, name), experiment.help)
         parser.add_argument("overrides", nargs="*", metavar="section.key=value", help=f"such as experiments.{name}.…")
-        _option(parser, "run-name", help="the run; baseline_model: the dense residual stream", required=True)
+        _option(
+            parser, "run-name", help="the run, or its folder; baseline_model: the dense residual stream", required=True
+        )
         _option(parser, "checkpoints-path", type=Path, help="folder of runs (default: TSAE_HOME/checkpoints)")
         _option(parser, "checkpoint", help="step of an intermediate checkpoint (default: the final weights)")
         _option(parser, "model", help="language model (default: the run's own)")
         _option(parser, "layer", type=int, help="block whose output is read (default: the run's own)")
         _option(parser, "dataset", help="labelled texts (default: experiments.NAME.dataset)")
         add_accept_argument(parser)
+        add_out_argument(parser)
         if experiment.splits:
             _option(
                 parser, "chunk", type=int, choices=(0, 1, 2), help="0: high-level split, 1: the rest, 2: all latents"
@@ -47,6 +50,11 @@ def add_accept_argument(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="measure a trained run on its text and language model as they are now, although they have changed since",
     )
+
+
+def add_out_argument(parser: argparse.ArgumentParser, what: str = "results and locks") -> None:
+    """The flag by which a run is measured that lies where nothing may be written."""
+    parser.add_argument("--out", type=Path, metavar="DIR", help=f"folder for {what} (default: the run's own)")
 
 
 def _option(parser: argparse.ArgumentParser, name: str, **options: object) -> None:

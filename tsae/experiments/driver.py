@@ -99,7 +99,7 @@ def is_done(config: RunConfig, run: RunFolder, name: str) -> bool:
         return False
     if not EXPERIMENTS[name].explained:
         return True
-    found = find_explanations(run.path)
+    found = find_explanations(run)
     wanted = explanations_hash({} if found is None else files.read_whole_json(found))
     paths = (run.result(_stem(config, name, chunk, None), "json") for chunk in chunks)
     return all(files.read_whole_json(path).get("explanations_hash") == wanted for path in paths)
@@ -154,6 +154,7 @@ def headlines(run: RunFolder, config: RunConfig) -> dict[str, tuple[float, float
 
 def _make(name: str, subject: Subject, chunk: int | None) -> None:
     preemption.check()
+    subject.run.require_place()
     module = module_of(name)
     settings = settings_of(subject.config, name)
     results: dict[str, Any] = {
@@ -202,5 +203,6 @@ def with_dataset(config: RunConfig, name: str, dataset: str | None) -> RunConfig
     settings = settings_of(config, name)
     if not hasattr(settings, "dataset"):
         raise TsaeError(f"--dataset: tsae {name} takes none; it reads the run's own store")
-    changed = dataclasses.replace(settings, dataset=dataset)
+    [found] = configuration.locate({f"experiments.{name}.dataset": dataset}, Path.cwd()).values()
+    changed = dataclasses.replace(settings, dataset=found)
     return dataclasses.replace(config, experiments=dataclasses.replace(config.experiments, **{name: changed}))

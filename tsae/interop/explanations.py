@@ -17,15 +17,16 @@ from tsae.store.binding import weights_identity
 log = logging.getLogger("tsae")
 
 
-def find_explanations(folder: Path) -> Path | None:
-    """The explanations.json of a run folder: in it, or above trainer_0/, where the authors keep it; None without one.
+def find_explanations(run: RunFolder) -> Path | None:
+    """The explanations.json of a run: among its results, or above trainer_0/, where the authors keep it; None without one.
 
     None, with a warning, where `tsae explain` made them from other weights than are there now.
     """
-    for place in (folder, folder.parent) if folder.name.startswith("trainer_") else (folder,):
+    above = [run.path.parent] if run.path.name.startswith("trainer_") else []
+    for place in dict.fromkeys([run.measured, run.path, *above]):
         path = RunFolder(place).result("explanations", "json")
         if path.is_file():
-            if place == folder and _are_of_other_weights(RunFolder(folder), path):
+            if place not in above and _are_of_other_weights(run, path):
                 log.warning("%s: explains the run's weights as they were before; `tsae explain` makes it again", path)
                 return None
             return path
@@ -33,7 +34,7 @@ def find_explanations(folder: Path) -> Path | None:
 
 
 def _are_of_other_weights(run: RunFolder, path: Path) -> bool:
-    made = read_whole_json(run.result("autointerp", "json"))
+    made = read_whole_json(RunFolder(path.parent).result("autointerp", "json"))
     own = made.get("explanations", {}).get("sha256") == contents.sha256_of(path)
     return own and made.get("made_from", {}).get("weights") not in (None, weights_identity(run))
 
@@ -48,7 +49,7 @@ def read_explanations(source: str | Path) -> dict[int, str]:
     if path.suffix == ".json" and not path.is_file():
         raise TsaeError(f"{path}: no such file; an explanations.json or a result of SAEBench is expected")
     if not path.is_file():
-        found = find_explanations(find_dictionary(source))
+        found = find_explanations(RunFolder(find_dictionary(source)))
         if found is None:
             raise TsaeError(f"{source}: holds no explanations.json")
         path = found

@@ -78,7 +78,7 @@ def open_source(run: str | Path, *, chunk: int | None = None, checkpoint: int | 
     if checkpoint is not None:
         config = {**config, "trainer": {**config["trainer"], "step": checkpoint}}
         config.pop("calibration", None)
-    path = find_explanations(folder)
+    path = find_explanations(RunFolder(folder))
     explanations = read_explanations(path) if path else {}
     source = Source(dictionary, config, origin_of(config, folder), results, explanations, str(run))
     return source if chunk is None else one_group(source, chunk)

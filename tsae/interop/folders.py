@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from tsae.runtime.errors import TsaeError
-from tsae.runtime.files import sync_folder
+from tsae.runtime.files import sync_folder, tentative_folder
 
 
 @contextmanager
@@ -20,21 +20,21 @@ def new_folder(path: str | Path) -> Iterator[Path]:
     """
     path = Path(path)
     refuse_used(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
-    try:
-        yield temporary
-        _settle(temporary)
-        try:
-            os.replace(temporary, path)
-        except OSError:
-            refuse_used(path)
-            raise
-    finally:
+    with tentative_folder(path.parent):
         shutil.rmtree(temporary, ignore_errors=True)
-    sync_folder(path.parent)
+        temporary.mkdir()
+        try:
+            yield temporary
+            _settle(temporary)
+            try:
+                os.replace(temporary, path)
+            except OSError:
+                refuse_used(path)
+                raise
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+        sync_folder(path.parent)
 
 
 def refuse_used(path: Path) -> None:

@@ -11,6 +11,7 @@ import yaml
 
 import tsae.evaluation.results  # noqa: F401  (declares what the table may hold)
 from tsae.checkpoint import RunFolder, find_dictionary, save_dictionary
+from tsae.config.run import WRITTEN
 from tsae.config.schema import read_yaml
 from tsae.evaluation.measures import REGISTRY
 from tsae.interop.explanations import write_explanations
@@ -64,7 +65,8 @@ def prepare(
         save_dictionary(target.weights, source.dictionary)
         if run_folder.resolved.is_file():
             settings = _shortened(read_yaml(run_folder.resolved))
-            settings.pop("training_hash", None)
+            for key in ("training_hash", WRITTEN):
+                settings.pop(key, None)
             settings.get("store", {}).pop("path", None)
             write_text(target.resolved, yaml.safe_dump(settings, sort_keys=False))
         if source.results:

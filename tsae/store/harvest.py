@@ -7,6 +7,7 @@ the same command continues after a kill at any moment, and the last task to end 
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
@@ -59,14 +60,20 @@ def harvest(config: RunConfig, task: int = 0, tasks: int = 1) -> Path:
     if not 0 <= task < tasks:
         raise TsaeError(f"harvest: task {task} of {tasks} is impossible; tasks are counted from 0 to {tasks - 1}")
     layout = StoreLayout(store_path(config))
-    if layout.exists():
+    begun = layout.exists()
+    if begun:
         layout.require(config)
         if layout.is_whole():
             return layout.path
     commit = layout.attributes["model"].get("revision") if layout.exists() else None
     source: Source = SyntheticSource(config) if config.is_synthetic else LanguageModelSource(config, commit)
     _prepare_once(layout, config, source)
-    write_missing(layout, range(task, layout.geometry.shards, tasks), _Reading(layout, source).activations)
+    try:
+        write_missing(layout, range(task, layout.geometry.shards, tasks), _Reading(layout, source).activations)
+    except TsaeError:
+        if not begun and tasks == 1 and not any(map(layout.is_written, range(layout.geometry.shards))):
+            shutil.rmtree(layout.path)  # refused at the first shard: the place stays free for other settings
+        raise
     return layout.path
 
 
@@ -117,6 +124,7 @@ def _prepare(layout: StoreLayout, config: RunConfig, source: Source) -> None:
         "config_hash": content_hash(config),
         "sources": sources(config),
         "settings": configuration.store_settings(config),
+        "paths": {"model.name": config.model.name, "data.source": config.data.source},
         "model": source.identity,
         "packages": {name: version(name) for name in ("tsae", "zarr", *source.packages)},
     }

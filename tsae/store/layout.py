@@ -295,16 +295,10 @@ class StoreLayout:
         """Raise TsaeError, naming a difference, if the store was made from another configuration."""
         if _is_of(self, config):
             return
-        settings = (configuration.store_settings(config), self.attributes.get("settings") or {})
-        wanted, found = (dict(schema.flatten(tree)) for tree in settings)
-        different = [key for key in sorted({*wanted, *found}) if wanted.get(key) != found.get(key)]
-        if different:
-            key = different[0]
-            reason = f"{key} is {found.get(key)!r} there and {wanted.get(key)!r} here"
-        else:
-            reason = changed(self.attributes.get("sources"), config)
+        different = schema.differences(self.attributes.get("settings") or {}, configuration.store_settings(config))
         raise TsaeError(
-            f"{self.path}: the store was harvested with another configuration ({reason}); "
+            f"{self.path}: the store was harvested with another configuration "
+            f"({different or changed(self.attributes.get('sources'), config)}); "
             "choose another store.path or remove the folder"
         )
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from tsae.config import schema
 from tsae.config.bounds import Count, Natural
+from tsae.config.paths import Place, located
 from tsae.sweep.resources import Resources, StageResources, laid_over
 
 TOGETHER = ("harvest", "train", "evaluate")
@@ -52,4 +53,10 @@ def load_cluster(path: Path | None = None) -> Cluster:
     chosen = path or DEFAULT.expanduser()
     if path is None and not chosen.exists():
         return Cluster()
-    return schema.build(Cluster, schema.read_yaml(chosen), str(chosen))
+    site, folder = schema.build(Cluster, schema.read_yaml(chosen), str(chosen)), chosen.absolute().parent
+    binds = (bind.partition(":") for bind in site.binds)
+    return dataclasses.replace(
+        site,
+        container=located(site.container, folder, Place()),
+        binds=tuple("".join((located(here, folder, Place(always=True)), *there)) for here, *there in binds),
+    )

@@ -65,19 +65,27 @@ def sweep_of(given: argparse.Namespace) -> Sweep:
 
 def load_folder(folder: Path) -> Sweep:
     """The sweep as the latest launch left it in its folder, whatever became of its YAML; TSAE_HOME is where that lies."""
-    from tsae.runtime import files
-    from tsae.sweep.plan import BASE_FILE, LAUNCH_FILE, SWEEP_FILE
-    from tsae.sweep.sweepfile import load_sweep
-
     folder = folder.absolute()
     launches = sorted((folder / "attempts").glob("[0-9]*"))
     if not launches:
         raise TsaeError(f"{folder}: no launch of this sweep has started anything; give the sweep's YAML")
     os.environ["TSAE_HOME"] = str(folder.parents[1])
-    newest = launches[-1]
-    record = newest / LAUNCH_FILE
-    overrides = files.read_whole_json(record)["overrides"] if record.exists() else _overrides_given(newest)
-    return load_sweep(newest / SWEEP_FILE, str(newest / BASE_FILE), overrides, folder.name)
+    return load_launch(launches[-1], folder.name)
+
+
+def load_launch(launch: Path, name: str, overrides: list[str] | None = None) -> Sweep:
+    """The sweep as one launch copied it, by default with that launch's overrides; paths mean what they meant to it."""
+    from tsae.runtime import files
+    from tsae.sweep.plan import BASE_FILE, LAUNCH_FILE, SWEEP_FILE
+    from tsae.sweep.sweepfile import load_sweep
+
+    record = files.read_whole_json(launch / LAUNCH_FILE)
+    if overrides is None:
+        overrides = record["overrides"] if record else _overrides_given(launch)
+    # Of a launch from before they were recorded, all paths were relative to one folder.
+    where = files.read_whole_json(launch / "provenance.json").get("working_directory", os.getcwd())
+    folders = record.get("folders", dict.fromkeys(("sweep", "base", "overrides"), where))
+    return load_sweep(launch / SWEEP_FILE, str(launch / BASE_FILE), overrides, name, folders)
 
 
 def plan_of(given: argparse.Namespace, to_look_at: bool = False) -> Plan:

@@ -140,7 +140,8 @@ class Plan:
         """The files from which this can be planned again, by name: the sweep, the base below it, the overrides above it."""
         found = {SWEEP_FILE: self.sweep.path, BASE_FILE: self.sweep.base_path}
         texts = {name: path.read_text(encoding="utf-8") for name, path in found.items()}
-        return {**texts, LAUNCH_FILE: json.dumps({"overrides": self.sweep.overrides}, indent=2) + "\n"}
+        launch = {"overrides": self.sweep.overrides, "folders": self.sweep.folders}
+        return {**texts, LAUNCH_FILE: json.dumps(launch, indent=2) + "\n"}
 
     def config_texts(self, stages: list[Stage]) -> dict[str, str]:
         """The resolved configuration of each point that `stages` read, as YAML."""
@@ -190,7 +191,7 @@ def make_plan(sweep: Sweep, to_look_at: bool = False) -> Plan:
 
 
 def _as_yaml(config: configuration.RunConfig) -> str:
-    return "".join(_section_as_yaml(json.dumps({name: part})) for name, part in schema.to_plain(config).items())
+    return "".join(_section_as_yaml(json.dumps({name: part})) for name, part in configuration.to_yaml(config).items())
 
 
 @cache
@@ -219,17 +220,7 @@ def _refuse_another_run(chain: Chain, point: Point, trained_as: str | None) -> N
     if trained_as in (None, point.config.training_hash):
         return
     run = chain.run(point)
-    wanted = configuration.training_settings(point.config)
-    here = configuration.training_settings(run.load_config())
     raise TsaeError(
-        f"{run.path}: holds a run of another configuration ({_first_difference(here, wanted)}); "
+        f"{run.path}: holds a run of another configuration ({run.differences(point.config)}); "
         "give this sweep another name with --name, or remove the folder"
     )
-
-
-def _first_difference(there: dict[str, Any], here: dict[str, Any]) -> str:
-    for section, values in here.items():
-        for key, value in values.items():
-            if there.get(section, {}).get(key) != value:
-                return f"{section}.{key} is {there.get(section, {}).get(key)} there, {value} here"
-    return "made by another version of tsae"

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from tsae.report.write import write_report
 from tsae.sweep.attempt import attempts
-from tsae.sweep.plan import BASE_FILE, SWEEP_FILE, make_plan
-from tsae.sweep.sweepfile import load_sweep
+from tsae.sweep.commandline import load_launch
+from tsae.sweep.plan import make_plan
 
 
 def report_stage(configs: str, overrides: Sequence[str], name: str) -> None:
@@ -17,5 +17,4 @@ def report_stage(configs: str, overrides: Sequence[str], name: str) -> None:
     A job of an earlier launch may be the last to run, and must not bring back the points of an older file.
     """
     newest = attempts(Path(configs).parents[2])[-1].folder
-    sweep = load_sweep(newest / SWEEP_FILE, str(newest / BASE_FILE), list(overrides), name)
-    write_report(make_plan(sweep).compared)
+    write_report(make_plan(load_launch(newest, name, list(overrides))).compared)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any, Literal, get_args
 from tsae.config import run as configuration
 from tsae.config import schema
 from tsae.config.bounds import Count
+from tsae.config.paths import Place, located
 from tsae.config.points import file_name, shown
 from tsae.config.sections import DataConfig
 from tsae.report.compared import ReportConfig
@@ -69,6 +71,8 @@ class Sweep:
     base_path: Path
     overrides: tuple[str, ...]
     """As they were given on the command line."""
+    folders: Mapping[str, str]
+    """What relative paths mean in the sweep, in the base and in the overrides."""
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -81,29 +85,60 @@ class Sweep:
 
 
 def load_sweep(
-    path: str | Path, base: str | None = None, overrides: list[str] | None = None, name: str | None = None
+    path: str | Path,
+    base: str | None = None,
+    overrides: list[str] | None = None,
+    name: str | None = None,
+    folders: Mapping[str, str] | None = None,
 ) -> Sweep:
-    """The sweep in `path` on `base` (else its own) with `section.key=value` overrides."""
-    path = Path(path)
+    """The sweep in `path` on `base` (else its own) with `section.key=value` overrides.
+
+    What relative paths mean in the copies that a launch made, `folders` says: see `Sweep.folders`.
+    """
+    path, given = Path(path), folders or {}
+    folder = Path(given.get("sweep", path.absolute().parent))
     tree = schema.read_yaml(path)
-    config = schema.build(SweepConfig, tree, str(path))
+    config = _located(schema.build(SweepConfig, tree, str(path)), folder)
     if not config.stages or set(config.stages) <= {"report"}:
         raise TsaeError(f"{path}: stages: nothing to run; allowed: {', '.join(get_args(StageKind))}")
     base_path = find_base(base or config.base, path, "--base" if base else f"{path}: base")
-    settings = schema.read_yaml(base_path)
+    base_folder = Path(given.get("base", base_path.absolute().parent))
+    settings = configuration.read(base_path, base_folder)
     configuration.from_mapping(settings, str(base_path))
     own = dict(schema.flatten(config.overrides))
     configuration.check_part(own, f"{path}: overrides")
-    extra = schema.parse_overrides(overrides or [])
+    command_folder = Path(given.get("overrides", Path.cwd()))
+    extra = configuration.parse_overrides(overrides or [], command_folder)
     configuration.check_part(extra, "command line")
     _refuse_swept(config, extra, path)
-    folder = name or "-".join([config.name or path.stem, base_path.stem]) + _override_suffix(extra)
-    return Sweep(path, config, settings, {**own, **extra}, file_name(folder), base_path, tuple(overrides or ()))
+    names = file_name(name or "-".join([config.name or path.stem, base_path.stem]) + _override_suffix(extra))
+    places = {"sweep": str(folder), "base": str(base_folder), "overrides": str(command_folder)}
+    return Sweep(path, config, settings, {**own, **extra}, names, base_path, tuple(overrides or ()), places)
+
+
+def _located(config: SweepConfig, folder: Path) -> SweepConfig:
+    """`config` with the paths of its settings, axes and container absolute; relative ones mean `folder`."""
+
+    def absolute(settings: Mapping[str, Any]) -> dict[str, Any]:
+        return configuration.locate(dict(schema.flatten(settings)), folder)
+
+    return dataclasses.replace(
+        config,
+        grid=absolute(config.grid),
+        zip=absolute(config.zip),
+        list=tuple(map(absolute, config.list)),
+        random=absolute(config.random),
+        overrides=absolute(config.overrides),
+        container=located(config.container, folder, Place()),
+    )
 
 
 def find_base(name: str, sweep: Path, where: str) -> Path:
-    """The YAML of base `name`: a path (from here or beside the sweep), or a name in sweeps/bases."""
-    candidates = [Path(name), sweep.parent / name, sweep.parent / "bases" / f"{name}.yaml", BASES / f"{name}.yaml"]
+    """The YAML of base `name`: a path (beside the sweep that names it, or from here), or a name in sweeps/bases."""
+    near = [sweep.parent / name, Path(name)]
+    if where.startswith("--"):  # of the command line
+        near.reverse()
+    candidates = [*near, sweep.parent / "bases" / f"{name}.yaml", BASES / f"{name}.yaml"]
     for candidate in candidates:
         if candidate.is_file():
             return candidate

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import time
 import uuid
@@ -137,6 +138,7 @@ class _Training:
         self.steps = config.training.steps
         self.finished, self._told = False, set[str]()
         origin = _origin(config, store)
+        self._store, self._opened = store, False
         self._states = ResumeStates(run.resume, origin, config.training.resume_keep)
         group.on_first(lambda: require(config.training.trackers))
         state = self._begin(inexact)
@@ -144,9 +146,9 @@ class _Training:
         self._require_agreement(origin)
         # The name of this run in the trackers, and the step that comes next there.
         self._tracking = state.get("tracking") or {"id": uuid.uuid4().hex, "step": 0}
+        self._metrics_bytes = state.get("metrics_bytes", 0)
         self._device, norm = Accelerator(cpu=config.training.device == "cpu").device, store.mean_squared_norm
         self._trainer = Trainer(config, store.activation_dim, device=self._device, mean_squared_norm=norm, group=group)
-        group.on_first(lambda: self._open_files(store, state.get("metrics_bytes", 0)))
         self._first_fve = first_fve(run.metrics) if state else None
         if state:
             self._continue(state)
@@ -154,16 +156,14 @@ class _Training:
         self._progress = Progress(f"train {run.path.parent.name}", self.steps, "steps", run.progress, self.step)
 
     def _begin(self, inexact: bool) -> dict[str, Any]:
-        """Claim the folder; returns the state to continue from, empty at the start."""
+        """The state to continue from, empty at the start. Raises TsaeError for a folder of another configuration."""
         state: dict[str, Any] = {}
 
         def begin() -> None:
-            self.run.claim(self.config)
-            self.run.remove_leftovers()
+            self.run.require_free(self.config)
             state.update(self._states.load(inexact) or {})
             for change in state.get("inexact", []):
                 log.warning("%s: goes on inexactly %s", self.run.path.parent.name, change)
-            self._states.remove_leftovers()
 
         self._group.on_first(begin)
         if self._group.rank > 0:
@@ -195,14 +195,23 @@ class _Training:
 
         self._group.on_first(compare)
 
-    def _open_files(self, store: Store, metrics_bytes: int) -> None:
-        config, run = self.config, self.run
+    def _open(self) -> None:
+        """Claim the folder, after the first update: whatever is refused until then leaves the run's name free."""
+        if not self._opened:
+            self._group.on_first(self._open_files)
+            self._opened = True
+
+    def _open_files(self) -> None:
+        config, run, store = self.config, self.run, self._store
+        run.claim(config)
+        run.remove_leftovers()
+        self._states.remove_leftovers()
         sources = {"store": store.attributes, "data": binding.record(config)}
         if self._inexact:
             sources["inexact"] = self._inexact
         files.write_json(run.provenance, provenance(config.training_hash, **sources))
         files.write_json(run.config_json, reference_config(config, store.activation_dim, self._trainer.scale))
-        self._metrics = Metrics(run.metrics, offset=metrics_bytes)
+        self._metrics = Metrics(run.metrics, offset=self._metrics_bytes)
         self._trackers = Trackers(config, run, self._tracking)
 
     @property
@@ -215,15 +224,18 @@ class _Training:
         settings, step = self.config.training, self.step
         self._states.raise_failure()
         first = self._group.rank == 0
-        if first and step in settings.save_steps:
-            save_dictionary(self.run.checkpoint(step), self._trainer.dictionary, self._trainer.scale)
+        kept = copy.deepcopy(self._trainer.dictionary) if first and step in settings.save_steps else None
         terms = self._trainer.step(*(part.to(self._device, non_blocking=True) for part in (batch, document)))
         last = self.step == self.steps
-        if last or step % settings.log_every == 0:
+        logged = last or step % settings.log_every == 0
+        if logged:
             self._require_finite(terms.loss)
             self._require_sense(terms, last)
-            if first:
-                self._log(step, terms)
+        self._open()
+        if kept is not None:
+            save_dictionary(self.run.checkpoint(step), kept, self._trainer.scale)
+        if logged and first:
+            self._log(step, terms)
         if last:
             self._group.on_first(self._finish)
             self.finished = True

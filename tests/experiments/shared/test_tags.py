@@ -15,6 +15,7 @@ from tsae.data.labelled import LabelledText
 from tsae.experiments.shared.tags import MARGIN, find_tagger, last_tags, tags_of
 from tsae.runtime.errors import TsaeError
 
+KEY = "experiments.probe.tagger"
 TEXT = "The old captain sings in a garden."
 PIECES = ["The", " o", "ld", " captain", " sings", " in", " a", " garden", "."]
 """Tokens as a byte-level tokenizer cuts them: with the blank before, and words in parts."""
@@ -27,7 +28,7 @@ def offsets_of(pieces: list[str]) -> np.ndarray:
 
 
 def tags(text: str, pieces: list[str], wanted: str, dataset: str = "embedded") -> list[str | None]:
-    found = tags_of((LabelledText(text, "x", 0),), offsets_of(pieces), find_tagger(wanted, dataset))
+    found = tags_of((LabelledText(text, "x", 0),), offsets_of(pieces), find_tagger(wanted, dataset, KEY))
     return [found.names[tag] if tag >= 0 else None for tag in found.of_token[0]]
 
 
@@ -68,7 +69,7 @@ def test_an_installed_pipeline_is_found_without_being_named(pipeline, tmp_path):
     script = (
         "from tsae.experiments.shared.tags import find_tagger\n"
         "for dataset in ('embedded', 'mmlu'):\n"
-        f"    tagger = find_tagger('auto', dataset); print(tagger.name, next(tagger.spans([{TEXT!r}]))[2])\n"
+        f"    tagger = find_tagger('auto', dataset, 'tagger'); print(tagger.name, next(tagger.spans([{TEXT!r}]))[2])\n"
     )
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
     ended = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=100)
@@ -89,18 +90,18 @@ def pipelines() -> list[str]:
 @pytest.mark.parametrize("wanted", ["auto", "spacy", "spacy:en_nowhere"])
 def test_without_a_pipeline_the_error_names_the_install_command(wanted):
     with pytest.raises(TsaeError, match=r"pip install 'tsae\[pos\]' && python -m spacy download en_core_web_sm"):
-        find_tagger(wanted, "mmlu")
+        find_tagger(wanted, "mmlu", KEY)
 
 
 def test_without_spacy_the_error_names_the_install_command(monkeypatch):
     monkeypatch.setitem(sys.modules, "spacy", None)
     with pytest.raises(TsaeError, match=r"spaCy is not installed; install one: pip install 'tsae\[pos\]'"):
-        find_tagger("spacy", "embedded")
+        find_tagger("spacy", "embedded", KEY)
 
 
 @pytest.mark.skipif(bool(pipelines()), reason="a spaCy pipeline is installed")
 def test_the_embedded_corpus_does_without_a_pipeline_and_says_so(capsys):
-    tagger = find_tagger("auto", "embedded")
+    tagger = find_tagger("auto", "embedded", KEY)
     assert tagger.name == "word classes by surface form"
     assert "no spaCy pipeline is installed" in capsys.readouterr().err
 
@@ -127,7 +128,7 @@ def test_a_function_of_the_users_own_gives_the_tags(tmp_path, monkeypatch):
         tags(TEXT, PIECES, "no_tagger:tag")
     for wrong in ("my_tagger:tags", "nowhere:tag", "spcy"):
         with pytest.raises(TsaeError, match=r"neither auto, spacy, spacy:PIPELINE, surface nor a module:function"):
-            find_tagger(wrong, "embedded")
+            find_tagger(wrong, "embedded", KEY)
 
 
 def test_a_tagger_sees_the_text_before_and_well_behind_the_tokens(tmp_path, monkeypatch):

@@ -21,6 +21,7 @@ from typing import Any
 
 from tsae.config import schema
 from tsae.config.experiments import ExplainConfig
+from tsae.config.paths import as_written
 from tsae.experiments.answers.ask import open_backend
 from tsae.experiments.explain.examples import collect_examples, wanted_latents
 from tsae.experiments.explain.explainers import Explainer, ModelExplainer, Record, TokenExplainer, tasks_of
@@ -83,7 +84,7 @@ class _Stages:
         about = [weights_identity(subject.run, subject.checkpoint), data_identity(subject.run, subject.config)]
         self._examples_hash = schema.stable_hash([VERSION, *about, read, wanted_latents(settings)])
         answers = settings.answers
-        self._answers_hash = schema.stable_hash([self._examples_hash, answers.backend, answers.model])
+        self._answers_hash = schema.stable_hash([self._examples_hash, answers.backend, as_written(answers.model)])
 
     def examples(self) -> list[Record]:
         """A record of every latent; complete or not there."""

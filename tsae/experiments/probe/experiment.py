@@ -26,6 +26,7 @@ from tsae.experiments.probe.samples import (
     split,
 )
 from tsae.experiments.shared.subject import Subject
+from tsae.experiments.shared.tags import find_tagger
 from tsae.experiments.shared.texts import MAX_READ, TextActivations, harvest_dataset, texts_read
 from tsae.runtime.errors import TsaeError
 from tsae.runtime.progress import Progress
@@ -116,11 +117,13 @@ class _Material(NamedTuple):
 @lru_cache(maxsize=1)
 def _material(subject: Subject, settings: ProbeConfig) -> _Material:
     """Texts, samples and the feature activations of all latents."""
-    reference = settings.protocol == "reference"
+    reference, tokenizer = settings.protocol == "reference", subject.tokenizer
+    # Looked for before the texts are harvested, which may take long.
+    tags = "syntax" in settings.tasks
+    tagger = find_tagger(settings.tagger, settings.dataset, "experiments.probe.tagger") if tags else None
     texts = reference_texts(subject, settings) if reference else harvest_dataset(subject, settings.dataset)
-    tokenizer = subject.tokenizer
     samples: dict[str, Samples] = {
-        task: choose_samples(texts, settings, task, lambda tokens: str(tokenizer.decode(tokens)))
+        task: choose_samples(texts, settings, task, tagger, lambda tokens: str(tokenizer.decode(tokens)))
         for task in settings.tasks
     }
     features: dict[str, Features] = {

@@ -9,7 +9,7 @@ import numpy as np
 
 from tsae.config.experiments import ProbeConfig
 from tsae.experiments.shared.subject import Subject
-from tsae.experiments.shared.tags import Tags, find_tagger, last_tags, tags_of
+from tsae.experiments.shared.tags import Tagger, Tags, last_tags, tags_of
 from tsae.experiments.shared.texts import TextActivations, harvest_texts, sample_texts
 from tsae.runtime.errors import TsaeError
 
@@ -58,9 +58,15 @@ class Samples(NamedTuple):
 
 
 def choose_samples(
-    texts: TextActivations, probe: ProbeConfig, task: str, decode: Callable[[list[int]], str]
+    texts: TextActivations,
+    probe: ProbeConfig,
+    task: str,
+    tagger: Tagger | None,
+    decode: Callable[[list[int]], str],
 ) -> Samples:
-    """The tokens of `task`, the same for every run and seed; `decode` gives the text of tokens.
+    """The tokens of `task`, the same for every run and seed; that of syntax needs a tagger.
+
+    `decode` gives the text of tokens.
 
     Raises TsaeError if fewer than two classes are left.
     """
@@ -70,7 +76,8 @@ def choose_samples(
     if task == "semantics":
         tags = Tags(np.broadcast_to(texts.label[:, None], texts.valid.shape), texts.label_names, "label of the text")
     else:
-        tags = _syntax(texts, probe, decode)
+        assert tagger is not None
+        tags = _syntax(texts, probe, tagger, decode)
     valid = texts.valid & (tags.of_token >= 0)
     if probe.protocol == "disjoint":
         rows, positions = _random_tokens(valid, tags, probe, random)
@@ -103,8 +110,7 @@ def _context(texts: TextActivations, probe: ProbeConfig, random: np.random.Gener
     return Samples(chosen[label], np.concatenate(found), label, label, names, (), "which text a token is from")
 
 
-def _syntax(texts: TextActivations, probe: ProbeConfig, decode: Callable[[list[int]], str]) -> Tags:
-    tagger = find_tagger(probe.tagger, probe.dataset)
+def _syntax(texts: TextActivations, probe: ProbeConfig, tagger: Tagger, decode: Callable[[list[int]], str]) -> Tags:
     if probe.protocol == "disjoint":
         return tags_of(texts.texts, texts.offsets, tagger)
     # What the released code does: each last token is tagged by itself, out of its context, blanks included.

@@ -139,7 +139,7 @@ class Subject:
 
         found = self._explanation_path
         if found is None and self.checkpoint is None:
-            found = find_explanations(self.run.path)
+            found = find_explanations(self.run)
         elif found is None:
             own = self.run.result(f"explanations_step{self.checkpoint}", "json")
             found = own if own.is_file() else None

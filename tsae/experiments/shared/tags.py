@@ -127,8 +127,8 @@ def _sorted(of_token: np.ndarray, numbers: dict[str, int], tagger: str) -> Tags:
     return Tags(renumber[of_token], names, tagger)
 
 
-def find_tagger(wanted: str, dataset: str) -> Tagger:
-    """The tagger that `experiments.*.tagger` names. Raises TsaeError if it is not here, with how to get it."""
+def find_tagger(wanted: str, dataset: str, key: str) -> Tagger:
+    """The tagger that the setting `key` names. Raises TsaeError if it is not here, with how to get it."""
     if wanted == "surface":
         return Tagger("word classes by surface form", lambda texts: map(surface_spans, texts))
     if wanted == "auto" and dataset == EMBEDDED and not _pipelines():
@@ -137,10 +137,10 @@ def find_tagger(wanted: str, dataset: str) -> Tagger:
             f"for parts of speech: {INSTALL}",
             file=sys.stderr,
         )
-        return find_tagger("surface", dataset)
+        return find_tagger("surface", dataset, key)
     if wanted == "auto" or wanted.partition(":")[0] == "spacy":
-        return _spacy(wanted.partition(":")[2])
-    return _function(wanted)
+        return _spacy(wanted.partition(":")[2], key)
+    return _function(wanted, key)
 
 
 def _pipelines() -> list[str]:
@@ -152,22 +152,22 @@ def _pipelines() -> list[str]:
     return sorted(get_installed_models(), key=lambda name: (name not in PREFERRED, name))
 
 
-def _spacy(name: str) -> Tagger:
-    remedy = f"install one: {INSTALL}; or set tagger to surface or module:function"
+def _spacy(name: str, key: str) -> Tagger:
+    remedy = f"install one: {INSTALL}; or set {key}=surface (classes by surface form) or {key}=module:function"
     try:
         import spacy
     except ImportError:
-        raise TsaeError(f"tagger: spaCy is not installed; {remedy}") from None
+        raise TsaeError(f"{key}: spaCy is not installed; {remedy}") from None
     found = _pipelines()
     if not name and not found:
-        raise TsaeError(f"tagger: no spaCy pipeline is installed; {remedy}")
+        raise TsaeError(f"{key}: no spaCy pipeline is installed; {remedy}")
     name = name or found[0]
     try:
         # Parts of speech need none of these, which take most of the time.
         pipeline = spacy.load(name, exclude=["ner", "lemmatizer", "parser", "senter"])
     except OSError:
         raise TsaeError(
-            f"tagger: there is no spaCy pipeline '{name}' (installed: {', '.join(found) or 'none'}); {remedy}"
+            f"{key}: there is no spaCy pipeline '{name}' (installed: {', '.join(found) or 'none'}); {remedy}"
         ) from None
     version = pipeline.meta.get("version", "")
     return Tagger(f"parts of speech by spaCy {name} {version}".rstrip(), lambda texts: _spacy_spans(pipeline, texts))
@@ -181,14 +181,14 @@ def _spacy_spans(pipeline: Language, texts: list[str]) -> Iterator[Spans]:
         yield [(word.idx, word.idx + len(word), tag) for word, tag in zip(document, tags, strict=True) if tag]
 
 
-def _function(wanted: str) -> Tagger:
+def _function(wanted: str, key: str) -> Tagger:
     """A tagger of the user's own, given as module:function."""
     module, _, name = wanted.partition(":")
     try:
         function = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError, ValueError) as error:
         raise TsaeError(
-            f"tagger: '{wanted}' is neither auto, spacy, spacy:PIPELINE, surface nor a "
+            f"{key}: '{wanted}' is neither auto, spacy, spacy:PIPELINE, surface nor a "
             f"module:function that can be imported ({error})"
         ) from None
     return Tagger(wanted, lambda texts: map(function, texts))

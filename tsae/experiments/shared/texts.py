@@ -377,7 +377,7 @@ def _activations(
 def _key(subject: Subject, contexts: Contexts) -> str:
     """Hash of all that decides the activations: language model, hook point, precision and tokens."""
     config = subject.config
-    model = schema.to_plain(config.model)
+    model = schema.identity(config.model)
     del model["device"], model["batch_size"]
     return schema.stable_hash(
         [model, model_identity(config.model, subject.run), config.store.dtype, contexts.fingerprint]

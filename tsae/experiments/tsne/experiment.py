@@ -118,6 +118,7 @@ class _Material(NamedTuple):
 @lru_cache(maxsize=1)
 def _material(subject: Subject, settings: TsneConfig) -> _Material:
     """Texts, tags, the tokens of each choice of texts, and the feature activations of all of them."""
+    tagger = find_tagger(settings.tagger, settings.dataset, "experiments.tsne.tagger")
     texts = harvest_dataset(subject, settings.dataset)
     usable = np.flatnonzero(texts.valid.sum(1) >= settings.tokens)
     if not len(usable):
@@ -135,7 +136,7 @@ def _material(subject: Subject, settings: TsneConfig) -> _Material:
     features = texts.features(subject, rows, positions)
     ends = np.cumsum([len(key) for key in keys])[:-1]
     chosen = [_Choice(*site, place) for site, place in zip(sites, np.split(places, ends), strict=True)]
-    tags = tags_of(texts.texts, texts.offsets, find_tagger(settings.tagger, settings.dataset))
+    tags = tags_of(texts.texts, texts.offsets, tagger)
     return _Material(texts, tags, features, chosen)
 
 
