@@ -51,7 +51,7 @@ def test_a_sweep_from_before_is_continued_where_it_was(before: Path) -> None:
     metrics.write_text(metrics.read_text().replace(first, marked))
     planned = tsae(before, "sweep", "before.yaml", "--dry-run").stdout
     # Nothing is harvested or trained again; what older results were made from was not recorded, so they are made again.
-    assert "7 stages, 4 to run" in planned
+    assert "8 stages, 5 to run" in planned
     assert "train     k=4                           1       complete" in planned
     done = tsae(before, "sweep", "before.yaml", "--executor", "debug")
     assert done.returncode == 0, done.stderr

@@ -80,6 +80,10 @@ def declare(*measures: Measure) -> None:
     for measure in measures:
         assert measure.key not in REGISTRY, f"{measure.key} is declared twice"
         REGISTRY[measure.key] = measure
+    # Whoever was imported first: the evaluation's come before those of experiments.
+    ordered = sorted(REGISTRY.items(), key=lambda entry: "/" in entry[0])
+    REGISTRY.clear()
+    REGISTRY.update(ordered)
 
 
 def versions(file: str = "") -> dict[str, int]:
