@@ -47,7 +47,7 @@ class Place:
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, text: Path) -> Path:
     """A place with a complete sweep of one point, made once."""
-    root = tmp_path_factory.mktemp("identity")
+    root = tmp_path_factory.mktemp("identity") / "place"
     shutil.copytree(tiny_model, root / "model")
     shutil.copy(text, root / "text.jsonl")
     words = [json.loads(line)["text"] for line in text.read_text().splitlines()]
@@ -70,13 +70,14 @@ def finished(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, text: P
         patch.chdir(root)
         patch.setenv("TSAE_HOME", str(root / "home"))
         assert main(["sweep", SWEEP, "--executor", "debug"]) == 0
-    return root
+    return Path(shutil.move(root, root.with_name("finished")))
 
 
 @pytest.fixture
-def place(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Place:
-    """A copy of it, in which commands are given."""
-    root = tmp_path / "place"
+def place(finished: Path, monkeypatch: pytest.MonkeyPatch) -> Place:
+    """A copy of it where it was made, in which commands are given."""
+    root = finished.with_name("place")
+    shutil.rmtree(root, ignore_errors=True)
     shutil.copytree(finished, root)
     monkeypatch.chdir(root)
     monkeypatch.setenv("TSAE_HOME", str(root / "home"))
@@ -109,9 +110,9 @@ def fine_tuned(folder: Path) -> None:
 
 
 CHANGES: dict[str, tuple[Callable[[Place], None], str]] = {
-    "text": (lambda place: longer(place.text), "data.source: text.jsonl"),
-    "text-of-equal-size-and-time": (lambda place: same_size(place.text), "data.source: text.jsonl"),
-    "model": (lambda place: fine_tuned(place.model), "model.name: model"),
+    "text": (lambda place: longer(place.text), "data.source: {root}/text.jsonl"),
+    "text-of-equal-size-and-time": (lambda place: same_size(place.text), "data.source: {root}/text.jsonl"),
+    "model": (lambda place: fine_tuned(place.model), "model.name: {root}/model"),
 }
 RUN = ["--checkpoints-path", "home/checkpoints/sweep-run", "--run-name", "k=4"]
 READERS = {
@@ -136,7 +137,7 @@ def test_a_run_is_not_read_on_data_that_it_was_not_trained_on(
     make(place)
     assert main(READERS[reader]) == 2
     said = capsys.readouterr().err.strip().splitlines()[-1]
-    assert f"trained on other data: {named}" in said
+    assert f"trained on other data: {named.format(root=place.root)}" in said
     assert "has another content now" in said
     assert "--accept-new-data" in said
     kept = {path: path.read_bytes() for path in place.run.path.iterdir() if path.is_file()}
@@ -151,7 +152,7 @@ def test_status_and_report_say_it_and_show_what_was_measured(
     make, named = CHANGES[change]
     make(place)
     assert main(["status", SWEEP]) == 0
-    said = capsys.readouterr().out
+    said, named = capsys.readouterr().out, named.format(root=place.root)
     assert f"trained on other data: k=4: {named} has another content now" in said
     assert main(["report", SWEEP]) == 0
     page = (place.home / "sweeps/sweep-run/report/report.html").read_text()
@@ -206,7 +207,7 @@ def test_a_training_that_was_begun_is_not_continued_on_other_data(
     for more in ([], ["--accept-new-data"]):
         assert main([*READERS["train"], *more]) == 2
         said = capsys.readouterr().err.strip().splitlines()[-1]
-        assert "data.source: text.jsonl has another content now; train under another name, or remove the folder" in said
+        assert "/text.jsonl has another content now; train under another name, or remove the folder" in said
 
 
 @pytest.mark.parametrize("change", ["text", "model"])
@@ -229,7 +230,7 @@ def test_a_calibrated_run_is_measured_again_by_all(place: Place, capsys: pytest.
     assert main(["push", "home/checkpoints/sweep-run/k=4", "me/sae", "--dry-run"]) == 0
     assert "Not evaluated" in capsys.readouterr().out
     assert main(READERS["dry-run"]) == 0
-    assert "3 stages, 2 to run" in capsys.readouterr().out.replace("4 stages", "3 stages")
+    assert "5 stages, 3 to run" in capsys.readouterr().out  # evaluate, probe, report
     assert main(["report", SWEEP]) == 0
     table = (place.home / "sweeps/sweep-run/report/table.csv").read_text()
     assert "trained, not evaluated" in table

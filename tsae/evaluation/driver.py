@@ -42,7 +42,8 @@ def evaluate(config: RunConfig, run: RunFolder) -> dict[str, Any]:
     binding.require_unchanged(run, config)
     with together(cpu=config.training.device == "cpu") as group:
         dictionary, written = load_dictionary(run.path, own_device(config.training.device, "training.device"))
-        require_same_place(config, written, run.path)
+        if run.training_hash() is None:  # of a run of ours, its hash says where it reads
+            require_same_place(config, written, run.path)
         store = Store.open(store_path(config), config)
         if dictionary.activation_dim != store.activation_dim:
             raise TsaeError(
