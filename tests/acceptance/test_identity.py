@@ -305,10 +305,47 @@ def test_a_hub_model_whose_branch_moved_is_read_at_the_commit_of_the_training(pl
     assert f"me/tiny is read at commit {'a' * 40}" in again.stderr
     assert "model.revision" in again.stderr
     run.eval_results.unlink()
+    stores = place.home / "stores"
+    shutil.move(stores, place.root / "kept")
+    assert tsae("harvest", *given[:2]).returncode == 0
+    moved = tsae("evaluate", *given)
+    assert moved.returncode == 2
+    assert "was harvested anew, with another commit" in moved.stderr
+    accepted = tsae("evaluate", *given, "--accept-new-data")
+    assert accepted.returncode == 0, accepted.stderr
+    assert json.loads(run.eval_results.read_text())["loss_original"] != first["loss_original"]
+    shutil.rmtree(stores)
+    shutil.move(place.root / "kept", stores)
     shutil.rmtree(hub / "snapshots" / ("a" * 40))
-    gone = tsae("evaluate", *given)
+    gone = tsae("evaluate", *given, "--accept-new-data")
     assert gone.returncode == 2
     assert f"me/tiny at commit {'a' * 40}, with which this was made, cannot be loaded" in gone.stderr
+
+
+def test_a_hub_data_set_that_moved_is_other_text_once_it_is_harvested_anew(place: Place) -> None:
+    hub = place.root / "hub" / "datasets--me--texts"
+    for commit, change in (("a" * 40, None), ("b" * 40, same_size)):
+        if change:
+            change(place.text)
+        (hub / "snapshots" / commit).mkdir(parents=True)
+        shutil.copy(place.text, hub / "snapshots" / commit / "train.jsonl")
+    (hub / "refs").mkdir()
+    given = ["run.yaml", "data.source=me/texts", "--run-name", "hub"]
+
+    def tsae(commit: str, *words: str) -> subprocess.CompletedProcess[str]:
+        (hub / "refs/main").write_text(commit * 40)
+        environment = {**os.environ, "HF_HUB_CACHE": str(hub.parent), "HF_HUB_OFFLINE": "1"}
+        command = [sys.executable, "-m", "tsae.cli", *words]
+        return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+
+    done = tsae("a", "train", *given)
+    assert done.returncode == 0, done.stderr
+    assert tsae("b", "evaluate", *given).returncode == 0  # the store that was trained on is there
+    shutil.rmtree(place.home / "stores")
+    assert tsae("b", "harvest", *given[:2]).returncode == 0
+    refused = tsae("b", "evaluate", *given)
+    assert refused.returncode == 2
+    assert "was harvested anew, with other text or other held-out documents" in refused.stderr
 
 
 def test_content_that_is_known_is_not_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -34,15 +34,25 @@ DECIDING = ("dict_class", "k", "activation_dim", "dict_size", "group_sizes", "gr
 
 
 def record(config: RunConfig) -> dict[str, Any]:
-    """What a training writes down of its data."""
-    return {"identity": content_hash(config), "sources": sources(config)}
+    """What is written down of the data that a run is trained or, from now on, measured on."""
+    return {"identity": content_hash(config), "sources": sources(config), **_of_store(config)}
+
+
+def _of_store(config: RunConfig) -> dict[str, Any]:
+    """Of the store that is there, what no look at files can tell: its text, and the commit of a hub model."""
+    layout = StoreLayout(store_path(config))
+    if not layout.exists():
+        return {}
+    return {"contexts": layout.attributes["contexts"], "commit": layout.attributes["model"].get("revision")}
 
 
 def data_identity(run: RunFolder, config: RunConfig) -> str:
     """The data that results of `run` are about: what it was trained on, or was accepted since; of a run from elsewhere,
     what `config` names."""
     made = _recorded(run)
-    return str(made["identity"]) if made else content_hash(config)
+    if not made:
+        return content_hash(config)
+    return schema.stable_hash([made["identity"], made.get("contexts"), made.get("commit")])
 
 
 def is_measured_elsewhere(run: RunFolder) -> bool:
@@ -53,19 +63,19 @@ def is_measured_elsewhere(run: RunFolder) -> bool:
 def difference(run: RunFolder, config: RunConfig) -> str:
     """In words, what is not as it was when `run` was trained, begun or last accepted; nothing if all is, or nothing is known."""
     made = _recorded(run) if run.weights.exists() or run.resume.exists() else {}
-    if not made or made["identity"] == content_hash(config):
+    if not made:
         return ""
     known_by_size = made["sources"] is None and made["identity"] == hash_before(config)
-    if known_by_size and untouched_since(config, run.provenance.stat().st_mtime):
-        return _held_out_otherwise(run, config)
-    return changed(made["sources"], config)
-
-
-def _held_out_otherwise(run: RunFolder, config: RunConfig) -> str:
-    """In words, that a store is there which is not the one of an older run: it was harvested anew, by another rule."""
-    layout, trained = StoreLayout(store_path(config)), files.read_whole_json(run.provenance)["store"]
-    if layout.exists() and layout.attributes["contexts"] != trained["contexts"]:
-        return f"{layout.path}: was harvested anew, and other documents are held out in it"
+    untouched = known_by_size and untouched_since(config, run.provenance.stat().st_mtime)
+    if made["identity"] != content_hash(config) and not untouched:
+        return changed(made["sources"], config)
+    # A hub's branches move, and older versions held out by another rule: a store may be there that is not the run's.
+    now = _of_store(config)
+    if any(made.get(key, value) != value for key, value in now.items()):
+        words = (
+            "other text or other held-out documents" if made.get("contexts") != now["contexts"] else "another commit"
+        )
+        return f"{store_path(config)}: was harvested anew, with {words}"
     return ""
 
 
@@ -115,7 +125,8 @@ def accept(run: RunFolder, config: RunConfig) -> None:
     written = files.read_whole_json(run.provenance)
     trained = {key: value for key, value in _trained_on(written).items() if key != "accepted"}
     now = record(config)
-    written["data"] = trained if now["identity"] == trained["identity"] else {**trained, "accepted": now}
+    same = all(trained.get(key) == value for key, value in now.items() if key != "sources")
+    written["data"] = trained if same else {**trained, "accepted": now}
     files.write_json(run.provenance, written)
 
 
@@ -139,10 +150,9 @@ def model_identity(model: ModelConfig, run: RunFolder) -> str:
 
 
 def commit_of(run: RunFolder) -> str | None:
-    """The commit of the hub model that `run` was trained on; None for other models and where it is not known."""
-    store = files.read_whole_json(run.provenance).get("store") or {}
-    revision = store.get("model", {}).get("revision")
-    return None if revision is None else str(revision)
+    """The commit of the hub model that `run` is measured with; None for other models and where it is not known."""
+    commit = _recorded(run).get("commit")
+    return None if commit is None else str(commit)
 
 
 def _recorded(run: RunFolder) -> dict[str, Any]:
@@ -155,4 +165,8 @@ def _trained_on(written: dict[str, Any]) -> dict[str, Any]:
     """The entry `data` of a provenance.json; of one from before there was one, made from its store."""
     if "data" in written:
         return dict(written["data"])
-    return {"identity": written["store"]["config_hash"], "sources": None} if "store" in written else {}
+    store = written.get("store")
+    if not store:
+        return {}
+    told = {"contexts": store.get("contexts"), "commit": store.get("model", {}).get("revision")}
+    return {"identity": store["config_hash"], "sources": None, **told}
