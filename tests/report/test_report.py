@@ -211,6 +211,7 @@ def test_a_report_that_cannot_be_written_is_one_line(write_sweep, capsys, comman
     folder = make_plan(load_sweep(path)).compared.page.parent
     folder.parent.mkdir(parents=True)
     folder.write_text("in the way")
+    measured(make_plan(load_sweep(path)), make_plan(load_sweep(path)).points[0], 0.5)
     assert main([command, str(path)]) == 2
     error = capsys.readouterr().err
     assert error.startswith("tsae: ")

@@ -91,8 +91,8 @@ def test_a_command_says_that_it_was_preempted() -> None:
     script = (
         "import os, signal, sys; from tsae import cli, stages; from tsae.runtime import preemption\n"
         "def stage(*_):\n  os.kill(os.getpid(), signal.SIGTERM)\n  preemption.check()\n"
-        "stages.evaluate_stage = preemption.watched()(stage)\n"
-        "code = cli.main(['evaluate', sys.argv[1]])\nos.kill(os.getpid(), signal.SIGTERM)\nsys.exit(code)"
+        "stages.harvest_stage = preemption.watched()(stage)\n"
+        "code = cli.main(['harvest', sys.argv[1]])\nos.kill(os.getpid(), signal.SIGTERM)\nsys.exit(code)"
     )
     config = Path(__file__).parents[2] / "sweeps" / "bases" / "embedded.yaml"
     ended = subprocess.run([sys.executable, "-c", script, str(config)], capture_output=True, text=True, check=False)

@@ -209,7 +209,7 @@ def test_a_training_that_explains_nothing_any_more_ends_with_one_line(
 
 def test_a_dictionary_that_is_silent_at_the_end_is_not_kept(config: RunConfig, tmp_path: Path) -> None:
     silent = configuration.replace(
-        config, sae={"kind": "standard"}, objective={"sparsity_penalty": 1e6}, training={"lr": 0.1}
+        config, sae={"kind": "standard"}, objective={"sparsity_penalty": 1e6}, training={"lr": 1.0}
     )
     run = RunFolder.of(tmp_path, "silent")
     with pytest.raises(TsaeError, match=r"silent: training diverged: no latent fires any more at step 59; lower"):

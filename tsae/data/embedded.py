@@ -75,13 +75,13 @@ class Source(NamedTuple):
     size: int
 
 
-@functools.cache
 def corpus_fingerprint() -> str:
     """Hash of the versions that decide the content: packages, Python, and this extractor."""
     versions = {name: _version(name) for names in PACKAGES.values() for name in names}
     return schema.stable_hash([EXTRACTOR_VERSION, platform.python_version(), versions])
 
 
+@functools.cache
 def _version(distribution: str) -> str:
     try:
         return importlib.metadata.version(distribution)

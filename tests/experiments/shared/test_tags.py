@@ -44,13 +44,13 @@ def test_parts_of_speech_come_from_the_sentence_and_reach_every_part_of_a_word(p
 
 
 def test_the_tag_of_a_string_is_that_of_its_last_word_and_blanks_have_one(pipeline):
-    tagger = find_tagger(f"spacy:{pipeline}", "embedded")
+    tagger = find_tagger(f"spacy:{pipeline}", "embedded", KEY)
     assert last_tags(["The old captain", "The garden.", "captain\n", "\n", " "], tagger) == [
         *("NOUN", "PUNCT", "SPACE", "SPACE", "SPACE"),
     ]
     # Blanks are no class of tokens in their text.
     assert tags(TEXT[:8] + "\n\n", [*PIECES[:3], "\n\n"], f"spacy:{pipeline}") == ["DET", "ADJ", "ADJ", None, None]
-    assert last_tags(["a garden", "the", " ", ""], find_tagger("surface", "embedded")) == [
+    assert last_tags(["a garden", "the", " ", ""], find_tagger("surface", "embedded", KEY)) == [
         *("other word", "determiner", "SPACE", "SPACE"),
     ]
 

@@ -119,7 +119,7 @@ def test_every_split_and_the_residual_stream_are_mapped(config, checkpoints):
 
 def test_texts_shorter_than_asked_for_and_dead_latents_are_one_line(config, checkpoints, tmp_path):
     long = configuration.replace(
-        config, experiments={"tsne": TsneConfig(dataset=config.experiments.tsne.dataset, tokens=40)}
+        config, experiments={"tsne": TsneConfig(dataset=config.experiments.tsne.dataset, tagger="surface", tokens=40)}
     )
     with pytest.raises(
         TsaeError, match=r"experiments\.tsne\.tokens: no text has 40 tokens .* the longest of 30 has 31"
