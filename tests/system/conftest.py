@@ -29,6 +29,14 @@ PRELOADED = [
 ]
 
 
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty TSAE_HOME."""
+    monkeypatch.setenv("TSAE_HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path / "home"
+
+
 @pytest.fixture(scope="session")
 def unharvested(tiny_model: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
     """A run of 60 steps with an intermediate checkpoint and resumable states at odd places."""

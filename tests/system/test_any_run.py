@@ -20,14 +20,6 @@ from tsae.interop.settings import settings_of
 
 
 @pytest.fixture
-def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty TSAE_HOME."""
-    monkeypatch.setenv("TSAE_HOME", str(tmp_path / "home"))
-    monkeypatch.chdir(tmp_path)
-    return tmp_path / "home"
-
-
-@pytest.fixture
 def trained(home: Path, tiny_model: Path, text: Path, tmp_path: Path) -> Path:
     """The folder of a run of ours, named small."""
     tree: dict[str, Any] = {

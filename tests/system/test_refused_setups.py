@@ -14,14 +14,6 @@ from tsae import cli
 
 
 @pytest.fixture
-def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty TSAE_HOME."""
-    monkeypatch.setenv("TSAE_HOME", str(tmp_path / "home"))
-    monkeypatch.chdir(tmp_path)
-    return tmp_path / "home"
-
-
-@pytest.fixture
 def settings(tiny_model: Path, text: Path, tmp_path: Path) -> Path:
     """The YAML of a run of 20 steps."""
     tree: dict[str, Any] = {

@@ -161,10 +161,7 @@ def _when_free(function: Callable[..., object], arguments: Sequence[Any]) -> Non
             return
         except LockHeld as held:
             print(f"waiting: {held}", file=sys.stderr, flush=True)
-        until = time.monotonic() + WAIT_SECONDS
-        while time.monotonic() < until:
-            preemption.check()
-            time.sleep(0.2)
+        preemption.wait(WAIT_SECONDS)
 
 
 def _line(error: Exception) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import BrokenExecutor
 from contextlib import contextmanager
@@ -80,6 +81,14 @@ def check() -> None:
     """Raise Preempted if this process was asked to leave; for places where there is nothing to save."""
     if requested():
         raise Preempted
+
+
+def wait(seconds: float) -> None:
+    """Sleep, and raise Preempted soon after this process is asked to leave."""
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        check()
+        time.sleep(0.2)
 
 
 def polled(items: Iterable[_Item]) -> Iterator[_Item]:

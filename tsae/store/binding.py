@@ -43,7 +43,8 @@ def _of_store(config: RunConfig) -> dict[str, Any]:
     layout = StoreLayout(store_path(config))
     if not layout.exists():
         return {}
-    return {"contexts": layout.attributes["contexts"], "commit": layout.attributes["model"].get("revision")}
+    attributes = layout.attributes
+    return {"contexts": attributes.get("contexts"), "commit": (attributes.get("model") or {}).get("revision")}
 
 
 def data_identity(run: RunFolder, config: RunConfig) -> str:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import time
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
@@ -101,8 +100,7 @@ def _prepare_once(layout: StoreLayout, config: RunConfig, source: Source) -> Non
                 if not layout.exists():
                     _prepare(layout, config, source)
         except locks.LockHeld:
-            time.sleep(WAIT_SECONDS)
-            preemption.check()
+            preemption.wait(WAIT_SECONDS)
     layout.require(config)
     # The model may be another one all the same, such as a folder whose content was replaced.
     began, now = layout.attributes["model"], json.loads(json.dumps(source.identity))

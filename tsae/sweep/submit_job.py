@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-import time
 from pathlib import Path
 
 from tsae.report.write import write_report
@@ -54,7 +53,4 @@ def _when_there_is_room(plan: Plan, options: Options) -> Launched:
                 return launched
         except Full as full:
             print(f"waiting: {full}", file=sys.stderr, flush=True)
-        until = time.monotonic() + WAIT_SECONDS
-        while time.monotonic() < until:
-            preemption.check()
-            time.sleep(0.2)
+        preemption.wait(WAIT_SECONDS)

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import hashlib
 import re
-import time
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -327,8 +326,7 @@ def _harvest(subject: Subject, contexts: Contexts, read: _Tokenised) -> Store:
                 if not (layout.exists() and layout.is_whole()):
                     _write(subject, layout, contexts, read, key)
         except locks.LockHeld:
-            time.sleep(WAIT_SECONDS)
-            preemption.check()
+            preemption.wait(WAIT_SECONDS)
     return Store.open(layout.path)
 
 
