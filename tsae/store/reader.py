@@ -7,7 +7,7 @@ import os
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -25,6 +25,16 @@ if TYPE_CHECKING:
 SCRATCH_BYTES = 8_000_000
 
 
+class Moments(NamedTuple):
+    """Of the activations that training reads: what its units are made of."""
+
+    mean: Tensor
+    """[D] float32"""
+    variance: Tensor
+    """[D] float64"""
+    mean_squared_norm: float
+
+
 class Store:
     """A complete activation store, open for reading: N sequences, L positions, D activation_dim."""
 
@@ -39,9 +49,7 @@ class Store:
         self.train = range(self.n_sequences - self.heldout)
         self.heldout_range = range(self.n_sequences - self.heldout, self.n_sequences)
         self.label_names = tuple(self.attributes["label_names"])
-        statistics = self.attributes["statistics"]
-        self.mean = torch.tensor(statistics["mean"], dtype=torch.float32)
-        self.mean_squared_norm = float(statistics["mean_squared_norm"])
+        self.mean = torch.tensor(self.attributes["statistics"]["mean"], dtype=torch.float32)
         self._checksums = layout.read_checksums()
         self._sound: set[int] = set()
 
@@ -90,6 +98,12 @@ class Store:
             self.layout.array(f"truth_{name}") for name in ("directions", "group", "features")
         )
         return Truth(directions, group, tuple(self.attributes["model"]["feature_kinds"]), features)
+
+    def moments(self) -> Moments:
+        """The moments of the training part, positions after the first that belong to a document."""
+        statistics = self.attributes["statistics"]
+        variance = torch.tensor(statistics["variance"], dtype=torch.float64)
+        return Moments(self.mean, variance, float(statistics["mean_squared_norm"]))
 
     def valid(self, skip_positions: int) -> np.ndarray:
         """[N, L] bool: positions that belong to a document and are not among the first `skip_positions`."""
