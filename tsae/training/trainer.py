@@ -21,7 +21,7 @@ from tsae.training.update import Adam, LatentShares, Shard, lay_out_by_latent, p
 
 
 class Terms(NamedTuple):
-    """What one step computed; all but one are scalars on the training device, under the reference's names where it has one.
+    """What one step computed; all but those of groups are scalars on the training device, under the reference's names where it has one.
 
     All are of the whole batch, and the same in every process.
     """
@@ -44,6 +44,10 @@ class Terms(NamedTuple):
     """Fraction of variance explained on this batch."""
     group_shares: Tensor
     """Share of each group in the sum of the current half's feature activations [G]."""
+    group_active: Tensor
+    """Nonzero entries of the current half's codes in each group [G]."""
+    group_fve: Tensor
+    """Fraction of variance that each group explains on this batch with the decoder's bias, without the others [G]."""
     sparsity_loss: Tensor
     sparsity_weight: Tensor
     lr: float
@@ -147,8 +151,10 @@ class Trainer:
 
         spread = current - self.group.mean(current.mean(dim=0))
         squares = losses.error.pow(2).sum(), spread.pow(2).sum()
-        n_active, error, variance, *masses = self.group.sums(encoded.n_active, *squares, *encoded.mass)
-        mass = torch.stack(masses)
+        of_groups = encoded.n_active, encoded.mass, losses.group_errors
+        by_group = (value for group in zip(*of_groups, strict=True) for value in group)
+        error, variance, *summed = self.group.sums(*squares, *by_group)
+        active, mass, alone = (torch.stack(summed[i :: len(of_groups)]) for i in range(len(of_groups)))
         return Terms(
             losses.loss,
             losses.l2_loss,
@@ -159,10 +165,12 @@ class Trainer:
             grad_norm=grad_norm,
             threshold=self._threshold(),
             dead_features=dead.sum(),
-            n_active=n_active,
+            n_active=active.sum(),
             n_fired_features=encoded.fired.sum(),
             fve=1 - error / variance,
             group_shares=mass / mass.sum(),
+            group_active=active,
+            group_fve=1 - alone / variance,
             sparsity_loss=losses.sparsity_loss,
             sparsity_weight=losses.sparsity_weight,
             lr=lr,
