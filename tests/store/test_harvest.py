@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from tsae.config.run import RunConfig
+from tsae.config.run import Counted, RunConfig
 from tsae.lm.model import load_language_model
 from tsae.runtime.errors import TsaeError
 from tsae.store.harvest import harvest
@@ -53,7 +53,7 @@ def test_store_holds_what_the_language_model_computes(harvested: Path, make_conf
 
 def test_statistics_are_those_of_the_training_part(harvested: Path) -> None:
     store = Store.open(harvested)
-    valid = store.valid(1)
+    valid = store.valid(Counted(1))
     valid[store.heldout_range.start :] = False
     trained = store.read(range(store.n_sequences))[torch.from_numpy(valid)].double()
     statistics = store.attributes["statistics"]

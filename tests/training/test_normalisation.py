@@ -9,7 +9,7 @@ import torch
 
 from tsae.checkpoint import RunFolder, load_dictionary
 from tsae.config import run as configuration
-from tsae.config.run import RunConfig
+from tsae.config.run import Counted, RunConfig
 from tsae.runtime.errors import TsaeError
 from tsae.sae.kinds import KINDS, from_state
 from tsae.store.pairs import PairStream
@@ -22,7 +22,7 @@ PENALTIES = ("standard", "standard_april", "gated", "jump_relu")
 
 def batches(normalised: RunConfig) -> tuple[Store, PairStream]:
     store = Store.open(str(normalised.store.path), normalised)
-    stream = PairStream(store, "previous", normalised.training.batch_size, 0, skip_positions=1, pool_sequences=64)
+    stream = PairStream(store, "previous", normalised.training.batch_size, 0, counted=Counted(1), pool_sequences=64)
     return store, stream
 
 
