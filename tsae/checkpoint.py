@@ -95,6 +95,13 @@ class RunFolder:
             raise TsaeError(f"{self.resolved}: cannot be read: {reason}") from None
         return str(yaml.safe_load(line[0])["training_hash"]) if line else ""
 
+    def as_begun(self, config: RunConfig) -> RunConfig:
+        """`config`, with what it leaves open as it was when this folder's run was begun, perhaps by an earlier version."""
+        begun = self.training_hash()
+        if begun in (None, config.training_hash):
+            return config
+        return next((old for old in configuration.earlier_meanings(config) if old.training_hash == begun), config)
+
     def differences(self, config: RunConfig) -> str | None:
         """In which settings this folder's training differs from that of `config`, in words.
 

@@ -18,7 +18,7 @@ from tsae.interop.formats import installed
 from tsae.runtime.errors import TsaeError
 from tsae.sae.init import random_dictionary
 from tsae.sae.kinds import KINDS, from_state
-from tsae.store.reader import Moments
+from tsae.store.moments import Moments
 from tsae.training.trainer import Trainer
 
 needs_sae_lens = pytest.mark.skipif(
@@ -184,7 +184,9 @@ def test_sae_lens_reconstructs_raw_activations_as_the_centred_training_did(tmp_p
     features = torch.rand(64 * 80, 2, 12, generator=generator) * (torch.rand(64 * 80, 1, 12, generator=generator) < 0.2)
     x = features @ torch.randn(12, 16, generator=generator) + 20 * torch.randn(16, generator=generator)
     tokens = x.double().flatten(0, 1)
-    moments = Moments(tokens.mean(0).float(), tokens.var(0, correction=0), float(tokens.square().sum(1).mean()))
+    moments = Moments(
+        len(tokens), tokens.mean(0).float(), tokens.var(0, correction=0), float(tokens.square().sum(1).mean())
+    )
     settings = {"batch_size": 64, "steps": 80, "lr": 0.003, "threshold_start_step": 20, "threshold_beta": 0.9}
     tree = {"sae": {"kind": kind, "dict_size": 80, "k": 4}, "training": {**settings, "normalize": "centred"}}
     trainer = Trainer(configuration.from_mapping(tree, "test"), 16, moments=moments)

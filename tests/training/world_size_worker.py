@@ -19,14 +19,14 @@ from tsae.config import run as configuration
 from tsae.parallel.group import Group, Processes
 from tsae.sae.selection.global_top_k import global_top_k_codes
 from tsae.sae.selection.top_k import Encoder, batch_top_k_codes
-from tsae.store.reader import Moments
+from tsae.store.moments import Moments
 from tsae.training.sparse_engine import SparseGradients
 from tsae.training.trainer import Terms, Trainer
 
 WORLDS = (4, 2)
 STEPS, BATCH, DIM, FEATURES = 50, 96, 24, 80
 MIDDLE = 14
-MOMENTS = Moments(torch.linspace(-1, 1, DIM), torch.full((DIM,), 0.3, dtype=torch.float64), 9.0)
+MOMENTS = Moments(1, torch.linspace(-1, 1, DIM), torch.full((DIM,), 0.3, dtype=torch.float64), 9.0)
 DOCUMENT = torch.arange(BATCH) % 20
 FEWER_STEPS = MIDDLE + 2
 CASES: dict[str, dict[str, Any]] = {

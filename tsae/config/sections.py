@@ -20,6 +20,7 @@ from tsae.config.bounds import (
     OneOf,
     Positive,
     Seed,
+    above,
     matching,
 )
 from tsae.config.paths import MODEL_FILES, Place
@@ -82,6 +83,10 @@ class DataConfig:
     """Begin each context with the tokenizer's BOS token; `auto` does what the tokenizer itself does."""
     skip_positions: Natural = 1
     """Leading positions of each context kept out of training and evaluation: BOS or, without one, the attention sink."""
+    max_norm_multiple: Annotated[Literal["auto"] | Annotated[float, above(1)] | None, Added(None)] = "auto"
+    """Tokens whose norm is more than so many times the median of the training tokens are kept out of training and evaluation: a few of them, wherever they stand in a context, can hold most of the squared norm. `auto`: 6, which lies in the gap between ordinary and massive tokens of every model measured, but none for the presets `reference` and `paper`; none: no limit. Without effect on a synthetic world."""
+    exclude_tokens: Annotated[tuple[Natural, ...], Added(())] = ()
+    """Token ids that are kept out of training and evaluation wherever they stand."""
     holdout: Annotated[float, Bound(lambda share: 0 < share < 1, "a share between 0 and 1 is allowed")] = 0.1
     """Share of the documents that is kept for evaluation and never trained on."""
     seed: Seed = 0
