@@ -21,10 +21,14 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
     "l2": {"preset": "reference", "temporal": "l2", "temporal_alpha": 1.0},
     "cosine with temperature": {"preset": "reference", "similarity": "cosine", "temperature": 0.1},
     "linear": {"preset": "reference", "temporal": "linear"},
-    "linear cosine": {"temporal": "linear", "directions": "sum"},
-    "other documents": {"same_document": False},
+    "linear cosine": {"preset": "scale_free", "temporal": "linear", "directions": "sum"},
+    "other documents": {"preset": "scale_free", "same_document": False},
     "relative to variance": {"preset": "reference", "reconstruction": "variance"},
-    "scale_free": {},
+    "scale_free": {"preset": "scale_free"},
+    "predictive": {},
+    "predictive in part": {"temporal_alpha": 0.4, "high_share": 0.55, "coarse_fraction": 0.2},
+    "predictive, released errors": {"reconstruction": "squared_error", "high_share": None, "coarse_fraction": None},
+    "contrast with a share": {"preset": "scale_free", "high_share": 0.3},
 }
 
 
