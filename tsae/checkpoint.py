@@ -163,11 +163,11 @@ class RunFolder:
         return files.read_whole_json(self.eval_results)
 
 
-def save_dictionary(path: Path, dictionary: Dictionary, scale: float = 1.0) -> None:
-    """Write the reference's plain state dict, atomically; for activations `scale` times those the dictionary knows."""
+def save_dictionary(path: Path, dictionary: Dictionary, scale: float = 1.0, shift: torch.Tensor | None = None) -> None:
+    """Write the reference's plain state dict, atomically; for activations `scale` · x + `shift` where it knows x."""
     import torch
 
-    state = dictionary.to_file(scale)
+    state = dictionary.to_file(scale, shift)
     files.write_atomically(path, lambda stream: torch.save(state, stream))
 
 

@@ -96,7 +96,7 @@ class RunConfig:
 
     @property
     def normalize(self) -> str:
-        """How activations are scaled for training."""
+        """How activations are scaled, and whether centred, for training."""
         if self.training.normalize != "auto":
             return self.training.normalize
         return "unit_rms" if self._relative_errors else "none"

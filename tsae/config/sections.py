@@ -265,8 +265,8 @@ class TrainingConfig:
     """First step of the linear decay to zero; none: no decay."""
     pair_rule: str = "previous"
     """Partner of a token: `previous`, `random` (any earlier token of the document), `within:N` (at most N back) or `none` (single tokens)."""
-    normalize: Literal["auto", "none", "mean_squared_norm", "unit_rms"] = "auto"
-    """`auto`: `unit_rms` where `objective.reconstruction` is `variance`, else `none`; `mean_squared_norm`: train on activations divided by the root of their mean squared norm; `unit_rms`: scaled to a root mean square of 1 in each dimension, so that a mean squared norm of D remains. Saved weights apply to raw activations either way."""
+    normalize: Literal["auto", "none", "mean_squared_norm", "unit_rms", "centred"] = "auto"
+    """`auto`: `unit_rms` where `objective.reconstruction` is `variance`, else `none`; `mean_squared_norm`: train on activations divided by the root of their mean squared norm; `unit_rms`: scaled to a root mean square of 1 in each dimension, so that a mean squared norm of D remains; `centred`: the same about their mean, which is subtracted first: where it is far larger than what varies, latents die. Saved weights apply to raw activations either way."""
     threshold_beta: Annotated[float, Bound(lambda beta: 0 <= beta < 1, "a decay in [0, 1) is allowed")] = 0.999
     """Decay of the moving average of the inference threshold."""
     threshold_start_step: Natural | None = None

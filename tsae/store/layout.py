@@ -221,7 +221,7 @@ class StoreLayout:
         try:
             array = np.asarray(zarr.open_array(self.path / name, mode="r")[:])
         except (OSError, ValueError, RuntimeError) as error:
-            raise TsaeError(f"{self.path / name}: cannot be read ({error}); {_remedy(name)}") from None
+            raise TsaeError(f"{self.path / name}: has changed since the harvest ({error}); {_remedy(name)}") from None
         if digest(array) != self.attributes["digests"][name]:
             raise TsaeError(f"{self.path / name}: has changed since the harvest; {_remedy(name)}")
         return array

@@ -148,9 +148,11 @@ class _Training:
         # The name of this run in the trackers, and the step that comes next there.
         self._tracking = state.get("tracking") or {"id": uuid.uuid4().hex, "step": 0}
         self._metrics_bytes = state.get("metrics_bytes", 0)
-        self._device = Accelerator(cpu=config.training.device == "cpu").device
-        norm = moments_of(store, config.counted).mean_squared_norm
-        self._trainer = Trainer(config, store.activation_dim, device=self._device, mean_squared_norm=norm, group=group)
+        self._device, moments = (
+            Accelerator(cpu=config.training.device == "cpu").device,
+            moments_of(store, config.counted),
+        )
+        self._trainer = Trainer(config, store.activation_dim, device=self._device, moments=moments, group=group)
         self._first_fve = first_fve(run.metrics) if state else None
         if state:
             self._continue(state)
@@ -237,7 +239,7 @@ class _Training:
             self._require_sense(terms, last)
         self._open()
         if kept is not None:
-            save_dictionary(self.run.checkpoint(step), kept, self._trainer.scale)
+            save_dictionary(self.run.checkpoint(step), kept, self._trainer.scale, self._trainer.shift)
         if logged and first:
             self._log(step, terms)
         if last:
@@ -324,7 +326,7 @@ class _Training:
     def _finish(self) -> None:
         self.wait()
         self._metrics.close()
-        save_dictionary(self.run.weights, self._trainer.dictionary, self._trainer.scale)
+        save_dictionary(self.run.weights, self._trainer.dictionary, self._trainer.scale, self._trainer.shift)
         self._states.remove()
         self._trackers.finish()  # which may wait for a server
 
