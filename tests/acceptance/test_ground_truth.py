@@ -17,7 +17,7 @@ from tsae.config import schema
 from tsae.data.synthetic import World
 from tsae.evaluation.ground_truth import compare
 from tsae.sae.kinds import KINDS, from_state
-from tsae.store.reader import Moments
+from tsae.store.moments import Moments
 from tsae.training.trainer import Trainer
 
 BASE = schema.read_yaml(Path(__file__).parents[2] / "sweeps" / "bases" / "synthetic.yaml")
@@ -54,7 +54,9 @@ def found(world: str, kind: str = "temporal", objective: str = "scale_free", sca
     pairs = torch.stack([train[:, 1:], train[:, :-1]], dim=2).flatten(0, 1)
     pairs = pairs[torch.randperm(len(pairs), generator=torch.Generator().manual_seed(SEED))]
     tokens = train.flatten(0, 1)
-    moments = Moments(tokens.mean(0), tokens.double().var(0, correction=0), float(tokens.square().sum(-1).mean()))
+    moments = Moments(
+        len(tokens), tokens.mean(0), tokens.double().var(0, correction=0), float(tokens.square().sum(-1).mean())
+    )
     trainer = Trainer(config, x.shape[-1], moments=moments)
     for step in range(STEPS):
         trainer.step(pairs[step * 256 : (step + 1) * 256])

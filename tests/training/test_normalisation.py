@@ -14,8 +14,9 @@ from tsae.config.run import Counted, RunConfig
 from tsae.runtime.errors import TsaeError
 from tsae.sae.dictionary import Dictionary
 from tsae.sae.kinds import KINDS, from_state
+from tsae.store.moments import Moments, moments_of
 from tsae.store.pairs import PairStream
-from tsae.store.reader import Moments, Store
+from tsae.store.reader import Store
 from tsae.training.run import train
 from tsae.training.trainer import Trainer
 
@@ -41,7 +42,9 @@ def far_from_zero(count: int = 25) -> tuple[list[Tensor], Moments]:
     x = features @ directions
     x = (mean + x / x.std()).bfloat16().float()
     tokens = x.double().flatten(0, 1)
-    moments = Moments(tokens.mean(0).float(), tokens.var(0, correction=0), float(tokens.square().sum(1).mean()))
+    moments = Moments(
+        len(tokens), tokens.mean(0).float(), tokens.var(0, correction=0), float(tokens.square().sum(1).mean())
+    )
     return list(x.split(64)), moments
 
 
@@ -55,7 +58,7 @@ def raw_of(built: Trainer) -> Dictionary:
 def test_saved_weights_apply_to_raw_activations(normalised: RunConfig, kind: str, normalize: str) -> None:
     config = configuration.replace(normalised, sae={"kind": kind}, training={"normalize": normalize})
     store, stream = batches(config)
-    built = Trainer(config, store.activation_dim, moments=store.moments())
+    built = Trainer(config, store.activation_dim, moments=moments_of(store, config.counted))
     for batch in stream.iterate(0, 20):
         terms = built.step(batch)
         assert float(terms.l2_loss) < 50 * (1 if normalize == "mean_squared_norm" else store.activation_dim)
@@ -97,13 +100,13 @@ def test_centred_training_sees_no_mean_however_large(normalised: RunConfig, kind
 
 def test_normalised_training_is_training_on_normalised_activations(normalised: RunConfig) -> None:
     store, stream = batches(normalised)
-    built = Trainer(normalised, store.activation_dim, moments=store.moments())
-    assert built.scale == pytest.approx(store.moments().mean_squared_norm ** 0.5)
+    built = Trainer(normalised, store.activation_dim, moments=moments_of(store, normalised.counted))
+    assert built.scale == pytest.approx(moments_of(store, config.counted).mean_squared_norm ** 0.5)
     plain = Trainer(configuration.replace(normalised, training={"normalize": "none"}), store.activation_dim)
     for batch in stream.iterate(0, 5):
         assert float(built.step(batch).loss) == float(plain.step(batch / built.scale).loss)
     state = built.dictionary.to_file(built.scale)
-    again = Trainer(normalised, store.activation_dim, state, moments=store.moments())
+    again = Trainer(normalised, store.activation_dim, state, moments=moments_of(store, config.counted))
     torch.testing.assert_close(again.dictionary.b_enc, built.dictionary.b_enc)
 
 
@@ -112,7 +115,7 @@ def test_activations_without_a_scale_are_refused(normalised: RunConfig, normaliz
     config = configuration.replace(normalised, training={"normalize": normalize})
     with pytest.raises(TsaeError, match="needs the activations' moments; pass moments="):
         Trainer(config, DIM)
-    constant = Moments(torch.ones(DIM), torch.zeros(DIM), DIM if normalize == "centred" else 0.0)
+    constant = Moments(1, torch.ones(DIM), torch.zeros(DIM), DIM if normalize == "centred" else 0.0)
     with pytest.raises(TsaeError, match=r"needs activations that (vary|are not all zero); harvest others"):
         Trainer(config, DIM, moments=constant)
 
@@ -121,7 +124,7 @@ def test_activations_without_a_scale_are_refused(normalised: RunConfig, normaliz
 def test_a_root_mean_square_of_one_remains(normalised: RunConfig, normalize: str) -> None:
     store, stream = batches(normalised)
     config = configuration.replace(normalised, training={"normalize": normalize})
-    built = Trainer(config, store.activation_dim, moments=store.moments())
+    built = Trainer(config, store.activation_dim, moments=moments_of(store, config.counted))
     x = torch.cat([stream[step][:, 0] for step in range(20)])
     x = (x if built.shift is None else x - built.shift) / built.scale
     assert float(x.square().mean()) == pytest.approx(1, rel=0.1)

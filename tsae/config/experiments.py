@@ -17,7 +17,7 @@ from tsae.config.bounds import (
     at_least,
     some,
 )
-from tsae.config.paths import Place
+from tsae.config.paths import MODEL_FILES, Place
 
 Dataset = Annotated[str, Place(names=("embedded", "finefineweb", "wikipedia", "mmlu", "pile", "pile-10k", "hh-rlhf"))]
 Draws = Annotated[int, at_least(100)]
@@ -34,8 +34,8 @@ class AnswersConfig:
 
     backend: Literal["none", "local", "endpoint", "replay"] = "none"
     """Who answers: nobody, a local transformers model, an OpenAI-compatible endpoint, or recorded answers."""
-    model: Annotated[str, Place(holds="config.json")] | None = None
-    """Hub id or folder of a local model; the endpoint's name of one; of recorded answers, the name they are kept under."""
+    model: Annotated[str, Place(holds=MODEL_FILES)] | None = None
+    """Hub id, folder or GGUF file of a local model; the endpoint's name of one; of recorded answers, the name they are kept under."""
     base_url: str | None = None
     """Address of the endpoint up to /v1, such as http://localhost:8000/v1."""
     key_variable: str = "OPENAI_API_KEY"

@@ -14,6 +14,8 @@ from pathlib import Path, PurePath
 from typing import Any
 
 log = logging.getLogger("tsae")
+MODEL_FILES = ("config.json", "*.gguf")
+"""What makes a folder one of a language model."""
 
 
 @dataclass(frozen=True)
@@ -22,10 +24,26 @@ class Place:
 
     names: Sequence[str] = ()
     """Words that mean something else, whatever files are there."""
-    holds: str = ""
-    """What a folder must hold to be meant."""
+    holds: tuple[str, ...] = ()
+    """Glob patterns: a folder must hold such a file, or a file be called so, to be meant; none: anything is."""
+    ending: str | None = None
+    """What ends so is a path, there or not."""
     always: bool = False
     """Whether nothing but a path is meant, there or not."""
+
+    def is_at(self, path: Path) -> bool:
+        """Whether something lies at `path` that can be meant."""
+        if not self.holds:
+            return path.exists()
+        if path.is_file():
+            return any(map(path.match, self.holds))
+        return any(True for pattern in self.holds for _ in path.glob(pattern))
+
+    def is_path(self, value: str) -> bool:
+        """Whether `value` is a path whatever is there."""
+        return (
+            self.always or value.startswith(("./", "../")) or (self.ending is not None and value.endswith(self.ending))
+        )
 
 
 class Located(str):
@@ -53,8 +71,8 @@ def located(value: Any, folder: Path, place: Place) -> Any:
         return [located(item, folder, place) for item in value]
     if not isinstance(value, str) or not value or value in place.names or value.startswith(("/", "~")):
         return value
-    found = [base for base in (folder, Path.cwd()) if os.path.exists(base / value / place.holds)]
-    if not found and not place.always and not value.startswith(("./", "../")):
+    found = [base for base in (folder, Path.cwd()) if place.is_at(base / value)]
+    if not found and not place.is_path(value):
         return value
     if len(found) == 2 and not os.path.samefile(found[0] / value, found[1] / value):
         log.warning("%s: there is one in %s and one in %s; the first is taken", value, *found)

@@ -23,7 +23,7 @@ from tsae.config.bounds import (
     above,
     matching,
 )
-from tsae.config.paths import Place
+from tsae.config.paths import MODEL_FILES, Place
 from tsae.runtime.errors import TsaeError, suggestion
 
 
@@ -33,10 +33,10 @@ class ModelConfig:
 
     name: Annotated[
         str,
-        matching(r".*\S.*", "a hub id, a folder or 'embedded' is expected"),
-        Place(names=("embedded",), holds="config.json"),
+        matching(r".*\S.*", "a hub id, a folder, a GGUF file or 'embedded' is expected"),
+        Place(names=("embedded",), holds=MODEL_FILES, ending=".gguf"),
     ] = "embedded"
-    """Hugging Face model id, a local folder in the hub's format, or `embedded` (the small GPT-NeoX shipped inside)."""
+    """Hugging Face model id, a local folder in the hub's format, a `.gguf` file or a folder that holds one, or `embedded` (the small GPT-NeoX shipped inside)."""
     revision: str | None = None
     """Branch, tag or commit of a hub model."""
     layer: Natural = 2

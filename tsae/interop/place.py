@@ -180,9 +180,9 @@ def _family(model: str | None) -> Family | None:
 
 
 def _same_model(one: str, other: str) -> bool:
-    """Whether two names stand for one model: equal as hub ids or folders, or a folder named like the hub's model."""
+    """Whether two names stand for one model: equal as hub ids or paths, or a folder named like the hub's model."""
     names = [hub_name(name.rstrip("/")).removeprefix("openai-community/") for name in (one, other)]
-    folders = [path for path in (Path(name).expanduser() for name in names) if path.is_absolute() or path.is_dir()]
+    folders = [path for path in (Path(name).expanduser() for name in names) if path.is_absolute() or path.exists()]
     if len(folders) == 1:
         return names[0].rpartition("/")[2] == names[1].rpartition("/")[2]
     return names[0] == names[1] or (len(folders) == 2 and folders[0].resolve() == folders[1].resolve())

@@ -29,7 +29,7 @@ from tsae.lm.hook import (
     with_hidden,
 )
 from tsae.lm.pretrained import from_pretrained, require_complete
-from tsae.lm.source import cached_commit, weights_fingerprint
+from tsae.lm.source import cached_commit, local_path, weights_fingerprint
 from tsae.runtime.environment import own_device
 from tsae.runtime.errors import TsaeError
 
@@ -208,7 +208,7 @@ def load_language_model(model: ModelConfig, commit: str | None = None) -> Langua
     Of a hub model, `commit` is the one that a store or a run was made with, whatever the branch means by now. Raises
     TsaeError.
     """
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, GgufConfig
     from transformers.utils import logging as hf_logging
 
     hf_logging.disable_progress_bar()  # a bar for weights that load in a second would stand before every error
@@ -219,6 +219,9 @@ def load_language_model(model: ModelConfig, commit: str | None = None) -> Langua
     # What does not fit is told, not raised.
     told = {"output_loading_info": True, "ignore_mismatched_sizes": True}
     needed = "a config.json and a model.safetensors that fit together"
+    local = local_path(model)
+    if local is not None and local.is_file():  # else whether weights stay packed depends on what else is installed
+        options["quantization_config"] = GgufConfig(dequantize=True)
     module, info = from_pretrained(AutoModelForCausalLM, model, needed, commit, **told, **options)
     require_complete(model, info)
     return LanguageModel(module.to(device), load_tokenizer(model, commit), model, commit)

@@ -5,12 +5,16 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import tempfile
 import zipfile
+from contextlib import redirect_stderr
+from importlib.metadata import version
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 from tsae.config.sections import ModelConfig
-from tsae.lm.source import cached_commit, local_folder
+from tsae.lm.source import cached_commit, local_path
 from tsae.runtime.errors import TsaeError
 
 LONGEST_REASON = 200  # characters
@@ -20,13 +24,13 @@ POINTER = b"version https://git-lfs"
 
 
 def from_pretrained(auto: Any, model: ModelConfig, needed: str, commit: str | None, **options: Any) -> Any:
-    """What `auto.from_pretrained` makes of a model's folder or hub id; `needed` says what a folder must hold for it.
+    """What `auto.from_pretrained` makes of a model's folder, GGUF file or hub id; `needed` says what a folder must hold.
 
     A hub model is read at `commit` if that is given, with a warning where its branch is another one by now.
 
     Raises TsaeError with the damaged file, where there is one, or else with the library's own reason.
     """
-    folder = local_folder(model)
+    local = local_path(model)
     at = dataclasses.replace(model, revision=commit or model.revision)
     now = cached_commit(model)
     if commit and now not in (None, commit):
@@ -34,18 +38,29 @@ def from_pretrained(auto: Any, model: ModelConfig, needed: str, commit: str | No
             "%s is read at commit %s, with which this was made; %s is %s by now, and model.revision=%s reads that",
             model.name, commit, model.revision or "its main branch", now, now,
         )  # fmt: skip
-    place: dict[str, Any] = {"local_files_only": True} if folder else {"revision": at.revision}
     try:
-        return auto.from_pretrained(str(folder or model.name), **place, **options)
+        if local is None:
+            return auto.from_pretrained(model.name, revision=at.revision, **options)
+        if local.is_file():
+            return _from_gguf(auto, local, options)
+        return auto.from_pretrained(str(local), local_files_only=True, **options)
     except Exception as error:  # whatever a library, or a model's own code, makes of files that are wrong
         said = " ".join(str(error).split())
         if not said or not isinstance(error, (OSError, ValueError, ImportError)):
             said = f"{type(error).__name__}: {said}"
         reason = said if len(said) <= LONGEST_REASON else f"{said[:LONGEST_REASON]}…"
-        made_with = f" at commit {commit}, with which this was made," if folder is None and commit else ""
+        made_with = f" at commit {commit}, with which this was made," if local is None and commit else ""
         raise TsaeError(
-            f"model.name: {model.name}{made_with} cannot be loaded: {reason} ({_remedy(at, folder, needed)})"
+            f"model.name: {model.name}{made_with} cannot be loaded: {reason} ({_remedy(at, local, needed)})"
         ) from error
+
+
+def _from_gguf(auto: Any, file: Path, options: dict[str, Any]) -> Any:
+    """By way of a folder that holds nothing else, for transformers also reads what lies beside the file."""
+    # It shows a bar of its own, which no setting turns off.
+    with tempfile.TemporaryDirectory(prefix="tsae-gguf-") as folder, redirect_stderr(StringIO()):
+        (Path(folder) / file.name).symlink_to(file.absolute())
+        return auto.from_pretrained(folder, gguf_file=file.name, local_files_only=True, **options)
 
 
 def require_complete(model: ModelConfig, info: dict[str, Any]) -> None:
@@ -65,15 +80,17 @@ def require_complete(model: ModelConfig, info: dict[str, Any]) -> None:
         )
 
 
-def _remedy(model: ModelConfig, folder: Path | None, needed: str) -> str:
+def _remedy(model: ModelConfig, local: Path | None, needed: str) -> str:
     from huggingface_hub import constants, try_to_load_from_cache
 
-    cached = None if folder else try_to_load_from_cache(model.name, "config.json", revision=model.revision)
-    if folder or isinstance(cached, str):
-        damage = next(filter(None, map(_damage, sorted((folder or Path(str(cached)).parent).iterdir()))), None)
+    if local and local.is_file():
+        return f"transformers {version('transformers')} cannot read this GGUF file; try the model's folder in the hub's format"
+    cached = None if local else try_to_load_from_cache(model.name, "config.json", revision=model.revision)
+    if local or isinstance(cached, str):
+        damage = next(filter(None, map(_damage, sorted((local or Path(str(cached)).parent).iterdir()))), None)
         if damage:
             return damage
-    if folder:
+    if local:
         return f"the folder needs {needed}"
     if constants.HF_HUB_OFFLINE:
         at = f" --revision {model.revision}" if model.revision else ""

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from tsae.config.sections import ModelConfig
+from tsae.lm.gguf_file import SUFFIX, config_of, head_of
 from tsae.runtime import contents
-from tsae.runtime.errors import TsaeError
+from tsae.runtime.errors import TsaeError, suggestion
 
 EMBEDDED = "embedded"
 FOLDER = Path(__file__).parent / "embedded"
@@ -26,23 +27,42 @@ DECIDING = (
     "merges*",
 )
 """Files of a model folder that decide what it computes, beside its weights."""
+SHOWN = 6  # names in a message
 SAMPLE = 1 << 20  # bytes that were read at either end of a weights file
 
 
-def local_folder(model: ModelConfig) -> Path | None:
-    """The folder that holds the model, or None for a hub id. Raises TsaeError for a path that is no model folder."""
+def local_path(model: ModelConfig) -> Path | None:
+    """The folder or the GGUF file that holds the model, or None for a hub id.
+
+    Raises TsaeError for a path that is neither, and a GGUF file that cannot be read.
+    """
     if model.name == EMBEDDED:
         return FOLDER
     path = Path(model.name).expanduser()
     if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise TsaeError(f"model.name: {path} holds no config.json; name a folder in the hub's format")
+        return path if (path / "config.json").is_file() else _only_gguf(path)
+    if path.exists():
+        head_of(path)
         return path
-    if path.exists() or model.name.startswith(("/", ".", "~")) or model.name.count("/") > 1:
+    if model.name.startswith(("/", ".", "~")) or model.name.count("/") > 1 or model.name.endswith(SUFFIX):
+        kind = "file" if model.name.endswith(SUFFIX) else "folder"
+        near = suggestion(path.name, (found.name for found in path.parent.glob("*")))
         raise TsaeError(
-            f"model.name: there is no folder {path}; name a model folder, a Hugging Face id or '{EMBEDDED}'"
+            f"model.name: there is no {kind} {path}; {near}name a model folder, a GGUF file, a Hugging Face id or "
+            f"'{EMBEDDED}'"
         )
     return None
+
+
+def _only_gguf(folder: Path) -> Path:
+    files = sorted(folder.glob(f"*{SUFFIX}"))
+    if not files:
+        raise TsaeError(f"model.name: {folder} holds no config.json; name a folder in the hub's format, or a GGUF file")
+    if len(files) > 1:
+        names = ", ".join(path.name for path in files[:SHOWN]) + (", …" if len(files) > SHOWN else "")
+        raise TsaeError(f"model.name: {folder} holds {len(files)} GGUF files; name one of them: {names}")
+    head_of(files[0])
+    return files[0]
 
 
 def check_layer(model: ModelConfig, where: str) -> None:
@@ -62,12 +82,15 @@ def check_layer(model: ModelConfig, where: str) -> None:
 
 
 def known_config(model: ModelConfig) -> dict[str, Any] | None:
-    """The model's config.json, from its folder or the hub's cache; None where the hub alone has it.
+    """The model's config.json, from its folder or the hub's cache, or what a GGUF file says in its place; None where the
+    hub alone has it.
 
-    Raises TsaeError for a path that is no model folder, and a file that is no JSON object.
+    Raises TsaeError for a path that is no model, and a file that is no JSON object.
     """
-    folder = local_folder(model)
-    path = folder / "config.json" if folder is not None else _in_cache(model)
+    place = local_path(model)
+    if place is not None and place.is_file():
+        return config_of(place)
+    path = place / "config.json" if place is not None else _in_cache(model)
     if path is None:
         return None
     try:
@@ -95,24 +118,25 @@ def _depth(config: dict[str, Any]) -> int | None:
 def weights_fingerprint(model: ModelConfig) -> str:
     """What tells two models of the same name apart.
 
-    Embedded: the recorded hash of the weights. Folder: the content of its weights, configuration and tokenizer. Hub: the
-    revision that was asked for; which commit that is, a store says, and what belongs to it is read with the same one.
+    Embedded: the recorded hash of the weights. Folder: the content of its weights, configuration and tokenizer. GGUF file:
+    its content. Hub: the revision that was asked for; which commit that is, a store says, and what belongs to it is read
+    with the same one.
     """
-    folder = local_folder(model)
-    if folder is None:
+    place = local_path(model)
+    if place is None:
         return model.revision or ""
     if model.name == EMBEDDED:
-        return str(read_recipe(folder)["weights_sha256"])
-    return contents.sha256_of_all(model_files(model), folder)
+        return str(read_recipe(place)["weights_sha256"])
+    return contents.sha256_of(place) if place.is_file() else contents.sha256_of_all(model_files(model), place)
 
 
 def fingerprint_before(model: ModelConfig) -> str:
     """What told folders of models apart before their content did, and names older stores: sizes and both ends of the weights."""
-    folder = local_folder(model)
-    if folder is None or model.name == EMBEDDED:
+    place = local_path(model)
+    if place is None or place.is_file() or model.name == EMBEDDED:
         return weights_fingerprint(model)
     digest = hashlib.sha256()
-    for path in _weights_in(folder):
+    for path in _weights_in(place):
         size = path.stat().st_size
         digest.update(f"{path.name} {size}\n".encode())
         with open(path, "rb") as stream:
@@ -123,11 +147,13 @@ def fingerprint_before(model: ModelConfig) -> str:
 
 
 def model_files(model: ModelConfig) -> list[Path]:
-    """The files of a model folder that decide what it computes; none for the embedded model and the hub."""
-    folder = local_folder(model)
-    if folder is None or model.name == EMBEDDED:
+    """The files that decide what a local model computes; none for the embedded model and the hub."""
+    place = local_path(model)
+    if place is None or model.name == EMBEDDED:
         return []
-    return [*_weights_in(folder), *(path for pattern in DECIDING for path in sorted(folder.glob(pattern)))]
+    if place.is_file():
+        return [place]
+    return [*_weights_in(place), *(path for pattern in DECIDING for path in sorted(place.glob(pattern)))]
 
 
 def _weights_in(folder: Path) -> list[Path]:
@@ -136,7 +162,7 @@ def _weights_in(folder: Path) -> list[Path]:
 
 def cached_commit(model: ModelConfig) -> str | None:
     """The commit of a hub model that the local cache has for its revision; None for others, and where there is none."""
-    found = _in_cache(model) if local_folder(model) is None else None
+    found = _in_cache(model) if local_path(model) is None else None
     return found.parent.name if found else None
 
 

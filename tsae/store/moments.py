@@ -7,17 +7,18 @@ one in 3,000 holds five sixths of the squared norm. Where tokens are left out, s
 from __future__ import annotations
 
 import os
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from tsae.config import schema
 from tsae.config.run import Counted
 from tsae.runtime import files, preemption
 from tsae.runtime.errors import TsaeError
 from tsae.runtime.progress import Progress
-from tsae.store.reader import Moments, Store
+from tsae.store.reader import Store
 from tsae.store.writer import Summary
 
 READ_BYTES = 16_000_000
@@ -25,15 +26,30 @@ FEW = 0.25
 """Share of the sequences up to which the tokens that are left out are read, and the others not."""
 
 
+class Moments(NamedTuple):
+    """Of the training tokens after the first position of a context that count."""
+
+    tokens: int
+    mean: Tensor
+    """[D] float32"""
+    variance: Tensor
+    """[D] float32"""
+    mean_squared_norm: float
+
+
 def moments_of(store: Store, counted: Counted) -> Moments:
     """Moments of the tokens that count: exactly those that the harvest recorded where no token is left out for its norm or id.
 
     Where many are left out the store is read once, and what was found is kept in it. Raises TsaeError if none counts.
     """
-    return store.moments() if counted.all_tokens else Moments.of(_remaining(store, counted))
+    statistics = store.attributes["statistics"]
+    if not counted.all_tokens:
+        statistics = _remaining(store, counted)
+    mean, variance = (torch.tensor(statistics[name], dtype=torch.float32) for name in ("mean", "variance"))
+    return Moments(int(statistics["count"]), mean, variance, float(statistics["mean_squared_norm"]))
 
 
-def _remaining(store: Store, counted: Counted) -> dict[str, Any]:
+def _remaining(store: Store, counted: Counted) -> dict[str, object]:
     rows = slice(len(store.train))
     kept, summed = store.valid(counted, rows), store.valid(Counted(1), rows)
     kept &= summed

@@ -7,7 +7,7 @@ import os
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -26,23 +26,6 @@ if TYPE_CHECKING:
 SCRATCH_BYTES = 8_000_000
 
 
-class Moments(NamedTuple):
-    """Of the activations that training reads: what its units are made of."""
-
-    mean: Tensor
-    """[D] float32"""
-    variance: Tensor
-    """[D] float64"""
-    mean_squared_norm: float
-
-    @classmethod
-    def of(cls, statistics: dict[str, Any]) -> Moments:
-        """Those in the attribute `statistics` of a store."""
-        mean = torch.tensor(statistics["mean"], dtype=torch.float32)
-        variance = torch.tensor(statistics["variance"], dtype=torch.float64)
-        return cls(mean, variance, float(statistics["mean_squared_norm"]))
-
-
 class Store:
     """A complete activation store, open for reading: N sequences, L positions, D activation_dim."""
 
@@ -57,6 +40,7 @@ class Store:
         self.train = range(self.n_sequences - self.heldout)
         self.heldout_range = range(self.n_sequences - self.heldout, self.n_sequences)
         self.label_names = tuple(self.attributes["label_names"])
+        self.mean = torch.tensor(self.attributes["statistics"]["mean"], dtype=torch.float32)
         self._checksums = layout.read_checksums()
         self._medians: dict[int, float] = {}
         self._sound: set[int] = set()
@@ -106,10 +90,6 @@ class Store:
             self.layout.array(f"truth_{name}") for name in ("directions", "group", "features")
         )
         return Truth(directions, group, tuple(self.attributes["model"]["feature_kinds"]), features)
-
-    def moments(self) -> Moments:
-        """The moments of the whole training part, positions after the first that belong to a document, as recorded."""
-        return Moments.of(self.attributes["statistics"])
 
     @cached_property
     def norms(self) -> np.ndarray:

@@ -148,10 +148,8 @@ class _Training:
         # The name of this run in the trackers, and the step that comes next there.
         self._tracking = state.get("tracking") or {"id": uuid.uuid4().hex, "step": 0}
         self._metrics_bytes = state.get("metrics_bytes", 0)
-        self._device, moments = (
-            Accelerator(cpu=config.training.device == "cpu").device,
-            moments_of(store, config.counted),
-        )
+        self._device = Accelerator(cpu=config.training.device == "cpu").device
+        moments = moments_of(store, config.counted)
         self._trainer = Trainer(config, store.activation_dim, device=self._device, moments=moments, group=group)
         self._first_fve = first_fve(run.metrics) if state else None
         if state:

@@ -13,7 +13,7 @@ from tsae.runtime.errors import TsaeError
 from tsae.sae.dictionary import Dictionary, ThresholdDictionary
 from tsae.sae.init import centre, geometric_median, new_dictionary
 from tsae.sae.kinds import KINDS, from_state
-from tsae.store.reader import Moments
+from tsae.store.moments import Moments
 from tsae.training.objective import DenseEngine, Engine, Weights
 from tsae.training.penalty_engine import PenaltyEngine
 from tsae.training.sparse_engine import SparseEngine
@@ -255,7 +255,7 @@ def _units(config: RunConfig, activation_dim: int, moments: Moments | None) -> t
     if moments is None:
         raise TsaeError(
             f"training.normalize: {config.normalize} needs the activations' moments; "
-            "pass moments=store.moments(), or set normalize=none"
+            "pass moments=moments_of(store, config.counted), or set normalize=none"
         )
     centred = config.normalize == "centred"
     square = float(moments.variance.sum()) if centred else moments.mean_squared_norm

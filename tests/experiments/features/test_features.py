@@ -288,7 +288,7 @@ def big(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Run
     )
     store = Store.open(harvest_stage(config), config)
     dictionary = new_dictionary(config.sae, store.activation_dim, seed=0)
-    dictionary.b_dec.data = store.moments().mean.clone()
+    dictionary.b_dec.data = store.mean.clone()
     x = store.read(range(8)).float().flatten(0, 1)
     pre = torch.relu(dictionary.pre_activations(x)).detach().flatten()
     dictionary.threshold.fill_(float(pre.topk(20 * len(x)).values[-1]))
