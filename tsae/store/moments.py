@@ -33,7 +33,7 @@ class Moments(NamedTuple):
     mean: Tensor
     """[D] float32"""
     variance: Tensor
-    """[D] float32"""
+    """[D] float64"""
     mean_squared_norm: float
 
 
@@ -45,7 +45,8 @@ def moments_of(store: Store, counted: Counted) -> Moments:
     statistics = store.attributes["statistics"]
     if not counted.all_tokens:
         statistics = _remaining(store, counted)
-    mean, variance = (torch.tensor(statistics[name], dtype=torch.float32) for name in ("mean", "variance"))
+    mean = torch.tensor(statistics["mean"], dtype=torch.float32)
+    variance = torch.tensor(statistics["variance"], dtype=torch.float64)
     return Moments(int(statistics["count"]), mean, variance, float(statistics["mean_squared_norm"]))
 
 
