@@ -13,10 +13,13 @@ from tests.evaluation.test_driver import run_folder
 from tsae.checkpoint import RunFolder, load_dictionary
 from tsae.config import run as configuration
 from tsae.config.run import Counted, RunConfig
+from tsae.data.labelled import LabelledText
 from tsae.evaluation.calibration import calibrate
 from tsae.evaluation.driver import evaluate
 from tsae.experiments.shared.firings import collect
 from tsae.experiments.shared.subject import Subject
+from tsae.experiments.shared.texts import harvest_texts
+from tsae.runtime import files
 from tsae.store.harvest import harvest
 from tsae.store.reader import Store
 from tsae.store.writer import finalise, write_shard
@@ -105,3 +108,26 @@ def test_calibration_and_experiments_pass_the_same_tokens_over(
     assert [firings.document[place] for place in places] == [-1, -1, -1]
     assert firings.n_tokens == store.valid(Counted(1)).sum() - 3
     assert subject.norm_limit == store.limit(config.counted)
+    row, position = places[1]
+    x = store.read([row])[0].float()
+    assert np.flatnonzero(~subject.counts(store.tokens[row], x)).tolist() == [position]
+    chosen = configuration.replace(
+        config, data={"exclude_tokens": (int(store.tokens[row, 5]),), "max_norm_multiple": None}
+    )
+    counting = Subject(chosen, run).counts(store.tokens[row], x)
+    np.testing.assert_array_equal(counting, store.tokens[row] != store.tokens[row, 5])
+
+
+def test_labelled_texts_are_read_by_the_limit_of_the_run(
+    planted: tuple[RunConfig, RunFolder, list[tuple[int, int]]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TSAE_HOME", str(tmp_path / "home"))
+    config, run, _ = planted
+    texts = [LabelledText(" ".join(["kaba", "lodo", "mife"] * 5), "one", number) for number in range(3)]
+    every = harvest_texts(Subject(config, run), texts, 16)
+    np.testing.assert_array_equal(every.valid[:, 1:15], True)
+    norms = every.store.norms
+    files.write_json(run.provenance, {"norm_limit": float(np.median(norms[norms > 0]))})
+    some = harvest_texts(Subject(config, run), texts, 16)
+    np.testing.assert_array_equal(some.valid, every.valid & (norms <= np.median(norms[norms > 0])))
+    assert 0 < some.valid.sum() < every.valid.sum()

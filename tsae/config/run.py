@@ -448,8 +448,8 @@ def store_settings(config: RunConfig) -> dict[str, Any]:
     return plain
 
 
-def _counted_settings(config: RunConfig) -> dict[str, Any]:
-    """Which positions count, as hashes see it: without what came later and leaves nothing out."""
+def left_out_settings(config: RunConfig) -> dict[str, Any]:
+    """Which positions do not count, as hashes and files have it: without what came later and leaves nothing out."""
     counted = config.counted
     left_out = {"max_norm_multiple": counted.max_norm_multiple, "exclude_tokens": list(counted.exclude_tokens)}
     return {"skip_positions": counted.skip_positions, **{name: value for name, value in left_out.items() if value}}
@@ -467,7 +467,7 @@ def reading_settings(config: RunConfig) -> dict[str, Any]:
     return {
         **store_settings(config),
         **reading,
-        **_counted_settings(config),
+        **left_out_settings(config),
         "path": config.store.path,
     }
 
@@ -477,7 +477,7 @@ def training_settings(config: RunConfig) -> dict[str, Any]:
     apart = {"model", "data", "synthetic", "store", "evaluation", "experiments"}
     others = (section.name for section in dataclasses.fields(config) if section.name not in apart)
     plain = {**store_settings(config), **_plain(config, others)}
-    plain["data"] |= _counted_settings(config)
+    plain["data"] |= left_out_settings(config)
     places = ("device", "processes", "shard", "trackers", "wandb_project", "wandb_entity")
     for name in (*places, "resume_every", "resume_minutes", "resume_keep", "pack"):
         plain["training"].pop(name, None)
