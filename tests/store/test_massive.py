@@ -93,6 +93,8 @@ def test_a_massive_token_is_nobodys_partner_and_parts_what_is_around_it(planted:
     assert int(whole._pairs.sum() - parted._pairs.sum()) == 1 + 2 + 2 + 2
     batches = torch.stack([parted[step] for step in range(parted.steps_per_epoch)])
     assert float(batches.norm(dim=-1).max()) < store.limit(COUNTED)
+    halves = [PairStream(store, "previous", 10, 0, counted=COUNTED, pool_sequences=64, rank=r, world=2) for r in (0, 1)]
+    assert torch.equal(torch.cat([half[3] for half in halves]), parted[3])
 
 
 @pytest.mark.parametrize(
