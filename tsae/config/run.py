@@ -51,8 +51,8 @@ SYNTHETIC = "synthetic"
 
 
 MAX_NORM_MULTIPLE = 6.0
-"""What `data.max_norm_multiple: auto` means. Ordinary tokens of SmolLM2-135M reach 3.8 times the median norm, its massive ones
-begin at 11.9 times (and reach 174); those of Gemma-3-270M stand at 9.1 times."""
+"""What `data.max_norm_multiple: auto` means. Of 642,620 tokens of SmolLM2-135M none reaches 4.3 times the median norm in block 9;
+in block 15, 124 are above 6 times and 115 of them above 20 times (up to 174). Those of Gemma-3-270M stand at 9.1 times."""
 
 
 class Counted(NamedTuple):
