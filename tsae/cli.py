@@ -137,6 +137,9 @@ def _parser(script: str = "") -> argparse.ArgumentParser:
     verify.add_argument("path", type=Path)
     verify.add_argument("--deep", action="store_true", help="read every byte and check its checksum")
 
+    show = _command(store, "show", _show, "print what a store holds: its shape, the norms of its tokens, massive ones")
+    show.add_argument("path", type=Path)
+
     add_commands(functools.partial(_command, commands))
 
     bench = _command(commands, "bench", _bench, "time a training step against the dense path, the floor and others")
@@ -358,6 +361,13 @@ def _verify(options: argparse.Namespace) -> int:
     if not problems:
         print(f"{options.path}: every shard is whole")
     return 2 if problems else 0
+
+
+def _show(options: argparse.Namespace) -> None:
+    from tsae.store.massive import describe
+    from tsae.store.reader import Store
+
+    print(describe(Store.open(options.path)))
 
 
 def _bench(options: argparse.Namespace) -> None:

@@ -67,6 +67,14 @@ def refused(tree: dict) -> str:
         ({"data": {"holdout": 1.5}}, "data.holdout: 1.5 is impossible; a share between 0 and 1"),
         ({"model": {"layer": -1}}, "model.layer: -1 is impossible"),
         ({"training": {"lr": ".nan"}}, "training.lr: a number is expected"),
+        ({"data": {"max_norm_multiple": 1}}, "data.max_norm_multiple: 1.0 is impossible; it must be greater than 1"),
+        ({"data": {"max_norm_multiple": "aut"}}, "data.max_norm_multiple: 'aut' is not allowed; did you mean 'auto'?"),
+        ({"data": {"exclude_tokens": [-1]}}, "data.exclude_tokens[0]: -1 is impossible; it must be at least 0"),
+        ({"data": {"exclude_tokens": 3}}, "data.exclude_tokens: a list is expected, found 3"),
+        (
+            {"data": {"source": "synthetic", "exclude_tokens": [3]}},
+            "data.exclude_tokens: [3] is impossible; a synthetic world has no tokens",
+        ),
     ],
 )
 def test_what_cannot_work_is_refused_in_one_line(tree: dict, said: str) -> None:

@@ -185,3 +185,19 @@ def test_default_path_follows_from_the_content(
     }
     assert len(paths) == 3
     assert all(path.parent == tmp_path / "stores" for path in paths)
+
+
+def test_a_harvest_ends_with_what_it_found_of_massive_tokens(
+    tmp_path: Path, make_config: Make, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = make_config(tmp_path / "store")
+    harvest(config)
+    [line] = caplog.messages
+    assert "tokens (0 %) have norms above 6 times the median" in line
+    harvest(config)
+    assert caplog.messages == [line]
+    beyond = make_config(tmp_path / "store", data={"exclude_tokens": [3, 320]})
+    with pytest.raises(TsaeError, match=r"exclude_tokens: 320 is no token of .*; ids from 0 to 319 are possible"):
+        harvest(beyond)
+    with pytest.raises(TsaeError, match=r"exclude_tokens: 320 is no token"):
+        Store.open(tmp_path / "store", beyond)

@@ -11,12 +11,14 @@ import pytest
 import torch
 import zarr
 
+from tsae import cli
 from tsae.config.run import Counted
 from tsae.config.sections import StoreConfig
 from tsae.data.contexts import Contexts
 from tsae.runtime.errors import TsaeError
 from tsae.store import norms
 from tsae.store.layout import StoreLayout
+from tsae.store.massive import MassiveTokens
 from tsae.store.moments import moments_of
 from tsae.store.pairs import PairStream
 from tsae.store.reader import Store
@@ -91,6 +93,8 @@ def test_a_massive_token_is_nobodys_partner_and_parts_what_is_around_it(planted:
     assert int(whole._pairs.sum() - parted._pairs.sum()) == 1 + 2 + 2 + 2
     batches = torch.stack([parted[step] for step in range(parted.steps_per_epoch)])
     assert float(batches.norm(dim=-1).max()) < store.limit(COUNTED)
+    halves = [PairStream(store, "previous", 10, 0, counted=COUNTED, pool_sequences=64, rank=r, world=2) for r in (0, 1)]
+    assert torch.equal(torch.cat([half[3] for half in halves]), parted[3])
 
 
 @pytest.mark.parametrize(
@@ -106,15 +110,17 @@ def test_moments_are_of_what_remains(before: Path, counted: Counted) -> None:
         found = moments_of(store, counted)
         assert found.tokens == len(kept)
         torch.testing.assert_close(found.mean.double(), kept.mean(0), rtol=1e-6, atol=1e-7)
-        torch.testing.assert_close(found.variance.double(), kept.var(0, correction=0), rtol=1e-6, atol=0)
+        torch.testing.assert_close(found.variance, kept.var(0, correction=0), rtol=1e-9, atol=0)
         assert found.mean_squared_norm == pytest.approx(float(kept.square().sum(1).mean()), rel=1e-9)
 
 
 def test_moments_of_all_tokens_are_the_recorded_ones(planted: Path) -> None:
     store = Store.open(planted)
     found = moments_of(store, Counted(4))
-    assert torch.equal(found.mean, store.mean)
-    assert found.mean_squared_norm == store.mean_squared_norm
+    recorded = store.attributes["statistics"]
+    assert torch.equal(found.mean, torch.tensor(recorded["mean"]))
+    assert torch.equal(found.variance, torch.tensor(recorded["variance"], dtype=torch.float64))
+    assert found.mean_squared_norm == recorded["mean_squared_norm"]
 
 
 def test_a_store_from_before_gets_its_norms_when_they_are_needed(planted: Path, before: Path) -> None:
@@ -157,3 +163,30 @@ def test_a_limit_that_leaves_nothing_is_refused(planted: Path) -> None:
     everything = tuple(int(token) for token in np.unique(store.tokens))
     with pytest.raises(TsaeError, match="no training token counts"):
         moments_of(store, Counted(1, None, everything))
+
+
+def test_what_a_store_tells_of_its_massive_tokens(planted: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    store = Store.open(planted)
+    lengths = store.norms[:, 1:].astype(np.float64)
+    massive = lengths > store.limit(COUNTED)
+    share = (lengths[massive] ** 2).sum() / (lengths**2).sum()
+    found = MassiveTokens.of(store, COUNTED)
+    assert found.share_of_squares == pytest.approx(share)
+    assert found.line() == (
+        f"5 of 22,500 tokens (0.022 %) have norms above 6 times the median {found.median:.4g} (the largest: "
+        f"{lengths.max():.4g}) and hold {100 * share:.3g} % of the squared norm: 1 at position 1, 1 at position 9, "
+        "1 at position 3, 1 at position 4, 1 elsewhere; training and evaluation leave them out (data.max_norm_multiple)"
+    )
+    assert "take them as any other" in MassiveTokens.of(store, Counted(1)).line()
+    assert MassiveTokens.of(store, Counted(1, 1e5)).line().endswith(f"(the largest: {lengths.max():.4g})")
+
+    trained = lengths[: SEQUENCES - HELDOUT]
+    statistics = store.attributes["statistics"]
+    assert statistics["norm_quantiles"]["50"] == pytest.approx(np.median(trained))
+    assert statistics["norm_quantiles"]["100"] == trained.max()
+    mean, variance = np.array(statistics["mean"]), np.array(statistics["variance"])
+    assert statistics["gamma"] == pytest.approx(np.linalg.norm(mean) / np.sqrt(variance.sum()))
+    assert cli.main(["store", "show", str(planted)]) == 0
+    shown = capsys.readouterr().out
+    assert f"{statistics['gamma']:.3g} (norm of the mean" in shown
+    assert "5 of 22,500 tokens" in shown

@@ -51,8 +51,8 @@ SYNTHETIC = "synthetic"
 
 
 MAX_NORM_MULTIPLE = 6.0
-"""What `data.max_norm_multiple: auto` means. Ordinary tokens of SmolLM2-135M reach 3.8 times the median norm, its massive ones
-begin at 11.9 times (and reach 174); those of Gemma-3-270M stand at 9.1 times."""
+"""What `data.max_norm_multiple: auto` means. Of 642,620 tokens of SmolLM2-135M none reaches 4.3 times the median norm in block 9;
+in block 15, 124 are above 6 times and 115 of them above 20 times (up to 174). Those of Gemma-3-270M stand at 9.1 times."""
 
 
 class Counted(NamedTuple):
@@ -471,8 +471,8 @@ def store_settings(config: RunConfig) -> dict[str, Any]:
     return plain
 
 
-def _counted_settings(config: RunConfig) -> dict[str, Any]:
-    """Which positions count, as hashes see it: without what came later and leaves nothing out."""
+def left_out_settings(config: RunConfig) -> dict[str, Any]:
+    """Which positions do not count, as hashes and files have it: without what came later and leaves nothing out."""
     counted = config.counted
     left_out = {"max_norm_multiple": counted.max_norm_multiple, "exclude_tokens": list(counted.exclude_tokens)}
     return {"skip_positions": counted.skip_positions, **{name: value for name, value in left_out.items() if value}}
@@ -490,7 +490,7 @@ def reading_settings(config: RunConfig) -> dict[str, Any]:
     return {
         **store_settings(config),
         **reading,
-        **_counted_settings(config),
+        **left_out_settings(config),
         "path": config.store.path,
     }
 
@@ -500,7 +500,7 @@ def training_settings(config: RunConfig) -> dict[str, Any]:
     apart = {"model", "data", "synthetic", "store", "evaluation", "experiments"}
     others = (section.name for section in dataclasses.fields(config) if section.name not in apart)
     plain = {**store_settings(config), **_plain(config, others)}
-    plain["data"] |= _counted_settings(config)
+    plain["data"] |= left_out_settings(config)
     plain["training"]["pair_rule"] = config.pair_rule
     places = ("device", "processes", "shard", "trackers", "wandb_project", "wandb_entity")
     for name in (*places, "resume_every", "resume_minutes", "resume_keep", "pack"):

@@ -12,13 +12,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from tsae.checkpoint import RunFolder, load_dictionary, save_dictionary
 from tsae.config.run import RunConfig
-from tsae.evaluation.held_out import held_out_batches, runs
+from tsae.evaluation.held_out import held_out_batches, held_out_rows, runs
 from tsae.interop.folders import new_folder
 from tsae.runtime import files
 from tsae.runtime.errors import TsaeError
@@ -107,7 +106,7 @@ class _HeldOut:
     def __init__(self, config: RunConfig, run: RunFolder) -> None:
         self._config, self._run = config, run
         self._store = Store.open(store_path(config), config)
-        rows = np.asarray(self._store.heldout_range)[: config.evaluation.sequences]
+        self._rows = rows = held_out_rows(self._store, config.evaluation.sequences)
         document, valid = self._store.document[rows], self._store.valid(config.counted, rows)
         lengths = [part.stop - part.start for own in zip(document, valid, strict=True) for part, _ in runs(*own)]
         self.tokens = sum(lengths)
@@ -116,10 +115,9 @@ class _HeldOut:
 
     def batches(self, stage: str) -> Iterator[Tensor]:
         """Activations [N, D] of one batch of contexts after the other."""
-        settings, store = self._config.evaluation, self._store
-        sequences = min(settings.sequences, len(store.heldout_range))
-        progress = Progress(f"calibrate {self._run.path.parent.name}: {stage}", sequences, "sequences")
-        for batch in held_out_batches(store, settings.sequences, settings.batch_size, self._config.counted):
+        config, rows = self._config, self._rows
+        progress = Progress(f"calibrate {self._run.path.parent.name}: {stage}", len(rows), "sequences")
+        for batch in held_out_batches(self._store, rows, config.evaluation.batch_size, config.counted):
             yield batch.x.float()
             progress.update(batch.sequences_done)
 

@@ -9,9 +9,9 @@ import numpy as np
 import torch
 
 from tsae.checkpoint import RunFolder, load_dictionary
-from tsae.config.run import RunConfig
+from tsae.config.run import Counted, RunConfig
 from tsae.evaluation import figure, ground_truth
-from tsae.evaluation.held_out import held_out_batches
+from tsae.evaluation.held_out import held_out_batches, held_out_rows
 from tsae.evaluation.identity import made_from
 from tsae.evaluation.loss_recovered import SequenceLosses, sequence_losses
 from tsae.evaluation.results import loss_results, plain, summarise, truth_results
@@ -51,11 +51,11 @@ def evaluate(config: RunConfig, run: RunFolder) -> dict[str, Any]:
                 f"{run.path}: reads activations of {dictionary.activation_dim} dimensions, "
                 f"the store {store.path} holds {store.activation_dim}"
             )
-        scores = _score(config, run, dictionary, store, group)
+        scores, with_all = _score(config, run, dictionary, store, group)
         losses = None
         if config.evaluation.loss_recovered and not config.is_synthetic:
             losses = _loss_recovered(config, run, dictionary, store, group)
-        group.on_first(lambda: _write(config, run, dictionary, store, scores, losses))
+        group.on_first(lambda: _write(config, run, dictionary, store, scores, with_all, losses))
     return run.read_results()
 
 
@@ -65,9 +65,13 @@ def _write(
     dictionary: Dictionary,
     store: Store,
     scores: Scores,
+    with_all: Scores | None,
     losses: tuple[dict[str, tuple[float, float]], dict[str, int]] | None,
 ) -> None:
-    results = summarise(scores)
+    results = summarise(scores, with_all)
+    rows = held_out_rows(store, config.evaluation.sequences)
+    every, counting = (store.valid(counted, rows) for counted in (Counted(config.data.skip_positions), config.counted))
+    results["tokens_left_out"] = int((every & ~counting).sum())
     if config.is_synthetic:
         # No language model stands behind a synthetic world; the truth takes the place of its loss.
         results |= truth_results(ground_truth.measure(config, run, dictionary, store))
@@ -89,15 +93,36 @@ def _write(
     files.write_json(run.eval_results, results)
 
 
-def _score(config: RunConfig, run: RunFolder, dictionary: Dictionary, store: Store, group: Group) -> Scores:
-    """Score the held-out contexts, one batch of sequences at a time; in the first process, those of all."""
-    settings, device = config.evaluation, dictionary.b_dec.device
-    scores = Scores(dictionary)
-    sequences = min(settings.sequences, len(store.heldout_range))
-    progress = Progress(f"evaluate {run.path.parent.name}", sequences, "sequences", run.progress)
-    batches = held_out_batches(store, settings.sequences, settings.batch_size, config.counted, group)
-    for batch in group.polled(batches):
-        scores.add(batch.x.to(device), batch.lengths, batch.documents)
+def _score(
+    config: RunConfig, run: RunFolder, dictionary: Dictionary, store: Store, group: Group
+) -> tuple[Scores, Scores | None]:
+    """Score the held-out contexts, one batch of sequences at a time; in the first process, those of all.
+
+    Beside them, where tokens are left out, those contexts with all their tokens; contexts that lose none are not scored
+    twice.
+    """
+    settings, counted, everything = config.evaluation, config.counted, Counted(config.data.skip_positions)
+    rows = held_out_rows(store, settings.sequences)
+    scores = _scored(config, run, dictionary, store, rows, counted, group)
+    if counted.all_tokens:
+        return scores, None
+    short = rows[(store.valid(counted, rows) != store.valid(everything, rows)).any(1)]
+    return scores, scores.with_all(_scored(config, run, dictionary, store, short, everything, group))
+
+
+def _scored(
+    config: RunConfig,
+    run: RunFolder,
+    dictionary: Dictionary,
+    store: Store,
+    rows: np.ndarray,
+    counted: Counted,
+    group: Group,
+) -> Scores:
+    scores, device = Scores(dictionary), dictionary.b_dec.device
+    progress = Progress(f"evaluate {run.path.parent.name}", len(rows), "sequences", run.progress)
+    for batch in group.polled(held_out_batches(store, rows, config.evaluation.batch_size, counted, group)):
+        scores.add(batch.x.to(device), batch.lengths, batch.documents, batch.whole)
         progress.update(batch.sequences_done)
     scores.collect(group)
     return scores
@@ -116,7 +141,7 @@ def _loss_recovered(
     if settings.ablation == "mean":
         ablation = moments_of(store, config.counted).mean
 
-    rows = np.asarray(store.heldout_range)[: settings.loss_sequences]
+    rows = held_out_rows(store, settings.loss_sequences)
     valid = store.valid(config.counted, rows)
     tokens, lengths, document = (
         torch.from_numpy(array[rows]) for array in (store.tokens, store.lengths, store.document)

@@ -23,23 +23,30 @@ SHORTEST = 2
 
 
 class HeldOutBatch(NamedTuple):
-    """Contexts one after the other: activations [N, D]; length and document index of each; sequences read so far."""
+    """Contexts one after the other: activations [N, D]; length and document index of each; whether no token of its
+    sequence was left out for its norm or its id; sequences read so far."""
 
     x: Tensor
     lengths: list[int]
     documents: list[int]
+    whole: list[bool]
     sequences_done: int
 
 
+def held_out_rows(store: Store, sequences: int) -> np.ndarray:
+    """[n] numbers of the first `sequences` held-out sequences; they are in random order."""
+    return np.asarray(store.heldout_range, dtype=np.int64)[:sequences]
+
+
 def held_out_batches(
-    store: Store, sequences: int, batch_size: int, counted: Counted, group: Group = ALONE
+    store: Store, rows: np.ndarray, batch_size: int, counted: Counted, group: Group = ALONE
 ) -> Iterator[HeldOutBatch]:
-    """The first `sequences` held-out sequences (they are in random order), `batch_size` at a time.
+    """The sequences `rows`, `batch_size` at a time.
 
     The processes of `group` take whole batches in turns, so that a batch is what it is for one process.
     """
-    rows = np.asarray(store.heldout_range)[:sequences]
     document, valid = store.document[rows], store.valid(counted, rows)
+    whole = (valid == store.valid(Counted(counted.skip_positions), rows)).all(1)
     for start in group.turns(len(rows), batch_size):
         batch = rows[start : start + batch_size]
         here = range(start, start + len(batch))
@@ -50,6 +57,7 @@ def held_out_batches(
             torch.cat(pieces) if pieces else activations.new_empty(0, store.activation_dim),
             [len(piece) for piece in pieces],
             [document for _, _, document in found],
+            [bool(whole[start + i]) for i, _, _ in found],
             start + len(batch),
         )
 

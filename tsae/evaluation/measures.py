@@ -19,7 +19,7 @@ TRUTH = "truth_"
 """How measures begin that only a synthetic world has."""
 REFERENCE = "reference "
 """How the columns of scores begin that only the block `reference` of the results is made of."""
-NOT_MEASURES = frozenset({"contexts", "documents", "tokens"})
+NOT_MEASURES = frozenset({"contexts", "documents", "tokens", "tokens_left_out"})
 """Counts that say how much was measured."""
 
 Place = Literal["summary", "terminal", "sentences", "differences", "effects", "trade-offs"]

@@ -2,7 +2,7 @@
 
 The reference's names keep the reference's meaning: a mean over contexts of a measure of one context. They are joined
 by values pooled over tokens (`_pooled`), values of each group (`_group`) and half-widths of 95 % intervals over
-documents. `_h`, `_high` are group 0, `_l`, `_low` the rest. What is not defined is null and left out of means, which
+documents. `_with_all` counts the tokens that are left out of all others. `_h`, `_high` are group 0, `_l`, `_low` the rest. What is not defined is null and left out of means, which
 `left_out` counts; with a single group there are no splits.
 """
 
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from tsae.evaluation.measures import EVERYWHERE, FVE, REFERENCE, Chart, Measure, Place, declare
-from tsae.evaluation.statistics import mean_interval, ratio_interval
+from tsae.evaluation.statistics import mean_interval, median_interval, ratio_interval
 
 if TYPE_CHECKING:
     from tsae.evaluation.loss_recovered import SequenceLosses
@@ -161,6 +161,28 @@ declare(
         card="... by the high-level split alone",
     ),
     Measure(
+        f"{FVE}_median",
+        "FVE",
+        "1 - Σ‖x - x̂‖² / Σ‖x - mean x‖² of a context, median over contexts",
+        "median",
+        better="higher",
+        places=_SUMMARY,
+    ),
+    *(
+        Measure(
+            f"{FVE}{pooled}_with_all",
+            "FVE",
+            f"{formula}; with the tokens that `data.max_norm_multiple` and `data.exclude_tokens` leave out",
+            member,
+            better="higher",
+            places=_SUMMARY,
+        )
+        for pooled, formula, member in (
+            ("", _EXPLAINED, "with massive tokens"),
+            ("_pooled", _POOLED, "pooled, with massive tokens"),
+        )
+    ),
+    Measure(
         "cossim",
         "Cosine",
         "cosine of x and x̂, mean over the tokens of a context",
@@ -299,8 +321,11 @@ def not_finite(columns: dict[str, np.ndarray]) -> dict[str, int]:
     return {name: count for name, count in counts.items() if count}
 
 
-def summarise(scores: Scores) -> dict[str, Any]:
-    """The measures of all scored contexts; see the module's docstring for the names."""
+def summarise(scores: Scores, with_all: Scores | None = None) -> dict[str, Any]:
+    """The measures of all scored contexts; see the module's docstring for the names.
+
+    `with_all` are the same contexts with the tokens that were left out for their norm or their id, where any could be.
+    """
     table, results = scores.table(), Results(scores)
     for measure, name in SMOOTHNESS_NAMES.items():
         results.put_means((f"{name}_tot", f"{name}_h", f"{name}_l", f"{name}_group"), table[measure])
@@ -308,6 +333,11 @@ def summarise(scores: Scores) -> dict[str, Any]:
         results.put_means((measure, f"{measure}_high", f"{measure}_low", f"{measure}_group"), table[measure])
     results.put_means(_explained(FVE), table["variance_explained"])
     results.put_ranges(_explained(f"{FVE}_pooled"), _pooled_variance_explained(scores, table))
+    results.put(f"{FVE}_median", median_interval(table["variance_explained"][:, ALL], scores.documents))
+    if with_all is not None:
+        every = with_all.table()
+        results.put(f"{FVE}_with_all", mean_interval(every["variance_explained"][:, ALL], with_all.documents))
+        results.put(f"{FVE}_pooled_with_all", _pooled_variance_explained(with_all, every)[ALL])
     for measure in TOKEN_MEANS:
         results.put_mean(measure, table[measure])
     return {

@@ -108,6 +108,8 @@ class _Context(NamedTuple):
     length: int
     sum: Tensor
     """Of its activations, float64 [D]."""
+    whole: bool
+    """Whether no token of its sequence was left out for its norm or its id."""
 
 
 class Scores:
@@ -123,17 +125,20 @@ class Scores:
         self._batches: list[list[_Context]] = []
 
     @torch.no_grad()
-    def add(self, x: Tensor, lengths: Sequence[int], documents: Sequence[int]) -> None:
-        """Score contexts that lie one after the other in x [N, D]: lengths and document index of each."""
+    def add(
+        self, x: Tensor, lengths: Sequence[int], documents: Sequence[int], whole: Sequence[bool] | None = None
+    ) -> None:
+        """Score contexts that lie one after the other in x [N, D]: lengths and document index of each, and whether no
+        token of their sequences was left out for its norm or its id (by default all are whole)."""
         x = x.float()
         code = encode_sparse(self.dictionary, x, self._encoder)
         reconstructions = decode_ranges(self.dictionary, code)
         self._batches.append([])
         start = 0
-        for length, document in zip(lengths, documents, strict=True):
+        for length, document, kept in zip(lengths, documents, whole or [True] * len(lengths), strict=True):
             here = slice(start, start + length)
             row = self._measures(x[here], context_code(code, here), [x_hat[here] for x_hat in reconstructions])
-            self._batches[-1].append(_Context(row, document, length, x[here].double().sum(0).cpu()))
+            self._batches[-1].append(_Context(row, document, length, x[here].double().sum(0).cpu(), kept))
             start += length
 
     def _measures(self, x: Tensor, code: ActiveCode, reconstructions: list[Tensor]) -> dict[str, Tensor]:
@@ -155,6 +160,12 @@ class Scores:
         if found:
             self._batches = in_turns([batches for batches, _ in found])
             self.firings = torch.stack([firings for _, firings in found]).sum(dim=0)
+
+    def with_all(self, others: Scores) -> Scores:
+        """These with all tokens: `others` are the contexts of the sequences that are not whole here, as they are."""
+        scores = Scores(self.dictionary)
+        scores._batches = [[context for context in self._contexts if context.whole], others._contexts]
+        return scores
 
     @property
     def _contexts(self) -> list[_Context]:

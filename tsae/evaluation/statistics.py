@@ -2,6 +2,7 @@
 
 ratio_interval, mean_interval     contexts, of which those of one document resemble each other: Student's t, clustered
 over_seeds, student_interval      a few repetitions, such as seeds or splits: Student's t
+median_interval                   a median over contexts: percentiles over draws of documents
 bootstrap_mean, bootstrap_means   draws of any distribution, such as texts, pairs or concepts: percentiles
 """
 
@@ -42,6 +43,27 @@ def ratio_interval(numerator: np.ndarray, denominator: np.ndarray, documents: np
 def mean_interval(values: np.ndarray, documents: np.ndarray) -> tuple[float, float]:
     """Mean over contexts [S] and the half-width of its 95 % interval, as in `ratio_interval`."""
     return ratio_interval(values, np.ones_like(values), documents)
+
+
+def median_interval(values: np.ndarray, documents: np.ndarray, draws: int = 1000) -> tuple[float, float]:
+    """Median over contexts [S] and the half-width of its 95 % interval: percentiles over draws of documents.
+
+    Values that are not finite are left out; NaN where nothing is defined.
+    """
+    known = np.isfinite(values)
+    if not known.any():
+        return float("nan"), float("nan")
+    values, (_, cluster) = values[known], np.unique(documents[known], return_inverse=True)
+    clusters, order = int(cluster.max()) + 1, np.argsort(values)
+    if clusters < 2:
+        return float(np.median(values)), float("nan")
+    random, medians = np.random.default_rng(0), np.empty(draws)
+    for draw in range(draws):
+        weights = np.bincount(random.integers(clusters, size=clusters), minlength=clusters)[cluster[order]]
+        half = np.cumsum(weights)
+        medians[draw] = values[order][np.searchsorted(half, half[-1] / 2)]
+    low, high = percentiles(medians)
+    return float(np.median(values)), float(high - low) / 2
 
 
 @cache

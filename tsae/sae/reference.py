@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from tsae.config.run import RunConfig, group_weights
+from tsae.config.run import RunConfig, group_weights, left_out_settings
 from tsae.config.sections import KIND_SETTINGS, TERM_SETTINGS
 from tsae.sae.kinds import KINDS
 
@@ -112,5 +112,5 @@ def _buffer_keys(config: RunConfig, activation_dim: int) -> dict[str, Any]:
         "out_batch_size": config.training.batch_size,
         "device": "cpu",
         "dataset": config.data.source,
-        "skip_positions": config.data.skip_positions,
+        **left_out_settings(config),
     }

@@ -7,6 +7,7 @@ the same command continues after a kill at any moment, and the last task to end 
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
     from tsae.data.contexts import Contexts
 
 WAIT_SECONDS = 1.0
+
+log = logging.getLogger("tsae")
 
 
 class Source(Protocol):
@@ -73,6 +76,11 @@ def harvest(config: RunConfig, task: int = 0, tasks: int = 1) -> Path:
         if not begun and tasks == 1 and not any(map(layout.is_written, range(layout.geometry.shards))):
             shutil.rmtree(layout.path)  # refused at the first shard: the place stays free for other settings
         raise
+    if layout.attributes["complete"] and not config.is_synthetic:
+        from tsae.store.massive import MassiveTokens
+        from tsae.store.reader import Store
+
+        log.warning("%s: %s", layout.path.name, MassiveTokens.of(Store.open(layout.path), config.counted).line())
     return layout.path
 
 

@@ -22,6 +22,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import math
 import re
 from functools import cached_property
 from pathlib import Path
@@ -221,7 +222,7 @@ class StoreLayout:
         try:
             array = np.asarray(zarr.open_array(self.path / name, mode="r")[:])
         except (OSError, ValueError, RuntimeError) as error:
-            raise TsaeError(f"{self.path / name}: cannot be read ({error}); {_remedy(name)}") from None
+            raise TsaeError(f"{self.path / name}: has changed since the harvest ({error}); {_remedy(name)}") from None
         if digest(array) != self.attributes["digests"][name]:
             raise TsaeError(f"{self.path / name}: has changed since the harvest; {_remedy(name)}")
         return array
@@ -296,6 +297,13 @@ class StoreLayout:
     def require(self, config: RunConfig) -> None:
         """Raise TsaeError, naming a difference, if the store was made from another configuration."""
         if _is_of(self, config):
+            vocabulary = self.attributes["model"].get("vocabulary", math.inf)
+            unknown = [token for token in config.data.exclude_tokens if token >= vocabulary]
+            if unknown:
+                raise TsaeError(
+                    f"data.exclude_tokens: {unknown[0]} is no token of {config.model.name}; ids from 0 to "
+                    f"{vocabulary - 1} are possible"
+                )
             return
         different = schema.differences(self.attributes.get("settings") or {}, configuration.store_settings(config))
         raise TsaeError(

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 WAIT_SECONDS = 1.0
 READ_BYTES = 16_000_000
+PER_CENT = (0, 0.1, 1, 5, 25, 50, 75, 95, 99, 99.9, 100)
 
 
 def create(group: zarr.Group, geometry: Geometry) -> None:
@@ -104,6 +105,14 @@ def _add(layout: StoreLayout, activations: Callable[[range], Tensor]) -> np.ndar
         write(layout, shard, [norms[rows.start : rows.stop]])
     record(layout, norms)
     return norms
+
+
+def quantiles(layout: StoreLayout, norms: np.ndarray) -> dict[str, float]:
+    """Per cent → quantile of the norms of the training tokens after the first position that belong to a document."""
+    train = layout.geometry.sequences - layout.heldout
+    found = norms[:train, 1:][layout.document[:train, 1:] >= 0]
+    values = np.quantile(found, np.array(PER_CENT) / 100) if len(found) else np.zeros(len(PER_CENT))
+    return {f"{share:g}": float(value) for share, value in zip(PER_CENT, values, strict=True)}
 
 
 def record(layout: StoreLayout, norms: np.ndarray) -> None:

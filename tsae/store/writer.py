@@ -102,9 +102,14 @@ class Summary:
         return Summary(self.count - part.count, self.total - part.total, self.squares - part.squares, self.largest)
 
     def statistics(self) -> dict[str, Any]:
-        """The attribute `statistics`: `count`, `mean` [D], `variance` [D], `mean_squared_norm`, `max_abs` [D]."""
+        """The attribute `statistics`: `count`, `mean` [D], `variance` [D], `mean_squared_norm`, `max_abs` [D], `gamma`.
+
+        gamma = ‖mean‖ / ‖standard deviation‖ (arXiv 2605.31518): far above 1, what tokens have in common hides what they
+        do not. None where nothing varies.
+        """
         count = max(self.count, 1)
         mean = self.total / count
+        spread = np.maximum(self.squares / count - mean**2, 0).sum()
         return {
             "of": "training part, positions after the first that belong to a document",
             "count": self.count,
@@ -112,6 +117,7 @@ class Summary:
             "variance": np.maximum(self.squares / count - mean**2, 0).tolist(),
             "mean_squared_norm": float(self.squares.sum() / count),
             "max_abs": self.largest.tolist(),
+            "gamma": float(np.sqrt(np.square(mean).sum() / spread)) if spread > 0 else None,
         }
 
 
@@ -350,10 +356,11 @@ def finalise(layout: StoreLayout) -> None:
         "bytes": sum(marker["bytes"] for marker in markers),
         "checksums": digest(checksums),
     }
-    lengths = norms.read(layout)
+    statistics, lengths = summary.statistics(), norms.read(layout)
     if lengths is not None:  # of a harvest that an earlier version began, they are made when they are needed
         norms.record(layout, lengths)
-    layout.set_attributes(statistics=summary.statistics(), manifest=manifest, complete=True)
+        statistics["norm_quantiles"] = norms.quantiles(layout, lengths)
+    layout.set_attributes(statistics=statistics, manifest=manifest, complete=True)
 
 
 def _temporary_name(name: str) -> str:

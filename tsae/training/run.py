@@ -17,7 +17,7 @@ from torch import Tensor
 from tsae.checkpoint import RunFolder, save_dictionary
 from tsae.config import run as configuration
 from tsae.config import schema
-from tsae.config.run import RunConfig, reading_settings
+from tsae.config.run import Counted, RunConfig, reading_settings
 from tsae.parallel.group import Group
 from tsae.parallel.rendezvous import together
 from tsae.runtime import files, preemption
@@ -209,8 +209,8 @@ class _Training:
         run.remove_leftovers()
         self._states.remove_leftovers()
         sources: dict[str, Any] = {"store": store.attributes, "data": binding.record(config)}
-        if config.counted.max_norm_multiple is not None:
-            sources["norm_limit"] = store.limit(config.counted)
+        if not config.counted.all_tokens:
+            sources |= _left_out(config, store)
         if self._inexact:
             sources["inexact"] = self._inexact
         files.write_json(run.provenance, provenance(config.training_hash, **sources))
@@ -327,6 +327,14 @@ class _Training:
         save_dictionary(self.run.weights, self._trainer.dictionary, self._trainer.scale, self._trainer.shift)
         self._states.remove()
         self._trackers.finish()  # which may wait for a server
+
+
+def _left_out(config: RunConfig, store: Store) -> dict[str, Any]:
+    """The largest norm of a token that was trained on, and how many tokens were left out for their norm or their id."""
+    every, rows = Counted(config.data.skip_positions), slice(len(store.train))
+    left_out = store.valid(every, rows) & ~store.valid(config.counted, rows)
+    limited = config.counted.max_norm_multiple is not None
+    return {"norm_limit": store.limit(config.counted) if limited else None, "tokens_left_out": int(left_out.sum())}
 
 
 def _origin(config: RunConfig, store: Store) -> dict[str, str]:

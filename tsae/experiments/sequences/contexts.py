@@ -262,11 +262,13 @@ def encode_contexts(subject: Subject, splices: Sequence[Splice], progress: Progr
 
 
 def _coded(subject: Subject, splice: Splice, x: torch.Tensor) -> Coded:
-    """The code of activations x [L, D]."""
+    """The code of activations x [L, D]; where a token does not count, nothing fires."""
     first = max(int((splice.passage < 0).sum()), subject.config.data.skip_positions)
     code = context_code(subject.codes(x[first:]), slice(0, len(x) - first))
-    if not len(code.latents):
+    values = np.where(subject.counts(splice.tokens[first:], x[first:]), code.values.numpy(), 0)
+    fires = values.any(1)
+    if not fires.any():
         raise TsaeError(
             f"{subject.run.path}: no latent fires on the spliced texts; the dictionary is dead or has another input"
         )
-    return Coded(splice, first, code.latents.numpy(), code.values.numpy().T.astype(np.float64))
+    return Coded(splice, first, code.latents.numpy()[fires], values[fires].T.astype(np.float64))

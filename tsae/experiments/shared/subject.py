@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,6 +19,7 @@ from tsae.sae.dictionary import Dictionary
 from tsae.sae.inference import encode_sparse, in_units_written
 from tsae.sae.selection.top_k import Encoder
 from tsae.sae.sparse import SparseCode
+from tsae.store import norms
 from tsae.store.binding import commit_of
 from tsae.store.layout import is_harvested, store_path
 from tsae.store.reader import Store
@@ -98,10 +101,19 @@ class Subject:
     @cached_property
     def norm_limit(self) -> float | None:
         """The largest norm of a token that counts, as in the run's training; None if neither run nor store tells it."""
+        if self.config.counted.max_norm_multiple is None:
+            return math.inf
         recorded = files.read_whole_json(self.run.provenance).get("norm_limit")
         if recorded is not None:
             return float(recorded)
         return Store.open(store_path(self.config)).limit(self.config.counted) if is_harvested(self.config) else None
+
+    def counts(self, tokens: np.ndarray, x: Tensor) -> np.ndarray:
+        """[L] bool: which of `tokens` [L] with activations x [L, D] are not left out for their norm or their id."""
+        counting = ~np.isin(tokens, self.config.counted.exclude_tokens)
+        if self.norm_limit is not None:
+            counting &= norms.of(x[None])[0] <= self.norm_limit
+        return counting
 
     @property
     def chunks(self) -> tuple[int, ...]:
