@@ -95,6 +95,13 @@ class RunFolder:
             raise TsaeError(f"{self.resolved}: cannot be read: {reason}") from None
         return str(yaml.safe_load(line[0])["training_hash"]) if line else ""
 
+    def as_begun(self, config: RunConfig) -> RunConfig:
+        """`config`, with what it leaves open as it was when this folder's run was begun, perhaps by an earlier version."""
+        begun = self.training_hash()
+        if begun in (None, config.training_hash):
+            return config
+        return next((old for old in configuration.earlier_meanings(config) if old.training_hash == begun), config)
+
     def differences(self, config: RunConfig) -> str | None:
         """In which settings this folder's training differs from that of `config`, in words.
 
@@ -156,11 +163,11 @@ class RunFolder:
         return files.read_whole_json(self.eval_results)
 
 
-def save_dictionary(path: Path, dictionary: Dictionary, scale: float = 1.0) -> None:
-    """Write the reference's plain state dict, atomically; for activations `scale` times those the dictionary knows."""
+def save_dictionary(path: Path, dictionary: Dictionary, scale: float = 1.0, shift: torch.Tensor | None = None) -> None:
+    """Write the reference's plain state dict, atomically; for activations `scale` · x + `shift` where it knows x."""
     import torch
 
-    state = dictionary.to_file(scale)
+    state = dictionary.to_file(scale, shift)
     files.write_atomically(path, lambda stream: torch.save(state, stream))
 
 

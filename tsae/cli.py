@@ -234,10 +234,10 @@ def _train(options: argparse.Namespace) -> None:
     from tsae.stages import harvest_stage, refuse_other_data, train_stage
     from tsae.training.trackers import require as require_trackers
 
-    config = configuration.load(options.config, options.overrides)
+    run = _run_of(options)
+    config = RunFolder.of(*run).as_begun(configuration.load(options.config, options.overrides))
     require_processes(config, process_count())  # before the harvest, which may take long
     require_trackers(config.training.trackers if process_rank() == 0 else ())
-    run = _run_of(options)
     _accept(options, config, RunFolder.of(*run))
     refuse_other_data(config, RunFolder.of(*run))  # before its harvest
     harvest_stage(config)
@@ -261,9 +261,9 @@ def _measured(options: argparse.Namespace, named: Path) -> tuple[RunConfig, RunF
 
     checkpoints = getattr(options, "checkpoints_path", None) or home() / "checkpoints"
     if hasattr(options, "config") and (named.is_file() or named.suffix in (".yaml", ".yml")):
-        config = configuration.load(named, options.overrides)
         folder, name = _run_of(options)
-        return config, RunFolder(RunFolder.of(folder, name).path, options.out)
+        run = RunFolder(RunFolder.of(folder, name).path, options.out)
+        return run.as_begun(configuration.load(named, options.overrides)), run
     if getattr(options, "run_name", None) is not None:
         raise TsaeError(f"--run-name {options.run_name}: {named} is a run already; leave --run-name out")
     run = find_run(named, checkpoints, options.out)

@@ -17,6 +17,7 @@ from tsae.config import schema
 from tsae.data.synthetic import World
 from tsae.evaluation.ground_truth import compare
 from tsae.sae.kinds import KINDS, from_state
+from tsae.store.moments import Moments
 from tsae.training.trainer import Trainer
 
 BASE = schema.read_yaml(Path(__file__).parents[2] / "sweeps" / "bases" / "synthetic.yaml")
@@ -52,11 +53,14 @@ def found(world: str, kind: str = "temporal", objective: str = "scale_free", sca
     train, held_out = x[:-HELD_OUT], x[-HELD_OUT:]
     pairs = torch.stack([train[:, 1:], train[:, :-1]], dim=2).flatten(0, 1)
     pairs = pairs[torch.randperm(len(pairs), generator=torch.Generator().manual_seed(SEED))]
-    norm = float(train.square().sum(-1).mean())
-    trainer = Trainer(config, x.shape[-1], mean_squared_norm=norm)
+    tokens = train.flatten(0, 1)
+    moments = Moments(
+        len(tokens), tokens.mean(0), tokens.double().var(0, correction=0), float(tokens.square().sum(-1).mean())
+    )
+    trainer = Trainer(config, x.shape[-1], moments=moments)
     for step in range(STEPS):
         trainer.step(pairs[step * 256 : (step + 1) * 256])
-    weights = trainer.dictionary.to_file(trainer.scale)
+    weights = trainer.dictionary.to_file(trainer.scale, trainer.shift)
     dictionary = from_state(KINDS[kind].dictionary.__name__, weights, None, "test")
     with torch.no_grad():
         codes = dictionary.encode(held_out)

@@ -15,7 +15,7 @@ from tsae.checkpoint import RunFolder
 from tsae.config import run as configuration
 from tsae.config import schema
 from tsae.config.bounds import Added
-from tsae.config.run import RunConfig
+from tsae.config.run import Counted, RunConfig
 from tsae.config.sections import TrainingConfig
 from tsae.runtime.environment import SWEEPS
 from tsae.runtime.errors import TsaeError
@@ -34,9 +34,14 @@ def hashes(config: RunConfig) -> dict[str, str]:
     return {name: schema.stable_hash(settings) for name, settings in found.items()}
 
 
+def as_before(config: RunConfig) -> RunConfig:
+    """With what it leaves open as that commit took it."""
+    return next(configuration.earlier_meanings(config), config)
+
+
 @pytest.mark.parametrize("name", [name for name in RECORDED if name.startswith("bases/")])
 def test_the_bases_hash_as_before(name):
-    assert hashes(configuration.load(SWEEPS / f"{name}.yaml")) == RECORDED[name]
+    assert hashes(as_before(configuration.load(SWEEPS / f"{name}.yaml"))) == RECORDED[name]
 
 
 @pytest.mark.parametrize("name", [name for name in RECORDED if not name.startswith("bases/")])
@@ -44,7 +49,27 @@ def test_the_points_of_the_shipped_sweeps_hash_as_before(name):
     points = expand(load_sweep(SWEEPS / f"{name}.yaml"))
     recorded = RECORDED[name]
     assert (points[0].name, len(points)) == (recorded["name"], recorded["points"])
-    assert schema.stable_hash([[point.name, point.config.evaluation_hash] for point in points]) == recorded["all"]
+    assert (
+        schema.stable_hash([[point.name, as_before(point.config).evaluation_hash] for point in points])
+        == recorded["all"]
+    )
+
+
+def test_the_presets_of_the_reference_leave_no_token_out_and_a_number_says_how_many():
+    config = configuration.load(SWEEPS / "bases" / "embedded.yaml")
+    assert config.counted == Counted(1, configuration.MAX_NORM_MULTIPLE)
+    for preset in ("reference", "paper"):
+        left_in = configuration.load(SWEEPS / "bases" / "embedded.yaml", [f"objective={preset}"])
+        assert left_in.counted == Counted(1)
+        assert left_in.training_hash == as_before(left_in).training_hash
+    set_off = {
+        configuration.replace(config, data=changed).training_hash
+        for changed in ({"max_norm_multiple": 5.0}, {"max_norm_multiple": None}, {"exclude_tokens": (7,)}, {})
+    }
+    assert len(set_off) == 4
+    asked = configuration.replace(config, data={"max_norm_multiple": configuration.MAX_NORM_MULTIPLE})
+    assert asked.training_hash == config.training_hash
+    assert configuration.store_settings(asked) == configuration.store_settings(as_before(config))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +81,7 @@ class LaterTraining(TrainingConfig):
 
 
 def test_a_setting_that_came_later_counts_only_where_it_is_not_neutral():
-    config = configuration.load(SWEEPS / "bases" / "embedded.yaml")
+    config = as_before(configuration.load(SWEEPS / "bases" / "embedded.yaml"))
     own = schema.to_plain(config.training)
     [upgraded, changed] = (
         dataclasses.replace(config, training=LaterTraining(**{**own, "save_steps": (), "trackers": (), **more}))

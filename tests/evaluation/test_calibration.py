@@ -43,7 +43,7 @@ def held_out(run: RunFolder) -> torch.Tensor:
     """All valid held-out activations [N, D]."""
     config = run.load_config()
     store = Store.open(str(config.store.path), config)
-    rows, valid = np.asarray(store.heldout_range), store.valid(config.data.skip_positions)
+    rows, valid = np.asarray(store.heldout_range), store.valid(config.counted)
     return torch.cat([store.read([row])[0, torch.from_numpy(valid[row])] for row in rows]).float()
 
 

@@ -12,7 +12,7 @@ import torch
 
 from tsae.checkpoint import RunFolder, save_dictionary
 from tsae.config import run as configuration
-from tsae.config.run import RunConfig
+from tsae.config.run import Counted, RunConfig
 from tsae.evaluation.driver import evaluate
 from tsae.evaluation.identity import is_evaluated
 from tsae.runtime import files
@@ -26,7 +26,7 @@ from tsae.store.reader import Store
 def run_folder(config: RunConfig, path: Path, activation_dim: int | None = None) -> RunFolder:
     """A finished run: an untrained dictionary, tied and centred, whose threshold gives about k latents per token."""
     store = Store.open(harvest(config), config)
-    x = store.read(list(store.train)[:20])[torch.from_numpy(store.valid(1)[:20])].float()
+    x = store.read(list(store.train)[:20])[torch.from_numpy(store.valid(Counted(1))[:20])].float()
     dictionary = new_dictionary(config.sae, activation_dim or x.shape[1], seed=0)
     if activation_dim is None:
         dictionary.b_dec.data = x.mean(0)
@@ -47,7 +47,7 @@ def test_results_describe_the_held_out_part_of_the_store(config: RunConfig, tmp_
     assert run.result("eval_results", "png").read_bytes().startswith(b"\x89PNG")
 
     store = Store.open(harvest(config), config)
-    rows, valid = np.asarray(store.heldout_range), store.valid(1)
+    rows, valid = np.asarray(store.heldout_range), store.valid(Counted(1))
     x = torch.cat([store.read([row])[0, torch.from_numpy(valid[row])] for row in rows]).float()
     assert results["tokens"] == len(x)
     assert results["documents"] == len(np.unique(store.document[rows][valid[rows]]))

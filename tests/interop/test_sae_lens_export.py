@@ -11,11 +11,15 @@ from safetensors.torch import load_file
 
 from tsae.checkpoint import RunFolder, load_dictionary, save_dictionary
 from tsae.cli import main
+from tsae.config import run as configuration
 from tsae.interop import sae_lens
 from tsae.interop.export import export
 from tsae.interop.formats import installed
 from tsae.runtime.errors import TsaeError
 from tsae.sae.init import random_dictionary
+from tsae.sae.kinds import KINDS, from_state
+from tsae.store.moments import Moments
+from tsae.training.trainer import Trainer
 
 needs_sae_lens = pytest.mark.skipif(
     not installed("sae_lens"),
@@ -169,6 +173,35 @@ def test_sae_lens_itself_encodes_and_decodes_alike(make_run, tmp_path: Path, act
         assert torch.allclose(sae.decode(codes), loaded(activations), atol=1e-6)
         sae.fold_W_dec_norm()
         assert torch.allclose(sae.encode(activations), codes, atol=1e-5)
+
+
+@needs_sae_lens
+@pytest.mark.parametrize("kind", KINDS)
+def test_sae_lens_reconstructs_raw_activations_as_the_centred_training_did(tmp_path: Path, kind: str) -> None:
+    from sae_lens import SAE
+
+    generator = torch.Generator().manual_seed(0)
+    features = torch.rand(64 * 80, 2, 12, generator=generator) * (torch.rand(64 * 80, 1, 12, generator=generator) < 0.2)
+    x = features @ torch.randn(12, 16, generator=generator) + 20 * torch.randn(16, generator=generator)
+    tokens = x.double().flatten(0, 1)
+    moments = Moments(
+        len(tokens), tokens.mean(0).float(), tokens.var(0, correction=0), float(tokens.square().sum(1).mean())
+    )
+    settings = {"batch_size": 64, "steps": 80, "lr": 0.003, "threshold_start_step": 20, "threshold_beta": 0.9}
+    tree = {"sae": {"kind": kind, "dict_size": 80, "k": 4}, "training": {**settings, "normalize": "centred"}}
+    trainer = Trainer(configuration.from_mapping(tree, "test"), 16, moments=moments)
+    for batch in x.split(64):
+        trainer.step(batch)
+    state = trainer.dictionary.to_file(trainer.scale, trainer.shift)
+    _write(tmp_path, from_state(KINDS[kind].dictionary.__name__, state, None, "test"))
+    sae, held_out = SAE.load_from_disk(tmp_path), x[:64, 0]
+    with torch.no_grad():
+        units = (held_out - moments.mean) / trainer.scale
+        trained, found = trainer.dictionary(units), (sae(held_out) - moments.mean) / trainer.scale
+    assert float((units - found).square().sum()) < 0.7 * float(units.square().sum())
+    # Where a pre-activation lies at its threshold, rounding decides; nearly all lie elsewhere.
+    different = ((found - trained).abs().amax(dim=1) > 1e-3).float().mean()
+    assert float(different) < 0.05
 
 
 def _write(folder: Path, dictionary) -> None:

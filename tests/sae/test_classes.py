@@ -128,6 +128,23 @@ def test_a_file_for_larger_activations_does_the_same_on_them(name: str) -> None:
     torch.testing.assert_close(larger.decode(7.5 * f), 7.5 * dictionary.decode(f))
 
 
+@pytest.mark.parametrize("name", classes())
+def test_a_file_for_shifted_activations_does_the_same_on_them(name: str) -> None:
+    dictionary = random_dictionary(name, A, F)
+    generator = torch.Generator().manual_seed(0)
+    x, shift = torch.randn(50, A, generator=generator), torch.randn(A, generator=generator)
+    shift *= 50 * A**0.5 / shift.norm()
+    moved = from_state(name, dictionary.to_file(0.3, 0.3 * shift), None, "test")
+    raw = 0.3 * (x + shift)
+    f = dictionary.encode(x)
+    rounding = {"rtol": 1e-4, "atol": 1e-4}  # of float32 at the size of the shift
+    torch.testing.assert_close(moved.encode(raw), 0.3 * f, **rounding)
+    torch.testing.assert_close(moved.decode(0.3 * f), 0.3 * (dictionary.decode(f) + shift), **rounding)
+    back = from_state(name, moved.to_file(1 / 0.3, -shift), None, "test").to_file()
+    for key, value in dictionary.to_file().items():
+        torch.testing.assert_close(back[key], value, **rounding)
+
+
 def test_an_unnormalised_relu_sae_reconstructs_the_same_from_unit_decoder_rows() -> None:
     state = random_dictionary("AutoEncoder", A, F).to_file()
     sizes = torch.rand(F) + 0.5

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from tsae.config import run as configuration
+from tsae.config.run import Counted
 from tsae.config.sections import PAIR_RULE_SETTINGS, PairRuleSettings
 from tsae.runtime.errors import TsaeError
 from tsae.store.pairs import PAIR_RULES, PairRule, PairStream
@@ -33,7 +34,7 @@ def store(write_store: Callable[..., Store], ragged: np.ndarray) -> Store:
 
 
 def stream_of(store: Store, rule: str) -> PairStream:
-    return PairStream(store, rule, BATCH, 3, skip_positions=SKIP, pool_sequences=100)
+    return PairStream(store, rule, BATCH, 3, counted=Counted(SKIP), pool_sequences=100)
 
 
 def tokens_with(document: np.ndarray, back: int) -> set[tuple[int, int]]:

@@ -10,6 +10,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from tsae.config.run import Counted
 from tsae.runtime.errors import TsaeError
 from tsae.store.pairs import PairStream
 from tsae.store.reader import Store
@@ -26,7 +27,7 @@ def store(write_store: WriteStore, ragged: np.ndarray) -> Store:
 
 
 def stream_of(store: Store, rule: str = "previous", batch_size: int = 24, seed: int = 3, **more: Any) -> PairStream:
-    return PairStream(store, rule, batch_size, seed, **{"skip_positions": SKIP, "pool_sequences": 200, **more})
+    return PairStream(store, rule, batch_size, seed, **{"counted": Counted(SKIP), "pool_sequences": 200, **more})
 
 
 def places(batch: torch.Tensor) -> np.ndarray:
@@ -98,7 +99,7 @@ def test_partners_are_right_for_any_documents(
     documents[0] = 0
     store = write_store(documents, heldout=heldout, dim=6000)  # two sequences a block
     trained = documents[: len(documents) - heldout]
-    stream = stream_of(store, rule, min(batch_size, 3), skip_positions=skip, pool_sequences=pool)
+    stream = stream_of(store, rule, min(batch_size, 3), counted=Counted(skip), pool_sequences=pool)
     check_epoch(stream, trained, rule, skip, min(batch_size, 3))
 
 

@@ -15,6 +15,7 @@ import zarr
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tsae.config.run import Counted
 from tsae.config.sections import StoreConfig
 from tsae.data.contexts import Contexts
 from tsae.runtime.errors import TsaeError
@@ -52,7 +53,7 @@ def test_store_is_an_ordinary_zarr_group(write_store: WriteStore, ragged: np.nda
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         members = dict(zarr.open_group(str(store.path), mode="r").members(max_depth=None))
-    assert set(members) == {"activations", "checksums", "tokens", "lengths", "document", "label"}
+    assert set(members) == {"activations", "checksums", "norms", "tokens", "lengths", "document", "label"}
     assert members["activations"].shape == (1003, 32, 64)
     np.testing.assert_array_equal(members["checksums"][:], store.layout.read_checksums())
 
@@ -69,7 +70,7 @@ def test_sequences_come_in_the_order_asked_for(write_store: WriteStore, ragged: 
 
 
 def test_valid_positions_are_of_documents_and_not_skipped(write_store: WriteStore, ragged: np.ndarray) -> None:
-    valid = write_store(ragged).valid(3)
+    valid = write_store(ragged).valid(Counted(3))
     assert not valid[:, :3].any()
     np.testing.assert_array_equal(valid[:, 3:], ragged[:, 3:] >= 0)
 

@@ -13,6 +13,7 @@ import torch
 import tsae
 from tsae.config import run as configuration
 from tsae.sae.selection import top_k
+from tsae.store.moments import Moments
 from tsae.training.trainer import Trainer
 
 PACKAGE = Path(tsae.__file__).parent
@@ -26,7 +27,7 @@ def test_a_default_training_step_passes_ten_files_at_most(screened: bool, monkey
     # Some latents are dead by the last step, so that aux-k works.
     training = {"batch_size": BATCH, "dead_after": 2 * BATCH, "steps": 20}
     config = configuration.from_mapping({"sae": {"dict_size": 256, "k": 4}, "training": training}, "test")
-    trainer = Trainer(config, DIM, mean_squared_norm=1.0)
+    trainer = Trainer(config, DIM, moments=Moments(1, torch.zeros(DIM), torch.full((DIM,), 1 / DIM), 1.0))
     generator = torch.Generator().manual_seed(0)
     for _ in range(12):
         terms = trainer.step(torch.randn(BATCH, 2, DIM, generator=generator))

@@ -35,6 +35,7 @@ INVARIANT = (
     "jump_relu",
     "gated",
     "double",
+    "centred",
 )
 
 

@@ -19,12 +19,14 @@ from tsae.config import run as configuration
 from tsae.parallel.group import Group, Processes
 from tsae.sae.selection.global_top_k import global_top_k_codes
 from tsae.sae.selection.top_k import Encoder, batch_top_k_codes
+from tsae.store.moments import Moments
 from tsae.training.sparse_engine import SparseGradients
 from tsae.training.trainer import Terms, Trainer
 
 WORLDS = (4, 2)
 STEPS, BATCH, DIM, FEATURES = 50, 96, 24, 80
 MIDDLE = 14
+MOMENTS = Moments(1, torch.linspace(-1, 1, DIM), torch.full((DIM,), 0.3, dtype=torch.float64), 9.0)
 DOCUMENT = torch.arange(BATCH) % 20
 FEWER_STEPS = MIDDLE + 2
 CASES: dict[str, dict[str, Any]] = {
@@ -42,6 +44,7 @@ CASES: dict[str, dict[str, Any]] = {
     "double": {"double": True},
     "sharded": {"training": {"shard": "optimizer"}},
     "sharded jump_relu": {"sae": {"kind": "jump_relu"}, "double": True, "training": {"shard": "optimizer"}},
+    "centred": {"training": {"normalize": "centred"}},
     "local": {"training": {"selection": "local", "negatives": "local"}},
 }
 LONG = ("contrastive", "l1", "matryoshka", "batch_topk", "sharded")
@@ -60,7 +63,7 @@ def trainer(case: dict[str, Any], group: Group) -> Trainer:
     }
     sae = {"dict_size": 200, "k": 4, "group_fractions": [0.25, 0.75], **case.get("sae", {})}
     tree = {"sae": sae, "objective": case.get("objective", "reference"), "training": training}
-    built = Trainer(configuration.from_mapping(tree, "test"), DIM, group=group)
+    built = Trainer(configuration.from_mapping(tree, "test"), DIM, moments=MOMENTS, group=group)
     if case.get("double"):
         built.dictionary.double()
     return built

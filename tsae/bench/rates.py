@@ -13,6 +13,7 @@ import torch
 
 from tsae.bench.report import spread
 from tsae.bench.shape import Shape, batches
+from tsae.config.run import Counted
 from tsae.config.sections import ModelConfig, StoreConfig
 from tsae.data.contexts import Contexts
 from tsae.runtime.progress import Progress
@@ -49,7 +50,7 @@ def _read_rates(shape: Shape, megabytes: int, rounds: int) -> tuple[list[float],
     with tempfile.TemporaryDirectory(prefix="tsae-bench-") as folder:
         store = _write_store(Path(folder), shape, megabytes)
         batch, pool = min(shape.batch_size, len(store.train) * CONTEXT // 8), max(1, len(store.train) // 4)
-        stream = PairStream(store, "previous", batch, 0, skip_positions=1, pool_sequences=pool)
+        stream = PairStream(store, "previous", batch, 0, counted=Counted(1), pool_sequences=pool)
         steps = stream.steps_per_epoch
         flat = np.memmap(Path(folder) / "flat", np.uint16, mode="r").reshape(-1, shape.activation_dim)
         ways = (stream.iterate(0, (rounds + 1) * steps), _random_rows(flat, batch))

@@ -6,11 +6,11 @@ A run is one YAML file; the resolved file and its hash lie beside every output.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from tsae.config import schema
 from tsae.config.experiments import ExperimentsConfig
@@ -50,6 +50,27 @@ SYNTHETIC = "synthetic"
 """The value of `data.source` that stands for a synthetic world."""
 
 
+MAX_NORM_MULTIPLE = 6.0
+"""What `data.max_norm_multiple: auto` means. Ordinary tokens of SmolLM2-135M reach 3.8 times the median norm, its massive ones
+begin at 11.9 times (and reach 174); those of Gemma-3-270M stand at 9.1 times."""
+
+
+class Counted(NamedTuple):
+    """Which positions of a store are trained on and measured, of those that belong to a document."""
+
+    skip_positions: int = 0
+    """Leading positions of each context that do not count."""
+    max_norm_multiple: float | None = None
+    """Positions with a larger multiple of the median norm do not count."""
+    exclude_tokens: tuple[int, ...] = ()
+    """Tokens that do not count."""
+
+    @property
+    def all_tokens(self) -> bool:
+        """Whether no token is left out for its norm or its id."""
+        return self.max_norm_multiple is None and not self.exclude_tokens
+
+
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """Everything one run depends on."""
@@ -75,10 +96,18 @@ class RunConfig:
 
     @property
     def normalize(self) -> str:
-        """How activations are scaled for training."""
+        """How activations are scaled, and whether centred, for training."""
         if self.training.normalize != "auto":
             return self.training.normalize
         return "unit_rms" if self._relative_errors else "none"
+
+    @property
+    def counted(self) -> Counted:
+        """Which positions are trained on and measured."""
+        data, most = self.data, self.data.max_norm_multiple
+        if most == "auto":
+            most = None if self.objective.preset in ("reference", "paper") else MAX_NORM_MULTIPLE
+        return Counted(data.skip_positions, None if self.is_synthetic else most, data.exclude_tokens)
 
     @property
     def bias_lr(self) -> float:
@@ -137,6 +166,7 @@ def load_resolved(path: Path, used: Sequence[str] = ()) -> RunConfig:
     """
     tree = read(path)
     recorded = tree.pop("training_hash", None)
+    schema.add_neutral(RunConfig, tree)
     unknown = schema.drop_unknown(RunConfig, tree)
     config = from_mapping(tree, str(path))
     wanted = [key for key in unknown if key.startswith(tuple(f"{section}." for section in used))]
@@ -149,6 +179,12 @@ def load_resolved(path: Path, used: Sequence[str] = ()) -> RunConfig:
             "read the run with that version"
         )
     return config
+
+
+def earlier_meanings(config: RunConfig) -> Iterator[RunConfig]:
+    """`config` with what it leaves open as earlier versions took it, for runs that were begun with those."""
+    if config.data.max_norm_multiple == "auto":
+        yield replace(config, data={"max_norm_multiple": None})
 
 
 WRITTEN = "written"
@@ -349,6 +385,11 @@ def _validate(config: RunConfig, where: str) -> None:
         data.skip_positions < length - 1,
         f"at least two positions of the context of {length} must remain",
     )
+    check(
+        "data.exclude_tokens",
+        not (config.is_synthetic and data.exclude_tokens),
+        "a synthetic world has no tokens",
+    )
     check("data.min_length", data.min_length <= length, f"it may be at most data.context_length ({length})")
 
     world = config.synthetic
@@ -401,8 +442,17 @@ def store_settings(config: RunConfig) -> dict[str, Any]:
     if world:
         plain["data"] = {name: plain["data"][name] for name in ("source", "context_length", "holdout", "seed")}
         return plain
-    del plain["model"]["device"], plain["model"]["batch_size"], plain["data"]["skip_positions"]
+    del plain["model"]["device"], plain["model"]["batch_size"]
+    for name in Counted._fields:
+        plain["data"].pop(name, None)
     return plain
+
+
+def _counted_settings(config: RunConfig) -> dict[str, Any]:
+    """Which positions count, as hashes see it: without what came later and leaves nothing out."""
+    counted = config.counted
+    left_out = {"max_norm_multiple": counted.max_norm_multiple, "exclude_tokens": list(counted.exclude_tokens)}
+    return {"skip_positions": counted.skip_positions, **{name: value for name, value in left_out.items() if value}}
 
 
 def _plain(config: RunConfig, sections: Iterable[str]) -> dict[str, Any]:
@@ -417,7 +467,7 @@ def reading_settings(config: RunConfig) -> dict[str, Any]:
     return {
         **store_settings(config),
         **reading,
-        "skip_positions": config.data.skip_positions,
+        **_counted_settings(config),
         "path": config.store.path,
     }
 
@@ -427,7 +477,7 @@ def training_settings(config: RunConfig) -> dict[str, Any]:
     apart = {"model", "data", "synthetic", "store", "evaluation", "experiments"}
     others = (section.name for section in dataclasses.fields(config) if section.name not in apart)
     plain = {**store_settings(config), **_plain(config, others)}
-    plain["data"]["skip_positions"] = config.data.skip_positions
+    plain["data"] |= _counted_settings(config)
     places = ("device", "processes", "shard", "trackers", "wandb_project", "wandb_entity")
     for name in (*places, "resume_every", "resume_minutes", "resume_keep", "pack"):
         plain["training"].pop(name, None)

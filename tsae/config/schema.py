@@ -144,6 +144,16 @@ def drop_unknown(cls: type, mapping: dict[str, Any], path: str = "") -> list[str
     return unknown
 
 
+def add_neutral(cls: type, mapping: dict[str, Any]) -> None:
+    """Give the settings that came after `mapping` was written the value that means what was before them, in place."""
+    for name, hint in type_hints(cls).items():
+        if dataclasses.is_dataclass(hint) and isinstance(mapping.get(name), dict):
+            add_neutral(hint, mapping[name])  # type: ignore[arg-type]
+    for name, mark in _neutral(cls):
+        if mark is not None:
+            mapping.setdefault(name, mark.neutral)
+
+
 def convert(hint: Any, value: Any, where: str, path: str) -> Any:
     """`value` as the type `hint`, or a TsaeError that says what is allowed."""
     if dataclasses.is_dataclass(hint):
@@ -180,10 +190,11 @@ def convert(hint: Any, value: Any, where: str, path: str) -> Any:
 
 
 def _allowed(hint: Any) -> list[str]:
-    """The values of a `Literal`, or of text that is marked with `OneOf`."""
+    """The values of a `Literal`, or of text that is marked with `OneOf`; none of any other type."""
     if get_origin(hint) is Literal:
         return list(get_args(hint))
-    return [name for mark in hint.__metadata__ if isinstance(mark, OneOf) for name in mark.table]
+    marks = getattr(hint, "__metadata__", ())
+    return [name for mark in marks if isinstance(mark, OneOf) for name in mark.table]
 
 
 def _convert_union(hint: Any, value: Any, where: str, path: str) -> Any:
@@ -198,7 +209,11 @@ def _convert_union(hint: Any, value: Any, where: str, path: str) -> Any:
             return convert(option, value, where, path)
         except TsaeError as error:
             failures.append(error)
-    raise failures[0]
+    # What is refused for its value, not for its kind: of a word the choices are told, of a number its bounds.
+    fitting = (_allowed(option) != [] for option in options if option is not type(None))
+    raise next(
+        (error for error, words in zip(failures, fitting, strict=True) if words == isinstance(value, str)), failures[0]
+    )
 
 
 def _convert_scalar(hint: Any, value: Any, where: str, path: str) -> Any:

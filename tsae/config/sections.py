@@ -20,6 +20,7 @@ from tsae.config.bounds import (
     OneOf,
     Positive,
     Seed,
+    above,
     matching,
 )
 from tsae.config.paths import MODEL_FILES, Place
@@ -82,6 +83,10 @@ class DataConfig:
     """Begin each context with the tokenizer's BOS token; `auto` does what the tokenizer itself does."""
     skip_positions: Natural = 1
     """Leading positions of each context kept out of training and evaluation: BOS or, without one, the attention sink."""
+    max_norm_multiple: Annotated[Literal["auto"] | Annotated[float, above(1)] | None, Added(None)] = "auto"
+    """Tokens whose norm is more than so many times the median of the training tokens are kept out of training and evaluation: a few of them, wherever they stand in a context, can hold most of the squared norm. `auto`: 6, which lies in the gap between ordinary and massive tokens of every model measured, but none for the presets `reference` and `paper`; none: no limit. Without effect on a synthetic world."""
+    exclude_tokens: Annotated[tuple[Natural, ...], Added(())] = ()
+    """Token ids that are kept out of training and evaluation wherever they stand."""
     holdout: Annotated[float, Bound(lambda share: 0 < share < 1, "a share between 0 and 1 is allowed")] = 0.1
     """Share of the documents that is kept for evaluation and never trained on."""
     seed: Seed = 0
@@ -260,8 +265,8 @@ class TrainingConfig:
     """First step of the linear decay to zero; none: no decay."""
     pair_rule: str = "previous"
     """Partner of a token: `previous`, `random` (any earlier token of the document), `within:N` (at most N back) or `none` (single tokens)."""
-    normalize: Literal["auto", "none", "mean_squared_norm", "unit_rms"] = "auto"
-    """`auto`: `unit_rms` where `objective.reconstruction` is `variance`, else `none`; `mean_squared_norm`: train on activations divided by the root of their mean squared norm; `unit_rms`: scaled to a root mean square of 1 in each dimension, so that a mean squared norm of D remains. Saved weights apply to raw activations either way."""
+    normalize: Literal["auto", "none", "mean_squared_norm", "unit_rms", "centred"] = "auto"
+    """`auto`: `unit_rms` where `objective.reconstruction` is `variance`, else `none`; `mean_squared_norm`: train on activations divided by the root of their mean squared norm; `unit_rms`: scaled to a root mean square of 1 in each dimension, so that a mean squared norm of D remains; `centred`: the same about their mean, which is subtracted first: where it is far larger than what varies, latents die. Saved weights apply to raw activations either way."""
     threshold_beta: Annotated[float, Bound(lambda beta: 0 <= beta < 1, "a decay in [0, 1) is allowed")] = 0.999
     """Decay of the moving average of the inference threshold."""
     threshold_start_step: Natural | None = None

@@ -108,7 +108,7 @@ class _HeldOut:
         self._config, self._run = config, run
         self._store = Store.open(store_path(config), config)
         rows = np.asarray(self._store.heldout_range)[: config.evaluation.sequences]
-        document, valid = self._store.document[rows], self._store.valid(config.data.skip_positions)[rows]
+        document, valid = self._store.document[rows], self._store.valid(config.counted, rows)
         lengths = [part.stop - part.start for own in zip(document, valid, strict=True) for part, _ in runs(*own)]
         self.tokens = sum(lengths)
         if not self.tokens:
@@ -119,8 +119,7 @@ class _HeldOut:
         settings, store = self._config.evaluation, self._store
         sequences = min(settings.sequences, len(store.heldout_range))
         progress = Progress(f"calibrate {self._run.path.parent.name}: {stage}", sequences, "sequences")
-        skip = self._config.data.skip_positions
-        for batch in held_out_batches(store, settings.sequences, settings.batch_size, skip):
+        for batch in held_out_batches(store, settings.sequences, settings.batch_size, self._config.counted):
             yield batch.x.float()
             progress.update(batch.sequences_done)
 

@@ -27,6 +27,7 @@ from tsae.sae.dictionary import Dictionary
 from tsae.sae.inference import reconstruct
 from tsae.store import binding
 from tsae.store.layout import store_path
+from tsae.store.moments import moments_of
 from tsae.store.reader import Store
 
 
@@ -94,7 +95,7 @@ def _score(config: RunConfig, run: RunFolder, dictionary: Dictionary, store: Sto
     scores = Scores(dictionary)
     sequences = min(settings.sequences, len(store.heldout_range))
     progress = Progress(f"evaluate {run.path.parent.name}", sequences, "sequences", run.progress)
-    batches = held_out_batches(store, settings.sequences, settings.batch_size, config.data.skip_positions, group)
+    batches = held_out_batches(store, settings.sequences, settings.batch_size, config.counted, group)
     for batch in group.polled(batches):
         scores.add(batch.x.to(device), batch.lengths, batch.documents)
         progress.update(batch.sequences_done)
@@ -113,10 +114,10 @@ def _loss_recovered(
     dictionary = dictionary.to(model.device)
     ablation = torch.zeros(dictionary.activation_dim)
     if settings.ablation == "mean":
-        ablation = store.mean
+        ablation = moments_of(store, config.counted).mean
 
     rows = np.asarray(store.heldout_range)[: settings.loss_sequences]
-    valid = store.valid(config.data.skip_positions)[rows]
+    valid = store.valid(config.counted, rows)
     tokens, lengths, document = (
         torch.from_numpy(array[rows]) for array in (store.tokens, store.lengths, store.document)
     )

@@ -1,7 +1,8 @@
 """Held-out contexts from the store: what evaluation scores one by one.
 
-A context here is a run of valid positions of one document inside one stored sequence: no skipped position, no pad, no
-special token, and never a document boundary. Where documents are packed, a sequence holds several.
+A context here is a run of positions that count, of one document inside one stored sequence: no skipped position, no
+pad, no special token, no token that is left out for its norm or its id, and never a document boundary. Where documents are
+packed, or a token is left out, a sequence holds several.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tsae.config.run import Counted
 from tsae.parallel.group import ALONE, Group
 from tsae.store.reader import Store
 
@@ -30,17 +32,18 @@ class HeldOutBatch(NamedTuple):
 
 
 def held_out_batches(
-    store: Store, sequences: int, batch_size: int, skip_positions: int, group: Group = ALONE
+    store: Store, sequences: int, batch_size: int, counted: Counted, group: Group = ALONE
 ) -> Iterator[HeldOutBatch]:
     """The first `sequences` held-out sequences (they are in random order), `batch_size` at a time.
 
     The processes of `group` take whole batches in turns, so that a batch is what it is for one process.
     """
     rows = np.asarray(store.heldout_range)[:sequences]
-    document, valid = store.document, store.valid(skip_positions)
+    document, valid = store.document[rows], store.valid(counted, rows)
     for start in group.turns(len(rows), batch_size):
         batch = rows[start : start + batch_size]
-        found = [(i, *run) for i, row in enumerate(batch) for run in runs(document[row], valid[row])]
+        here = range(start, start + len(batch))
+        found = [(i, *run) for i, row in enumerate(here) for run in runs(document[row], valid[row])]
         activations = store.read(batch)
         pieces = [activations[i, positions] for i, positions, _ in found]
         yield HeldOutBatch(

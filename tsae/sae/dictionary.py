@@ -119,10 +119,11 @@ class Dictionary(nn.Module, ABC):
         """Reconstruction [..., D] of activations [..., D]."""
         return self.decode(self.encode(x))
 
-    def to_file(self, scale: float = 1.0) -> dict[str, Tensor]:
+    def to_file(self, scale: float = 1.0, shift: Tensor | None = None) -> dict[str, Tensor]:
         """The state dict of the reference's class: CPU tensors under its names, in its order.
 
-        With `scale`, of the same dictionary for activations that are `scale` times as large as those it knows.
+        With `scale` and `shift` [D], of the same dictionary for activations `scale` · x + `shift` where it knows x: its
+        feature activations are `scale` times as large, its reconstructions scaled and shifted alike.
         """
         state = {}
         for key, attribute in self.file_tensors.items():
@@ -131,6 +132,11 @@ class Dictionary(nn.Module, ABC):
             state[key] = (tensor.T if transposed else tensor).to("cpu", copy=True).contiguous()
             if scale != 1 and name in self.scales_with_input:
                 state[key] *= scale
+            if shift is not None and name == "b_dec":
+                state[key] += shift.cpu()
+            elif shift is not None and name == "b_enc" and not self.centre_input:
+                # In double precision, so that only the result is rounded: the shift may be far larger than the codes.
+                state[key] -= (shift.double() @ self.W_enc.detach().double()).cpu()
         return state
 
     def from_file(self, state: dict[str, Tensor], where: str = "state dict") -> None:
@@ -211,9 +217,9 @@ class ThresholdDictionary(Dictionary):
         """What the threshold follows: the least of each token's smallest kept activation [N] (infinite: none kept)."""
         return smallest.min()
 
-    def to_file(self, scale: float = 1.0) -> dict[str, Tensor]:
+    def to_file(self, scale: float = 1.0, shift: Tensor | None = None) -> dict[str, Tensor]:
         """As for every dictionary; a threshold that was never calibrated keeps its mark."""
-        state = super().to_file(scale)
+        state = super().to_file(scale, shift)
         if self.threshold < 0:
             state["threshold"].fill_(UNCALIBRATED)
         return state

@@ -12,10 +12,11 @@ from tsae.sae.kinds import KINDS
 def reference_config(config: RunConfig, activation_dim: int, norm_factor: float = 1.0) -> dict[str, Any]:
     """The content of config.json: every key the reference's scripts read, and those it forgot to write.
 
-    `norm_factor` is what activations were divided by in training; the files are for raw activations all the same.
+    `norm_factor` is what activations were divided by in training, after `normalize: centred` has subtracted their mean;
+    the files are for raw activations all the same.
     """
     kind = KIND_SETTINGS[config.sae.kind]
-    trainer = _common_keys(config, activation_dim) | {"norm_factor": norm_factor}
+    trainer = _common_keys(config, activation_dim) | {"norm_factor": norm_factor, "normalize": config.normalize}
     trainer |= _penalty_keys(config) if kind.penalised else _selection_keys(config, activation_dim)
     if kind.grouped:
         trainer |= _group_keys(config)

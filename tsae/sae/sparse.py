@@ -87,7 +87,7 @@ class SparseCode(NamedTuple):
 
     def within(self, latents: slice) -> tuple[SparseCode, Tensor]:
         """The entries of a run of latents, which are counted from 0 again; and their places among all entries."""
-        chosen = ((self.latents >= latents.start) & (self.latents < latents.stop)).nonzero()[:, 0]
+        chosen = self.inside(latents).nonzero()[:, 0]
         offsets = torch.searchsorted(chosen, self.offsets)
         part = SparseCode(
             offsets, self.latents[chosen] - latents.start, self.values[chosen], latents.stop - latents.start
@@ -96,8 +96,11 @@ class SparseCode(NamedTuple):
 
     def mass(self, latents: slice) -> Tensor:
         """Sum of all entries in a run of latents, a scalar."""
-        inside = (self.latents >= latents.start) & (self.latents < latents.stop)
-        return self.values.where(inside, 0).sum()
+        return self.values.where(self.inside(latents), 0).sum()
+
+    def inside(self, latents: slice) -> Tensor:
+        """Which entries are of a run of latents [n], bool."""
+        return (self.latents >= latents.start) & (self.latents < latents.stop)
 
     def sum_values(self, values: Tensor) -> Tensor:
         """Sum of each row's entries of `values` [n] → [N]."""

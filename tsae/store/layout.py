@@ -8,6 +8,7 @@
             shards/<k>.json         marker of a finished shard: size, checksums, partial statistics
         tokens/ document/           [N, L]; document is -1 at padding, BOS and other special tokens
         lengths/                    [N] real tokens of each sequence
+        norms/                      [N, L] norm of each position as stored, a chunk for each shard
         label/                      [documents] index into the attribute `label_names`, -1: none
         truth_*/                    of a synthetic world: the true features' directions, kinds, held-out activations
         progress.json               only while a harvest runs
@@ -45,6 +46,9 @@ SIBLINGS = {
     "label": ("document",),
 }
 """Arrays beside the activations, with the names of their dimensions."""
+
+NORMS = "norms"
+"""The array of norms, which can be made again (see `tsae.store.norms`)."""
 
 EXTRAS = {
     "truth_directions": ("feature", "dimension"),
@@ -217,11 +221,9 @@ class StoreLayout:
         try:
             array = np.asarray(zarr.open_array(self.path / name, mode="r")[:])
         except (OSError, ValueError, RuntimeError) as error:
-            raise TsaeError(
-                f"{self.path / name}: cannot be read ({error}); remove the store and harvest again"
-            ) from None
+            raise TsaeError(f"{self.path / name}: cannot be read ({error}); {_remedy(name)}") from None
         if digest(array) != self.attributes["digests"][name]:
-            raise TsaeError(f"{self.path / name}: has changed since the harvest; remove the store and harvest again")
+            raise TsaeError(f"{self.path / name}: has changed since the harvest; {_remedy(name)}")
         return array
 
     @cached_property
@@ -301,6 +303,12 @@ class StoreLayout:
             f"({different or changed(self.attributes.get('sources'), config)}); "
             "choose another store.path or remove the folder"
         )
+
+
+def _remedy(name: str) -> str:
+    """What mends an array beside the activations."""
+    made_again = "remove this folder, and it is made from the activations when it is needed"
+    return made_again if name == NORMS else "remove the store and harvest again"
 
 
 def changed(recorded: dict[str, str] | None, config: RunConfig) -> str:

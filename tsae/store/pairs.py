@@ -31,6 +31,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tsae.config.run import Counted
 from tsae.config.sections import parse_pair_rule
 from tsae.runtime.errors import TsaeError
 from tsae.store.reader import Store, uninitialised
@@ -88,9 +89,9 @@ class PairStream:
     """Batches of pairs from the training part of a store.
 
     `stream[step]` is [B / world, 2, D] float32 (slot 0 the current token, slot 1 its partner), or [B / world, D] for
-    the rule `none`. The batches of all ranks, put together in order, are the batch of a single process. Positions
-    before `skip_positions`, padding and special tokens never enter; a partner is an earlier token of the same
-    document in the same context. `pool_sequences` contexts are mixed at a time, over all ranks, and
+    the rule `none`. The batches of all ranks, put together in order, are the batch of a single process. Positions that
+    are not `counted` (see `Store.valid`) never enter, and part what stands before them from what follows; a partner is
+    an earlier token of the same document in the same context. `pool_sequences` contexts are mixed at a time, over all ranks, and
     twice as many are in memory.
     """
 
@@ -101,7 +102,7 @@ class PairStream:
         batch_size: int,
         seed: int,
         *,
-        skip_positions: int,
+        counted: Counted,
         pool_sequences: int,
         rank: int = 0,
         world: int = 1,
@@ -114,7 +115,7 @@ class PairStream:
         # Of any greater number, too, no token has as many before it.
         self._number = min(number, store.context_length)
         self._fewest = self._rule.fewest(self._number)
-        self._skip = skip_positions
+        self._counted = counted
         self._block = _block_sequences(store)
         self._pairs = self._pairs_per_block()
         total = int(self._pairs.sum())
@@ -263,13 +264,12 @@ class PairStream:
         return earlier.reshape(-1), found + np.repeat(shift, self._pairs[order])
 
     def _earlier(self, sequences: np.ndarray) -> np.ndarray:
-        """[n, L]: how many tokens of its document stand directly before each position; -1: not a token to train on.
+        """[n, L]: how many tokens of its document that count stand directly before each position; -1: not a token to train on.
 
         A sequence number of -1 stands for a place without a sequence.
         """
         document = self._store.document[sequences]
-        valid = document >= 0
-        valid[:, : self._skip] = False
+        valid = self._store.valid(self._counted, sequences)
         valid[sequences < 0] = False
         positions = np.arange(document.shape[1], dtype=np.int32)
         begins = np.ones_like(valid)

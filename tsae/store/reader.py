@@ -13,8 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tsae.config.run import RunConfig
+from tsae.config.run import Counted, RunConfig
 from tsae.runtime.errors import TsaeError
+from tsae.store import norms
 from tsae.store.geometry import CRC_BYTES, crc32c
 from tsae.store.layout import StoreLayout
 from tsae.store.writer import TORCH_DTYPE
@@ -39,10 +40,9 @@ class Store:
         self.train = range(self.n_sequences - self.heldout)
         self.heldout_range = range(self.n_sequences - self.heldout, self.n_sequences)
         self.label_names = tuple(self.attributes["label_names"])
-        statistics = self.attributes["statistics"]
-        self.mean = torch.tensor(statistics["mean"], dtype=torch.float32)
-        self.mean_squared_norm = float(statistics["mean_squared_norm"])
+        self.mean = torch.tensor(self.attributes["statistics"]["mean"], dtype=torch.float32)
         self._checksums = layout.read_checksums()
+        self._medians: dict[int, float] = {}
         self._sound: set[int] = set()
 
     @classmethod
@@ -91,11 +91,39 @@ class Store:
         )
         return Truth(directions, group, tuple(self.attributes["model"]["feature_kinds"]), features)
 
-    def valid(self, skip_positions: int) -> np.ndarray:
-        """[N, L] bool: positions that belong to a document and are not among the first `skip_positions`."""
-        valid = self.document >= 0
-        valid[:, :skip_positions] = False
+    @cached_property
+    def norms(self) -> np.ndarray:
+        """[N, L] float32: norm of each position's activation as it is stored, 0 at padding."""
+        found = norms.recorded(self.layout)
+        return norms.add(self.layout, self.read) if found is None else found
+
+    def valid(self, counted: Counted, rows: np.ndarray | slice = slice(None), limit: float | None = None) -> np.ndarray:
+        """[n, L] bool: which positions of sequences `rows` count; of all sequences by default.
+
+        Those that belong to a document, are not among the first `skip_positions`, hold none of `exclude_tokens`, and
+        whose norm is at most `max_norm_multiple` times the median, or `limit` where that is given.
+        """
+        valid = self.document[rows] >= 0
+        valid[:, : counted.skip_positions] = False
+        if counted.exclude_tokens:
+            valid &= ~np.isin(self.tokens[rows], counted.exclude_tokens)
+        if counted.max_norm_multiple is not None:
+            valid &= self.norms[rows] <= (self.limit(counted) if limit is None else limit)
         return valid
+
+    def limit(self, counted: Counted) -> float:
+        """The largest norm of a position that counts: `max_norm_multiple` times the median norm of the training part.
+
+        The median is over positions that belong to a document and are not among the first `skip_positions`.
+        """
+        if counted.max_norm_multiple is None:
+            return math.inf
+        if counted.skip_positions not in self._medians:
+            # Where nothing is trained on, as with labelled texts, the median is of all.
+            rows = slice(len(self.train) or None)
+            valid = self.valid(Counted(counted.skip_positions), rows)
+            self._medians[counted.skip_positions] = float(np.median(self.norms[rows][valid])) if valid.any() else 0.0
+        return counted.max_norm_multiple * self._medians[counted.skip_positions]
 
     def read(self, sequences: Sequence[int] | np.ndarray, out: Tensor | None = None) -> Tensor:
         """Activations [n, L, D] of `sequences`, in their order, in the store's dtype; into `out` if given.

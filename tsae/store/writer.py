@@ -29,6 +29,7 @@ from tsae.runtime.errors import TsaeError
 from tsae.runtime.locks import clock, process_table, started_at
 from tsae.store import geometry as cutting
 from tsae.store import layout as layouts
+from tsae.store import norms
 from tsae.store.geometry import Geometry, crc32c
 from tsae.store.layout import StoreLayout, decode, digest, encode
 
@@ -89,6 +90,16 @@ class Summary:
             merged.squares += summary.squares
             merged.largest = np.maximum(merged.largest, summary.largest)
         return merged
+
+    @classmethod
+    def of(cls, statistics: dict[str, Any]) -> Summary:
+        """The summary of which `statistics` were made, but for rounding."""
+        count, mean, variance = (np.array(statistics[name]) for name in ("count", "mean", "variance"))
+        return cls(int(count), count * mean, count * (variance + mean**2), np.array(statistics["max_abs"]))
+
+    def without(self, part: Summary) -> Summary:
+        """The summary of what remains without a part; its largest magnitudes may be those of the part."""
+        return Summary(self.count - part.count, self.total - part.total, self.squares - part.squares, self.largest)
 
     def statistics(self) -> dict[str, Any]:
         """The attribute `statistics`: `count`, `mean` [D], `variance` [D], `mean_squared_norm`, `max_abs` [D]."""
@@ -174,6 +185,7 @@ def _write_draft(
         attributes={"dtype": store.dtype},
         dimension_names=("sequence", "position", "dimension"),
     )
+    norms.create(group, geometry)
     group.create_array(
         "checksums",
         shape=(geometry.chunks,),
@@ -219,12 +231,14 @@ def write_shard(layout: StoreLayout, shard: int, activations: Iterable[Tensor]) 
     path.parent.mkdir(parents=True, exist_ok=True)
     discard_leftovers(path.parent, ".")
     temporary = path.with_name(_temporary_name(path.name))
-    summary = Summary.empty(geometry.activation_dim)
+    summary, lengths = Summary.empty(geometry.activation_dim), []
     try:
         with open(temporary, "wb", buffering=0) as stream:
             chunks = _ChunkStream(stream, geometry)
             for first, block in _numbered(activations, rows):
-                chunks.append(_storable(layout, first, block, summary))
+                values = _storable(layout, first, block, summary)
+                lengths.append(norms.of(values))
+                chunks.append(values.cpu().view(torch.uint8).numpy().reshape(len(values), -1))
             chunks.finish(geometry.index(shard))
             os.fsync(stream.fileno())
         os.replace(temporary, path)
@@ -232,6 +246,7 @@ def write_shard(layout: StoreLayout, shard: int, activations: Iterable[Tensor]) 
         temporary.unlink(missing_ok=True)
     for folder in (path.parent, path.parent.parent, path.parent.parent.parent, layout.activations):
         files.sync_folder(folder)
+    norms.write(layout, shard, lengths)
     marker = {
         "store": layout.identity,
         "shard": shard,
@@ -255,8 +270,8 @@ def _numbered(activations: Iterable[Tensor], rows: range) -> Iterable[tuple[int,
         raise ValueError(f"only {first - rows.start} sequences were given for a shard of {len(rows)}")
 
 
-def _storable(layout: StoreLayout, first: int, block: Tensor, summary: Summary) -> np.ndarray:
-    """The bytes [S, sequence_bytes] of activations [S, L, D] of the sequences from `first` on; `summary` takes them in."""
+def _storable(layout: StoreLayout, first: int, block: Tensor, summary: Summary) -> Tensor:
+    """What is stored of activations [S, L, D] of the sequences from `first` on, contiguous; `summary` takes it in."""
     dtype = TORCH_DTYPE[layout.geometry.dtype]
     rows = slice(first, first + len(block))
     lengths = torch.from_numpy(layout.lengths[rows]).to(block.device)
@@ -272,7 +287,7 @@ def _storable(layout: StoreLayout, first: int, block: Tensor, summary: Summary) 
     sequences = torch.arange(first, first + len(block), device=block.device)
     trained = sequences < layout.geometry.sequences - layout.heldout
     summary.add(values[(document >= 0) & (positions > 0) & trained[:, None]])
-    return values.cpu().view(torch.uint8).numpy().reshape(len(block), -1)
+    return values
 
 
 class _ChunkStream:
@@ -335,6 +350,9 @@ def finalise(layout: StoreLayout) -> None:
         "bytes": sum(marker["bytes"] for marker in markers),
         "checksums": digest(checksums),
     }
+    lengths = norms.read(layout)
+    if lengths is not None:  # of a harvest that an earlier version began, they are made when they are needed
+        norms.record(layout, lengths)
     layout.set_attributes(statistics=summary.statistics(), manifest=manifest, complete=True)
 
 

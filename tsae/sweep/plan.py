@@ -155,15 +155,16 @@ def make_plan(sweep: Sweep, to_look_at: bool = False) -> Plan:
 
     In a plan that is only `to_look_at` a run's folder that cannot be read is named as damaged.
     """
-    points, chain = expand(sweep), Chain(sweep)
+    points, chain = list(expand(sweep)), Chain(sweep)
     table: dict[str, Stage] = {}
     needed_by: dict[str, list[str]] = {}
     harvests: dict[str, list[Stage]] = {}
     checked: set[str] = set()
     damaged: dict[str, str] = {}
-    for point in points:
+    for number, point in enumerate(points):
         _check_model(chain, point, checked)
         try:
+            points[number] = point = dataclasses.replace(point, config=chain.run(point).as_begun(point.config))
             trained_as = chain.run(point).training_hash()
         except TsaeError as error:
             if not to_look_at:
@@ -187,7 +188,7 @@ def make_plan(sweep: Sweep, to_look_at: bool = False) -> Plan:
         else stage
         for stage in ordered
     ]
-    return Plan(sweep, points, tuple(pack(points, readable)), damaged)
+    return Plan(sweep, tuple(points), tuple(pack(points, readable)), damaged)
 
 
 def _as_yaml(config: configuration.RunConfig) -> str:

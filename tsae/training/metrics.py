@@ -56,11 +56,16 @@ def living(trainer: Trainer) -> Living:
 
 def measures_of(step: int, terms: Terms, config: RunConfig, latents: Living) -> dict[str, float]:
     """The line of update `step`. No clock is in it, so that a resumed run writes the same."""
-    shares = terms.group_shares.tolist()
-    values = {name: float(value) for name, value in terms._asdict().items() if name != "group_shares"}
-    if len(shares) > 1:
-        values |= {f"share_{group}": share for group, share in enumerate(shares)}
-        values["collapsed_groups"] = len(collapsed(shares, config.sae.fractions))
+    of_groups = {
+        "share": terms.group_shares.tolist(),
+        "l0": (terms.group_active / config.training.batch_size).tolist(),
+        "fve": terms.group_fve.tolist(),
+    }
+    values = {name: float(value) for name, value in terms._asdict().items() if not name.startswith("group_")}
+    if len(of_groups["share"]) > 1:
+        for name, each in of_groups.items():
+            values |= {f"{name}_{group}": value for group, value in enumerate(each)}
+        values["collapsed_groups"] = len(collapsed(of_groups["share"], config.sae.fractions))
     for name in ("alive", "dead"):
         values |= {f"{name}_{group}": share for group, share in enumerate(getattr(latents, name))}
     values["l0"] = values.pop("n_active") / config.training.batch_size

@@ -6,7 +6,9 @@ reconstruction, Gao et al. 2024 for aux-k; the temporal terms stand in `tsae.tra
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
@@ -92,6 +94,8 @@ class Losses(NamedTuple):
     """Temporal term before its weight; 0 without one."""
     error: Tensor
     """Residual of the full reconstruction [B, D], detached."""
+    group_errors: Tensor
+    """What `errors_alone` says of each group on this process's share of the batch [G]."""
     temp_gradient: Tensor
     """Largest absolute gradient of the temporal term with respect to the current tokens' codes."""
     sparsity_loss: Tensor = torch.zeros(())
@@ -107,7 +111,7 @@ class Encoded(NamedTuple):
     fired: Tensor
     """Latents that fired on a current token [F], bool."""
     n_active: Tensor
-    """Nonzero entries of the current tokens' codes."""
+    """Nonzero entries of the current tokens' codes in each group [G]."""
     cut: Tensor
     """What the inference threshold follows: about the smallest activation kept; infinite if there is none."""
     mass: Tensor
@@ -157,7 +161,8 @@ def objective(
 
     `document` [B] tells which pairs are of one document; it is needed where those are no negatives.
     """
-    group_losses, error = nested_reconstruction(dictionary, codes.current, current, weights.group_weights)
+    group_losses, residuals = nested_reconstruction(dictionary, codes.current, current, weights.group_weights)
+    error, alone = residuals[-1], errors_alone((current - dictionary.b_dec).detach(), residuals)
     if weights.relative:
         group_losses = group_losses / variance(current)
     l2_loss = group_losses.sum() * weights.reduction
@@ -171,20 +176,32 @@ def objective(
             value = weights.temporal.dense(codes.current[:, high], codes.partner[:, high], pairs)
         temporal = weights.temporal_weight * value
     loss = l2_loss + weights.auxk_alpha * auxk + weights.temporal_alpha * temporal
-    return Losses(loss, l2_loss, group_losses, auxk, temporal, error, l2_loss.new_zeros(()))
+    return Losses(loss, l2_loss, group_losses, auxk, temporal, error, alone, l2_loss.new_zeros(()))
 
 
 @phase("decode")
 def nested_reconstruction(
     dictionary: ThresholdDictionary, f: Tensor, x: Tensor, weights: tuple[float, ...]
-) -> tuple[Tensor, Tensor]:
-    """Weighted loss [G] of the reconstructions from groups 0..g of codes [B, F], and the last one's residual [B, D]."""
+) -> tuple[Tensor, list[Tensor]]:
+    """Weighted loss [G] of the reconstructions from groups 0..g of codes [B, F], and what each leaves of x [B, D]."""
     reconstruction = dictionary.b_dec.expand_as(x)
-    losses = []
+    losses, residuals = [], []
     for weight, group in zip(weights, dictionary.group_slices, strict=True):
         reconstruction = reconstruction + f[:, group] @ dictionary.W_dec[group]
-        losses.append(weight * (x - reconstruction).pow(2).sum(dim=-1).mean())
-    return torch.stack(losses), (x - reconstruction).detach()
+        residual = x - reconstruction
+        losses.append(weight * residual.pow(2).sum(dim=-1).mean())
+        residuals.append(residual.detach())
+    return torch.stack(losses), residuals
+
+
+def errors_alone(centred: Tensor, residuals: Sequence[Tensor]) -> Tensor:
+    """Squared error of what the decoder's bias and one group alone reconstruct, summed over the batch, for each group [G].
+
+    `centred` is x − b_dec [B, D], `residuals` what each nested reconstruction leaves of x. The group's part is what its
+    reconstruction takes from the residual before it, so that nothing is decoded again.
+    """
+    alone = [residuals[0], *(centred - before + after for before, after in pairwise(residuals))]
+    return torch.stack([error.square().sum() for error in alone])
 
 
 def variance(x: Tensor) -> Tensor:
@@ -219,8 +236,10 @@ class DenseEngine(Engine[ThresholdDictionary]):
         code = codes.current.detach()
         positive = code > 0
         smallest = torch.where(positive, code, torch.inf).amin(dim=1)
-        mass = torch.stack([code[:, group].sum() for group in dictionary.group_slices])
-        return Encoded(codes, positive.any(dim=0), positive.sum(), dictionary.cut_of(smallest), mass)
+        n_active, mass = (
+            torch.stack([each[:, group].sum() for group in dictionary.group_slices]) for each in (positive, code)
+        )
+        return Encoded(codes, positive.any(dim=0), n_active, dictionary.cut_of(smallest), mass)
 
     def backward(
         self,

@@ -48,7 +48,7 @@ class PenaltyEngine(Engine[Dictionary]):
         penalised = self._penalise(dictionary, current, self._settings)
         active = penalised.f.detach() > 0
         fired, cut = self._group.any(active.any(dim=0)), current.new_tensor(torch.inf)
-        return Encoded(penalised, fired, active.sum(), cut, penalised.f.detach().sum()[None])
+        return Encoded(penalised, fired, active.sum()[None], cut, penalised.f.detach().sum()[None])
 
     def backward(
         self,
@@ -63,18 +63,21 @@ class PenaltyEngine(Engine[Dictionary]):
         del weights, partner, dead, document
         penalised: Penalised = encoded.codes
         error = current - dictionary.decode(penalised.f)
-        l2_loss = error.pow(2).sum(dim=-1).mean()
+        squares = error.pow(2)
+        l2_loss = squares.sum(dim=-1).mean()
         weight = l2_loss.new_tensor(self._current_weight(dictionary, current))
         sparsity = weight * penalised.penalty
         loss = loss_here = l2_loss + sparsity + penalised.auxiliary
-        summed = self._group.sums(encoded.n_active, loss, l2_loss, penalised.auxiliary, sparsity)
+        summed = self._group.sums(encoded.n_active[0], loss, l2_loss, penalised.auxiliary, sparsity)
         n_active, loss, l2_loss, auxiliary, sparsity = (value / self._group.world for value in summed)
         self._advance(float(n_active) / len(current))
         dictionary.zero_grad(set_to_none=True)
         self._sum_what_is_made(dictionary)
         (loss_here / self._group.world).backward()
         zero = l2_loss.new_zeros(())
-        terms = Losses(loss, l2_loss, l2_loss[None], auxiliary, zero, error, zero, sparsity, weight)
+        terms = Losses(
+            loss, l2_loss, l2_loss[None], auxiliary, zero, error, squares.sum()[None], zero, sparsity, weight
+        )
         return Losses(*(term.detach() for term in terms)), whole_gradients(dictionary, self._shard.part)
 
     def _sum_what_is_made(self, dictionary: Dictionary) -> None:

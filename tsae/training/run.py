@@ -27,6 +27,7 @@ from tsae.runtime.provenance import provenance
 from tsae.sae.reference import reference_config
 from tsae.store import binding
 from tsae.store.layout import store_path
+from tsae.store.moments import moments_of
 from tsae.store.pairs import PairStream
 from tsae.store.reader import Store
 from tsae.training.metrics import Metrics, first_fve, has_diverged, imbalance, living, measures_of, quiet
@@ -88,7 +89,7 @@ def _train(runs: Sequence[tuple[RunConfig, RunFolder]], group: Group, inexact: b
         settings.pair_rule,
         settings.batch_size,
         settings.seed,
-        skip_positions=config.data.skip_positions,
+        counted=config.counted,
         pool_sequences=settings.pool_sequences,
         rank=group.rank,
         world=group.world,
@@ -147,8 +148,9 @@ class _Training:
         # The name of this run in the trackers, and the step that comes next there.
         self._tracking = state.get("tracking") or {"id": uuid.uuid4().hex, "step": 0}
         self._metrics_bytes = state.get("metrics_bytes", 0)
-        self._device, norm = Accelerator(cpu=config.training.device == "cpu").device, store.mean_squared_norm
-        self._trainer = Trainer(config, store.activation_dim, device=self._device, mean_squared_norm=norm, group=group)
+        self._device = Accelerator(cpu=config.training.device == "cpu").device
+        moments = moments_of(store, config.counted)
+        self._trainer = Trainer(config, store.activation_dim, device=self._device, moments=moments, group=group)
         self._first_fve = first_fve(run.metrics) if state else None
         if state:
             self._continue(state)
@@ -206,7 +208,9 @@ class _Training:
         run.claim(config)
         run.remove_leftovers()
         self._states.remove_leftovers()
-        sources = {"store": store.attributes, "data": binding.record(config)}
+        sources: dict[str, Any] = {"store": store.attributes, "data": binding.record(config)}
+        if config.counted.max_norm_multiple is not None:
+            sources["norm_limit"] = store.limit(config.counted)
         if self._inexact:
             sources["inexact"] = self._inexact
         files.write_json(run.provenance, provenance(config.training_hash, **sources))
@@ -233,7 +237,7 @@ class _Training:
             self._require_sense(terms, last)
         self._open()
         if kept is not None:
-            save_dictionary(self.run.checkpoint(step), kept, self._trainer.scale)
+            save_dictionary(self.run.checkpoint(step), kept, self._trainer.scale, self._trainer.shift)
         if logged and first:
             self._log(step, terms)
         if last:
@@ -320,7 +324,7 @@ class _Training:
     def _finish(self) -> None:
         self.wait()
         self._metrics.close()
-        save_dictionary(self.run.weights, self._trainer.dictionary, self._trainer.scale)
+        save_dictionary(self.run.weights, self._trainer.dictionary, self._trainer.scale, self._trainer.shift)
         self._states.remove()
         self._trackers.finish()  # which may wait for a server
 

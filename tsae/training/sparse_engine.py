@@ -24,7 +24,7 @@ from tsae.sae.dictionary import ThresholdDictionary
 from tsae.sae.selection.global_top_k import global_top_k_codes
 from tsae.sae.selection.top_k import GUESS_MARGIN, Encoder, batch_top_k_codes, top_k_codes
 from tsae.sae.sparse import ByLatent, SparseCode, add_rows, kernels_for, sampled_products, weighted_rows
-from tsae.training.objective import Encoded, Engine, Losses, Weights
+from tsae.training.objective import Encoded, Engine, Losses, Weights, errors_alone
 from tsae.training.temporal import Pairs
 from tsae.training.update import (
     DECODER,
@@ -110,7 +110,8 @@ class SparseEngine(Engine[ThresholdDictionary]):
         codes = _Codes(centred.flatten(0, 1), code, selections[1].code if partner is not None else None)
         cut = dictionary.cut_of(self._group.gather(smallest))
         mass = torch.stack([code.mass(group) for group in dictionary.group_slices])
-        return Encoded(codes, self._group.any(fired), torch.tensor(len(code.values)), cut, mass)
+        n_active = torch.stack([code.inside(group).sum() for group in dictionary.group_slices])
+        return Encoded(codes, self._group.any(fired), n_active, cut, mass)
 
     @torch.no_grad()
     def backward(
@@ -137,6 +138,7 @@ class SparseEngine(Engine[ThresholdDictionary]):
             for (part, _), group in zip(parts, slices, strict=True):
                 residuals.append(residuals[-1] - weighted_rows(part, dictionary.W_dec[group]))
         residuals = residuals[1:]
+        alone = errors_alone(codes.centred[:n_rows], residuals)
         group_losses = torch.stack(
             [
                 weight * residual.square().sum() / divisor
@@ -167,7 +169,7 @@ class SparseEngine(Engine[ThresholdDictionary]):
         l2_loss = group_losses.sum() * weights.reduction
         loss = l2_loss + weights.auxk_alpha * auxk + weights.temporal_alpha * temporal
         strongest = term.current.abs().max() if term and len(term.current) else l2_loss.new_zeros(())
-        losses = Losses(loss, l2_loss, group_losses, auxk, temporal, residuals[-1], strongest)
+        losses = Losses(loss, l2_loss, group_losses, auxk, temporal, residuals[-1], alone, strongest)
         return losses, gradients.made
 
     def state(self) -> dict[str, Any]:

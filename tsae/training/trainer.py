@@ -13,6 +13,7 @@ from tsae.runtime.errors import TsaeError
 from tsae.sae.dictionary import Dictionary, ThresholdDictionary
 from tsae.sae.init import centre, geometric_median, new_dictionary
 from tsae.sae.kinds import KINDS, from_state
+from tsae.store.moments import Moments
 from tsae.training.objective import DenseEngine, Engine, Weights
 from tsae.training.penalty_engine import PenaltyEngine
 from tsae.training.sparse_engine import SparseEngine
@@ -20,7 +21,7 @@ from tsae.training.update import Adam, LatentShares, Shard, lay_out_by_latent, p
 
 
 class Terms(NamedTuple):
-    """What one step computed; all but one are scalars on the training device, under the reference's names where it has one.
+    """What one step computed; all but those of groups are scalars on the training device, under the reference's names where it has one.
 
     All are of the whole batch, and the same in every process.
     """
@@ -43,6 +44,10 @@ class Terms(NamedTuple):
     """Fraction of variance explained on this batch."""
     group_shares: Tensor
     """Share of each group in the sum of the current half's feature activations [G]."""
+    group_active: Tensor
+    """Nonzero entries of the current half's codes in each group [G]."""
+    group_fve: Tensor
+    """Fraction of variance that each group explains on this batch with the decoder's bias, without the others [G]."""
     sparsity_loss: Tensor
     sparsity_weight: Tensor
     lr: float
@@ -58,8 +63,9 @@ class Trainer:
 
     `config` gives kind, objective and schedule. `state_dict`, in the reference's names, replaces the fresh weights.
     `step(batch)` takes pairs [B, 2, D] (slot 0 current, slot 1 partner) or single tokens [B, D], as they are: where
-    the configuration says so, they are divided by `scale`, the root of the store's `mean_squared_norm`. Weights are
-    kept for activations so divided; `dictionary.to_file(scale)` and every file are for raw ones.
+    the configuration says so, `shift`, their mean [D], is subtracted and they are divided by `scale`, both from the
+    store's `moments`. Weights are kept for activations so changed; `dictionary.to_file(scale, shift)` and every file
+    are for raw ones.
     """
 
     def __init__(
@@ -68,17 +74,18 @@ class Trainer:
         activation_dim: int,
         state_dict: dict[str, Tensor] | None = None,
         device: torch.device | str = "cpu",
-        mean_squared_norm: float | None = None,
+        moments: Moments | None = None,
         group: Group = ALONE,
     ) -> None:
         self.config, self.settings, self.group = config, config.training, group
         self.kind = KINDS[config.sae.kind]
         require_processes(config, group.world)
-        self.scale = _scale(config, activation_dim, mean_squared_norm)
+        self.scale, shift = _units(config, activation_dim, moments)
+        self.shift = None if shift is None else shift.to(device)
         self.steps_done = 0
         dictionary = new_dictionary(config.sae, activation_dim, config.training.seed)
         if state_dict is not None:
-            dictionary = _given(config, state_dict, self.scale)
+            dictionary = _given(config, state_dict, self.scale, shift)
         self._fresh = state_dict is None
         self.dictionary: Dictionary = dictionary.to(device)
         lay_out_by_latent(self.dictionary)
@@ -109,7 +116,7 @@ class Trainer:
         """
         tokens = len(batch) * self.group.world
         self.group.take_bytes()  # only this step's are counted
-        current, partner = self._halves(batch if self.scale == 1 else batch / self.scale)
+        current, partner = self._halves(self._in_units(batch))
         if self.steps_done == 0 and (self._fresh or self.dictionary.centre_input):
             centre(self.dictionary, geometric_median(self.group.gather(current)))
         with self._products:
@@ -144,8 +151,10 @@ class Trainer:
 
         spread = current - self.group.mean(current.mean(dim=0))
         squares = losses.error.pow(2).sum(), spread.pow(2).sum()
-        n_active, error, variance, *masses = self.group.sums(encoded.n_active, *squares, *encoded.mass)
-        mass = torch.stack(masses)
+        of_groups = encoded.n_active, encoded.mass, losses.group_errors
+        by_group = (value for group in zip(*of_groups, strict=True) for value in group)
+        error, variance, *summed = self.group.sums(*squares, *by_group)
+        active, mass, alone = (torch.stack(summed[i :: len(of_groups)]) for i in range(len(of_groups)))
         return Terms(
             losses.loss,
             losses.l2_loss,
@@ -156,10 +165,12 @@ class Trainer:
             grad_norm=grad_norm,
             threshold=self._threshold(),
             dead_features=dead.sum(),
-            n_active=n_active,
+            n_active=active.sum(),
             n_fired_features=encoded.fired.sum(),
             fve=1 - error / variance,
             group_shares=mass / mass.sum(),
+            group_active=active,
+            group_fve=1 - alone / variance,
             sparsity_loss=losses.sparsity_loss,
             sparsity_weight=losses.sparsity_weight,
             lr=lr,
@@ -174,6 +185,11 @@ class Trainer:
         if settings.decay_start is not None and step >= settings.decay_start:
             return self.peak_lr * (settings.steps - step) / (settings.steps - settings.decay_start)
         return self.peak_lr
+
+    def _in_units(self, batch: Tensor) -> Tensor:
+        if self.shift is not None:
+            return (batch - self.shift).div_(self.scale)
+        return batch if self.scale == 1 else batch / self.scale
 
     def _halves(self, batch: Tensor) -> tuple[Tensor, Tensor | None]:
         paired = batch.ndim == 3 and batch.shape[1] == 2
@@ -232,22 +248,32 @@ def _engine(config: RunConfig, group: Group, shard: Shard) -> Engine[Any]:
     return SparseEngine(product, settings.deterministic, group, selection, negatives, shard)
 
 
-def _scale(config: RunConfig, activation_dim: int, mean_squared_norm: float | None) -> float:
-    """What activations are divided by before training."""
+def _units(config: RunConfig, activation_dim: int, moments: Moments | None) -> tuple[float, Tensor | None]:
+    """What activations are divided by before training, and what is subtracted from them before that [D]."""
     if config.normalize == "none":
-        return 1.0
-    if mean_squared_norm is None or not mean_squared_norm > 0:
+        return 1.0, None
+    if moments is None:
         raise TsaeError(
-            f"training.normalize: {config.normalize} needs the activations' mean squared norm, found {mean_squared_norm}; "
-            "pass mean_squared_norm, or set normalize=none"
+            f"training.normalize: {config.normalize} needs the activations' moments; "
+            "pass moments=moments_of(store, config.counted), or set normalize=none"
         )
-    kept = activation_dim if config.normalize == "unit_rms" else 1
-    return float((mean_squared_norm / kept) ** 0.5)
+    centred = config.normalize == "centred"
+    square = float(moments.variance.sum()) if centred else moments.mean_squared_norm
+    if not square > 0:
+        what = "vary" if centred else "are not all zero"
+        raise TsaeError(
+            f"training.normalize: {config.normalize} needs activations that {what}; harvest others, or set normalize=none"
+        )
+    kept = 1 if config.normalize == "mean_squared_norm" else activation_dim
+    return float((square / kept) ** 0.5), moments.mean if centred else None
 
 
-def _given(config: RunConfig, state_dict: dict[str, Tensor], scale: float) -> Dictionary:
+def _given(config: RunConfig, state_dict: dict[str, Tensor], scale: float, shift: Tensor | None) -> Dictionary:
     """The dictionary of a state dict (for raw activations), which is copied."""
     name, where = KINDS[config.sae.kind].dictionary.__name__, "initial state"
     copies = {key: tensor.clone() for key, tensor in state_dict.items()}
     dictionary = from_state(name, copies, config.sae.k, where)
-    return dictionary if scale == 1 else from_state(name, dictionary.to_file(1 / scale), config.sae.k, where)
+    if scale == 1 and shift is None:
+        return dictionary
+    inverse = dictionary.to_file(1 / scale, None if shift is None else -shift / scale)
+    return from_state(name, inverse, config.sae.k, where)

@@ -19,7 +19,7 @@ from tsae.checkpoint import RunFolder
 from tsae.cli import main
 from tsae.config import run as configuration
 from tsae.config.experiments import AnswersConfig, ExplainConfig
-from tsae.config.run import RunConfig
+from tsae.config.run import Counted, RunConfig
 from tsae.experiments import driver
 from tsae.experiments.answers import endpoint
 from tsae.experiments.explain import experiment as explain
@@ -75,7 +75,7 @@ def dense(run_config: RunConfig, checkpoints: Path) -> tuple[np.ndarray, np.ndar
     state = torch.load(RunFolder.of(checkpoints, "temporal").weights, weights_only=True)
     x = store.read(range(store.n_sequences)).float()
     pre = torch.relu((x - state["b_dec"]) @ state["W_enc"] + state["b_enc"])
-    codes = (pre * (pre > state["threshold"])).numpy() * store.valid(1)[:, :, None]
+    codes = (pre * (pre > state["threshold"])).numpy() * store.valid(Counted(1))[:, :, None]
     return codes, store.tokens, store.document, store.heldout_range
 
 

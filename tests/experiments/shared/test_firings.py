@@ -10,7 +10,7 @@ import torch
 
 from tsae.checkpoint import RunFolder
 from tsae.config import run as configuration
-from tsae.config.run import RunConfig
+from tsae.config.run import Counted, RunConfig
 from tsae.evaluation.smoothness import active_code, smoothness
 from tsae.experiments.shared import firings as firings_module
 from tsae.experiments.shared.firings import (
@@ -52,7 +52,7 @@ def firings(subject: Subject, store: Store) -> Firings:
 def dense(subject: Subject, store: Store) -> np.ndarray:
     """Feature activations [S, L, F]; 0 where there is no text."""
     codes = subject.dictionary.encode(store.read(range(SEQUENCES)).float())
-    return np.where(store.valid(1)[:SEQUENCES, :, None], codes.numpy(), 0.0)
+    return np.where(store.valid(Counted(1))[:SEQUENCES, :, None], codes.numpy(), 0.0)
 
 
 def test_every_activation_is_found_at_its_place(firings: Firings, dense: np.ndarray, store: Store) -> None:
@@ -63,11 +63,11 @@ def test_every_activation_is_found_at_its_place(firings: Firings, dense: np.ndar
     for latent in range(firings.dict_size):
         assert (np.diff(firings.of(latent)[0]) > 0).all()
     np.testing.assert_array_equal(firings.tokens, store.tokens[:SEQUENCES])
-    assert firings.n_tokens == store.valid(1)[:SEQUENCES].sum()
+    assert firings.n_tokens == store.valid(Counted(1))[:SEQUENCES].sum()
 
 
 def test_figures_of_latents_are_those_of_the_dense_codes(firings: Firings, dense: np.ndarray, store: Store) -> None:
-    figures, valid = latent_statistics(firings), store.valid(1)[:SEQUENCES]
+    figures, valid = latent_statistics(firings), store.valid(Counted(1))[:SEQUENCES]
     x = store.read(range(SEQUENCES)).float()
     steepest: dict[int, list[float]] = {}
     again, possible = np.zeros(dense.shape[2]), np.zeros(dense.shape[2])

@@ -91,7 +91,7 @@ def collect(subject: Subject, store: Store, rows: Sequence[int], what: str) -> F
             f"the store {store.path} holds {store.activation_dim}"
         )
     taken = np.asarray(rows, dtype=np.int64)
-    valid = store.valid(subject.config.data.skip_positions)[taken]
+    valid = store.valid(subject.config.counted, taken)
     if not valid.any():
         raise TsaeError(f"{store.path}: the {len(rows)} sequences to read hold no text beyond the skipped positions")
     progress = Progress(f"{what} {subject.name}: activations", len(taken), "sequences", subject.run.progress)

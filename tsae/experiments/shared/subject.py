@@ -11,12 +11,15 @@ from torch import Tensor
 
 from tsae.checkpoint import BASELINE, RunFolder, find_dictionary, load_dictionary
 from tsae.config.run import RunConfig
+from tsae.runtime import files
 from tsae.runtime.errors import TsaeError
 from tsae.sae.dictionary import Dictionary
 from tsae.sae.inference import encode_sparse, in_units_written
 from tsae.sae.selection.top_k import Encoder
 from tsae.sae.sparse import SparseCode
 from tsae.store.binding import commit_of
+from tsae.store.layout import is_harvested, store_path
+from tsae.store.reader import Store
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -91,6 +94,14 @@ class Subject:
         from tsae.lm.model import load_tokenizer
 
         return load_tokenizer(self.config.model, commit_of(self.run))
+
+    @cached_property
+    def norm_limit(self) -> float | None:
+        """The largest norm of a token that counts, as in the run's training; None if neither run nor store tells it."""
+        recorded = files.read_whole_json(self.run.provenance).get("norm_limit")
+        if recorded is not None:
+            return float(recorded)
+        return Store.open(store_path(self.config)).limit(self.config.counted) if is_harvested(self.config) else None
 
     @property
     def chunks(self) -> tuple[int, ...]:

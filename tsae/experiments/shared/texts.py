@@ -162,7 +162,8 @@ class TextActivations:
     """[S] int32: index into `label_names`."""
     label_names: tuple[str, ...]
     valid: np.ndarray
-    """[S, L] bool: tokens of the text, without the `data.skip_positions` first positions."""
+    """[S, L] bool: tokens of the text that count: without the `data.skip_positions` first positions and, as in training,
+    those that are left out for their norm or their id."""
     store: Store
 
     @property
@@ -259,7 +260,8 @@ def harvest_texts(
     fingerprint = hashlib.sha256(b"".join(array.tobytes() for array in what)).hexdigest()
     contexts = Contexts(tokens, lengths, document, label, names, 0, fingerprint)
     store = _harvest(subject, contexts, read)
-    valid = position < lengths[:, None] if last else real & (position >= config.data.skip_positions)
+    # The released probes take the last tokens whatever they are.
+    valid = position < lengths[:, None] if last else store.valid(config.counted, limit=subject.norm_limit)
     return TextActivations(tuple(texts), tokens, lengths, offsets, label, names, valid, store)
 
 
