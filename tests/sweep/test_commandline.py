@@ -74,3 +74,32 @@ def test_runs_without_any_is_one_line(home, capsys):
     assert main(["runs"]) == 2
     said = capsys.readouterr().err
     assert said == f"tsae: {home}: no runs and no sweeps; TSAE_HOME names the folder that holds them (default ./runs)\n"
+
+
+def test_claims_without_a_sweep_are_the_shipped_ones_on_any_base(tiny_model, text, home, capsys):
+    own = [f"model.name={tiny_model}", f"data.source={text}", "model.layer=1", f"experiments.probe.dataset={text}"]
+    for words in (["--base", "smollm2-135m", *own], [*own, "--base", "smollm2-135m"]):
+        assert main(["claims", *words, "--dry-run"]) == 0
+        shown = capsys.readouterr().out
+        assert shown.startswith("claims-smollm2-135m,model.name=")
+        assert ": 15 points" in shown
+        assert "harvest   tiny-neox-layer1-" in shown
+        assert "kind=temporal,seed=4 " in shown
+    assert main(["claims", "--dry-run"]) == 0
+    assert capsys.readouterr().out.startswith("claims-embedded: 15 points")
+    assert not list(home.glob("sweeps/*"))
+
+
+@pytest.mark.parametrize("words", [[], ["claims"]])
+def test_claims_on_an_unknown_base_name_the_nearest(capsys, words):
+    assert main(["claims", *words, "--base", "smolm2-135m"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(
+        "tsae: --base: there is no base 'smolm2-135m'; did you mean 'smollm2-135m'? allowed: embedded"
+    )
+    assert error.count("\n") == 1
+
+
+def test_an_override_alone_is_no_sweep(capsys):
+    assert main(["sweep", "sae.k=4"]) == 2
+    assert "SWEEP: the sweep's YAML is missing" in capsys.readouterr().err

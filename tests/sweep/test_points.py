@@ -154,7 +154,7 @@ def test_overrides_of_a_synthetic_world_get_folders_of_their_own():
     assert louder.folder_name == f"{plain.folder_name},synthetic.scale=20"
 
 
-BASES = ("embedded", "pythia-160m", "gemma-2-2b")
+BASES = ("embedded", "smollm2-135m", "pythia-160m", "gemma-2-2b")
 OWN_BASE_ALONE = "objective_embedded"
 """Its points are differences from the embedded base's objective, so on another base two of them may be the same."""
 

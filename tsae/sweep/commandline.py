@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -37,8 +38,15 @@ def add_sweep_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def part_words(given: argparse.Namespace) -> None:
+    """Tell an override that comes first, where no sweep is named, from a sweep."""
+    if given.file is not None and re.match(r"[\w.]+=", given.file) and not Path(given.file).exists():
+        given.file, given.overrides = None, [given.file, *given.overrides]
+
+
 def sweep_of(given: argparse.Namespace) -> Sweep:
     """The sweep that is named by its YAML, by the name of a shipped one, or by its folder. Raises TsaeError."""
+    part_words(given)
     if given.file is None:
         raise TsaeError("command line: SWEEP: the sweep's YAML is missing; for example sweeps/split_fraction.yaml")
     from tsae.sweep.sweepfile import load_sweep

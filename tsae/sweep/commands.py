@@ -18,13 +18,15 @@ from tsae.experiments.commands import add_accept_argument
 from tsae.runtime import environment
 from tsae.runtime.environment import SWEEPS
 from tsae.runtime.errors import TsaeError
-from tsae.sweep.commandline import add_sweep_arguments, plan_of, sweep_of, words_of
+from tsae.sweep.commandline import add_sweep_arguments, part_words, plan_of, sweep_of, words_of
 from tsae.sweep.schedulers import SCHEDULERS
 
 if TYPE_CHECKING:
     from tsae.sweep.launcher import Launched, Options
     from tsae.sweep.plan import Plan
 
+CLAIMS = "claims"
+"""The shipped sweep that puts the paper's claims."""
 INEXACT_HELP = "go on with trainings whose state another version of torch or tsae saved"
 
 AddCommand = Callable[[str, Callable[[argparse.Namespace], int | None], str], argparse.ArgumentParser]
@@ -34,32 +36,8 @@ def add_commands(add: AddCommand) -> None:
     """The commands that take a sweep. Heavy imports wait until one of them runs."""
     sweep = add("sweep", _sweep, "run what is missing of a sweep, and report it")
     add_sweep_arguments(sweep)
-    bases = ", ".join(sorted(path.stem for path in (SWEEPS / "bases").glob("*.yaml")))
-    sweep.epilog = (
-        f"bases: {bases}. Everything lands under TSAE_HOME (default ./runs). "
-        "Running the same command again continues and does only what is missing."
-    )
-    sweep.add_argument(
-        "--executor",
-        choices=("auto", *SCHEDULERS, "local", "debug"),
-        default="auto",
-        help=f"{', '.join(SCHEDULERS)}: submit and return; local: processes of this machine; debug: inside this process; "
-        "auto: the first scheduler that answers, else local",
-    )
-    sweep.add_argument(
-        "--cluster", type=Path, metavar="FILE", help="a site's defaults, instead of ~/.config/tsae/cluster.yaml"
-    )
-    sweep.add_argument(
-        "--container", metavar="IMAGE", help="run every job in tsae.sif, docker://owner/image or docker:image"
-    )
-    sweep.add_argument("--retry-failed", action="store_true", help="try again what failed; else it is only named")
-    add_accept_argument(sweep)
-    sweep.add_argument(
-        "--inexact", action="store_true", help=f"{INEXACT_HELP}, those that failed over it among them; results say so"
-    )
-    sweep.add_argument("--detach", action="store_true", help="local: return once the queue runs, do not follow it")
+    _add_launch_arguments(sweep)
     sweep.add_argument("--cancel", action="store_true", help="end what runs or waits of this sweep, and nothing else")
-    sweep.add_argument("--dry-run", action="store_true", help="show points, stages and job scripts, start nothing")
     sweep.add_argument("--settings", action="store_true", help="print every setting with its meaning")
 
     status = add("status", _status, "how a sweep is doing")
@@ -69,11 +47,47 @@ def add_commands(add: AddCommand) -> None:
     status.add_argument("--all", action="store_true", help="every point, however many there are")
 
     add_sweep_arguments(add("report", _report, "write the tables, figures and page of a sweep, whatever is there"))
-    add_sweep_arguments(add("claims", _claims, "judge the paper's claims on a sweep over kinds and seeds"))
+    claims = add(
+        "claims",
+        _claims,
+        "judge the paper's claims: on what is there of a SWEEP over kinds and seeds, or, without one, on the shipped sweep "
+        f"'{CLAIMS}', of which what is missing is run first",
+    )
+    add_sweep_arguments(claims)
+    _add_launch_arguments(claims)
     add_sweep_arguments(add("cancel", _cancel, "end what runs or waits of a sweep, and nothing else"))
 
     runs = add("runs", _runs, "list the runs and sweeps under TSAE_HOME")
     runs.add_argument("folder", nargs="?", type=Path, metavar="FOLDER", help="another folder than TSAE_HOME")
+
+
+def _add_launch_arguments(command: argparse.ArgumentParser) -> None:
+    """What a command that runs a sweep is told of how to."""
+    bases = ", ".join(sorted(path.stem for path in (SWEEPS / "bases").glob("*.yaml")))
+    command.epilog = (
+        f"bases: {bases}. Everything lands under TSAE_HOME (default ./runs). "
+        "Running the same command again continues and does only what is missing."
+    )
+    command.add_argument(
+        "--executor",
+        choices=("auto", *SCHEDULERS, "local", "debug"),
+        default="auto",
+        help=f"{', '.join(SCHEDULERS)}: submit and return; local: processes of this machine; debug: inside this process; "
+        "auto: the first scheduler that answers, else local",
+    )
+    command.add_argument(
+        "--cluster", type=Path, metavar="FILE", help="a site's defaults, instead of ~/.config/tsae/cluster.yaml"
+    )
+    command.add_argument(
+        "--container", metavar="IMAGE", help="run every job in tsae.sif, docker://owner/image or docker:image"
+    )
+    command.add_argument("--retry-failed", action="store_true", help="try again what failed; else it is only named")
+    add_accept_argument(command)
+    command.add_argument(
+        "--inexact", action="store_true", help=f"{INEXACT_HELP}, those that failed over it among them; results say so"
+    )
+    command.add_argument("--detach", action="store_true", help="local: return once the queue runs, do not follow it")
+    command.add_argument("--dry-run", action="store_true", help="show points, stages and job scripts, start nothing")
 
 
 def _sweep(given: argparse.Namespace) -> int:
@@ -85,6 +99,10 @@ def _sweep(given: argparse.Namespace) -> int:
         return 0
     if given.cancel:
         return _cancel(given)
+    return _launch(given)
+
+
+def _launch(given: argparse.Namespace) -> int:
     plan = plan_of(given)
     plan.decide_on_data(given.accept_new_data)
     plan = plan.inexact() if given.inexact else plan
@@ -134,11 +152,19 @@ def _report(given: argparse.Namespace) -> None:
     print(f"report: {page}")
 
 
-def _claims(given: argparse.Namespace) -> None:
+def _claims(given: argparse.Namespace) -> int:
+    """Of a sweep that is named, 0; else 0 when all is complete or under way, 1 when a point failed."""
+    part_words(given)
+    if given.file is None:
+        given.file = CLAIMS
+        return _launch(given)  # the report that ends the shipped sweep has the claims
+    if given.dry_run:
+        return _launch(given)
     from tsae.report.claims import as_text, write_claims
 
     plan = plan_of(given)
     print(as_text(plan.compared, write_claims(plan.compared)), end="")
+    return 0
 
 
 def _runs(given: argparse.Namespace) -> None:
