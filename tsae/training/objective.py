@@ -6,9 +6,7 @@ reconstruction, Gao et al. 2024 for aux-k; the temporal terms stand in `tsae.tra
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
@@ -95,7 +93,7 @@ class Losses(NamedTuple):
     error: Tensor
     """Residual of the full reconstruction [B, D], detached."""
     group_errors: Tensor
-    """What `errors_alone` says of each group on this process's share of the batch [G]."""
+    """Squared error of what each group reconstructs with the decoder's bias, without the others, summed over the rows [G]."""
     temp_gradient: Tensor
     """Largest absolute gradient of the temporal term with respect to the current tokens' codes."""
     sparsity_loss: Tensor = torch.zeros(())
@@ -161,8 +159,7 @@ def objective(
 
     `document` [B] tells which pairs are of one document; it is needed where those are no negatives.
     """
-    group_losses, residuals = nested_reconstruction(dictionary, codes.current, current, weights.group_weights)
-    error, alone = residuals[-1], errors_alone((current - dictionary.b_dec).detach(), residuals)
+    group_losses, error, alone = nested_reconstruction(dictionary, codes.current, current, weights.group_weights)
     if weights.relative:
         group_losses = group_losses / variance(current)
     l2_loss = group_losses.sum() * weights.reduction
@@ -182,26 +179,19 @@ def objective(
 @phase("decode")
 def nested_reconstruction(
     dictionary: ThresholdDictionary, f: Tensor, x: Tensor, weights: tuple[float, ...]
-) -> tuple[Tensor, list[Tensor]]:
-    """Weighted loss [G] of the reconstructions from groups 0..g of codes [B, F], and what each leaves of x [B, D]."""
-    reconstruction = dictionary.b_dec.expand_as(x)
-    losses, residuals = [], []
-    for weight, group in zip(weights, dictionary.group_slices, strict=True):
-        reconstruction = reconstruction + f[:, group] @ dictionary.W_dec[group]
-        residual = x - reconstruction
-        losses.append(weight * residual.pow(2).sum(dim=-1).mean())
-        residuals.append(residual.detach())
-    return torch.stack(losses), residuals
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Weighted loss [G] of the reconstructions from groups 0..g of codes [B, F], and the last one's residual [B, D].
 
-
-def errors_alone(centred: Tensor, residuals: Sequence[Tensor]) -> Tensor:
-    """Squared error of what the decoder's bias and one group alone reconstruct, summed over the batch, for each group [G].
-
-    `centred` is x − b_dec [B, D], `residuals` what each nested reconstruction leaves of x. The group's part is what its
-    reconstruction takes from the residual before it, so that nothing is decoded again.
+    Also the squared error that each group leaves by itself [G], which is only looked at.
     """
-    alone = [residuals[0], *(centred - before + after for before, after in pairwise(residuals))]
-    return torch.stack([error.square().sum() for error in alone])
+    reconstruction = dictionary.b_dec.expand_as(x)
+    losses, alone = [], []
+    for weight, group in zip(weights, dictionary.group_slices, strict=True):
+        part = f[:, group] @ dictionary.W_dec[group]
+        reconstruction = reconstruction + part
+        losses.append(weight * (x - reconstruction).pow(2).sum(dim=-1).mean())
+        alone.append((x - dictionary.b_dec - part).detach().pow(2).sum())
+    return torch.stack(losses), (x - reconstruction).detach(), torch.stack(alone)
 
 
 def variance(x: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ Shapes: B rows, D activation_dim, F dict_size, G groups, n entries.
 from __future__ import annotations
 
 from functools import partial
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -24,7 +25,7 @@ from tsae.sae.dictionary import ThresholdDictionary
 from tsae.sae.selection.global_top_k import global_top_k_codes
 from tsae.sae.selection.top_k import GUESS_MARGIN, Encoder, batch_top_k_codes, top_k_codes
 from tsae.sae.sparse import ByLatent, SparseCode, add_rows, kernels_for, sampled_products, weighted_rows
-from tsae.training.objective import Encoded, Engine, Losses, Weights, errors_alone
+from tsae.training.objective import Encoded, Engine, Losses, Weights
 from tsae.training.temporal import Pairs
 from tsae.training.update import (
     DECODER,
@@ -137,8 +138,9 @@ class SparseEngine(Engine[ThresholdDictionary]):
             residuals = [codes.centred[:n_rows]]
             for (part, _), group in zip(parts, slices, strict=True):
                 residuals.append(residuals[-1] - weighted_rows(part, dictionary.W_dec[group]))
+            # A group's part is what it takes from the residual before it; nothing is decoded again.
+            alone = [(residuals[0] - before + after).square().sum() for before, after in pairwise(residuals)]
         residuals = residuals[1:]
-        alone = errors_alone(codes.centred[:n_rows], residuals)
         group_losses = torch.stack(
             [
                 weight * residual.square().sum() / divisor
@@ -169,7 +171,7 @@ class SparseEngine(Engine[ThresholdDictionary]):
         l2_loss = group_losses.sum() * weights.reduction
         loss = l2_loss + weights.auxk_alpha * auxk + weights.temporal_alpha * temporal
         strongest = term.current.abs().max() if term and len(term.current) else l2_loss.new_zeros(())
-        losses = Losses(loss, l2_loss, group_losses, auxk, temporal, residuals[-1], alone, strongest)
+        losses = Losses(loss, l2_loss, group_losses, auxk, temporal, residuals[-1], torch.stack(alone), strongest)
         return losses, gradients.made
 
     def state(self) -> dict[str, Any]:
