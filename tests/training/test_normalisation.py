@@ -101,12 +101,12 @@ def test_centred_training_sees_no_mean_however_large(normalised: RunConfig, kind
 def test_normalised_training_is_training_on_normalised_activations(normalised: RunConfig) -> None:
     store, stream = batches(normalised)
     built = Trainer(normalised, store.activation_dim, moments=moments_of(store, normalised.counted))
-    assert built.scale == pytest.approx(moments_of(store, config.counted).mean_squared_norm ** 0.5)
+    assert built.scale == pytest.approx(moments_of(store, normalised.counted).mean_squared_norm ** 0.5)
     plain = Trainer(configuration.replace(normalised, training={"normalize": "none"}), store.activation_dim)
     for batch in stream.iterate(0, 5):
         assert float(built.step(batch).loss) == float(plain.step(batch / built.scale).loss)
     state = built.dictionary.to_file(built.scale)
-    again = Trainer(normalised, store.activation_dim, state, moments=moments_of(store, config.counted))
+    again = Trainer(normalised, store.activation_dim, state, moments=moments_of(store, normalised.counted))
     torch.testing.assert_close(again.dictionary.b_enc, built.dictionary.b_enc)
 
 
