@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 
 from tsae.config.points import short_names, shown
-from tsae.evaluation.measures import REGISTRY, Chart, label, shown_in
+from tsae.evaluation.measures import REGISTRY, Chart, Measure, label, shown_in
 from tsae.experiments.driver import draw_again, files_of
 from tsae.experiments.registry import EXPERIMENTS
 from tsae.pages import render
@@ -116,7 +116,7 @@ def _summary_table(summary: Summary) -> dict[str, Any]:
     return {
         "axes": [_words(short[key]) for key in keys],
         "several": summary.seeds > 1,
-        "families": [(family, [measure.member for measure in members]) for family, members in families],
+        "families": [(family, _members(list(measures))) for family, measures in families],
         "rows": [
             {
                 "settings": [shown(group.value(key)) for key in keys],
@@ -127,6 +127,11 @@ def _summary_table(summary: Summary) -> dict[str, Any]:
         ],
         "note": note,
     }
+
+
+def _members(measures: list[Measure]) -> list[str]:
+    """What tells measures of a family apart; the one that is alone needs nothing."""
+    return [measure.member or ("all" if len(measures) > 1 else "") for measure in measures]
 
 
 def _cell(group: Group, measure: str) -> tuple[str, str]:
