@@ -167,7 +167,9 @@ def test_the_command_prints_the_table_and_the_path(seeded):
 
 def test_a_split_that_took_over_is_told_on_the_page(seeded):
     point = seeded.points[0]
-    seeded.run(point).metrics.write_text(json.dumps({"step": 9, "tokens": 90, "fve": 0.5, "share_0": 0.97, "share_1": 0.03}) + "\n")
+    seeded.run(point).metrics.write_text(
+        json.dumps({"step": 9, "tokens": 90, "fve": 0.5, "share_0": 0.97, "share_1": 0.03}) + "\n"
+    )
     page = report.write_report(seeded.compared).read_text()
     assert f"In 1 of {len(seeded.points)} trainings" in page
     assert f"{point.name}: the high-level split (group 0) has 97% of the activity with 20% of the latents;" in page

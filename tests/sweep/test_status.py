@@ -231,6 +231,15 @@ def test_a_point_that_has_begun_shows_what_of_each_split_lives_and_what_it_expla
     assert row.split()[-1] == "0.90/0.80"
 
 
+def test_a_dictionary_without_splits_shows_its_own_numbers(plan_of):
+    plan = plan_of(grid={"sae.kind": ["batch_topk"]})
+    metrics = plan.run(plan.points[0]).metrics
+    metrics.parent.mkdir(parents=True)
+    metrics.write_text(json.dumps({"alive_0": 0.97, "fve": 0.8}) + "\n")
+    standings = {stage.key: Record("done") for stage in plan.stages}
+    assert point_rows(plan, plan.stages, standings, 200)[1].split()[-2:] == ["0.97", "0.80"]
+
+
 @pytest.mark.parametrize("width", [60, 80, 120])
 def test_lines_fit_the_terminal_and_names_are_never_cut(plan_of, width):
     seeds, rules = [0, 1], ["previous", "within:8"]

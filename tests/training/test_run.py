@@ -125,6 +125,7 @@ def test_trackers_receive_the_measures(config: RunConfig, tmp_path: Path) -> Non
         accumulator.Reload()
         tags |= set(accumulator.Tags()["scalars"])
     assert {"fve", "l0", "temp_loss"} <= tags
+    assert {f"{name}_{group}" for name in ("alive", "share", "l0", "fve") for group in (0, 1)} <= tags
 
 
 def test_a_missing_tracker_is_named(config: RunConfig, tmp_path: Path) -> None:

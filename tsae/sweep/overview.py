@@ -141,9 +141,14 @@ def _cells(stage: Stage, standing: Record) -> list[str]:
 
 
 def _splits(plan: Plan, point: Point) -> tuple[str, str]:
-    """`0.98/0.91` of each split alive and `0.70/0.19` of the variance explained by each alone, at the last line logged."""
+    """`0.98/0.91` of each split alive and `0.70/0.19` of the variance explained by each alone, at the last line logged.
+
+    Of a dictionary without splits, its own.
+    """
     line = last_line(plan.run(point).metrics)
     alive, alone = (of_splits(line, name, point.config) for name in ("alive", "fve"))
+    if len(point.config.sae.fractions) == 1 and line:
+        alone = [line["fve"]]
     return beside(alive), beside(alone)
 
 
