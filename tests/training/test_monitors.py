@@ -62,9 +62,9 @@ def test_a_dictionary_without_splits_has_no_numbers_of_them() -> None:
     assert {"fve", "l0", "alive_0"} <= line.keys()
 
 
-def config_of(kind: str, fraction: float = 0.2) -> RunConfig:
+def config_of(kind: str, fraction: float = 0.2, preset: str = "scale_free") -> RunConfig:
     sae = {"kind": kind, "dict_size": 1000, "k": 20, "split_fraction": fraction}
-    return configuration.from_mapping({"sae": sae}, "test")
+    return configuration.from_mapping({"sae": sae, "objective": preset}, "test")
 
 
 def line_of(alive: list[float], shares: list[float], fve: list[float], tokens: int = 10**6) -> dict[str, float]:
@@ -128,6 +128,23 @@ def test_a_split_that_is_unwell_is_named_with_the_setting_that_changes_it(
     assert (found is None) == (not told)
     assert all(part in str(found) for part in told)
     assert "\n" not in str(found)
+
+
+@pytest.mark.parametrize(
+    ("alive", "share", "told"),
+    [
+        ([0.9, 0.9], 0.33, ""),
+        ([0.9, 0.9], 0.1, "has 10% of the activity with 20% of the latents; raise objective.high_share"),
+        ([0.9, 0.9], 0.9, "has 90% of the activity with 20% of the latents; lower objective.high_share"),
+        ([0.5, 0.9], 0.33, "is 50% alive; the temporal term is too strong: lower objective.temporal_alpha"),
+    ],
+)
+def test_where_active_latents_are_reserved_their_share_is_what_to_change(
+    alive: list[float], share: float, told: str
+) -> None:
+    found = trouble(line_of(alive, [share, 1 - share], []), config_of("temporal", preset="predictive"))
+    assert str(found or "").removeprefix("the high-level split (group 0) ").startswith(told)
+    assert bool(found) == bool(told)
 
 
 @pytest.mark.parametrize(("share", "unwell"), [(0.83, True), (0.82, False), (0.31, False), (0.22, True)])

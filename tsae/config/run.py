@@ -99,7 +99,15 @@ class RunConfig:
         """How activations are scaled, and whether centred, for training."""
         if self.training.normalize != "auto":
             return self.training.normalize
-        return "unit_rms" if self._relative_errors else "none"
+        relative = "centred" if self.objective.preset == "predictive" else "unit_rms"
+        return relative if self._relative_errors else "none"
+
+    @property
+    def pair_rule(self) -> str:
+        """Which token is whose partner."""
+        if self.training.pair_rule != "auto":
+            return self.training.pair_rule
+        return "within:16" if TERM_SETTINGS[self.objective.temporal].predicts else "previous"
 
     @property
     def counted(self) -> Counted:
@@ -338,6 +346,17 @@ def _validate(config: RunConfig, where: str) -> None:
         objective.same_document or TERM_SETTINGS[objective.temporal].contrastive,
         "only objective.temporal: contrastive can leave them out",
     )
+    kind = KIND_SETTINGS[sae.kind]
+    check(
+        "objective.coarse_fraction",
+        not kind.temporal or coarse_latents(config) < sae.group_sizes[1],
+        f"the {sae.group_sizes[-1]} latents of the low-level split leave none beside it",
+    )
+    check(
+        "objective.temporal_alpha",
+        objective.temporal_alpha <= 1 or not TERM_SETTINGS[objective.temporal].predicts,
+        "of objective.temporal: prediction it is a share, from 0 to 1",
+    )
     check(
         "objective.target_l0",
         objective.target_l0 is None or objective.target_l0 <= sae.dict_size,
@@ -360,7 +379,6 @@ def _validate(config: RunConfig, where: str) -> None:
         training.decay_start is None or training.warmup < training.decay_start < steps,
         f"it must lie after training.warmup_steps ({training.warmup}) and before training.steps ({steps})",
     )
-    kind = KIND_SETTINGS[sae.kind]
     if kind.needs_threshold:
         start = training.threshold_start_step
         check(
@@ -368,7 +386,7 @@ def _validate(config: RunConfig, where: str) -> None:
             start is None or start < steps - 1,
             f"the threshold must be tracked before the last of training.steps ({steps}), or the dictionary has none",
         )
-    rule, _ = parse_pair_rule(training.pair_rule, f"{where}: training.pair_rule")
+    rule, _ = parse_pair_rule(config.pair_rule, f"{where}: training.pair_rule")
     if kind.temporal:
         *most, last = [
             f"{name}:N" if settings.numbered else name
@@ -434,6 +452,11 @@ def group_weights(config: RunConfig) -> tuple[float, ...]:
     return named[chosen] if isinstance(chosen, str) else chosen
 
 
+def coarse_latents(config: RunConfig) -> int:
+    """How many latents after the high-level split are the coarse part of the low-level one."""
+    return int((config.objective.coarse_fraction or 0) * config.sae.dict_size)
+
+
 def store_settings(config: RunConfig) -> dict[str, Any]:
     """The part of a configuration that decides the content of the activation store."""
     world = config.is_synthetic
@@ -462,8 +485,8 @@ def _plain(config: RunConfig, sections: Iterable[str]) -> dict[str, Any]:
 
 def reading_settings(config: RunConfig) -> dict[str, Any]:
     """What decides the batches a run reads: runs that agree in it can share one process."""
-    names = ("pair_rule", "batch_size", "seed", "pool_sequences", "device", "precision")
-    reading = {name: getattr(config.training, name) for name in names}
+    names = ("batch_size", "seed", "pool_sequences", "device", "precision")
+    reading = {"pair_rule": config.pair_rule, **{name: getattr(config.training, name) for name in names}}
     return {
         **store_settings(config),
         **reading,
@@ -478,6 +501,7 @@ def training_settings(config: RunConfig) -> dict[str, Any]:
     others = (section.name for section in dataclasses.fields(config) if section.name not in apart)
     plain = {**store_settings(config), **_plain(config, others)}
     plain["data"] |= _counted_settings(config)
+    plain["training"]["pair_rule"] = config.pair_rule
     places = ("device", "processes", "shard", "trackers", "wandb_project", "wandb_entity")
     for name in (*places, "resume_every", "resume_minutes", "resume_keep", "pack"):
         plain["training"].pop(name, None)

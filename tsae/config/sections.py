@@ -167,9 +167,12 @@ class TermSettings:
 
     contrastive: bool = False
     """It tells a token's partner from each of the others, so that some of them can be left out."""
+    predicts: bool = False
+    """It takes the place of the high-level split's own reconstruction, of which its weight is the share."""
 
 
 TERM_SETTINGS = {
+    "prediction": TermSettings(predicts=True),
     "contrastive": TermSettings(contrastive=True),
     "linear": TermSettings(),
     "l2": TermSettings(),
@@ -182,12 +185,16 @@ TERM_SETTINGS = {
 class ObjectiveConfig:
     """The training objective; `objective: NAME` alone takes a preset."""
 
-    preset: Literal["scale_free", "reference", "paper"] = "scale_free"
-    """`scale_free`: ours, which means the same for activations of any scale; `reference`: what the authors' released code computes; `paper`: what the paper's equations say. Other keys override it."""
-    temporal: Annotated[str, OneOf(TERM_SETTINGS)] = "contrastive"
-    """Temporal term of a T-SAE: InfoNCE over the batch; `linear`: the mean similarity of all pairs of the batch minus that of the true pairs, without a logarithm; `l2`: the squared distance of the two codes (the paper's ablation without contrast); `l1`: their L1 distance weighted by the inputs' cosine (the released code's other branch)."""
-    temporal_alpha: NonNegative = 0.1
-    """Weight of the temporal term."""
+    preset: Literal["predictive", "scale_free", "reference", "paper"] = "predictive"
+    """`predictive`: ours, in which the high-level split reconstructs a token's neighbours; `scale_free`: the paper's contrast in a form that means the same for activations of any scale; `reference`: what the authors' released code computes; `paper`: what the paper's equations say. Other keys override it."""
+    temporal: Annotated[str, OneOf(TERM_SETTINGS)] = "prediction"
+    """Temporal term of a T-SAE. `prediction`: the high-level split reconstructs the token's partner in place of the token itself; `contrastive`: InfoNCE over the batch; `linear`: the mean similarity of all pairs of the batch minus that of the true pairs, without a logarithm; `l2`: the squared distance of the two codes (the paper's ablation without contrast); `l1`: their L1 distance weighted by the inputs' cosine (the released code's other branch)."""
+    temporal_alpha: NonNegative = 1.0
+    """Weight of the temporal term; of `prediction` the share of the high-level split's reconstruction that is judged by the partner, the rest by the token itself."""
+    high_share: Annotated[Fraction | None, Added(None)] = 0.3
+    """Share of sae.k that is selected in the high-level split of a T-SAE, the rest outside it, so that neither can take over; none: the largest activations of both together."""
+    coarse_fraction: Annotated[Fraction | None, Added(None)] = 0.1
+    """Share of the latents, the first after the high-level split, that must reconstruct with it alone, for a quarter of the weight of the whole: what `prediction` takes from that split, latents of general use, then is at the head of the low-level one; none: no such part."""
     similarity: Literal["dot", "cosine"] = "cosine"
     """Similarity of two high-level codes in the contrastive term."""
     temperature: Positive = 0.15
@@ -214,10 +221,13 @@ class ObjectiveConfig:
     """Width of the kernel through which the thresholds of `jump_relu` get their gradient, in units of the (normalised) activations."""
 
 
+_CONTRAST = {"temporal": "contrastive", "temporal_alpha": 0.1, "high_share": None, "coarse_fraction": None}
 OBJECTIVE_PRESETS: dict[str, dict[str, Any]] = {
-    "scale_free": {},
-    "reference": {"similarity": "dot", "temperature": 1.0, "reconstruction": "squared_error"},
+    "predictive": {},
+    "scale_free": _CONTRAST,
+    "reference": {**_CONTRAST, "similarity": "dot", "temperature": 1.0, "reconstruction": "squared_error"},
     "paper": {
+        **_CONTRAST,
         "temporal_alpha": 1.0,
         "temperature": 1.0,
         "directions": "sum",
@@ -263,10 +273,10 @@ class TrainingConfig:
     """Steps of linear warm-up; by default 1000, or a tenth of the steps where they are fewer than 10,000."""
     decay_start: Count | None = None
     """First step of the linear decay to zero; none: no decay."""
-    pair_rule: str = "previous"
-    """Partner of a token: `previous`, `random` (any earlier token of the document), `within:N` (at most N back) or `none` (single tokens)."""
+    pair_rule: str = "auto"
+    """Partner of a token; `auto`: `within:16` where `objective.temporal` is `prediction`, else `previous`. `previous`, `random` (any earlier token of the document), `within:N` (at most N back) or `none` (single tokens)."""
     normalize: Literal["auto", "none", "mean_squared_norm", "unit_rms", "centred"] = "auto"
-    """`auto`: `unit_rms` where `objective.reconstruction` is `variance`, else `none`; `mean_squared_norm`: train on activations divided by the root of their mean squared norm; `unit_rms`: scaled to a root mean square of 1 in each dimension, so that a mean squared norm of D remains; `centred`: the same about their mean, which is subtracted first: where it is far larger than what varies, latents die. Saved weights apply to raw activations either way."""
+    """`auto`: `centred` with `objective: predictive`, `unit_rms` with any other whose `objective.reconstruction` is `variance`, else `none`; `mean_squared_norm`: train on activations divided by the root of their mean squared norm; `unit_rms`: scaled to a root mean square of 1 in each dimension, so that a mean squared norm of D remains; `centred`: the same about their mean, which is subtracted first: where it is far larger than what varies, latents die. Saved weights apply to raw activations either way."""
     threshold_beta: Annotated[float, Bound(lambda beta: 0 <= beta < 1, "a decay in [0, 1) is allowed")] = 0.999
     """Decay of the moving average of the inference threshold."""
     threshold_start_step: Natural | None = None

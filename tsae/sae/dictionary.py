@@ -209,9 +209,20 @@ class ThresholdDictionary(Dictionary):
         """The threshold; none before it was calibrated."""
         return float(self.threshold) if self.threshold >= 0 else None
 
+    @property
+    def budgets(self) -> tuple[tuple[slice, float], ...]:
+        """In which latents training selects the largest activations by themselves, and how many of each token, on average."""
+        return ((slice(0, self.dict_size), int(self.k)),)
+
+    @property
+    def thresholds(self) -> tuple[Tensor, ...]:
+        """The thresholds that training tracks, one for each of the budgets."""
+        return (self.threshold,)
+
     def keep_largest(self, activations: Tensor) -> Tensor:
-        """The code in training: of rectified pre-activations [..., F], the k·N largest of N tokens."""
-        return batch_top_k(activations, int(self.k))
+        """The code in training: of rectified pre-activations [..., F], the k·N largest of N tokens, or of each budget."""
+        kept = [batch_top_k(activations[..., part], k) for part, k in self.budgets]
+        return kept[0] if len(kept) == 1 else torch.cat(kept, dim=-1)
 
     def cut_of(self, smallest: Tensor) -> Tensor:
         """What the threshold follows: the least of each token's smallest kept activation [N] (infinite: none kept)."""
@@ -249,13 +260,13 @@ def normalise_rows(rows: Tensor) -> None:
 
 
 @phase("selection")
-def batch_top_k(activations: Tensor, k: int) -> Tensor:
-    """Keep the k·N largest of non-negative activations [..., F] over all N leading rows; zeros elsewhere.
+def batch_top_k(activations: Tensor, k: float) -> Tensor:
+    """Keep the k·N (rounded) largest of non-negative activations [..., F] over all N leading rows; zeros elsewhere.
 
     With fewer than k·N positive entries all positive ones are kept. Ties at the cut keep any of the tied.
     """
     flat = activations.flatten()
-    count = min(k * (flat.numel() // activations.shape[-1]), flat.numel())
+    count = min(round(k * (flat.numel() // activations.shape[-1])), flat.numel())
     top = flat.topk(count, sorted=False)
     return torch.zeros_like(flat).scatter(0, top.indices, top.values).reshape(activations.shape)
 

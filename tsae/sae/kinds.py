@@ -182,7 +182,12 @@ class AutoEncoderTopK(ThresholdDictionary):
 
 
 class MatryoshkaBatchTopKSAE(ThresholdDictionary):
-    """BatchTopK SAE with nested groups of latents (Bussmann et al. 2025, arXiv 2503.17547)."""
+    """BatchTopK SAE with nested groups of latents (Bussmann et al. 2025, arXiv 2503.17547).
+
+    In training the high-level split may have a share of k for itself (`reserve`), and then a threshold of its own.
+    Files have one threshold: there the split's latents are in other units, with decoder rows of another norm, such that
+    the one is right for both.
+    """
 
     file_tensors: ClassVar[dict[str, str]] = {
         **FOUR_TENSORS,
@@ -191,16 +196,61 @@ class MatryoshkaBatchTopKSAE(ThresholdDictionary):
         "group_sizes": "group_size_tensor",
     }
     group_size_tensor: Tensor
+    high_threshold: Tensor | None
+    high_k: float | None = None
+    """Active latents per token of the high-level split; none: of all latents together the largest are selected."""
 
     def __init__(self, activation_dim: int, dict_size: int, k: int, group_sizes: Sequence[int]) -> None:
         super().__init__(activation_dim, dict_size, k)
         if not group_sizes or sum(group_sizes) != dict_size or min(group_sizes) <= 0:
             raise TsaeError(f"group sizes {tuple(group_sizes)} are not positive numbers that sum to {dict_size}")
         self.register_buffer("group_size_tensor", torch.tensor(list(group_sizes), dtype=torch.int64))
+        self.register_buffer("high_threshold", None)
 
     @classmethod
     def sized(cls, activation_dim: int, dict_size: int, k: int, group_sizes: Sequence[int]) -> MatryoshkaBatchTopKSAE:
         return cls(activation_dim, dict_size, k, group_sizes)
+
+    def reserve(self, share: float) -> None:
+        """From now on the high-level split has `share` of k for itself.
+
+        Rows of norm 1, which training keeps, are brought about here, so that each part has one threshold in one unit.
+        """
+        high, norms = self.group_slices[0], self.row_norms
+        own_unit = norms[high].mean()
+        self.W_enc.data = self.W_enc.data * norms
+        self.b_enc.data = self.b_enc.data * norms
+        self.W_dec.data = self.W_dec.data / norms[:, None]
+        self.high_k = share * int(self.k)
+        self.high_threshold = torch.where(self.threshold < 0, self.threshold, self.threshold * own_unit)
+
+    @property
+    def budgets(self) -> tuple[tuple[slice, float], ...]:
+        if self.high_k is None:
+            return super().budgets
+        split = self.group_slices[0].stop
+        return (slice(0, split), self.high_k), (slice(split, self.dict_size), int(self.k) - self.high_k)
+
+    @property
+    def thresholds(self) -> tuple[Tensor, ...]:
+        return (self.threshold,) if self.high_threshold is None else (self.high_threshold, self.threshold)
+
+    def apply_threshold(self, pre: Tensor) -> Tensor:
+        if self.high_threshold is None:
+            return super().apply_threshold(pre)
+        self.require_calibrated(type(self).__name__)
+        activations, limits = torch.relu(pre), self.threshold.repeat(self.dict_size)
+        limits[self.group_slices[0]] = self.high_threshold
+        return activations * (activations > limits)
+
+    def to_file(self, scale: float = 1.0, shift: Tensor | None = None) -> dict[str, Tensor]:
+        state = super().to_file(scale, shift)
+        if self.high_threshold is not None and self.high_threshold > 0 and self.threshold > 0:
+            high, factor = self.group_slices[0], float(self.threshold / self.high_threshold)
+            state["W_enc"][:, high] *= factor
+            state["b_enc"][high] *= factor
+            state["W_dec"][high] /= factor
+        return state
 
 
 class TemporalMatryoshkaBatchTopKSAE(MatryoshkaBatchTopKSAE):

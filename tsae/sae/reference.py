@@ -45,7 +45,7 @@ def _common_keys(config: RunConfig, activation_dim: int) -> dict[str, Any]:
         "submodule_name": config.model.hook_point or f"resid_post_layer_{config.model.layer}",
         # The reference leaves these out although they decide the result.
         "dead_feature_threshold": training.dead_after,
-        "pair_rule": training.pair_rule,
+        "pair_rule": config.pair_rule,
         "bias_lr": config.bias_lr,
     }
 
@@ -87,10 +87,12 @@ def _group_keys(config: RunConfig) -> dict[str, Any]:
 
 
 def _temporal_keys(config: RunConfig) -> dict[str, Any]:
-    objective, rule = config.objective, config.training.pair_rule
+    objective, rule = config.objective, config.pair_rule
     return {
         "temporal": {"previous": "p", "random": "r"}.get(rule, rule),
         "temp_alpha": objective.temporal_alpha,
+        "temporal_term": objective.temporal,
+        "high_share": objective.high_share,
         "contrastive": TERM_SETTINGS[objective.temporal].contrastive,
         "similarity": objective.similarity,
         "temperature": objective.temperature,

@@ -14,6 +14,7 @@ import importlib.util
 import logging
 import os
 import warnings
+from collections.abc import Sequence
 from types import ModuleType
 from typing import NamedTuple
 
@@ -115,6 +116,24 @@ def from_entries(rows: Tensor, latents: Tensor, values: Tensor, n_rows: int, dic
     """A code of entries that already ascend by row and, within it, by latent."""
     bounds = torch.arange(n_rows + 1, device=rows.device)
     return SparseCode(torch.searchsorted(rows, bounds), latents, values, dict_size)
+
+
+def side_by_side(codes: Sequence[SparseCode]) -> SparseCode:
+    """One code of the latents of several, in their order, for the same rows."""
+    first, *others = codes
+    if not others:
+        return first
+    offsets = torch.stack([code.offsets for code in codes]).sum(dim=0)
+    latents, values = (offsets.new_empty(int(offsets[-1])), first.values.new_empty(int(offsets[-1])))
+    begins, before = offsets[:-1].clone(), 0
+    for code in codes:
+        counts = code.offsets.diff()
+        rows = code.rows
+        places = begins[rows] + torch.arange(len(rows), device=rows.device) - code.offsets[rows]
+        latents[places], values[places] = code.latents + before, code.values
+        begins += counts
+        before += code.dict_size
+    return SparseCode(offsets, latents, values, before)
 
 
 def from_dense(f: Tensor) -> SparseCode:

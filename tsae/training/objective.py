@@ -1,23 +1,30 @@
 """The training objective, dense: the readable definition that every faster path is tested against, and its engine.
 
 Shapes: B pairs (or single tokens), D activation_dim, F dict_size, G groups. Sources: Bussmann et al. 2025 for the nested
-reconstruction, Gao et al. 2024 for aux-k; the temporal terms stand in `tsae.training.temporal`.
+reconstruction, Gao et al. 2024 for aux-k; the temporal terms of codes stand in `tsae.training.temporal`. Prediction, the
+one of reconstructions, stands here: with x̂₀(x) what the high-level split makes of a token, and p the activation of its
+partner, some tokens back, ‖x − x̂₀(x)‖² gives way to ‖p − x̂₀(x)‖². What a code says of other tokens of the text is
+what lasts; what holds of x alone is noise to it, and left to the low-level split. The partner needs no code.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import accumulate, pairwise, starmap
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
-from tsae.config.run import RunConfig, group_weights
-from tsae.config.sections import KIND_SETTINGS
+from tsae.config.run import RunConfig, coarse_latents, group_weights
+from tsae.config.sections import KIND_SETTINGS, TERM_SETTINGS
 from tsae.runtime.phases import phase
 from tsae.sae.dictionary import Dictionary, ThresholdDictionary
 from tsae.training.temporal import TERMS, Pairs, Term
 from tsae.training.update import EVERYTHING, Gradients, whole_gradients
+
+COARSE = 0.25
+"""Share of the weight of the second group that goes to its coarse part, where it has one."""
 
 D_contra = TypeVar("D_contra", bound=Dictionary, contravariant=True)
 
@@ -26,8 +33,12 @@ D_contra = TypeVar("D_contra", bound=Dictionary, contravariant=True)
 class Weights:
     """The numbers that define the objective, resolved from a RunConfig for one dictionary."""
 
-    groups: tuple[float, ...]
-    """Weight of each nested reconstruction, its reduction over groups included."""
+    parts: tuple[slice, ...]
+    """Latents that each nested reconstruction adds to those before it: the groups', but where one is cut for `coarse_fraction`."""
+    ends: tuple[int, ...]
+    """Which of them is the last of each group [G]."""
+    part_weights: tuple[float, ...]
+    """Weight of each of them, the reduction over groups included."""
     group_weights: tuple[float, ...]
     """The same before the reduction."""
     reduction: float
@@ -35,6 +46,11 @@ class Weights:
     relative: bool
     """Whether reconstruction losses are divided by the batch's variance."""
     temporal: Term | None
+    """The temporal term of codes, if there is one."""
+    prediction: float
+    """Weight of the high-level reconstruction's error against the partner, in the unit of `part_weights`; 0 without that term."""
+    paired: bool
+    """Whether a token's partner has a part in the objective."""
     temporal_weight: float
     """The term's own weight."""
     temporal_alpha: float
@@ -50,14 +66,32 @@ class Weights:
     def of(cls, config: RunConfig, activation_dim: int) -> Weights:
         """Resolve the `objective` section for the groups of the `sae` section."""
         objective, weights = config.objective, group_weights(config)
-        term = TERMS[objective.temporal] if KIND_SETTINGS[config.sae.kind].temporal else None
         reduction = 1 / len(weights) if objective.group_reduction == "mean" else 1.0
+        parts = tuple(starmap(slice, pairwise((0, *accumulate(config.sae.group_sizes)))))
+        ends = tuple(range(len(parts)))
+        term, prediction = None, 0.0
+        if KIND_SETTINGS[config.sae.kind].temporal:
+            if TERM_SETTINGS[objective.temporal].predicts:
+                first, alpha = weights[0], objective.temporal_alpha
+                prediction, weights = alpha * first * reduction, ((1 - alpha) * first, *weights[1:])
+            else:
+                term = TERMS[objective.temporal]
+            coarse = coarse_latents(config)
+            if coarse:
+                high, low, *rest = parts
+                parts = (high, slice(low.start, low.start + coarse), slice(low.start + coarse, low.stop), *rest)
+                weights = (weights[0], COARSE * weights[1], (1 - COARSE) * weights[1], *weights[2:])
+                ends = (0, *range(2, len(parts)))
         return cls(
-            groups=tuple(weight * reduction for weight in weights),
+            parts=parts,
+            ends=ends,
+            part_weights=tuple(weight * reduction for weight in weights),
             group_weights=weights,
             reduction=reduction,
             relative=objective.reconstruction == "variance",
             temporal=term,
+            prediction=prediction,
+            paired=term is not None or prediction > 0,
             temporal_weight=term.weight(config) if term else 0.0,
             temporal_alpha=objective.temporal_alpha,
             similarity=objective.similarity,
@@ -86,16 +120,17 @@ class Losses(NamedTuple):
     l2_loss: Tensor
     """Nested reconstruction loss, combined over groups."""
     group_losses: Tensor
-    """Weighted mean squared error of each nested reconstruction [G]."""
+    """Weighted mean squared error of each nested reconstruction, one for each of the weights' parts."""
     auxk_loss: Tensor
     temp_loss: Tensor
-    """Temporal term before its weight; 0 without one."""
+    """Temporal term before its weight; 0 without one. Of prediction the error against the partner."""
     error: Tensor
     """Residual of the full reconstruction [B, D], detached."""
     group_errors: Tensor
     """Squared error of what each group reconstructs with the decoder's bias, without the others, summed over the rows [G]."""
     temp_gradient: Tensor
-    """Largest absolute gradient of the temporal term with respect to the current tokens' codes."""
+    """Largest absolute gradient of the temporal term with respect to the current tokens' codes; of prediction, the largest
+    difference of a token from its partner."""
     sparsity_loss: Tensor = torch.zeros(())
     """Penalty for dense codes, its weight included; 0 where selection makes them sparse."""
     sparsity_weight: Tensor = torch.zeros(())
@@ -110,8 +145,9 @@ class Encoded(NamedTuple):
     """Latents that fired on a current token [F], bool."""
     n_active: Tensor
     """Nonzero entries of the current tokens' codes in each group [G]."""
-    cut: Tensor
-    """What the inference threshold follows: about the smallest activation kept; infinite if there is none."""
+    cuts: Tensor
+    """What the inference threshold of each part follows in which latents are selected by themselves: about the smallest
+    activation kept; infinite if there is none."""
     mass: Tensor
     """Sum of the current tokens' feature activations in each group [G]."""
 
@@ -120,7 +156,7 @@ class Engine(Protocol[D_contra]):
     """Encodes a batch, then differentiates the objective."""
 
     def encode(self, dictionary: D_contra, current: Tensor, partner: Tensor | None) -> Encoded:
-        """Batch-top-k codes of current tokens [B, D] and their partners [B, D]."""
+        """Batch-top-k codes of current tokens [B, D], and of their partners [B, D] where the objective needs those."""
 
     def backward(
         self,
@@ -159,39 +195,46 @@ def objective(
 
     `document` [B] tells which pairs are of one document; it is needed where those are no negatives.
     """
-    group_losses, error, alone = nested_reconstruction(dictionary, codes.current, current, weights.group_weights)
+    group_losses, error = nested_reconstruction(dictionary, codes.current, current, weights)
+    with torch.no_grad():
+        by_itself = [codes.current[:, group] @ dictionary.W_dec[group] for group in dictionary.group_slices]
+        alone = torch.stack([(current - dictionary.b_dec - part).pow(2).sum() for part in by_itself])
     if weights.relative:
         group_losses = group_losses / variance(current)
     l2_loss = group_losses.sum() * weights.reduction
     auxk = auxiliary(dictionary, codes.pre, error, dead, weights.aux_k)
     temporal = l2_loss.new_zeros(())
     if weights.temporal and codes.partner is not None and partner is not None:
-        high = dictionary.group_slices[0]
+        high = weights.parts[0]
         document = None if weights.same_document else document
         pairs = Pairs(current, partner, document, weights.similarity, weights.temperature)
         with phase("contrast"):
             value = weights.temporal.dense(codes.current[:, high], codes.partner[:, high], pairs)
         temporal = weights.temporal_weight * value
     loss = l2_loss + weights.auxk_alpha * auxk + weights.temporal_alpha * temporal
-    return Losses(loss, l2_loss, group_losses, auxk, temporal, error, alone, l2_loss.new_zeros(()))
+    apart = l2_loss.new_zeros(())
+    if weights.prediction and partner is not None:
+        high = weights.parts[0]
+        predicted = codes.current[:, high] @ dictionary.W_dec[high] + dictionary.b_dec
+        temporal = (partner - predicted).pow(2).sum(dim=-1).mean()
+        if weights.relative:
+            temporal = temporal / variance(current)
+        loss = l2_loss + weights.auxk_alpha * auxk + weights.prediction * temporal
+        apart = (partner - current).abs().max()
+    return Losses(loss, l2_loss, group_losses, auxk, temporal, error, alone, apart)
 
 
 @phase("decode")
 def nested_reconstruction(
-    dictionary: ThresholdDictionary, f: Tensor, x: Tensor, weights: tuple[float, ...]
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Weighted loss [G] of the reconstructions from groups 0..g of codes [B, F], and the last one's residual [B, D].
-
-    Also the squared error that each group leaves by itself [G], which is only looked at.
-    """
+    dictionary: ThresholdDictionary, f: Tensor, x: Tensor, weights: Weights
+) -> tuple[Tensor, Tensor]:
+    """Weighted loss of the reconstructions from parts 0..p of codes [B, F], and the last one's residual [B, D]."""
     reconstruction = dictionary.b_dec.expand_as(x)
-    losses, alone = [], []
-    for weight, group in zip(weights, dictionary.group_slices, strict=True):
-        part = f[:, group] @ dictionary.W_dec[group]
-        reconstruction = reconstruction + part
+    losses = []
+    for weight, part in zip(weights.group_weights, weights.parts, strict=True):
+        reconstruction = reconstruction + f[:, part] @ dictionary.W_dec[part]
         losses.append(weight * (x - reconstruction).pow(2).sum(dim=-1).mean())
-        alone.append((x - dictionary.b_dec - part).detach().pow(2).sum())
-    return torch.stack(losses), (x - reconstruction).detach(), torch.stack(alone)
+    return torch.stack(losses), (x - reconstruction).detach()
 
 
 def variance(x: Tensor) -> Tensor:
@@ -212,6 +255,11 @@ def auxiliary(dictionary: ThresholdDictionary, pre: Tensor, error: Tensor, dead:
     return (difference / variance(error)).nan_to_num(0.0)
 
 
+def smallest_of(code: Tensor) -> Tensor:
+    """The smallest positive entry of each row of a code [B, F] → [B]; infinite where there is none."""
+    return torch.where(code > 0, code, torch.inf).amin(dim=1)
+
+
 class DenseEngine(Engine[ThresholdDictionary]):
     """Autograd through the readable definition."""
 
@@ -225,11 +273,11 @@ class DenseEngine(Engine[ThresholdDictionary]):
             codes = Codes(pre, dictionary.keep_largest(pre), other)
         code = codes.current.detach()
         positive = code > 0
-        smallest = torch.where(positive, code, torch.inf).amin(dim=1)
         n_active, mass = (
             torch.stack([each[:, group].sum() for group in dictionary.group_slices]) for each in (positive, code)
         )
-        return Encoded(codes, positive.any(dim=0), n_active, dictionary.cut_of(smallest), mass)
+        cuts = torch.stack([dictionary.cut_of(smallest_of(code[:, part])) for part, _ in dictionary.budgets])
+        return Encoded(codes, positive.any(dim=0), n_active, cuts, mass)
 
     def backward(
         self,
@@ -243,7 +291,7 @@ class DenseEngine(Engine[ThresholdDictionary]):
     ) -> tuple[Losses, Gradients]:
         losses = objective(dictionary, weights, encoded.codes, current, partner, dead, document)
         dictionary.zero_grad(set_to_none=True)
-        if losses.temp_loss.requires_grad:
+        if weights.temporal is not None and losses.temp_loss.requires_grad:
             # Asked for by the trainer's check that the temporal term really acts.
             (gradient,) = torch.autograd.grad(losses.temp_loss, encoded.codes.current, retain_graph=True)
             losses = losses._replace(temp_gradient=(gradient * (encoded.codes.current > 0)).abs().max())

@@ -47,8 +47,8 @@ class PenaltyEngine(Engine[Dictionary]):
         del partner  # no penalty looks at pairs
         penalised = self._penalise(dictionary, current, self._settings)
         active = penalised.f.detach() > 0
-        fired, cut = self._group.any(active.any(dim=0)), current.new_tensor(torch.inf)
-        return Encoded(penalised, fired, active.sum()[None], cut, penalised.f.detach().sum()[None])
+        fired, cuts = self._group.any(active.any(dim=0)), current.new_full((1,), torch.inf)
+        return Encoded(penalised, fired, active.sum()[None], cuts, penalised.f.detach().sum()[None])
 
     def backward(
         self,

@@ -84,7 +84,7 @@ def _train(runs: Sequence[tuple[RunConfig, RunFolder]], group: Group, inexact: b
     settings = config.training
     stream = PairStream(
         store,
-        settings.pair_rule,
+        config.pair_rule,
         settings.batch_size,
         settings.seed,
         counted=config.counted,

@@ -24,7 +24,15 @@ from tsae.runtime.phases import phase
 from tsae.sae.dictionary import ThresholdDictionary
 from tsae.sae.selection.global_top_k import global_top_k_codes
 from tsae.sae.selection.top_k import GUESS_MARGIN, Encoder, batch_top_k_codes, top_k_codes
-from tsae.sae.sparse import ByLatent, SparseCode, add_rows, kernels_for, sampled_products, weighted_rows
+from tsae.sae.sparse import (
+    ByLatent,
+    SparseCode,
+    add_rows,
+    kernels_for,
+    sampled_products,
+    side_by_side,
+    weighted_rows,
+)
 from tsae.training.objective import Encoded, Engine, Losses, Weights
 from tsae.training.temporal import Pairs
 from tsae.training.update import (
@@ -43,7 +51,7 @@ from tsae.training.update import (
 
 class _Codes(NamedTuple):
     centred: Tensor
-    """Inputs minus b_dec, [halves · B, D]: current tokens, then partners."""
+    """Inputs minus b_dec, [halves · B, D]: current tokens, then partners where those are encoded."""
     current: SparseCode
     partner: SparseCode | None
 
@@ -68,7 +76,7 @@ class Revived(NamedTuple):
 
 
 class SparseEngine(Engine[ThresholdDictionary]):
-    """Remembers the last cuts (the next guesses) and owns the gradient buffers, which are written in place.
+    """Remembers the last cuts of each budget (the next guesses), two of each, and owns the gradient buffers, which are written in place.
 
     `encoder_precision` and `deterministic` are the settings of that name. The k·B largest activations are selected
     over the batches of all processes of `selection`, negatives come from all of `negatives`: the `group` of the
@@ -88,7 +96,7 @@ class SparseEngine(Engine[ThresholdDictionary]):
         self._deterministic = deterministic
         self._group, self._selection, self._negatives = group, selection, negatives
         self._shard = shard or Shard(group)
-        self._guesses: list[float | None] = [None, None]
+        self._guesses: list[float | None] = []
 
     @torch.no_grad()
     def encode(self, dictionary: ThresholdDictionary, current: Tensor, partner: Tensor | None) -> Encoded:
@@ -100,19 +108,27 @@ class SparseEngine(Engine[ThresholdDictionary]):
             select = batch_top_k_codes
         else:
             select = partial(global_top_k_codes, group=self._selection)
-        encoder_of_step = dictionary.W_enc, dictionary.b_enc, int(dictionary.k)
-        selections = select(self._encoder, list(centred), *encoder_of_step, self._guesses[: len(halves)])
-        self._guesses = [GUESS_MARGIN * selection.cut for selection in selections]
-        code = selections[0].code
+        parts: list[list[SparseCode]] = [[] for _ in halves]
+        cuts = []
+        for number, (latents, k) in enumerate(dictionary.budgets):
+            encoder = dictionary.W_enc.T[latents].T, dictionary.b_enc[latents]
+            mine = slice(2 * number, 2 * number + len(halves))
+            self._guesses += [None] * (2 * number + 2 - len(self._guesses))
+            selections = select(self._encoder, list(centred), *encoder, k, self._guesses[mine])
+            self._guesses[mine] = [GUESS_MARGIN * selection.cut for selection in selections]
+            for half, selection in zip(parts, selections, strict=True):
+                half.append(selection.code)
+            code = selections[0].code
+            smallest = code.values.new_full((len(current),), torch.inf)
+            smallest.scatter_reduce_(0, code.rows, code.values, "amin")
+            cuts.append(dictionary.cut_of(self._group.gather(smallest)))
+        code, *others = map(side_by_side, parts)
         fired = torch.zeros(dictionary.dict_size, dtype=torch.bool, device=current.device)
         fired[code.latents] = True
-        smallest = code.values.new_full((len(current),), torch.inf)
-        smallest.scatter_reduce_(0, code.rows, code.values, "amin")
-        codes = _Codes(centred.flatten(0, 1), code, selections[1].code if partner is not None else None)
-        cut = dictionary.cut_of(self._group.gather(smallest))
+        codes = _Codes(centred.flatten(0, 1), code, others[0] if others else None)
         mass = torch.stack([code.mass(group) for group in dictionary.group_slices])
         n_active = torch.stack([code.inside(group).sum() for group in dictionary.group_slices])
-        return Encoded(codes, self._group.any(fired), n_active, cut, mass)
+        return Encoded(codes, self._group.any(fired), n_active, torch.stack(cuts), mass)
 
     @torch.no_grad()
     def backward(
@@ -126,7 +142,7 @@ class SparseEngine(Engine[ThresholdDictionary]):
         document: Tensor | None = None,
     ) -> tuple[Losses, Gradients]:
         codes: _Codes = encoded.codes
-        n_rows, slices = len(current), dictionary.group_slices
+        n_rows, slices = len(current), weights.parts
         divisor: float = n_rows * self._group.world
         if weights.relative:
             spread = current - self._group.mean(current.mean(dim=0))
@@ -134,13 +150,14 @@ class SparseEngine(Engine[ThresholdDictionary]):
         gradients = SparseGradients(dictionary, self._deterministic, self._group.world == 1, self._shard)
         parts = [codes.current.within(group) for group in slices]
         with phase("decode"):
-            # x minus each nested reconstruction: group g's adds to that of the groups before it.
+            # x minus each nested reconstruction: part p's adds to that of the parts before it.
             residuals = [codes.centred[:n_rows]]
             for (part, _), group in zip(parts, slices, strict=True):
                 residuals.append(residuals[-1] - weighted_rows(part, dictionary.W_dec[group]))
-            # A group's part is what it takes from the residual before it; nothing is decoded again.
-            alone = [(residuals[0] - before + after).square().sum() for before, after in pairwise(residuals)]
-        residuals = residuals[1:]
+        centred, *residuals = residuals
+        # A group's part is what it takes from the residual before it; nothing is decoded again.
+        after_groups = [centred, *(residuals[end] for end in weights.ends)]
+        alone = [(centred - before + after).square().sum() for before, after in pairwise(after_groups)]
         group_losses = torch.stack(
             [
                 weight * residual.square().sum() / divisor
@@ -148,7 +165,11 @@ class SparseEngine(Engine[ThresholdDictionary]):
             ]
         )
         auxk, revived = self._auxiliary(dictionary, weights, codes.centred[:n_rows], residuals[-1], dead)
-        through = _through_decoder(dictionary, weights, codes.current, parts, residuals, divisor)
+        further = None
+        if weights.prediction and partner is not None:
+            # What the high-level reconstruction leaves of the partner.
+            further = residuals[0] + (partner - current)
+        through = _through_decoder(dictionary, weights, codes.current, parts, residuals, further, divisor)
         term, partner_high = None, None
         if weights.temporal is not None and codes.partner is not None and partner is not None:
             with phase("contrast"):
@@ -157,7 +178,10 @@ class SparseEngine(Engine[ThresholdDictionary]):
                 form = document, weights.similarity, weights.temperature
                 pairs = Pairs(current, partner, *form, self._group, self._negatives)
                 term = weights.temporal.sparse(parts[0][0], partner_high, pairs, weights.temporal_weight)
-        *summed, temporal = self._group.sums(*group_losses, term.loss if term else group_losses.new_zeros(()))
+        here = term.loss if term else group_losses.new_zeros(())
+        if further is not None:
+            here = further.square().sum() / divisor
+        *summed, temporal = self._group.sums(*group_losses, here)
         # From here on nothing is exchanged but gradients: what came after them would wait for them.
         gradients.decoder(through.entries, through.back, revived)
         entries = [Entries(codes.current.rows, codes.current.latents, through.value_gradient)]
@@ -169,8 +193,11 @@ class SparseEngine(Engine[ThresholdDictionary]):
 
         group_losses = torch.stack(summed)
         l2_loss = group_losses.sum() * weights.reduction
-        loss = l2_loss + weights.auxk_alpha * auxk + weights.temporal_alpha * temporal
+        weight = weights.temporal_alpha if further is None else weights.prediction
+        loss = l2_loss + weights.auxk_alpha * auxk + weight * temporal
         strongest = term.current.abs().max() if term and len(term.current) else l2_loss.new_zeros(())
+        if further is not None and partner is not None:
+            strongest = (partner - current).abs().max()
         losses = Losses(loss, l2_loss, group_losses, auxk, temporal, residuals[-1], torch.stack(alone), strongest)
         return losses, gradients.made
 
@@ -229,9 +256,12 @@ def _through_decoder(
     code: SparseCode,
     parts: list[tuple[SparseCode, Tensor]],
     residuals: list[Tensor],
+    further: Tensor | None,
     divisor: float,
 ) -> _Through:
     """Backward through the decoder. `divisor` is that of the sum of squared errors over all processes.
+
+    `further` is the high-level reconstruction's residual of the partners, where it is to explain those.
 
     Group g is part of the reconstructions g, g + 1, …, so its gradient is the sum of theirs: with three groups and
     residuals r_0, r_1, r_2 a latent of the first gets −2 (w_0 r_0 + w_1 r_1 + w_2 r_2), one of the last −2 w_2 r_2.
@@ -242,10 +272,12 @@ def _through_decoder(
     backs = torch.empty(len(parts), *residuals[-1].shape, dtype=code.values.dtype, device=code.values.device)
     for g in reversed(range(len(parts))):
         part, places = parts[g]
-        group = dictionary.group_slices[g]
-        torch.mul(residuals[g], -2 * weights.groups[g] / divisor, out=backs[g])
+        group = weights.parts[g]
+        torch.mul(residuals[g], -2 * weights.part_weights[g] / divisor, out=backs[g])
         if g + 1 < len(parts):
             backs[g] += backs[g + 1]
+        if g == 0 and further is not None:
+            backs[g].add_(further, alpha=-2 * weights.prediction / divisor)
         value_gradient[places] = sampled_products(part, backs[g], dictionary.W_dec[group])
         entries.append(Entries(part.rows + g * batch, part.latents + group.start, part.values))
     return _Through(value_gradient, entries, backs)

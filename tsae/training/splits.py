@@ -31,6 +31,8 @@ latents: what changes from token to token lives there, too, as in a Matryoshka S
 split of that has 87 % of the activity, those of a term that acts 28 to 78 %."""
 TOO_STRONG = "the temporal term is too strong: lower objective.temporal_alpha, or set training.normalize where activations are large"
 TOO_WEAK = "the temporal term is too weak, so that fast features live there, too: raise objective.temporal_alpha"
+TOO_FEW = "raise objective.high_share, which reserves too few active latents for it"
+TOO_MANY = "lower objective.high_share, which reserves too many active latents for it"
 UNHEARD = "give it more weight in objective.group_weights"
 DYING = "lower training.lr to keep latents alive, training.dead_after to let aux-k revive them"
 LONGEST_LINE = 2**16
@@ -76,14 +78,17 @@ def trouble(line: Mapping[str, float], config: RunConfig) -> Trouble | None:
         crowded = 1 - shares[0] < CROWDED * (1 - fractions[0])
         if shares[0] < UNDERUSED * fractions[0] and 0 not in underused:
             underused.insert(0, 0)
+    reserved = config.objective.high_share is not None
     # The term explains a dying high-level split, and one that took over all others' dying; nothing else does.
     if any(not temporal or (group == 0) == crowded for group in dying):
         unwell, remedy = dying, DYING
     elif crowded:
-        unwell, remedy = [0], TOO_WEAK
+        unwell, remedy = [0], TOO_MANY if reserved else TOO_WEAK
     else:
         unwell = sorted({*dying, *underused})
-        remedy = TOO_STRONG if temporal and unwell == [0] else UNHEARD
+        remedy = UNHEARD
+        if temporal and unwell == [0]:
+            remedy = TOO_FEW if reserved and not dying else TOO_STRONG
     if not unwell:
         return None
     uneven = [0] if crowded else underused

@@ -12,7 +12,7 @@ from tsae.parallel.group import ALONE, Group
 from tsae.runtime.errors import TsaeError
 from tsae.sae.dictionary import Dictionary, ThresholdDictionary
 from tsae.sae.init import centre, geometric_median, new_dictionary
-from tsae.sae.kinds import KINDS, from_state
+from tsae.sae.kinds import KINDS, MatryoshkaBatchTopKSAE, from_state
 from tsae.store.moments import Moments
 from tsae.training.objective import DenseEngine, Engine, Weights
 from tsae.training.penalty_engine import PenaltyEngine
@@ -35,7 +35,8 @@ class Terms(NamedTuple):
     grad_norm: Tensor
     """Norm of the gradient after the decoder projection, before clipping."""
     threshold: Tensor
-    """Inference threshold on raw activations: 0 where there is none, the mean where each latent has one."""
+    """Inference threshold on raw activations: 0 where there is none, the mean where each latent has one, the low-level
+    split's where each split has one."""
     dead_features: Tensor
     n_active: Tensor
     """Nonzero entries of the current half's codes."""
@@ -87,9 +88,11 @@ class Trainer:
         if state_dict is not None:
             dictionary = _given(config, state_dict, self.scale, shift)
         self._fresh = state_dict is None
+        self.weights = Weights.of(config, activation_dim)
+        if self.weights.paired and isinstance(dictionary, MatryoshkaBatchTopKSAE) and config.objective.high_share:
+            dictionary.reserve(config.objective.high_share)
         self.dictionary: Dictionary = dictionary.to(device)
         lay_out_by_latent(self.dictionary)
-        self.weights = Weights.of(config, activation_dim)
         shard = LatentShares(group, config.sae.dict_size) if self.settings.shard == "optimizer" else Shard(group)
         self._shard, self.engine = shard, _engine(config, group, shard)
         # The sparse engine rounds its encoder product itself; rounding its sums over entries would make nothing faster.
@@ -120,10 +123,12 @@ class Trainer:
         if self.steps_done == 0 and (self._fresh or self.dictionary.centre_input):
             centre(self.dictionary, geometric_median(self.group.gather(current)))
         with self._products:
-            encoded = self.engine.encode(self.dictionary, current, partner)
+            # Only a term of codes needs the partners'.
+            coded = None if self.weights.temporal is None else partner
+            encoded = self.engine.encode(self.dictionary, current, coded)
         self.tokens_since_fired += tokens
         self.tokens_since_fired[encoded.fired] = 0
-        self._track_threshold(encoded.cut)
+        self._track_thresholds(encoded.cuts)
         dead = self.tokens_since_fired >= self.settings.dead_after
         if not self.weights.same_document and partner is not None and document is None:
             raise TsaeError("objective.same_document: false needs the document of each pair: step(batch, document)")
@@ -131,7 +136,7 @@ class Trainer:
             losses, gradients = self.engine.backward(
                 self.dictionary, self.weights, encoded, current, partner, dead, document
             )
-        must_act = self.steps_done == 0 and self.weights.temporal is not None and self.weights.temporal_alpha != 0
+        must_act = self.steps_done == 0 and self.weights.paired and self.weights.temporal_alpha != 0
         # A term that is a mean over the batch has gradients of about 1/B; a millionth of that is rounding noise.
         if must_act and (float(losses.temp_loss) == 0 or float(self.group.max(losses.temp_gradient)) < 1e-6 / tokens):
             raise TsaeError(
@@ -195,20 +200,21 @@ class Trainer:
         paired = batch.ndim == 3 and batch.shape[1] == 2
         if not paired and batch.ndim != 2:
             raise TsaeError(f"a batch of shape {tuple(batch.shape)} is neither pairs [B, 2, D] nor tokens [B, D]")
-        if self.weights.temporal is None:
+        if not self.weights.paired:
             return (batch[:, 0] if paired else batch), None
         if not paired:
             raise TsaeError("a temporal SAE needs pairs [B, 2, D]; single tokens would silently drop its temporal term")
         return batch[:, 0], batch[:, 1]
 
-    def _track_threshold(self, cut: Tensor) -> None:
-        """Move the inference threshold towards the smallest activation that survived selection, where one did."""
+    def _track_thresholds(self, cuts: Tensor) -> None:
+        """Move each inference threshold towards the smallest activation that survived its selection, where one did."""
         if self.steps_done <= self._threshold_start:
             return
         if isinstance(self.dictionary, ThresholdDictionary):
-            threshold, beta = self.dictionary.threshold, self.settings.threshold_beta
-            moved = torch.where(threshold < 0, cut, beta * threshold + (1 - beta) * cut)
-            threshold.copy_(torch.where(torch.isfinite(cut), moved, threshold))
+            beta = self.settings.threshold_beta
+            for threshold, cut in zip(self.dictionary.thresholds, cuts, strict=True):
+                moved = torch.where(threshold < 0, cut, beta * threshold + (1 - beta) * cut)
+                threshold.copy_(torch.where(torch.isfinite(cut), moved, threshold))
 
     def _threshold(self) -> Tensor:
         threshold = getattr(self.dictionary, "threshold", self.dictionary.b_dec.new_zeros(()))

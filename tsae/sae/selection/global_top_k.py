@@ -44,7 +44,7 @@ def global_top_k_codes(
     halves: list[Tensor],
     weight: Tensor,
     bias: Tensor,
-    k: int,
+    k: float,
     guesses: list[float | None],
     group: Group,
 ) -> list[Selection]:
@@ -53,7 +53,7 @@ def global_top_k_codes(
     `guesses` must be the same in all processes. A selection's cut and passes are those of the whole.
     """
     prepared = encoder.prepare(weight, bias, sum(map(len, halves)))
-    wanted = k * len(halves[0]) * group.world
+    wanted = round(k * len(halves[0]) * group.world)
     agreed = [_agreed_guess(x, prepared, k, group) if g is None else g for x, g in zip(halves, guesses, strict=True)]
     found, totals, passes = _enough_candidates(encoder, halves, prepared, agreed, wanted, group)
     cuts = kth_largest([values for _, _, values in found], [min(wanted, total) for total in totals], group)
@@ -65,7 +65,7 @@ def global_top_k_codes(
     return selections
 
 
-def _agreed_guess(x: Tensor, prepared: Prepared, k: int, group: Group) -> float:
+def _agreed_guess(x: Tensor, prepared: Prepared, k: float, group: Group) -> float:
     """The lowest of all processes' first guesses."""
     return -float(group.max(x.new_tensor(-first_guess(x, prepared, k))))
 

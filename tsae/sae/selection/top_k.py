@@ -121,7 +121,7 @@ class Encoder:
 
 @phase("selection")
 def batch_top_k_codes(
-    encoder: Encoder, halves: list[Tensor], weight: Tensor, bias: Tensor, k: int, guesses: list[float | None]
+    encoder: Encoder, halves: list[Tensor], weight: Tensor, bias: Tensor, k: float, guesses: list[float | None]
 ) -> list[Selection]:
     """Batch-top-k over each half [N, D] by itself. Pre-activations are x @ weight [D, F] + bias [F].
 
@@ -131,8 +131,8 @@ def batch_top_k_codes(
     return [_largest_of_half(encoder, x, prepared, k, guess) for x, guess in zip(halves, guesses, strict=True)]
 
 
-def _largest_of_half(encoder: Encoder, x: Tensor, prepared: Prepared, k: int, guess: float | None) -> Selection:
-    wanted = k * len(x)
+def _largest_of_half(encoder: Encoder, x: Tensor, prepared: Prepared, k: float, guess: float | None) -> Selection:
+    wanted = round(k * len(x))
     if guess is None:
         guess = first_guess(x, prepared, k)
     passes = 1
@@ -170,12 +170,12 @@ def _largest(values: Tensor, count: int) -> Tensor:
     return keep.nonzero()[:, 0]
 
 
-def first_guess(x: Tensor, prepared: Prepared, k: int) -> float:
+def first_guess(x: Tensor, prepared: Prepared, k: float) -> float:
     """An estimate of the cut from a few rows of x [N, D], a little too low rather than too high."""
     sample = x[:: max(1, len(x) // SAMPLE_ROWS)][:SAMPLE_ROWS]
     product = (sample.to(prepared.weight.dtype) @ prepared.weight).to(x.dtype)
     activations = torch.relu(product + prepared.bias).flatten()
-    top = activations.topk(min(k * len(sample), activations.numel()), sorted=False).values
+    top = activations.topk(min(max(1, round(k * len(sample))), activations.numel()), sorted=False).values
     return GUESS_MARGIN * float(top.min())
 
 
