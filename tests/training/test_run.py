@@ -263,7 +263,7 @@ def test_every_line_says_how_many_latents_of_each_split_live(
 def test_a_split_that_dies_is_warned_of_once(
     config: RunConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    dying = configuration.replace(config, training={"lr": 0.3, "clip_norm": 1.0})
+    dying = configuration.replace(config, sae={"kind": "matryoshka"}, training={"lr": 0.3, "clip_norm": 1.0})
     run = RunFolder.of(tmp_path, "dying")
     train(dying, run)
     last = last_line(run.metrics)
