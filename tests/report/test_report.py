@@ -165,12 +165,14 @@ def test_the_command_prints_the_table_and_the_path(seeded):
     assert done.stdout.splitlines()[-1] == f"report: {seeded.compared.page}"
 
 
-def test_a_group_that_took_over_is_told_on_the_page(seeded):
+def test_a_split_that_took_over_is_told_on_the_page(seeded):
     point = seeded.points[0]
-    seeded.run(point).metrics.write_text(json.dumps({"step": 9, "share_0": 0.97, "share_1": 0.03}) + "\n")
+    seeded.run(point).metrics.write_text(
+        json.dumps({"step": 9, "tokens": 90, "fve": 0.5, "share_0": 0.97, "share_1": 0.03}) + "\n"
+    )
     page = report.write_report(seeded.compared).read_text()
     assert f"In 1 of {len(seeded.points)} trainings" in page
-    assert f"{point.name}: group 0 took over: it has 97.0% of the feature activations" in page
+    assert f"{point.name}: the high-level split (group 0) has 97% of the activity with 20% of the latents;" in page
 
 
 def test_variance_is_pooled_over_tokens_where_the_truth_is_known():

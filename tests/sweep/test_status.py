@@ -202,9 +202,42 @@ def test_a_running_point_shows_how_far_and_how_fast(plan):
     standings[train.key] = Record("running", "n7", time.time() - 100)
     row = next(line for line in point_rows(plan, plan.stages, standings, 200) if line.startswith(train.subject))
     assert row.split() == [train.subject, "train", "running", "n7", "1:40", "400/2000", "steps", "16.4k", "tokens/s"]
-    files.write_json(train.progress, {**progress, "message": "loss 0.3 alive 0.98/0.05", "time": time.time()})
-    row = next(line for line in point_rows(plan, plan.stages, standings, 200) if line.startswith(train.subject))
-    assert "400/2000 steps, alive 0.98/0.05  4 steps/s" in row
+
+
+@pytest.mark.parametrize("state", ["running", "failed", "done"])
+def test_a_point_that_has_begun_shows_what_of_each_split_lives_and_what_it_explains(plan, state):
+    point = plan.points[0]
+    standings = {stage.key: Record("waiting") for stage in plan.stages}
+    for stage in plan.stages:
+        if stage.points == (point.name,):
+            standings[stage.key] = Record(state)
+    metrics = plan.run(point).metrics
+    metrics.parent.mkdir(parents=True)
+    old = {"alive_0": 0.9, "alive_1": 0.8, "step": 1}
+    lines = [{**old, "fve_0": 0.1, "fve_1": 0.2}, {**old, "alive_0": 0.35, "fve_0": 0.09, "fve_1": 0.704}]
+    metrics.write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"alive_0": 1.0, "al')
+
+    def told() -> list[str]:
+        header, *rows = point_rows(plan, plan.stages, standings, 200)
+        return [header, *(next(row for row in rows if row.startswith(each.name)) for each in plan.points)]
+
+    header, row, other = told()
+    assert header.split()[-4:] == ["alive", "H/L", "FVE", "H/L"]
+    assert row.split()[-2:] == ["0.35/0.80", "0.09/0.70"]
+    assert "/" not in other
+    metrics.write_text(json.dumps(old) + "\n")  # as an older version left it
+    header, row, _ = told()
+    assert header.split()[-2:] == ["alive", "H/L"]
+    assert row.split()[-1] == "0.90/0.80"
+
+
+def test_a_dictionary_without_splits_shows_its_own_numbers(plan_of):
+    plan = plan_of(grid={"sae.kind": ["batch_topk"]})
+    metrics = plan.run(plan.points[0]).metrics
+    metrics.parent.mkdir(parents=True)
+    metrics.write_text(json.dumps({"alive_0": 0.97, "fve": 0.8}) + "\n")
+    standings = {stage.key: Record("done") for stage in plan.stages}
+    assert point_rows(plan, plan.stages, standings, 200)[1].split()[-2:] == ["0.97", "0.80"]
 
 
 @pytest.mark.parametrize("width", [60, 80, 120])

@@ -19,8 +19,9 @@ from tsae.config import run as configuration
 from tsae.config.run import RunConfig
 from tsae.runtime.errors import TsaeError
 from tsae.store.harvest import harvest
-from tsae.training.metrics import has_diverged, last_imbalance
+from tsae.training.metrics import has_diverged
 from tsae.training.run import train, train_together
+from tsae.training.splits import last_line, trouble
 
 STEPS = 60
 
@@ -124,6 +125,7 @@ def test_trackers_receive_the_measures(config: RunConfig, tmp_path: Path) -> Non
         accumulator.Reload()
         tags |= set(accumulator.Tags()["scalars"])
     assert {"fve", "l0", "temp_loss"} <= tags
+    assert {f"{name}_{group}" for name in ("alive", "share", "l0", "fve") for group in (0, 1)} <= tags
 
 
 def test_a_missing_tracker_is_named(config: RunConfig, tmp_path: Path) -> None:
@@ -247,9 +249,12 @@ def test_every_line_says_how_many_latents_of_each_split_live(
     for line in lines:
         alive, dead = ([line[f"{name}_{group}"] for group in (0, 1)] for name in ("alive", "dead"))
         assert 19 * dead[0] + 77 * dead[1] == pytest.approx(96 * line["dead_percent"] / 100, abs=1e-4)
-        assert all(0 <= a <= 1 - d for a, d in zip(alive, dead, strict=True))
+        assert all(0 < a <= 1 for a in alive)
     assert 19 * lines[0]["alive_0"] + 77 * lines[0]["alive_1"] == pytest.approx(lines[0]["n_fired_features"], abs=1e-4)
-    shown = f"alive {lines[-1]['alive_0']:.2f}/{lines[-1]['alive_1']:.2f}"
+    shown = " ".join(
+        f"{told} {lines[-1][f'{name}_0']:.2f}/{lines[-1][f'{name}_1']:.2f}"
+        for name, told in (("alive", "alive"), ("share", "share"), ("fve", "fve_alone"))
+    )
     assert shown in json.loads(run.progress.read_text())["message"]
     assert shown in capsys.readouterr().err
     assert not caplog.records
@@ -258,16 +263,15 @@ def test_every_line_says_how_many_latents_of_each_split_live(
 def test_a_split_that_dies_is_warned_of_once(
     config: RunConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    dying = configuration.replace(config, training={"lr": 0.3, "clip_norm": 1.0})
+    dying = configuration.replace(config, sae={"kind": "matryoshka"}, training={"lr": 0.3, "clip_norm": 1.0})
     run = RunFolder.of(tmp_path, "dying")
     train(dying, run)
-    last = json.loads(run.metrics.read_text().splitlines()[-1])
-    assert last["alive_1"] < 0.25
-    told = [record.getMessage() for record in caplog.records if "are alive" in record.getMessage()]
+    last = last_line(run.metrics)
+    assert last["alive_1"] < 0.5
+    told = [record.getMessage() for record in caplog.records if "alive" in record.getMessage()]
     assert len(told) == 1
     assert re.match(
-        r"dying: step \d+: of the 77 latents of group 1 \(low-level split\) only \d+\.\d% are alive; a lower training.lr",
+        r"dying: step \d+: .*the low-level split \(group 1\) is \d+% alive, .*; lower training.lr to keep latents alive",
         told[0],
     )
-    run.metrics.write_text(json.dumps({"alive_0": 1.0, "alive_1": 0.2}) + "\n")
-    assert last_imbalance(run.metrics, dying).startswith("of the 77 latents of group 1 (low-level split) only 20.0%")
+    assert "the low-level split (group 1)" in str(trouble(last, dying))

@@ -237,10 +237,14 @@ declare(
         rank=4,
     ),
     *(
-        Measure(f"frac_alive_{split}", "Alive", _ALIVE, split, "", "higher", (), _CHARTS["alive"], f"{split}-level")
+        Measure(
+            f"frac_alive_{split}", "Alive", _ALIVE, split, "", "higher", _SUMMARY, _CHARTS["alive"], f"{split}-level"
+        )
         for split in ("high", "low")
     ),
     Measure("l0", "L0", _L0, "", "latents", "", ("summary", "terminal"), card="Active latents per token (L0)"),
+    Measure("l0_high", "L0", _L0, "high", "latents", places=_SUMMARY, card="... in the high-level split"),
+    Measure("l0_low", "L0", _L0, "low", "latents"),
     *(
         Measure(f"truth_{name}", "Recovery", _MATCHED.format(part), member, "", "higher", places, chart, line, rank=2)
         for name, part, member, places, chart, line in (
@@ -277,8 +281,6 @@ declare(
         "share of the high-level split's live latents whose best match is slow",
         better="higher",
     ),
-    Measure("l0_high", "L0", _L0, "high", "latents", card="... in the high-level split"),
-    Measure("l0_low", "L0", _L0, "low", "latents"),
 )
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 
 from tsae.config.points import short_names, shown
-from tsae.evaluation.measures import REGISTRY, Chart, label, shown_in
+from tsae.evaluation.measures import REGISTRY, Chart, Measure, label, shown_in
 from tsae.experiments.driver import draw_again, files_of
 from tsae.experiments.registry import EXPERIMENTS
 from tsae.pages import render
@@ -75,7 +75,7 @@ def _lead(summary: Summary) -> str:
 
 
 def _warnings(summary: Summary) -> list[tuple[str, str]]:
-    """What is not here, and which trainings ended with a group that is silent or does almost everything."""
+    """What is not here, and which trainings ended with a split that is dead, idle or does almost everything."""
     found = []
     if summary.missing:
         points = "; ".join(f"{row.point.name} ({row.missing})" for row in summary.missing[:MOST_MISSING])
@@ -95,11 +95,11 @@ def _warnings(summary: Summary) -> list[tuple[str, str]]:
     ]
     if inexact:
         found.append(("Trained on with other versions than begun with:", "; ".join(inexact[:MOST_MISSING])))
-    unbalanced = [row for row in summary.rows if row.imbalance]
-    if unbalanced:
-        points = "; ".join(f"{row.point.name}: {row.imbalance}" for row in unbalanced[:MOST_MISSING])
-        more = len(unbalanced) - MOST_MISSING
-        count = f"In {len(unbalanced)} of {len(summary.rows)} trainings a group of latents fell silent or took over:"
+    unwell = [row for row in summary.rows if row.trouble]
+    if unwell:
+        points = "; ".join(f"{row.point.name}: {row.trouble}" for row in unwell[:MOST_MISSING])
+        more = len(unwell) - MOST_MISSING
+        count = f"In {len(unwell)} of {len(summary.rows)} trainings a split ended unwell:"
         found.append((count, points + (f"; and {more} more" if more > 0 else "")))
     return found
 
@@ -116,7 +116,7 @@ def _summary_table(summary: Summary) -> dict[str, Any]:
     return {
         "axes": [_words(short[key]) for key in keys],
         "several": summary.seeds > 1,
-        "families": [(family, [measure.member for measure in members]) for family, members in families],
+        "families": [(family, _members(list(measures))) for family, measures in families],
         "rows": [
             {
                 "settings": [shown(group.value(key)) for key in keys],
@@ -127,6 +127,11 @@ def _summary_table(summary: Summary) -> dict[str, Any]:
         ],
         "note": note,
     }
+
+
+def _members(measures: list[Measure]) -> list[str]:
+    """What tells measures of a family apart; the one that is alone needs nothing."""
+    return [measure.member or ("all" if len(measures) > 1 else "") for measure in measures]
 
 
 def _cell(group: Group, measure: str) -> tuple[str, str]:

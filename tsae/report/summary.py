@@ -17,7 +17,7 @@ from tsae.experiments.registry import declare_measures
 from tsae.report.compared import Compared
 from tsae.runtime.errors import TsaeError
 from tsae.store.binding import difference
-from tsae.training.metrics import last_imbalance
+from tsae.training.splits import last_line, trouble
 
 declare_measures()
 
@@ -39,8 +39,8 @@ class Row:
     """Why there are no results, or nothing."""
     changed: str = ""
     """What of its data has changed since it was trained, or nothing."""
-    imbalance: str = ""
-    """Which group of latents had fallen silent or taken over when training ended, or nothing."""
+    trouble: str = ""
+    """What was wrong with its splits when training ended, or nothing."""
 
     @cached_property
     def values(self) -> dict[str, float]:
@@ -174,9 +174,8 @@ def _row(compared: Compared, point: Point, run: RunFolder) -> Row:
     experiments = headlines(run, point.config)
     if is_evaluated(point.config, run):
         results = run.read_results()
-        return Row(
-            point, results, experiments, "", _changed(run, point, results), last_imbalance(run.metrics, point.config)
-        )
+        found = trouble(last_line(run.metrics), point.config)
+        return Row(point, results, experiments, "", _changed(run, point, results), str(found or ""))
     if experiments and not compared.evaluated:
         return Row(point, {}, experiments, "")
     return Row(point, {}, {}, "trained, not evaluated" if run.is_trained(point.config) else "not trained")

@@ -13,6 +13,7 @@ from tsae.report.compared import Compared
 from tsae.report.figures import draw_figures
 from tsae.report.page import as_page
 from tsae.report.summary import summarise
+from tsae.report.training import draw_training
 from tsae.runtime import files
 
 
@@ -24,7 +25,7 @@ def write_report(compared: Compared) -> Path:
     page.parent.mkdir(parents=True, exist_ok=True)
     files.write_text(page.with_name("table.csv"), text.as_csv(summary))
     files.write_text(page.with_name("table.md"), text.as_markdown(summary))
-    drawn = draw_figures(summary, page.parent)
+    drawn = [*draw_figures(summary, page.parent), *draw_training(summary, page.parent)]
     judged = section(compared, write_claims(compared)) if compared.settings.claims else None
     files.write_text(page, as_page(summary, drawn, judged))
     points = [

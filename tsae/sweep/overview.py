@@ -7,11 +7,13 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from tsae.config.points import Point
 from tsae.runtime.state import BROKEN, LIVE, Record, State
 from tsae.sweep.attempt import Rest
 from tsae.sweep.plan import Plan
 from tsae.sweep.queue.display import duration, read_progress
 from tsae.sweep.stage import KINDS, Stage
+from tsae.training.splits import beside, last_line, of_splits
 
 NOTABLE = (
     *(State.FAILED, State.INTERRUPTED, State.RUNNING, State.PREEMPTED, State.QUEUED),
@@ -21,7 +23,9 @@ NOTABLE = (
 WITH_LOG = NOTABLE[:4]
 MOST_ROWS = 40
 LOG_LINES = 30
-COLUMNS = ("point", "stage", "state", "node", "elapsed", "progress", "rate")
+COLUMNS = ("point", "stage", "state", "node", "elapsed", "progress", "rate", "alive H/L", "FVE H/L")
+BEGUN = (State.RUNNING, State.PREEMPTED, State.INTERRUPTED, State.FAILED, State.DONE)
+"""States in which a point's run has lines of its own, if it has any."""
 
 Standings = Mapping[str, Record]
 
@@ -71,7 +75,11 @@ def point_rows(
         shown.sort(key=lambda entry: NOTABLE.index(entry[2].state))
     hidden = [] if everything else shown[MOST_ROWS:]
     shown = shown[: len(shown) - len(hidden)]
-    rows = [list(COLUMNS), *([name, *_cells(stage, standing)] for name, stage, standing in shown)]
+    points = {point.name: point for point in plan.points}
+    rows = [list(COLUMNS)]
+    for name, stage, standing in shown:
+        begun = name in points and standing.state in BEGUN
+        rows.append([name, *_cells(stage, standing), *(_splits(plan, points[name]) if begun else ("", ""))])
     table = _fitting(rows, width)
     lines = table[0]
     for below, (_, _, standing) in zip(table[1:], shown, strict=True):
@@ -132,8 +140,20 @@ def _cells(stage: Stage, standing: Record) -> list[str]:
     return [stage.kind, standing.state, standing.host, elapsed, progress, rate]
 
 
+def _splits(plan: Plan, point: Point) -> tuple[str, str]:
+    """`0.98/0.91` of each split alive and `0.70/0.19` of the variance explained by each alone, at the last line logged.
+
+    Of a dictionary without splits, its own.
+    """
+    line = last_line(plan.run(point).metrics)
+    alive, alone = (of_splits(line, name, point.config) for name in ("alive", "fve"))
+    if len(point.config.sae.fractions) == 1 and line:
+        alone = [line["fve"]]
+    return beside(alive), beside(alone)
+
+
 def _progress(stage: Stage, standing: Record) -> tuple[str, str]:
-    """`200/800 steps, alive 0.98/0.91` and `12.5k tokens/s`, of what the stage's progress file says."""
+    """`200/800 steps` and `12.5k tokens/s`, of what the stage's progress file says."""
     record = read_progress(stage, standing.started or 0.0)
     if not record or str(record.get("stage", "")).split(" ")[0] != stage.kind:
         return "", ""
@@ -144,8 +164,7 @@ def _progress(stage: Stage, standing: Record) -> tuple[str, str]:
         rate, per = float(words[words.index("tokens/s") + 1]), "tokens"
     else:
         per = unit
-    alive = f", alive {words[words.index('alive') + 1]}" if "alive" in words[:-1] else ""
-    return f"{reached} {unit}{alive}", f"{_short(rate)} {per}/s" if rate else ""
+    return f"{reached} {unit}", f"{_short(rate)} {per}/s" if rate else ""
 
 
 def _short(number: float) -> str:

@@ -9,7 +9,6 @@ what lasts; what holds of x alone is noise to it, and left to the low-level spli
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise, starmap
 from typing import Any, NamedTuple, Protocol, TypeVar
@@ -50,6 +49,8 @@ class Weights:
     """The temporal term of codes, if there is one."""
     prediction: float
     """Weight of the high-level reconstruction's error against the partner, in the unit of `part_weights`; 0 without that term."""
+    paired: bool
+    """Whether a token's partner has a part in the objective."""
     temporal_weight: float
     """The term's own weight."""
     temporal_alpha: float
@@ -90,6 +91,7 @@ class Weights:
             relative=objective.reconstruction == "variance",
             temporal=term,
             prediction=prediction,
+            paired=term is not None or prediction > 0,
             temporal_weight=term.weight(config) if term else 0.0,
             temporal_alpha=objective.temporal_alpha,
             similarity=objective.similarity,
@@ -98,11 +100,6 @@ class Weights:
             auxk_alpha=objective.auxk_alpha,
             aux_k=activation_dim // 2,
         )
-
-    @property
-    def paired(self) -> bool:
-        """Whether a token's partner has a part in the objective."""
-        return self.temporal is not None or self.prediction > 0
 
 
 class Codes(NamedTuple):
@@ -130,7 +127,7 @@ class Losses(NamedTuple):
     error: Tensor
     """Residual of the full reconstruction [B, D], detached."""
     group_errors: Tensor
-    """What `errors_alone` says of each group on this process's share of the batch [G]."""
+    """Squared error of what each group reconstructs with the decoder's bias, without the others, summed over the rows [G]."""
     temp_gradient: Tensor
     """Largest absolute gradient of the temporal term with respect to the current tokens' codes; of prediction, the largest
     difference of a token from its partner."""
@@ -198,9 +195,10 @@ def objective(
 
     `document` [B] tells which pairs are of one document; it is needed where those are no negatives.
     """
-    group_losses, residuals = nested_reconstruction(dictionary, codes.current, current, weights)
-    error = residuals[-1]
-    alone = errors_alone((current - dictionary.b_dec).detach(), [residuals[end] for end in weights.ends])
+    group_losses, error = nested_reconstruction(dictionary, codes.current, current, weights)
+    with torch.no_grad():
+        by_itself = [codes.current[:, group] @ dictionary.W_dec[group] for group in dictionary.group_slices]
+        alone = torch.stack([(current - dictionary.b_dec - part).pow(2).sum() for part in by_itself])
     if weights.relative:
         group_losses = group_losses / variance(current)
     l2_loss = group_losses.sum() * weights.reduction
@@ -229,26 +227,14 @@ def objective(
 @phase("decode")
 def nested_reconstruction(
     dictionary: ThresholdDictionary, f: Tensor, x: Tensor, weights: Weights
-) -> tuple[Tensor, list[Tensor]]:
-    """Weighted loss of the reconstructions from parts 0..p of codes [B, F], and what each leaves of x [B, D]."""
+) -> tuple[Tensor, Tensor]:
+    """Weighted loss of the reconstructions from parts 0..p of codes [B, F], and the last one's residual [B, D]."""
     reconstruction = dictionary.b_dec.expand_as(x)
-    losses, residuals = [], []
+    losses = []
     for weight, part in zip(weights.group_weights, weights.parts, strict=True):
         reconstruction = reconstruction + f[:, part] @ dictionary.W_dec[part]
-        residual = x - reconstruction
-        losses.append(weight * residual.pow(2).sum(dim=-1).mean())
-        residuals.append(residual.detach())
-    return torch.stack(losses), residuals
-
-
-def errors_alone(centred: Tensor, residuals: Sequence[Tensor]) -> Tensor:
-    """Squared error of what the decoder's bias and one group alone reconstruct, summed over the batch, for each group [G].
-
-    `centred` is x − b_dec [B, D], `residuals` what each nested reconstruction leaves of x. The group's part is what its
-    reconstruction takes from the residual before it, so that nothing is decoded again.
-    """
-    alone = [residuals[0], *(centred - before + after for before, after in pairwise(residuals))]
-    return torch.stack([error.square().sum() for error in alone])
+        losses.append(weight * (x - reconstruction).pow(2).sum(dim=-1).mean())
+    return torch.stack(losses), (x - reconstruction).detach()
 
 
 def variance(x: Tensor) -> Tensor:

@@ -30,17 +30,15 @@ from tsae.store.layout import store_path
 from tsae.store.moments import moments_of
 from tsae.store.pairs import PairStream
 from tsae.store.reader import Store
-from tsae.training.metrics import Metrics, first_fve, has_diverged, imbalance, living, measures_of, quiet
+from tsae.training.metrics import Metrics, first_fve, has_diverged, living, measures_of
 from tsae.training.resume import ResumeStates, random_state, set_random_state
+from tsae.training.splits import beside, of_splits, trouble
 from tsae.training.trackers import Trackers, require
 from tsae.training.trainer import Terms, Trainer
 
 SHOWN = ("loss", "l2_loss", "temp_loss", "auxk_loss", "l0", "fve", "dead_percent")
-IMBALANCED = (
-    "the temporal term is too strong or too weak, or its logits do not fit the activations' scale "
-    "(objective.temporal_alpha, objective.temperature, training.normalize)"
-)
-QUIETENED = "a lower training.lr keeps them alive, a lower training.dead_after lets aux-k revive them"
+OF_SPLITS = {"alive": "alive", "share": "share", "fve": "fve_alone"}
+"""Measures of each split that the progress line shows, and their names there."""
 
 log = logging.getLogger("tsae")
 
@@ -303,23 +301,22 @@ class _Training:
         self._states.wait()
 
     def _log(self, step: int, terms: Terms) -> None:
-        latents = living(self._trainer)
-        measures = measures_of(step, terms, self.config, latents)
+        measures = measures_of(step, terms, self.config, living(self._trainer))
         self._metrics.append(measures)
         if step >= self.config.training.warmup:
-            self._warn_once(step, imbalance(terms.group_shares.tolist(), self.config), IMBALANCED)
-            self._warn_once(step, quiet(latents.alive, self.config), QUIETENED)
+            self._warn_once(step, measures)
         self._trackers.log({name: value for name, value in measures.items() if name != "step"}, step)
         rate = self._progress.rate(self.step) * self.config.training.batch_size
-        alive = {"alive": "/".join(f"{share:.2f}" for share in latents.alive)}
-        self._progress.update(self.step, **{"tokens/s": rate}, **{name: measures[name] for name in SHOWN}, **alive)
+        splits = {told: beside(of_splits(measures, name, self.config)) for name, told in OF_SPLITS.items()}
+        shown = {name: measures[name] for name in SHOWN} | {told: values for told, values in splits.items() if values}
+        self._progress.update(self.step, **{"tokens/s": rate}, **shown)
 
-    def _warn_once(self, step: int, found: str, remedy: str) -> None:
-        """Say once that groups of latents are not as they should be; metrics.jsonl tells it at every line, a sweep's
-        report the end."""
-        if found and remedy not in self._told:
-            self._told.add(remedy)
-            log.warning("%s: step %d: %s; %s", self.run.path.parent.name, step, found, remedy)
+    def _warn_once(self, step: int, measures: dict[str, float]) -> None:
+        """Say once that a split is not as it should be; metrics.jsonl tells it at every line, a sweep's report the end."""
+        found = trouble(measures, self.config)
+        if found and found.remedy not in self._told:
+            self._told.add(found.remedy)
+            log.warning("%s: step %d: %s", self.run.path.parent.name, step, found)
 
     def _finish(self) -> None:
         self.wait()

@@ -13,6 +13,7 @@ Shapes: B rows, D activation_dim, F dict_size, G groups, n entries.
 from __future__ import annotations
 
 from functools import partial
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -32,7 +33,7 @@ from tsae.sae.sparse import (
     side_by_side,
     weighted_rows,
 )
-from tsae.training.objective import Encoded, Engine, Losses, Weights, errors_alone
+from tsae.training.objective import Encoded, Engine, Losses, Weights
 from tsae.training.temporal import Pairs
 from tsae.training.update import (
     DECODER,
@@ -153,8 +154,10 @@ class SparseEngine(Engine[ThresholdDictionary]):
             residuals = [codes.centred[:n_rows]]
             for (part, _), group in zip(parts, slices, strict=True):
                 residuals.append(residuals[-1] - weighted_rows(part, dictionary.W_dec[group]))
-        residuals = residuals[1:]
-        alone = errors_alone(codes.centred[:n_rows], [residuals[end] for end in weights.ends])
+        centred, *residuals = residuals
+        # A group's part is what it takes from the residual before it; nothing is decoded again.
+        after_groups = [centred, *(residuals[end] for end in weights.ends)]
+        alone = [(centred - before + after).square().sum() for before, after in pairwise(after_groups)]
         group_losses = torch.stack(
             [
                 weight * residual.square().sum() / divisor
@@ -195,7 +198,7 @@ class SparseEngine(Engine[ThresholdDictionary]):
         strongest = term.current.abs().max() if term and len(term.current) else l2_loss.new_zeros(())
         if further is not None and partner is not None:
             strongest = (partner - current).abs().max()
-        losses = Losses(loss, l2_loss, group_losses, auxk, temporal, residuals[-1], alone, strongest)
+        losses = Losses(loss, l2_loss, group_losses, auxk, temporal, residuals[-1], torch.stack(alone), strongest)
         return losses, gradients.made
 
     def state(self) -> dict[str, Any]:
