@@ -32,8 +32,17 @@ FEWER_STEPS = MIDDLE + 2
 CASES: dict[str, dict[str, Any]] = {
     "contrastive": {"objective": "reference"},
     "cosine": {"objective": {"preset": "scale_free", "similarity": "cosine", "temperature": 0.1, "directions": "mean"}},
-    "linear": {"objective": {"preset": "scale_free", "temporal": "linear", "similarity": "cosine", "reconstruction": "variance"}},
-    "other_documents": {"objective": {"preset": "scale_free", "similarity": "cosine", "temperature": 0.1, "same_document": False}},
+    "linear": {
+        "objective": {
+            "preset": "scale_free",
+            "temporal": "linear",
+            "similarity": "cosine",
+            "reconstruction": "variance",
+        }
+    },
+    "other_documents": {
+        "objective": {"preset": "scale_free", "similarity": "cosine", "temperature": 0.1, "same_document": False}
+    },
     "l1": {"objective": {"temporal": "l1"}},
     "matryoshka": {"sae": {"kind": "matryoshka"}},
     "batch_topk": {"sae": {"kind": "batch_topk"}},

@@ -236,14 +236,14 @@ def _entries_of_segments(products: Tensor, least: Tensor) -> Entries:
 
 @phase("selection")
 def top_k_codes(
-    encoder: Encoder, halves: list[Tensor], weight: Tensor, bias: Tensor, k: int, guesses: list[float | None]
+    encoder: Encoder, halves: list[Tensor], weight: Tensor, bias: Tensor, k: float, guesses: list[float | None]
 ) -> list[Selection]:
     """The k largest positive pre-activations x @ weight [D, F] + bias [F] of each row of each half [N, D].
 
     Takes and returns what `batch_top_k_codes` does; there is no cut to guess, `guesses` only counts the halves.
     """
     prepared = encoder.prepare(weight, bias, sum(map(len, halves)))
-    return [_largest_of_tokens(encoder, x, prepared, k) for x, _ in zip(halves, guesses, strict=True)]
+    return [_largest_of_tokens(encoder, x, prepared, int(k)) for x, _ in zip(halves, guesses, strict=True)]
 
 
 def _largest_of_tokens(encoder: Encoder, x: Tensor, prepared: Prepared, k: int) -> Selection:
