@@ -116,7 +116,7 @@ def test_pairs_of_the_same_document_are_no_negatives_if_so_asked() -> None:
         generator = torch.Generator().manual_seed(0)
         shared = torch.randn(24, 1, 12, dtype=torch.float64, generator=generator)
         batch = shared + torch.randn(24, 2, 12, dtype=torch.float64, generator=generator)
-        built = trainer("sparse", "temporal", objective, 64, 4, [0.5, 0.5])
+        built = trainer("sparse", "temporal", {"preset": "scale_free", **objective}, 64, 4, [0.5, 0.5])
         return float(built.step(batch, document).temp_loss)
 
     one, all_differ = torch.zeros(24), torch.arange(24)

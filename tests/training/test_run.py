@@ -17,6 +17,7 @@ import torch
 from tsae.checkpoint import RunFolder, load_dictionary
 from tsae.config import run as configuration
 from tsae.config.run import RunConfig
+from tsae.config.sections import OBJECTIVE_PRESETS
 from tsae.runtime.errors import TsaeError
 from tsae.store.harvest import harvest
 from tsae.training.metrics import has_diverged
@@ -74,7 +75,7 @@ def test_run_writes_the_checkpoint_layout(config: RunConfig, tmp_path: Path) -> 
     assert type(dictionary).__name__ == "TemporalMatryoshkaBatchTopKSAE"
     assert dictionary.group_sizes == (19, 77)
     assert float(dictionary.threshold) > 0
-    assert written["trainer"]["temp_alpha"] == 0.1
+    assert (written["trainer"]["temporal_term"], written["trainer"]["temp_alpha"]) == ("prediction", 1.0)
     assert written["trainer"]["temporal"] == "p"
     lines = [json.loads(line) for line in run.metrics.read_text().splitlines()]
     assert [line["step"] for line in lines] == [*range(0, STEPS, 3), STEPS - 1]
@@ -166,7 +167,8 @@ def test_packed_runs_equal_runs_trained_alone(config: RunConfig, tmp_path: Path)
 
 
 def test_a_failing_run_does_not_stop_its_pack(config: RunConfig, tmp_path: Path) -> None:
-    silent = configuration.replace(config, objective={"similarity": "cosine"}, sae={"k": 1, "split_fraction": 0.02})
+    contrast = {"preset": "scale_free", **OBJECTIVE_PRESETS["scale_free"]}
+    silent = configuration.replace(config, objective=contrast, sae={"k": 1, "split_fraction": 0.02})
     good, bad = RunFolder.of(tmp_path, "good"), RunFolder.of(tmp_path, "bad")
     with pytest.raises(TsaeError, match="temporal term"):
         train_together([(silent, bad), (config, good)])
