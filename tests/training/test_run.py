@@ -76,14 +76,16 @@ def test_run_writes_the_checkpoint_layout(config: RunConfig, tmp_path: Path) -> 
     assert dictionary.group_sizes == (19, 77)
     assert float(dictionary.threshold) > 0
     assert (written["trainer"]["temporal_term"], written["trainer"]["temp_alpha"]) == ("prediction", 1.0)
-    assert written["trainer"]["temporal"] == "p"
+    assert (written["trainer"]["temporal"], written["trainer"]["high_share"]) == ("within:16", 0.3)
     lines = [json.loads(line) for line in run.metrics.read_text().splitlines()]
     assert [line["step"] for line in lines] == [*range(0, STEPS, 3), STEPS - 1]
     assert lines[-1]["fve"] > lines[0]["fve"]
     assert lines[-1]["l0"] == pytest.approx(4)
     assert not run.resume.exists()
     norms = dictionary.W_dec.norm(dim=1)
-    assert torch.allclose(norms, torch.ones_like(norms), atol=1e-6)
+    # The high-level split is written in the unit in which the one threshold is right for it, too.
+    assert torch.allclose(norms[19:], torch.ones(77), atol=1e-6)
+    assert torch.allclose(norms[:19], norms[0].expand(19), atol=1e-6)
 
 
 def test_resume_is_bit_exact_after_kills(config: RunConfig, tmp_path: Path) -> None:
@@ -168,7 +170,8 @@ def test_packed_runs_equal_runs_trained_alone(config: RunConfig, tmp_path: Path)
 
 def test_a_failing_run_does_not_stop_its_pack(config: RunConfig, tmp_path: Path) -> None:
     contrast = {"preset": "scale_free", **OBJECTIVE_PRESETS["scale_free"]}
-    silent = configuration.replace(config, objective=contrast, sae={"k": 1, "split_fraction": 0.02})
+    config = configuration.replace(config, objective=contrast)
+    silent = configuration.replace(config, sae={"k": 1, "split_fraction": 0.02})
     good, bad = RunFolder.of(tmp_path, "good"), RunFolder.of(tmp_path, "bad")
     with pytest.raises(TsaeError, match="temporal term"):
         train_together([(silent, bad), (config, good)])

@@ -353,11 +353,6 @@ def _validate(config: RunConfig, where: str) -> None:
         f"the {sae.group_sizes[-1]} latents of the low-level split leave none beside it",
     )
     check(
-        "objective.temporal_alpha",
-        objective.temporal_alpha <= 1 or not TERM_SETTINGS[objective.temporal].predicts,
-        "of objective.temporal: prediction it is a share, from 0 to 1",
-    )
-    check(
         "objective.target_l0",
         objective.target_l0 is None or objective.target_l0 <= sae.dict_size,
         f"a number above 0 and at most sae.dict_size ({sae.dict_size}) is allowed",

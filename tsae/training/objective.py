@@ -73,7 +73,7 @@ class Weights:
         if KIND_SETTINGS[config.sae.kind].temporal:
             if TERM_SETTINGS[objective.temporal].predicts:
                 first, alpha = weights[0], objective.temporal_alpha
-                prediction, weights = alpha * first * reduction, ((1 - alpha) * first, *weights[1:])
+                prediction, weights = alpha * first * reduction, (max(0.0, 1 - alpha) * first, *weights[1:])
             else:
                 term = TERMS[objective.temporal]
             coarse = coarse_latents(config)
