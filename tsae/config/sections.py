@@ -189,7 +189,7 @@ class ObjectiveConfig:
     """`predictive`: ours, in which the high-level split reconstructs a token's neighbours; `scale_free`: the paper's contrast in a form that means the same for activations of any scale; `reference`: what the authors' released code computes; `paper`: what the paper's equations say. Other keys override it."""
     temporal: Annotated[str, OneOf(TERM_SETTINGS)] = "prediction"
     """Temporal term of a T-SAE. `prediction`: the high-level split reconstructs the token's partner in place of the token itself; `contrastive`: InfoNCE over the batch; `linear`: the mean similarity of all pairs of the batch minus that of the true pairs, without a logarithm; `l2`: the squared distance of the two codes (the paper's ablation without contrast); `l1`: their L1 distance weighted by the inputs' cosine (the released code's other branch)."""
-    temporal_alpha: NonNegative = 1.0
+    temporal_alpha: NonNegative = 1.5
     """Weight of the temporal term; that of `prediction` is relative to the high-level split's own reconstruction, which keeps what is left to 1."""
     high_share: Annotated[Fraction | None, Added(None)] = 0.3
     """Share of sae.k that is selected in the high-level split of a T-SAE, the rest outside it, so that neither can take over; none: the largest activations of both together."""
