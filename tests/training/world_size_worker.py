@@ -44,6 +44,7 @@ CASES: dict[str, dict[str, Any]] = {
         "objective": {"preset": "scale_free", "similarity": "cosine", "temperature": 0.1, "same_document": False}
     },
     "l1": {"objective": {"temporal": "l1"}},
+    "prediction": {"objective": "predictive"},
     "matryoshka": {"sae": {"kind": "matryoshka"}},
     "batch_topk": {"sae": {"kind": "batch_topk"}},
     "topk": {"sae": {"kind": "topk"}},
