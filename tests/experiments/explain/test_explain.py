@@ -75,7 +75,8 @@ def dense(run_config: RunConfig, checkpoints: Path) -> tuple[np.ndarray, np.ndar
     state = torch.load(RunFolder.of(checkpoints, "temporal").weights, weights_only=True)
     x = store.read(range(store.n_sequences)).float()
     pre = torch.relu((x - state["b_dec"]) @ state["W_enc"] + state["b_enc"])
-    codes = (pre * (pre > state["threshold"])).numpy() * store.valid(Counted(1))[:, :, None]
+    codes = (pre * (pre > state["threshold"]) * state["W_dec"].norm(dim=1)).numpy()
+    codes *= store.valid(Counted(1))[:, :, None]
     return codes, store.tokens, store.document, store.heldout_range
 
 

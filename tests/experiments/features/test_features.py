@@ -81,7 +81,8 @@ def test_the_page_holds_the_activations_of_the_store(run: RunFolder, run_config:
     pre = torch.relu(
         (store.read(range(store.n_sequences)).float() - dictionary["b_dec"]) @ dictionary["W_enc"] + dictionary["b_enc"]
     )
-    f = (pre * (pre > dictionary["threshold"])).numpy() * store.valid(Counted(1))[:, :, None]
+    f = (pre * (pre > dictionary["threshold"]) * dictionary["W_dec"].norm(dim=1)).numpy()
+    f *= store.valid(Counted(1))[:, :, None]
     flat = f.reshape(-1, f.shape[2])
     np.testing.assert_allclose(columns["rate"], (flat > 0).sum(0) / store.valid(Counted(1)).sum(), rtol=1e-5)
     np.testing.assert_allclose(np.nan_to_num(columns["largest"]), flat.max(0), rtol=1e-4, atol=1e-6)

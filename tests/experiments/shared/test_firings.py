@@ -50,8 +50,8 @@ def firings(subject: Subject, store: Store) -> Firings:
 
 @pytest.fixture(scope="module")
 def dense(subject: Subject, store: Store) -> np.ndarray:
-    """Feature activations [S, L, F]; 0 where there is no text."""
-    codes = subject.dictionary.encode(store.read(range(SEQUENCES)).float())
+    """Feature activations [S, L, F], by how much their latents write; 0 where there is no text."""
+    codes = subject.dictionary.encode(store.read(range(SEQUENCES)).float()) * subject.dictionary.row_norms
     return np.where(store.valid(Counted(1))[:SEQUENCES, :, None], codes.numpy(), 0.0)
 
 
