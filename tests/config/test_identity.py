@@ -16,7 +16,7 @@ from tsae.config import run as configuration
 from tsae.config import schema
 from tsae.config.bounds import Added
 from tsae.config.run import Counted, RunConfig
-from tsae.config.sections import OBJECTIVE_PRESETS, ObjectiveConfig, TrainingConfig
+from tsae.config.sections import TrainingConfig
 from tsae.runtime.environment import SWEEPS
 from tsae.runtime.errors import TsaeError
 from tsae.sweep.points import expand
@@ -35,10 +35,7 @@ def hashes(config: RunConfig) -> dict[str, str]:
 
 
 def as_before(config: RunConfig) -> RunConfig:
-    """With what it leaves open as that commit took it: `objective`, which was `scale_free`, and what follows from it."""
-    if config.objective == ObjectiveConfig():
-        was = {"preset": "scale_free", **OBJECTIVE_PRESETS["scale_free"]}
-        config = configuration.replace(config, objective=was)
+    """With what it leaves open as that commit took it."""
     return next(configuration.earlier_meanings(config), config)
 
 

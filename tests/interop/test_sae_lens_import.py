@@ -312,7 +312,7 @@ def test_our_own_export_comes_back_as_the_class_it_was(make_run, tmp_path: Path,
     assert type(back) is type(dictionary)
     assert back.group_sizes == dictionary.group_sizes
     assert torch.equal(back.encode(activations), dictionary.encode(activations))
-    assert config["trainer"]["temporal"] == "p"
+    assert config["trainer"]["temporal"] == "within:16"
 
 
 @pytest.mark.parametrize("form", ["sae_lens", "sae_bench"])

@@ -88,7 +88,7 @@ def recorded_steps(run_folder):
 def test_a_sweep_ends_in_a_report(raced):
     _, outputs = raced
     page = Path(outputs[0][0].splitlines()[-1].removeprefix("report: "))
-    assert page.read_text().count("data:image/png;base64,") == 4
+    assert page.read_text().count("data:image/png;base64,") == 5
     points = json.loads(page.with_name("results.json").read_text())["points"]
     assert [point["name"] for point in points] == ["split_fraction=0.25", "split_fraction=0.5"]
     assert all(0 < point["results"]["l0"] < 64 for point in points)

@@ -190,9 +190,21 @@ def load_resolved(path: Path, used: Sequence[str] = ()) -> RunConfig:
 
 
 def earlier_meanings(config: RunConfig) -> Iterator[RunConfig]:
-    """`config` with what it leaves open as earlier versions took it, for runs that were begun with those."""
+    """`config` with what it leaves open as earlier versions took it, for runs that were begun with those.
+
+    `objective` was `scale_free`, and no token was left out.
+    """
+    changed: dict[str, dict[str, Any]] = {}
     if config.data.max_norm_multiple == "auto":
-        yield replace(config, data={"max_norm_multiple": None})
+        changed["data"] = {"max_norm_multiple": None}
+    if config.objective.preset == "predictive":
+        was, now = dataclasses.asdict(ObjectiveConfig()) | OBJECTIVE_PRESETS["scale_free"], ObjectiveConfig()
+        open_still = {
+            name: value for name, value in was.items() if getattr(config.objective, name) == getattr(now, name)
+        }
+        changed["objective"] = {**open_still, "preset": "scale_free"}
+    if changed:
+        yield replace(config, **changed)
 
 
 WRITTEN = "written"

@@ -161,10 +161,20 @@ def make_plan(sweep: Sweep, to_look_at: bool = False) -> Plan:
     harvests: dict[str, list[Stage]] = {}
     checked: set[str] = set()
     damaged: dict[str, str] = {}
+    begun_before = False
+    for number, point in enumerate(points):
+        try:
+            points[number] = dataclasses.replace(point, config=chain.run(point).as_begun(point.config))
+        except TsaeError:
+            continue  # it is met again below
+        begun_before |= points[number].config is not point.config
     for number, point in enumerate(points):
         _check_model(chain, point, checked)
         try:
-            points[number] = point = dataclasses.replace(point, config=chain.run(point).as_begun(point.config))
+            if begun_before and chain.run(point).training_hash() is None:
+                # Points of one sweep mean the same, whichever version began the first of them.
+                config = next(configuration.earlier_meanings(point.config), point.config)
+                points[number] = point = dataclasses.replace(point, config=config)
             trained_as = chain.run(point).training_hash()
         except TsaeError as error:
             if not to_look_at:
