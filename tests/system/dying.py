@@ -43,7 +43,7 @@ def _die_at(moment: str, count: int) -> None:
     if moment == "after a time":
         threading.Timer(count / 100, _die).start()
     elif moment == "in a step":
-        _at(Trainer, "_track_threshold", count, before=_die)
+        _at(Trainer, "_track_thresholds", count, before=_die)
     elif moment == "in a write":
         _at(torch, "save", count, before=_write_half)
     elif moment == "before a sync":
