@@ -286,10 +286,14 @@ def _class_for(form: Portable, metadata: dict[str, Any]) -> tuple[str, Portable]
             return "AutoEncoder", form
         return "AutoEncoderNew", recentred(form, False)
     kind, threshold = classes().get(str(metadata.get("tsae_dict_class"))), form.tensors["threshold"]
-    shared = form.centred and bool((threshold == threshold[0]).all())
     ours = kind.dictionary if kind is not None else Dictionary
+    # Rows that were brought to norm 1 have thresholds of their own; in other units one is right for all.
+    shared = form.centred and bool((threshold == threshold[-1]).all() or (threshold > 0).all())
     if issubclass(ours, ThresholdDictionary) and metadata.get("tsae_k") and shared:
-        form.tensors["threshold"] = threshold[0].clone()
+        factor = torch.where(threshold == threshold[-1], 1, threshold[-1] / threshold)
+        for name, by in (("W_enc", factor), ("b_enc", factor), ("W_dec", 1 / factor[:, None])):
+            form.tensors[name] = form.tensors[name] * by
+        form.tensors["threshold"] = threshold[-1].clone()
         # A top-k dictionary calibrated to a threshold: under its own name it would be read as top-k again.
         return ("BatchTopKSAE" if ours is AutoEncoderTopK else ours.__name__), form
     return "JumpReluAutoEncoder", recentred(form, False)
