@@ -43,7 +43,7 @@ def test_a_preempted_training_saves_once_and_continues_to_the_same_bytes(
     run = RunFolder.of(tmp_path, "preempted")
     arguments = (config, tmp_path, "preempted")
     code = run_process(
-        signalled, "train_stage", arguments, "tsae.training.trainer:Trainer._track_threshold", saved - 1, number
+        signalled, "train_stage", arguments, "tsae.training.trainer:Trainer._track_thresholds", saved - 1, number
     )
     assert code == preemption.REQUEUE
     assert (run.resume / "latest").read_text() == f"step_{saved}"

@@ -25,7 +25,7 @@ from tsae.store.layout import StoreLayout
 from tsae.sweep.schedulers.slurm.job import adopt_step, first_host
 from tsae.training.run import train
 
-UPDATE = "tsae.training.trainer:Trainer._track_threshold"
+UPDATE = "tsae.training.trainer:Trainer._track_thresholds"
 WEIGHTS = ("W_enc", "b_enc", "W_dec", "b_dec", "threshold")
 Ranks = Callable[..., list[int]]
 
