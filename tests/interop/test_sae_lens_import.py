@@ -315,6 +315,28 @@ def test_our_own_export_comes_back_as_the_class_it_was(make_run, tmp_path: Path,
     assert config["trainer"]["temporal"] == "within:16"
 
 
+def test_an_export_whose_splits_have_thresholds_of_their_own_comes_back_with_one(
+    make_run, tmp_path: Path, activations: Tensor
+) -> None:
+    run, dictionary = make_run()
+    # As training writes a high-level split with a share of k: in the unit in which the one threshold is right for it.
+    high, factor = dictionary.group_slices[0], 1.7
+    with torch.no_grad():
+        dictionary.W_enc[:, high] *= factor
+        dictionary.b_enc[high] *= factor
+        dictionary.W_dec[high] /= factor
+    save_dictionary(run / "trainer_0" / "ae.pt", dictionary)
+    assert main(["export", str(run), "--format", "sae_lens", "--out", str(tmp_path / "lens")]) == 0
+    assert main(["import", str(tmp_path / "lens"), "--out", str(tmp_path / "back")]) == 0
+    back, _ = load_dictionary(tmp_path / "back")
+    assert type(back) is type(dictionary)
+    with torch.no_grad():
+        ours, theirs = (each.encode(activations) * each.row_norms for each in (dictionary, back))
+        assert int((ours[..., high] > 0).sum()) > 0
+        torch.testing.assert_close(theirs, ours, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(back(activations), dictionary(activations), rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("form", ["sae_lens", "sae_bench"])
 def test_a_top_k_calibrated_to_a_threshold_is_exported_with_its_threshold(
     tmp_path: Path, activations: Tensor, form: str
