@@ -75,7 +75,7 @@ def test_run_writes_the_checkpoint_layout(config: RunConfig, tmp_path: Path) -> 
     assert type(dictionary).__name__ == "TemporalMatryoshkaBatchTopKSAE"
     assert dictionary.group_sizes == (19, 77)
     assert float(dictionary.threshold) > 0
-    assert (written["trainer"]["temporal_term"], written["trainer"]["temp_alpha"]) == ("prediction", 1.0)
+    assert (written["trainer"]["temporal_term"], written["trainer"]["temp_alpha"]) == ("prediction", 1.5)
     assert (written["trainer"]["temporal"], written["trainer"]["high_share"]) == ("within:16", 0.3)
     lines = [json.loads(line) for line in run.metrics.read_text().splitlines()]
     assert [line["step"] for line in lines] == [*range(0, STEPS, 3), STEPS - 1]
