@@ -73,7 +73,7 @@ def test_each_part_is_charged_with_what_it_leaves_of_its_target(engine: str) -> 
 
 
 def test_a_weight_above_one_leaves_nothing_of_the_splits_own_reconstruction() -> None:
-    built = trained(config_of({"temporal_alpha": 1.5}), steps=1)
+    built = trained(config_of({"temporal_alpha": 1.5, "temporal_anneal": 1.0}), steps=1)
     assert built.weights.part_weights[0] == 0
     assert built.weights.prediction == pytest.approx(1.5 * 0.2 / 2)
 
@@ -134,6 +134,22 @@ def test_codes_are_put_side_by_side() -> None:
     expected = from_dense(torch.cat(parts, dim=1))
     assert torch.equal(whole.dense(), torch.cat(parts, dim=1))
     assert all(torch.equal(a, b) for a, b in zip(whole[:3], expected[:3], strict=True))
+
+
+def test_the_weight_falls_to_its_own_over_the_first_half() -> None:
+    built = Trainer(config_of({"temporal_alpha": 0.3, "temporal_anneal": 3.0}), DIM)
+    found = []
+    for step in range(40):
+        built.step(pairs(step))
+        found.append(built.weights)
+    # 0.2 is the high-level split's own weight, halved by the mean over two groups.
+    assert [round(found[step].prediction / 0.1, 6) for step in (0, 10, 20, 39)] == [0.9, 0.6, 0.3, 0.3]
+    assert [round(found[step].part_weights[0] / 0.1, 6) for step in (0, 10, 20, 39)] == [0.1, 0.4, 0.7, 0.7]
+    assert {each.part_weights[1:] for each in found} == {found[0].part_weights[1:]}
+    contrast = Trainer(config_of({"preset": "scale_free", "temporal_anneal": 3.0}), DIM)
+    contrast.step(pairs())
+    assert contrast.weights.temporal_alpha == pytest.approx(0.3)
+    assert config_of({"preset": "reference"}).objective.temporal_anneal == 1
 
 
 def test_what_follows_from_the_objective() -> None:

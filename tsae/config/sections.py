@@ -191,10 +191,12 @@ class ObjectiveConfig:
     """Temporal term of a T-SAE. `prediction`: the high-level split reconstructs the token's partner in place of the token itself; `contrastive`: InfoNCE over the batch; `linear`: the mean similarity of all pairs of the batch minus that of the true pairs, without a logarithm; `l2`: the squared distance of the two codes (the paper's ablation without contrast); `l1`: their L1 distance weighted by the inputs' cosine (the released code's other branch)."""
     temporal_alpha: NonNegative = 1.5
     """Weight of the temporal term; that of `prediction` is relative to the high-level split's own reconstruction, which keeps what is left to 1."""
+    temporal_anneal: Annotated[Positive, Added(1.0)] = 4.0
+    """What that weight is multiplied with at the first step; it falls to 1, linearly, over the first half of the steps. Which features the high-level split takes is decided early, what they cost later; 1: a constant weight."""
     high_share: Annotated[Fraction | None, Added(None)] = 0.3
     """Share of sae.k that is selected in the high-level split of a T-SAE, the rest outside it, so that neither can take over; none: the largest activations of both together."""
     coarse_fraction: Annotated[Fraction | None, Added(None)] = 0.1
-    """Share of the latents, the first after the high-level split, that must reconstruct with it alone, for a quarter of the weight of the whole: what `prediction` takes from that split, latents of general use, then is at the head of the low-level one; none: no such part."""
+    """Share of the latents, the first after the high-level split, that must reconstruct with it alone, for a tenth of the weight of the whole: what `prediction` takes from that split, latents of general use, then is at the head of the low-level one; none: no such part."""
     similarity: Literal["dot", "cosine"] = "cosine"
     """Similarity of two high-level codes in the contrastive term."""
     temperature: Positive = 0.15
@@ -221,7 +223,13 @@ class ObjectiveConfig:
     """Width of the kernel through which the thresholds of `jump_relu` get their gradient, in units of the (normalised) activations."""
 
 
-_CONTRAST = {"temporal": "contrastive", "temporal_alpha": 0.1, "high_share": None, "coarse_fraction": None}
+_CONTRAST = {
+    "temporal": "contrastive",
+    "temporal_alpha": 0.1,
+    "temporal_anneal": 1.0,
+    "high_share": None,
+    "coarse_fraction": None,
+}
 OBJECTIVE_PRESETS: dict[str, dict[str, Any]] = {
     "predictive": {},
     "scale_free": _CONTRAST,

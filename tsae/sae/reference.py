@@ -91,8 +91,10 @@ def _temporal_keys(config: RunConfig) -> dict[str, Any]:
     return {
         "temporal": {"previous": "p", "random": "r"}.get(rule, rule),
         "temp_alpha": objective.temporal_alpha,
+        "temp_anneal": objective.temporal_anneal,
         "temporal_term": objective.temporal,
         "high_share": objective.high_share,
+        "coarse_fraction": objective.coarse_fraction,
         "contrastive": TERM_SETTINGS[objective.temporal].contrastive,
         "similarity": objective.similarity,
         "temperature": objective.temperature,

@@ -16,14 +16,14 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from tsae.config.run import RunConfig, coarse_latents, group_weights
+from tsae.config.run import RunConfig, coarse_latents, group_weights, temporal_alpha
 from tsae.config.sections import KIND_SETTINGS, TERM_SETTINGS
 from tsae.runtime.phases import phase
 from tsae.sae.dictionary import Dictionary, ThresholdDictionary
 from tsae.training.temporal import TERMS, Pairs, Term
 from tsae.training.update import EVERYTHING, Gradients, whole_gradients
 
-COARSE = 0.25
+COARSE = 0.1
 """Share of the weight of the second group that goes to its coarse part, where it has one."""
 
 D_contra = TypeVar("D_contra", bound=Dictionary, contravariant=True)
@@ -31,7 +31,7 @@ D_contra = TypeVar("D_contra", bound=Dictionary, contravariant=True)
 
 @dataclass(frozen=True)
 class Weights:
-    """The numbers that define the objective, resolved from a RunConfig for one dictionary."""
+    """The numbers that define the objective in one update, resolved from a RunConfig for one dictionary."""
 
     parts: tuple[slice, ...]
     """Latents that each nested reconstruction adds to those before it: the groups', but where one is cut for `coarse_fraction`."""
@@ -63,16 +63,16 @@ class Weights:
     aux_k: int
 
     @classmethod
-    def of(cls, config: RunConfig, activation_dim: int) -> Weights:
-        """Resolve the `objective` section for the groups of the `sae` section."""
-        objective, weights = config.objective, group_weights(config)
+    def of(cls, config: RunConfig, activation_dim: int, step: int) -> Weights:
+        """Resolve the `objective` section for the groups of the `sae` section, at update `step`."""
+        objective, weights, alpha = config.objective, group_weights(config), temporal_alpha(config, step)
         reduction = 1 / len(weights) if objective.group_reduction == "mean" else 1.0
         parts = tuple(starmap(slice, pairwise((0, *accumulate(config.sae.group_sizes)))))
         ends = tuple(range(len(parts)))
         term, prediction = None, 0.0
         if KIND_SETTINGS[config.sae.kind].temporal:
             if TERM_SETTINGS[objective.temporal].predicts:
-                first, alpha = weights[0], objective.temporal_alpha
+                first = weights[0]
                 prediction, weights = alpha * first * reduction, (max(0.0, 1 - alpha) * first, *weights[1:])
             else:
                 term = TERMS[objective.temporal]
@@ -93,7 +93,7 @@ class Weights:
             prediction=prediction,
             paired=term is not None or prediction > 0,
             temporal_weight=term.weight(config) if term else 0.0,
-            temporal_alpha=objective.temporal_alpha,
+            temporal_alpha=alpha,
             similarity=objective.similarity,
             temperature=objective.temperature,
             same_document=objective.same_document,
