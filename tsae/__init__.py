@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from tsae.checkpoint import load_dictionary
     from tsae.config.run import RunConfig
     from tsae.evaluation.driver import evaluate
+    from tsae.interop.attach import attach, load
     from tsae.lm.model import load_language_model
     from tsae.runtime.errors import TsaeError
     from tsae.store.harvest import harvest
@@ -26,8 +27,10 @@ _HOMES = {
     "Store": "tsae.store.reader",
     "Trainer": "tsae.training.trainer",
     "TsaeError": "tsae.runtime.errors",
+    "attach": "tsae.interop.attach",
     "evaluate": "tsae.evaluation.driver",
     "harvest": "tsae.store.harvest",
+    "load": "tsae.interop.attach",
     "load_dictionary": "tsae.checkpoint",
     "load_language_model": "tsae.lm.model",
     "train": "tsae.training.run",
@@ -39,8 +42,10 @@ __all__ = [
     "Store",
     "Trainer",
     "TsaeError",
+    "attach",
     "evaluate",
     "harvest",
+    "load",
     "load_dictionary",
     "load_language_model",
     "train",

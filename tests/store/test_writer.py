@@ -48,6 +48,17 @@ def test_store_returns_what_was_written_and_zarr_sees_the_same(
     np.testing.assert_array_equal(group["document"][:], ragged)
 
 
+def test_a_store_tells_what_it_is(write_store: WriteStore, ragged: np.ndarray) -> None:
+    store = write_store(ragged, dtype="bfloat16", heldout=100)
+    tokens = int(store.lengths.sum())
+    assert repr(store) == (
+        f"Store {store.path}: complete\nunknown model, no layer: {tokens:,} tokens in 1,003 contexts of 32 (100 held out), "
+        "64 dimensions, bfloat16"
+    )
+    store.layout.set_attributes(complete=False, model={"name": "embedded", "hook_path": "gpt_neox.layers.2"})
+    assert repr(store).startswith(f"Store {store.path}: not finished\nembedded, gpt_neox.layers.2: ")
+
+
 def test_store_is_an_ordinary_zarr_group(write_store: WriteStore, ragged: np.ndarray) -> None:
     store = write_store(ragged)
     with warnings.catch_warnings():

@@ -77,7 +77,11 @@ class Place(NamedTuple):
         """The place that a configuration reads."""
         if config.is_synthetic:
             return cls(config.data.source, None)
-        model = config.model
+        return cls.of_model(config.model)
+
+    @classmethod
+    def of_model(cls, model: ModelConfig) -> Place:
+        """The place that the section `model` names."""
         if model.hook_point is None:
             return cls(model.name, model.layer)
         block = _block(model.hook_point)

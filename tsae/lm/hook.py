@@ -19,7 +19,7 @@ PROOF_LENGTH = 16
 def find_hook(module: nn.Module, model: ModelConfig, depth: int) -> str:
     """The path of the module to read: `model.hook_point`, or block `model.layer`. Raises TsaeError."""
     if model.hook_point is None:
-        if model.layer >= depth:
+        if model.layer not in range(depth):
             raise TsaeError(f"model.layer: {model.layer} is impossible; {model.name} has blocks 0 to {depth - 1}")
         return f"{find_blocks(module, depth)}.{model.layer}"
     paths = [path for path, _ in module.named_modules() if path]

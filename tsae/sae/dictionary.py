@@ -7,13 +7,16 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from tsae.runtime.errors import TsaeError
 from tsae.runtime.phases import phase
+
+if TYPE_CHECKING:
+    from tsae.config.sections import ModelConfig
 
 UNCALIBRATED = -1.0
 EPSILON = float(torch.finfo(torch.float32).eps)
@@ -36,6 +39,8 @@ class Dictionary(nn.Module, ABC):
     """Tensors that must grow with the activations for the dictionary to do the same on a larger scale."""
     evaluated_by_norms: ClassVar[bool] = False
     """Whether the reference's `evaluate` multiplies feature activations by `row_norms` first."""
+    reads: ModelConfig | None = None
+    """The language model and the place that it was trained on, where `tsae.load` found that out."""
 
     def __init__(self, activation_dim: int, dict_size: int) -> None:
         super().__init__()
@@ -43,6 +48,20 @@ class Dictionary(nn.Module, ABC):
         self.b_enc = nn.Parameter(torch.zeros(dict_size))
         self.W_dec = nn.Parameter(torch.empty(dict_size, activation_dim))
         self.b_dec = nn.Parameter(torch.zeros(activation_dim))
+
+    def __repr__(self) -> str:
+        """One line: class, sizes, splits, what decides which latents are active, and what it reads."""
+        parts = [f"{self.dict_size:,} latents on {self.activation_dim:,} dimensions"]
+        if len(self.group_sizes) > 1:
+            parts.append("splits " + " + ".join(f"{size:,}" for size in self.group_sizes))
+        parts += self._rule()
+        if self.reads is not None:
+            parts.append(f"reads {self.reads.hook_point or f'block {self.reads.layer}'} of {self.reads.name}")
+        return f"{type(self).__name__}: {', '.join(parts)}"
+
+    def _rule(self) -> list[str]:
+        """In words, what decides which latents are active."""
+        return [f"rule {self.encode_rule}"]
 
     @classmethod
     def sized(cls, activation_dim: int, dict_size: int, k: int, group_sizes: Sequence[int]) -> Dictionary:
@@ -208,6 +227,12 @@ class ThresholdDictionary(Dictionary):
     def scalar_threshold(self) -> float | None:
         """The threshold; none before it was calibrated."""
         return float(self.threshold) if self.threshold >= 0 else None
+
+    def _rule(self) -> list[str]:
+        if self.encode_rule != "threshold":
+            return [f"k {int(self.k)}", *super()._rule()]
+        cuts = " and ".join(f"{float(cut):.4g}" for cut in self.thresholds)
+        return [f"k {int(self.k)}", f"threshold {'not calibrated' if self.scalar_threshold is None else cuts}"]
 
     @property
     def budgets(self) -> tuple[tuple[slice, float], ...]:

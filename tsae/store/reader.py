@@ -45,6 +45,17 @@ class Store:
         self._medians: dict[int, float] = {}
         self._sound: set[int] = set()
 
+    def __repr__(self) -> str:
+        """Two lines: where it is and whether it is complete, and what is in it."""
+        about = self.layout.attributes
+        model = about["model"]
+        return (
+            f"Store {self.path}: {'complete' if about['complete'] else 'not finished'}\n"
+            f"{model.get('name', 'unknown model')}, {model.get('hook_path', 'no layer')}: {about['tokens']:,} tokens in "
+            f"{self.n_sequences:,} contexts of {self.context_length} ({self.heldout:,} held out), "
+            f"{self.activation_dim:,} dimensions, {self.layout.geometry.dtype}"
+        )
+
     @classmethod
     def open(cls, path: str | Path, config: RunConfig | None = None) -> Store:
         """The store at `path`. Raises TsaeError if it is incomplete, damaged, or not the one `config` describes."""
