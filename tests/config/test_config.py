@@ -39,6 +39,22 @@ def refused(tree: dict) -> str:
             {"sae": {"group_fractions": [0.5, 0.4]}},
             "sae.group_fractions: [0.5, 0.4] is impossible; positive fractions that sum to 1",
         ),
+        (
+            {"sae": {"group_fractions": [1.0]}},
+            "objective.temporal: prediction is impossible; sae.group_fractions leaves no low-level split",
+        ),
+        (
+            {"sae": {"group_fractions": [1.0]}, "objective": {"preset": "scale_free", "high_share": 0.3}},
+            "objective.high_share: 0.3 is impossible; sae.group_fractions leaves no low-level split",
+        ),
+        (
+            {"sae": {"group_fractions": [1.0]}, "objective": {"preset": "scale_free", "coarse_fraction": 0.1}},
+            "objective.coarse_fraction: 0.1 is impossible; sae.group_fractions leaves no low-level split",
+        ),
+        (
+            {"sae": {"dict_size": 100, "split_fraction": 0.95}},
+            "objective.coarse_fraction: 0.1 is impossible; the 5 latents of the low-level split leave none beside it",
+        ),
         ({"sae": {"kind": "temporl"}}, "sae.kind: 'temporl' is not allowed; did you mean 'temporal'?"),
         (
             {"training": {"decay_start": 5, "warmup_steps": 10}},

@@ -359,11 +359,22 @@ def _validate(config: RunConfig, where: str) -> None:
         "only objective.temporal: contrastive can leave them out",
     )
     kind = KIND_SETTINGS[sae.kind]
-    check(
-        "objective.coarse_fraction",
-        not kind.temporal or coarse_latents(config) < sae.group_sizes[1],
-        f"the {sae.group_sizes[-1]} latents of the low-level split leave none beside it",
-    )
+    if kind.temporal and groups == 1:
+        alone = "sae.group_fractions leaves no low-level split"
+        predicts = TERM_SETTINGS[objective.temporal].predicts
+        check(
+            "objective.temporal",
+            not predicts,
+            f"{alone}, which reconstructs the token itself; objective=scale_free needs none",
+        )
+        check("objective.high_share", objective.high_share is None, f"{alone}; null is allowed")
+        check("objective.coarse_fraction", objective.coarse_fraction is None, f"{alone}; null is allowed")
+    elif kind.temporal:
+        check(
+            "objective.coarse_fraction",
+            coarse_latents(config) < sae.group_sizes[1],
+            f"the {sae.group_sizes[1]} latents of the low-level split leave none beside it",
+        )
     check(
         "objective.target_l0",
         objective.target_l0 is None or objective.target_l0 <= sae.dict_size,
