@@ -361,7 +361,7 @@ def _validate(config: RunConfig, where: str) -> None:
     )
     kind = KIND_SETTINGS[sae.kind]
     if kind.temporal:
-        apart = training.selection == "local" and training.processes or 1
+        apart = (training.selection == "local" and training.processes) or 1
         check_splits(sae, objective, training.batch_size // apart, check)
     check(
         "objective.target_l0",

@@ -1,8 +1,8 @@
 """What an objective sets apart for the splits of a T-SAE must be there: latents, and enough active ones in a batch.
 
-    sae.dict_size 2048, sae.split_fraction 0.2   409 latents of the high-level split, 1,639 others
-    objective.coarse_fraction 0.1                204 of the others, the first
-    sae.k 16, objective.high_share 0.3           4.8 active latents of a token of the 409, 11.2 of the others
+sae.dict_size 2048, sae.split_fraction 0.2   409 latents of the high-level split, 1,639 others
+objective.coarse_fraction 0.1                204 of the others, the first
+sae.k 16, objective.high_share 0.3           4.8 active latents of a token of the 409, 11.2 of the others
 """
 
 from __future__ import annotations
@@ -63,6 +63,4 @@ def fills_both(sae: SaeConfig, objective: ObjectiveConfig, batch: int) -> bool:
 
 def empty_split(sae: SaeConfig, batch: int) -> str:
     """What to say where it is not."""
-    return (
-        f"of the {sae.k * batch} active latents that are selected among {batch} tokens, one of the splits would get none"
-    )
+    return f"of the {sae.k * batch} active latents that are selected among {batch} tokens, one of the splits would get none"
