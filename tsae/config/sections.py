@@ -6,6 +6,7 @@ with what they belong to.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -366,7 +367,7 @@ def parse_pair_rule(rule: str, where: str = "pair_rule") -> tuple[str, int]:
     """`"within:8"` → `("within", 8)`; a rule without a number has 0. Raises TsaeError."""
     name, colon, number = rule.replace(" ", "").partition(":")
     settings = PAIR_RULE_SETTINGS.get(name)
-    if settings is not None and settings.numbered and number.isdigit() and int(number) > 0:
+    if settings is not None and settings.numbered and re.fullmatch(r"0*[1-9][0-9]*", number):
         return name, int(number)
     if settings is not None and not settings.numbered and not colon:
         return name, 0

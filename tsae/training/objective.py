@@ -16,8 +16,9 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from tsae.config.run import RunConfig, coarse_latents, group_weights, temporal_alpha
+from tsae.config.run import RunConfig, group_weights, temporal_alpha
 from tsae.config.sections import KIND_SETTINGS, TERM_SETTINGS
+from tsae.config.splits import coarse_latents
 from tsae.runtime.phases import phase
 from tsae.sae.dictionary import Dictionary, ThresholdDictionary
 from tsae.training.temporal import TERMS, Pairs, Term
@@ -76,7 +77,7 @@ class Weights:
                 prediction, weights = alpha * first * reduction, (max(0.0, 1 - alpha) * first, *weights[1:])
             else:
                 term = TERMS[objective.temporal]
-            coarse = coarse_latents(config)
+            coarse = coarse_latents(config.sae, config.objective)
             if coarse:
                 high, low, *rest = parts
                 parts = (high, slice(low.start, low.start + coarse), slice(low.start + coarse, low.stop), *rest)
