@@ -401,7 +401,7 @@ def _validate(config: RunConfig, where: str) -> None:
         ]
         needed = f"a temporal SAE needs pairs: {', '.join(most)} or {last}"
         check("training.pair_rule", PAIR_RULE_SETTINGS[rule].paired, needed)
-        check("training.batch_size", training.batch_size > 1, "a contrastive term needs at least 2 pairs")
+        check("training.batch_size", training.batch_size > 1, "a T-SAE needs at least 2 pairs")
 
     length = data.context_length
     check(
