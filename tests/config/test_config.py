@@ -39,6 +39,22 @@ def refused(tree: dict) -> str:
             {"sae": {"group_fractions": [0.5, 0.4]}},
             "sae.group_fractions: [0.5, 0.4] is impossible; positive fractions that sum to 1",
         ),
+        (
+            {"sae": {"group_fractions": [1.0]}},
+            "objective.temporal: prediction is impossible; sae.group_fractions leaves no low-level split",
+        ),
+        (
+            {"sae": {"group_fractions": [1.0]}, "objective": {"preset": "scale_free", "high_share": 0.3}},
+            "objective.high_share: 0.3 is impossible; sae.group_fractions leaves no latents outside the high-level split",
+        ),
+        (
+            {"sae": {"group_fractions": [1.0]}, "objective": {"preset": "scale_free", "coarse_fraction": 0.1}},
+            "objective.coarse_fraction: 0.1 is impossible; sae.group_fractions leaves no latents outside the high-level split",
+        ),
+        (
+            {"sae": {"dict_size": 100, "split_fraction": 0.95}},
+            "objective.coarse_fraction: 0.1 is impossible; it must be at least one of sae.dict_size (100) latents",
+        ),
         ({"sae": {"kind": "temporl"}}, "sae.kind: 'temporl' is not allowed; did you mean 'temporal'?"),
         (
             {"training": {"decay_start": 5, "warmup_steps": 10}},
@@ -78,10 +94,6 @@ def refused(tree: dict) -> str:
         ({"training": {"pair_rule": "within:²"}}, "training.pair_rule: 'within:²' is not allowed"),
         ({"objective": {"preset": ["paper"]}}, "objective.preset: ['paper'] is not allowed; "),
         ({"synthetic": {"preset": ["place"]}}, "synthetic.preset: ['place'] is not allowed; "),
-        (
-            {"sae": {"group_fractions": [1]}},
-            "objective.coarse_fraction: 0.1 is impossible; sae.group_fractions leaves no latents outside the high-level",
-        ),
         (
             {"sae": {"group_fractions": [1]}, "objective": {"preset": "paper", "high_share": 0.5}},
             "objective.high_share: 0.5 is impossible; sae.group_fractions leaves no latents outside the high-level",

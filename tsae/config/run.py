@@ -456,12 +456,6 @@ def require_processes(config: RunConfig, world: int) -> None:
         )
 
 
-def temporal_alpha(config: RunConfig, step: int) -> float:
-    """Weight of the temporal term in update `step`."""
-    objective, left = config.objective, max(0.0, 1 - 2 * step / config.training.steps)
-    return objective.temporal_alpha * (1 + (objective.temporal_anneal - 1) * left)
-
-
 def group_weights(config: RunConfig) -> tuple[float, ...]:
     """Weight of each nested reconstruction, before they are combined."""
     fractions, chosen = config.sae.fractions, config.objective.group_weights

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from tsae.config.sections import ObjectiveConfig, SaeConfig
+from tsae.config.sections import TERM_SETTINGS, ObjectiveConfig, SaeConfig
 
 STRONGEST = 1e30
 """The largest weight of the temporal term: single precision holds it times the squares of activations."""
@@ -30,6 +30,11 @@ def check_splits(
     """
     high, *others = sae.group_sizes
     low, share = sum(others), objective.high_share
+    check(
+        "objective.temporal",
+        low > 0 or not TERM_SETTINGS[objective.temporal].predicts,
+        "sae.group_fractions leaves no low-level split, which reconstructs the token itself; objective=scale_free needs none",
+    )
     if objective.coarse_fraction is not None:
         check("objective.coarse_fraction", low > 0, ONE_GROUP)
         check(
