@@ -65,7 +65,7 @@ class RunFolder:
         """The final weights, those of a step, or a weights file named relative to the folder."""
         if checkpoint is None:
             return self.weights
-        by_step = isinstance(checkpoint, int) or checkpoint.isdigit()
+        by_step = isinstance(checkpoint, int) or checkpoint.isdecimal()
         return self.checkpoint(int(checkpoint)) if by_step else self.path / str(checkpoint)
 
     def result(self, name: str, suffix: str) -> Path:

@@ -39,6 +39,22 @@ def refused(tree: dict) -> str:
             {"sae": {"group_fractions": [0.5, 0.4]}},
             "sae.group_fractions: [0.5, 0.4] is impossible; positive fractions that sum to 1",
         ),
+        (
+            {"sae": {"group_fractions": [1.0]}},
+            "objective.temporal: prediction is impossible; sae.group_fractions leaves no low-level split",
+        ),
+        (
+            {"sae": {"group_fractions": [1.0]}, "objective": {"preset": "scale_free", "high_share": 0.3}},
+            "objective.high_share: 0.3 is impossible; sae.group_fractions leaves no latents outside the high-level split",
+        ),
+        (
+            {"sae": {"group_fractions": [1.0]}, "objective": {"preset": "scale_free", "coarse_fraction": 0.1}},
+            "objective.coarse_fraction: 0.1 is impossible; sae.group_fractions leaves no latents outside the high-level split",
+        ),
+        (
+            {"sae": {"dict_size": 100, "split_fraction": 0.95}},
+            "objective.coarse_fraction: 0.1 is impossible; it must be at least one of sae.dict_size (100) latents",
+        ),
         ({"sae": {"kind": "temporl"}}, "sae.kind: 'temporl' is not allowed; did you mean 'temporal'?"),
         (
             {"training": {"decay_start": 5, "warmup_steps": 10}},
@@ -75,10 +91,63 @@ def refused(tree: dict) -> str:
             {"data": {"source": "synthetic", "exclude_tokens": [3]}},
             "data.exclude_tokens: [3] is impossible; a synthetic world has no tokens",
         ),
+        ({"training": {"pair_rule": "within:²"}}, "training.pair_rule: 'within:²' is not allowed"),
+        ({"objective": {"preset": ["paper"]}}, "objective.preset: ['paper'] is not allowed; "),
+        ({"synthetic": {"preset": ["place"]}}, "synthetic.preset: ['place'] is not allowed; "),
+        (
+            {"sae": {"group_fractions": [1]}, "objective": {"preset": "paper", "high_share": 0.5}},
+            "objective.high_share: 0.5 is impossible; sae.group_fractions leaves no latents outside the high-level",
+        ),
+        (
+            {"sae": {"dict_size": 1000, "group_fractions": [0.2, 0.05, 0.75]}},
+            "objective.coarse_fraction: 0.1 is impossible; it must be at least one of sae.dict_size (1000) latents and "
+            "leave one of the 50 that follow",
+        ),
+        (
+            {"objective": {"coarse_fraction": 1e-9}},
+            "objective.coarse_fraction: 1e-09 is impossible; it must be at least one of sae.dict_size (16384) latents",
+        ),
+        (
+            {"sae": {"dict_size": 20, "k": 10}, "objective": {"high_share": 0.9}},
+            "objective.high_share: 0.9 is impossible; sae.k (10) can be divided between a high-level split of 4 latents "
+            "and 16 others by shares from 0 to 0.4",
+        ),
+        (
+            {"sae": {"dict_size": 20, "k": 18}, "objective": {"high_share": 0.05}},
+            "and 16 others by shares from 0.111 to 0.222",
+        ),
+        (
+            {"sae": {"k": 4}, "training": {"batch_size": 64}, "objective": {"high_share": 0.001}},
+            "objective.high_share: 0.001 is impossible; of the 256 active latents that are selected among 64 tokens",
+        ),
+        (
+            {"sae": {"k": 4}, "training": {"batch_size": 64}, "objective": {"high_share": 0.999}},
+            "objective.high_share: 0.999 is impossible; of the 256 active latents that are selected among 64 tokens",
+        ),
+        (
+            {
+                "sae": {"k": 4},
+                "training": {"batch_size": 64, "processes": 4, "selection": "local"},
+                "objective": {"high_share": 0.005},
+            },
+            "objective.high_share: 0.005 is impossible; of the 64 active latents that are selected among 16 tokens",
+        ),
+        (
+            {"objective": {"temporal_alpha": 1e20, "temporal_anneal": 1e20}},
+            "objective.temporal_anneal: 1e+20 is impossible; times objective.temporal_alpha it is 1e+40, and weights up",
+        ),
     ],
 )
 def test_what_cannot_work_is_refused_in_one_line(tree: dict, said: str) -> None:
     assert said in refused(tree)
+
+
+def test_what_only_a_temporal_sae_has_is_no_matter_to_other_kinds_and_presets() -> None:
+    lonely, tiny = {"group_fractions": [1]}, {"dict_size": 5, "k": 5}
+    configuration.from_mapping({"sae": lonely, "objective": "reference"}, "x")
+    configuration.from_mapping({"sae": {**lonely, **tiny, "kind": "matryoshka"}}, "x")
+    configuration.from_mapping({"sae": {**tiny, "kind": "batch_topk"}}, "x")
+    configuration.from_mapping({"sae": tiny, "objective": "paper"}, "x")
 
 
 def test_every_preset_is_a_set_of_known_objective_settings() -> None:

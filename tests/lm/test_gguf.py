@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import struct
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from tsae.config import run as configuration
 from tsae.config.sections import ModelConfig
 from tsae.interop.place import Place, lens_hook, module_path
 from tsae.lm.model import LanguageModel, load_language_model
-from tsae.lm.source import check_layer, fingerprint_before, known_config, model_files, weights_fingerprint
+from tsae.lm.source import check_model, fingerprint_before, known_config, model_files, weights_fingerprint
 from tsae.runtime.errors import TsaeError
 from tsae.store.layout import store_path
 from tsae.store.reader import Store
@@ -91,12 +92,14 @@ def test_what_lies_beside_the_file_has_no_part_in_it(gguf: Path, tmp_path: Path)
     assert other.tokenizer.chat_template == load(gguf).tokenizer.chat_template
 
 
-def test_the_head_tells_depth_and_family_without_loading(gguf: Path) -> None:
-    model = ModelConfig(name=str(gguf))
-    assert known_config(model) == {"model_type": "llama", "num_hidden_layers": 3}
-    check_layer(ModelConfig(name=str(gguf), layer=2), "run.yaml")
+def test_the_head_tells_depth_family_and_vocabulary_without_loading(folder: Path, gguf: Path) -> None:
+    model, vocabulary = ModelConfig(name=str(gguf)), json.loads((folder / "config.json").read_text())["vocab_size"]
+    assert known_config(model) == {"model_type": "llama", "num_hidden_layers": 3, "vocab_size": vocabulary}
+    check_model(ModelConfig(name=str(gguf), layer=2), "run.yaml")
     with pytest.raises(TsaeError, match=r"run\.yaml: model\.layer: 3 is impossible; .*tiny\.gguf has blocks 0 to 2"):
-        check_layer(ModelConfig(name=str(gguf), layer=3), "run.yaml")
+        check_model(ModelConfig(name=str(gguf), layer=3), "run.yaml")
+    with pytest.raises(TsaeError, match=rf"run\.yaml: data\.exclude_tokens: {vocabulary} is no token of .*tiny\.gguf"):
+        check_model(model, "run.yaml", (5, vocabulary))
     assert lens_hook(Place(str(gguf), None, "model.layers.1.mlp")) == "blocks.1.hook_mlp_out"
     assert module_path(Place(str(gguf), 1)) == "model.layers.1"
 
@@ -143,6 +146,18 @@ def changed(place: int, content: bytes) -> Make:
     return make
 
 
+def head(*entries: tuple[str, int, bytes]) -> Make:
+    """Metadata alone: name, type and value of each entry."""
+    packed = [
+        struct.pack("<Q", len(name)) + name.encode() + struct.pack("<I", kind) + value for name, kind, value in entries
+    ]
+    return lambda _, path: path.write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 0, len(packed)) + b"".join(packed))
+
+
+LLAMA = ("general.architecture", 8, struct.pack("<Q", 5) + b"llama")
+ZERO = struct.pack("<I", 0)
+DAMAGED = "is damaged or was cut off: copy it again"
+
 BROKEN: dict[str, tuple[Make, str]] = {
     "no GGUF": (lambda _, path: path.write_text("a text"), "is no GGUF file; name one, a folder in the hub's format"),
     "empty": (lambda _, path: path.write_bytes(b""), "is no GGUF file"),
@@ -150,6 +165,11 @@ BROKEN: dict[str, tuple[Make, str]] = {
     "cut in the head": (cut(1000), "is damaged or was cut off: copy it again"),
     "cut behind the magic": (cut(4), "is damaged or was cut off: copy it again"),
     "lengths that make no sense": (changed(24, b"\xff" * 8), "is damaged or was cut off: copy it again"),
+    "an alignment of nothing": (head(LLAMA, ("general.alignment", 4, ZERO)), DAMAGED),
+    "an alignment in words": (head(LLAMA, ("general.alignment", *LLAMA[1:])), DAMAGED),
+    "a number of parts in words": (head(LLAMA, ("split.count", *LLAMA[1:])), DAMAGED),
+    "an architecture that is a number": (head((LLAMA[0], 4, ZERO)), DAMAGED),
+    "lists in lists without end": (head(LLAMA, ("deep", 9, struct.pack("<IQ", 9, 1) * 5000)), DAMAGED),
     "an old version": (changed(4, b"\1\0\0\0"), "is a GGUF file of version 1; versions 2 and 3 can be read"),
     "a part": (lambda folder, path: write_gguf(folder, path, parts=3), "is one of 3 parts of a model; join them"),
     "an unknown architecture": (
@@ -192,6 +212,14 @@ def test_a_folder_of_several_names_them(project: Path) -> None:
     shutil.copy(project / "tiny.gguf", project / "other.gguf")
     with pytest.raises(TsaeError, match=r"holds 2 GGUF files; name one of them: other\.gguf, tiny\.gguf$"):
         weights_fingerprint(ModelConfig(name=str(project)))
+
+
+def test_a_configuration_beside_it_does_not_hide_it_and_weights_beside_it_do(project: Path, folder: Path) -> None:
+    model = ModelConfig(name=str(project))
+    shutil.copy(folder / "config.json", project)
+    assert model_files(model) == [project / "tiny.gguf"]
+    shutil.copy(folder / "model.safetensors", project)
+    assert [path.name for path in model_files(model)] == ["model.safetensors", "config.json"]
 
 
 def test_without_the_package_a_line_says_what_to_install(gguf: Path, monkeypatch) -> None:

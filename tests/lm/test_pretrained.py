@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -105,6 +106,36 @@ def test_a_pointer_in_the_place_of_a_file_is_named(spoilt: Callable[[Spoil], str
 )
 def test_a_file_that_was_cut_off_is_named(spoilt: Callable[[Spoil], str], spoil: Spoil, file: str) -> None:
     assert f"({file} is damaged or was cut off: copy it again)" in spoilt(spoil)
+
+
+class Runs:
+    """Makes a file when it is unpickled."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def __reduce__(self) -> tuple[Any, tuple[str]]:
+        return os.mkdir, (str(self.file),)
+
+
+def test_a_pickle_that_would_run_code_is_refused_and_does_not(spoilt: Callable[[Spoil], str], tmp_path: Path) -> None:
+    def plant(folder: Path) -> None:
+        torch.save({UP: Runs(tmp_path / "ran")}, folder / "pytorch_model.bin")
+
+    assert "cannot be loaded: its pickle holds more than tensors, and none of it was run" in spoilt(pickled(plant))
+    assert not (tmp_path / "ran").exists()
+
+
+def test_code_of_a_model_is_refused_without_a_question(
+    spoilt: Callable[[Spoil], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def plant(folder: Path) -> None:
+        (folder / "own.py").write_text(f"import os\nos.mkdir({str(tmp_path / 'ran')!r})\nclass Own: pass\n")
+        config(model_type="own", auto_map={"AutoConfig": "own.Own", "AutoModelForCausalLM": "own.Own"})(folder)
+
+    monkeypatch.setattr("builtins.input", lambda _="": "y")  # what a person may answer where transformers asks
+    assert "cannot be loaded: it has code of its own, which is never run here" in spoilt(plant)
+    assert not (tmp_path / "ran").exists()
 
 
 @pytest.mark.parametrize("part", ["model", "pre_tokenizer"])

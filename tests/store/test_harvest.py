@@ -201,3 +201,7 @@ def test_a_harvest_ends_with_what_it_found_of_massive_tokens(
         harvest(beyond)
     with pytest.raises(TsaeError, match=r"exclude_tokens: 320 is no token"):
         Store.open(tmp_path / "store", beyond)
+    fresh = make_config(tmp_path / "fresh", data={"exclude_tokens": [320]})
+    with pytest.raises(TsaeError, match=r"exclude_tokens: 320 is no token"):
+        harvest(fresh)
+    assert not (tmp_path / "fresh").exists()

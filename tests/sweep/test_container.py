@@ -48,6 +48,7 @@ def test_apptainer_sees_the_folders_and_keeps_the_environment(programs: Path, tm
     command = chosen.command({"PYTHONPATH": "/a,b"})
     assert command[0] == "env"
     set_inside = {word for word in command if word.startswith("APPTAINERENV_")}
+    assert "APPTAINER_NO_EVAL=1" in command
     assert set_inside == {
         "APPTAINERENV_PYTHONNOUSERSITE=1",
         "APPTAINERENV_PYTHONPATH=/a,b",

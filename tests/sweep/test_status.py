@@ -205,7 +205,7 @@ def test_a_running_point_shows_how_far_and_how_fast(plan):
 
 
 @pytest.mark.parametrize("state", ["running", "failed", "done"])
-def test_a_point_that_has_begun_shows_what_of_each_split_lives_and_what_it_explains(plan, state):
+def test_a_point_that_has_begun_shows_what_of_each_split_lives_its_activity_and_what_it_explains(plan, state):
     point = plan.points[0]
     standings = {stage.key: Record("waiting") for stage in plan.stages}
     for stage in plan.stages:
@@ -214,7 +214,8 @@ def test_a_point_that_has_begun_shows_what_of_each_split_lives_and_what_it_expla
     metrics = plan.run(point).metrics
     metrics.parent.mkdir(parents=True)
     old = {"alive_0": 0.9, "alive_1": 0.8, "step": 1}
-    lines = [{**old, "fve_0": 0.1, "fve_1": 0.2}, {**old, "alive_0": 0.35, "fve_0": 0.09, "fve_1": 0.704}]
+    new = {**old, "share_0": 0.214, "share_1": 0.786, "fve_0": 0.1, "fve_1": 0.2}
+    lines = [new, {**new, "alive_0": 0.35, "fve_0": 0.09, "fve_1": 0.704}]
     metrics.write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"alive_0": 1.0, "al')
 
     def told() -> list[str]:
@@ -222,8 +223,8 @@ def test_a_point_that_has_begun_shows_what_of_each_split_lives_and_what_it_expla
         return [header, *(next(row for row in rows if row.startswith(each.name)) for each in plan.points)]
 
     header, row, other = told()
-    assert header.split()[-4:] == ["alive", "H/L", "FVE", "H/L"]
-    assert row.split()[-2:] == ["0.35/0.80", "0.09/0.70"]
+    assert header.split()[-6:] == ["alive", "H/L", "share", "H/L", "FVE", "H/L"]
+    assert row.split()[-3:] == ["0.35/0.80", "0.21/0.79", "0.09/0.70"]
     assert "/" not in other
     metrics.write_text(json.dumps(old) + "\n")  # as an older version left it
     header, row, _ = told()

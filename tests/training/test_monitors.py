@@ -147,6 +147,12 @@ def test_where_active_latents_are_reserved_their_share_is_what_to_change(
     assert bool(found) == bool(told)
 
 
+def test_a_share_of_k_is_measured_by_itself_and_not_by_the_latents() -> None:
+    config = config_of("temporal", 0.5, "predictive")
+    assert trouble(line_of([0.9, 0.9], [0.18, 0.82], []), config) is None
+    assert "has 14% of the activity" in str(trouble(line_of([0.9, 0.9], [0.14, 0.86], []), config))
+
+
 @pytest.mark.parametrize(("share", "unwell"), [(0.83, True), (0.82, False), (0.31, False), (0.22, True)])
 def test_shares_are_held_against_those_of_the_latents(share: float, unwell: bool) -> None:
     line = line_of([1.0, 1.0], [share, 1 - share], [])

@@ -146,6 +146,9 @@ def test_the_weight_falls_to_its_own_over_the_first_half() -> None:
     assert [round(found[step].prediction / 0.1, 6) for step in (0, 10, 20, 39)] == [0.9, 0.6, 0.3, 0.3]
     assert [round(found[step].part_weights[0] / 0.1, 6) for step in (0, 10, 20, 39)] == [0.1, 0.4, 0.7, 0.7]
     assert {each.part_weights[1:] for each in found} == {found[0].part_weights[1:]}
+    continued = Trainer(built.config, DIM)
+    continued.load_state(built.state())
+    assert continued.weights == found[-1]
     contrast = Trainer(config_of({"preset": "scale_free", "temporal_anneal": 3.0}), DIM)
     contrast.step(pairs())
     assert contrast.weights.temporal_alpha == pytest.approx(0.3)

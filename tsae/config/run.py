@@ -29,6 +29,7 @@ from tsae.config.sections import (
     TrainingConfig,
     parse_pair_rule,
 )
+from tsae.config.splits import check_splits, empty_split, fills_both
 from tsae.config.synthetic import SYNTHETIC_PRESETS, SyntheticConfig
 from tsae.runtime.errors import TsaeError, suggestion
 
@@ -313,7 +314,7 @@ def _with_preset(name: str, presets: Mapping[str, dict[str, Any]], section: Any,
     if not isinstance(section, Mapping):
         return section
     preset = section.get("preset", next(iter(presets)))
-    if preset not in presets:
+    if not isinstance(preset, str) or preset not in presets:
         raise TsaeError(
             f"{where}: {name}.preset: {preset!r} is not allowed; {suggestion(preset, presets)}"
             f"allowed: {', '.join(presets)}"
@@ -359,11 +360,9 @@ def _validate(config: RunConfig, where: str) -> None:
         "only objective.temporal: contrastive can leave them out",
     )
     kind = KIND_SETTINGS[sae.kind]
-    check(
-        "objective.coarse_fraction",
-        not kind.temporal or coarse_latents(config) < sae.group_sizes[1],
-        f"the {sae.group_sizes[-1]} latents of the low-level split leave none beside it",
-    )
+    if kind.temporal:
+        apart = (training.selection == "local" and training.processes) or 1
+        check_splits(sae, objective, training.batch_size // apart, check)
     check(
         "objective.target_l0",
         objective.target_l0 is None or objective.target_l0 <= sae.dict_size,
@@ -402,7 +401,7 @@ def _validate(config: RunConfig, where: str) -> None:
         ]
         needed = f"a temporal SAE needs pairs: {', '.join(most)} or {last}"
         check("training.pair_rule", PAIR_RULE_SETTINGS[rule].paired, needed)
-        check("training.batch_size", training.batch_size > 1, "a contrastive term needs at least 2 pairs")
+        check("training.batch_size", training.batch_size > 1, "a T-SAE needs at least 2 pairs")
 
     length = data.context_length
     check(
@@ -449,12 +448,12 @@ def require_processes(config: RunConfig, world: int) -> None:
             f"training.batch_size: {settings.batch_size} cannot be shared by {world} processes; use a multiple, "
             f"such as {nearest}"
         )
-
-
-def temporal_alpha(config: RunConfig, step: int) -> float:
-    """Weight of the temporal term in update `step`."""
-    objective, left = config.objective, max(0.0, 1 - 2 * step / config.training.steps)
-    return objective.temporal_alpha * (1 + (objective.temporal_anneal - 1) * left)
+    sae, objective, share = config.sae, config.objective, settings.batch_size // world
+    if KIND_SETTINGS[sae.kind].temporal and settings.selection == "local" and not fills_both(sae, objective, share):
+        raise TsaeError(
+            f"objective.high_share: {objective.high_share} is impossible with training.selection: local in {world} "
+            f"processes; {empty_split(sae, share)}"
+        )
 
 
 def group_weights(config: RunConfig) -> tuple[float, ...]:
@@ -463,11 +462,6 @@ def group_weights(config: RunConfig) -> tuple[float, ...]:
     n = len(fractions)
     named = {"fractions": fractions, "uniform": (1 / n,) * n, "ones": (1.0,) * n}
     return named[chosen] if isinstance(chosen, str) else chosen
-
-
-def coarse_latents(config: RunConfig) -> int:
-    """How many latents after the high-level split are the coarse part of the low-level one."""
-    return int((config.objective.coarse_fraction or 0) * config.sae.dict_size)
 
 
 def store_settings(config: RunConfig) -> dict[str, Any]:

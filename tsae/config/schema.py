@@ -165,7 +165,8 @@ def convert(hint: Any, value: Any, where: str, path: str) -> Any:
         found = convert(get_args(hint)[0], value, where, path)
         for mark in hint.__metadata__:
             if isinstance(mark, Bound) and found is not None and not mark.holds(found):
-                shown = list(found) if isinstance(found, tuple) else found
+                shown = str(list(found) if isinstance(found, tuple) else found)
+                shown = shown if shown.isprintable() else repr(shown)
                 raise TsaeError(f"{where}: {path}: {shown} is impossible; {mark.words}")
         return found
     if origin in (Literal, Annotated):

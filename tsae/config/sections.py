@@ -6,6 +6,7 @@ with what they belong to.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -188,15 +189,15 @@ class ObjectiveConfig:
     preset: Literal["predictive", "scale_free", "reference", "paper"] = "predictive"
     """`predictive`: ours, in which the high-level split reconstructs a token's neighbours; `scale_free`: the paper's contrast in a form that means the same for activations of any scale; `reference`: what the authors' released code computes; `paper`: what the paper's equations say. Other keys override it."""
     temporal: Annotated[str, OneOf(TERM_SETTINGS)] = "prediction"
-    """Temporal term of a T-SAE. `prediction`: the high-level split reconstructs the token's partner in place of the token itself; `contrastive`: InfoNCE over the batch; `linear`: the mean similarity of all pairs of the batch minus that of the true pairs, without a logarithm; `l2`: the squared distance of the two codes (the paper's ablation without contrast); `l1`: their L1 distance weighted by the inputs' cosine (the released code's other branch)."""
+    """Temporal term of a T-SAE. `prediction`: the high-level split reconstructs the token's partner in place of the token itself; `contrastive`: InfoNCE over the batch; `linear`: the mean similarity of all pairs of the batch minus that of the true pairs, without a logarithm; `l2`: the squared distance of the two codes (the paper's ablation without contrast); `l1`: their L1 distance weighted by the inputs' cosine (the released code's other branch). Another term than the preset's keeps the preset's weight, so name a preset that has it (`objective=scale_free`), or give temporal_alpha and temporal_anneal with it."""
     temporal_alpha: NonNegative = 1.5
-    """Weight of the temporal term; that of `prediction` is relative to the high-level split's own reconstruction, which keeps what is left to 1."""
+    """Weight of the temporal term (α). That of `prediction` is in units of what the high-level split's own reconstruction weighs without it, and that keeps 1 - α: from 1 on nothing asks the split to reconstruct its own token alone."""
     temporal_anneal: Annotated[Positive, Added(1.0)] = 4.0
-    """What that weight is multiplied with at the first step; it falls to 1, linearly, over the first half of the steps. Which features the high-level split takes is decided early, what they cost later; 1: a constant weight."""
+    """What temporal_alpha is multiplied with at the first step; the factor falls to 1, linearly, over the first half of the steps. Which features the high-level split takes is decided early, what they cost later; 1: a constant weight."""
     high_share: Annotated[Fraction | None, Added(None)] = 0.3
-    """Share of sae.k that is selected in the high-level split of a T-SAE, the rest outside it, so that neither can take over; none: the largest activations of both together."""
+    """Share of sae.k that is selected in the high-level split of a T-SAE, the rest outside it, so that neither can take over; it does not follow sae.split_fraction. None: the largest activations of both together."""
     coarse_fraction: Annotated[Fraction | None, Added(None)] = 0.1
-    """Share of the latents, the first after the high-level split, that must reconstruct with it alone, for a tenth of the weight of the whole: what `prediction` takes from that split, latents of general use, then is at the head of the low-level one; none: no such part."""
+    """Share of all latents, the first after the high-level split, that with it alone must reconstruct the token, for a tenth of the weight that the low-level split's reconstruction has: what `prediction` takes from that split, latents of general use, then is at the head of the low-level one; none: no such part."""
     similarity: Literal["dot", "cosine"] = "cosine"
     """Similarity of two high-level codes in the contrastive term."""
     temperature: Positive = 0.15
@@ -366,7 +367,7 @@ def parse_pair_rule(rule: str, where: str = "pair_rule") -> tuple[str, int]:
     """`"within:8"` → `("within", 8)`; a rule without a number has 0. Raises TsaeError."""
     name, colon, number = rule.replace(" ", "").partition(":")
     settings = PAIR_RULE_SETTINGS.get(name)
-    if settings is not None and settings.numbered and number.isdigit() and int(number) > 0:
+    if settings is not None and settings.numbered and re.fullmatch(r"0*[1-9][0-9]*", number):
         return name, int(number)
     if settings is not None and not settings.numbered and not colon:
         return name, 0

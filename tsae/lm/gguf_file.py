@@ -45,7 +45,8 @@ def head_of(path: Path) -> dict[str, Any]:
                 )
             try:
                 head, end = _read(stream)
-            except (struct.error, UnicodeDecodeError, KeyError, OverflowError, MemoryError):
+            except (struct.error, ValueError, KeyError, OverflowError, MemoryError, RecursionError, OSError):
+                # What stands where a length, a type or a text should: nothing of it can be told.
                 head, end = {}, status.st_size + 1
         _require_readable(path, head, end, status.st_size)
         _known[key] = head
@@ -53,22 +54,23 @@ def head_of(path: Path) -> dict[str, Any]:
 
 
 def config_of(path: Path) -> dict[str, Any]:
-    """What a config.json would say of the model: `model_type` and, where it is told, `num_hidden_layers`."""
+    """What a config.json would say of the model: `model_type` and, where they are told, `num_hidden_layers` and `vocab_size`."""
     head = head_of(path)
     name = head["general.architecture"]
-    depth = head.get(f"{name}.block_count")
-    return {"model_type": MODEL_TYPES.get(name, name), **({} if depth is None else {"num_hidden_layers": depth})}
+    told = {"num_hidden_layers": head.get(f"{name}.block_count"), "vocab_size": head.get("tokenizer.ggml.tokens")}
+    return {"model_type": MODEL_TYPES.get(name, name), **{key: said for key, said in told.items() if said is not None}}
 
 
 def _require_readable(path: Path, head: dict[str, Any], end: int, size: int) -> None:
     version = head.get("version", VERSIONS[-1])
     if version not in VERSIONS:
         raise TsaeError(f"model.name: {path} is a GGUF file of version {version}; versions 2 and 3 can be read")
-    if end > size or "general.architecture" not in head:
+    parts = head.get("split.count", 1)
+    if end > size or not isinstance(head.get("general.architecture"), str) or not isinstance(parts, int):
         raise TsaeError(f"model.name: {path} is damaged or was cut off: copy it again")
-    if head.get("split.count", 1) > 1:
+    if parts > 1:
         raise TsaeError(
-            f"model.name: {path} is one of {head['split.count']} parts of a model; join them with llama.cpp's "
+            f"model.name: {path} is one of {parts} parts of a model; join them with llama.cpp's "
             "`llama-gguf-split --merge` and name the whole"
         )
 
@@ -92,6 +94,8 @@ def _read(stream: BinaryIO) -> tuple[dict[str, Any], int]:
         block, size = GGML_QUANT_SIZES[kind]
         ends.append(offset + prod(shape) // block * size)
     alignment = head.get("general.alignment", 32)
+    if not isinstance(alignment, int) or alignment < 1:
+        raise ValueError("general.alignment")
     return head, -(-stream.tell() // alignment) * alignment + max(ends, default=0)
 
 

@@ -19,6 +19,11 @@ from tsae.runtime.errors import TsaeError
 
 LONGEST_REASON = 200  # characters
 log = logging.getLogger("tsae")
+RUNS_CODE = {
+    "trust_remote_code": "it has code of its own, which is never run here; a model that transformers itself knows is expected",
+    "Weights only load failed": "its pickle holds more than tensors, and none of it was run; weights as safetensors are expected",
+}
+"""What a library says where loading would run a stranger's code → what is said instead."""
 POINTER = b"version https://git-lfs"
 """How the small text begins that git-lfs leaves in the place of a large file."""
 
@@ -30,6 +35,7 @@ def from_pretrained(auto: Any, model: ModelConfig, needed: str, commit: str | No
 
     Raises TsaeError with the damaged file, where there is one, or else with the library's own reason.
     """
+    options["trust_remote_code"] = False  # by default transformers asks at a terminal, and runs it on a y
     local = local_path(model)
     at = dataclasses.replace(model, revision=commit or model.revision)
     now = cached_commit(model)
@@ -44,10 +50,11 @@ def from_pretrained(auto: Any, model: ModelConfig, needed: str, commit: str | No
         if local.is_file():
             return _from_gguf(auto, local, options)
         return auto.from_pretrained(str(local), local_files_only=True, **options)
-    except Exception as error:  # whatever a library, or a model's own code, makes of files that are wrong
+    except Exception as error:  # whatever a library makes of files that are wrong
         said = " ".join(str(error).split())
         if not said or not isinstance(error, (OSError, ValueError, ImportError)):
             said = f"{type(error).__name__}: {said}"
+        said = next((why for words, why in RUNS_CODE.items() if words in said), said)
         reason = said if len(said) <= LONGEST_REASON else f"{said[:LONGEST_REASON]}…"
         made_with = f" at commit {commit}, with which this was made," if local is None and commit else ""
         raise TsaeError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,9 @@ def local_path(model: ModelConfig) -> Path | None:
         return FOLDER
     path = Path(model.name).expanduser()
     if path.is_dir():
-        return path if (path / "config.json").is_file() else _only_gguf(path)
+        # Folders that a GGUF was downloaded into may hold a config.json beside it, and nothing that it configures.
+        whole = (path / "config.json").is_file() and (_weights_in(path) or not any(path.glob(f"*{SUFFIX}")))
+        return path if whole else _only_gguf(path)
     if path.exists():
         head_of(path)
         return path
@@ -65,20 +68,30 @@ def _only_gguf(folder: Path) -> Path:
     return files[0]
 
 
-def check_layer(model: ModelConfig, where: str) -> None:
-    """Refuse a layer that the model does not have; a hub model that is not in the local cache is not looked at.
+def check_model(model: ModelConfig, where: str, exclude_tokens: Sequence[int] = ()) -> None:
+    """Refuse a layer or tokens that the model does not have; a hub model that is not in the local cache is not looked at.
 
     With a hook point, `model.layer` is only a label and anything goes. Raises TsaeError naming `where`.
     """
     try:
         config = known_config(model)
+        if config is None:
+            return
+        check_tokens(model, exclude_tokens, _number(config, ("vocab_size",)))
     except TsaeError as error:
         raise TsaeError(f"{where}: {error}") from None
-    if config is None or model.hook_point is not None:
-        return
-    depth = _depth(config)
-    if depth is not None and model.layer >= depth:
+    depth = _number(config, DEPTH_KEYS)
+    if model.hook_point is None and depth is not None and model.layer >= depth:
         raise TsaeError(f"{where}: model.layer: {model.layer} is impossible; {model.name} has blocks 0 to {depth - 1}")
+
+
+def check_tokens(model: ModelConfig, exclude_tokens: Sequence[int], vocabulary: int | None) -> None:
+    """Refuse to leave out a token that is not among the model's `vocabulary`; none: not known. Raises TsaeError."""
+    unknown = [token for token in exclude_tokens if vocabulary is not None and token >= vocabulary]
+    if unknown and vocabulary is not None:
+        raise TsaeError(
+            f"data.exclude_tokens: {unknown[0]} is no token of {model.name}; ids from 0 to {vocabulary - 1} are possible"
+        )
 
 
 def known_config(model: ModelConfig) -> dict[str, Any] | None:
@@ -107,9 +120,11 @@ def _in_cache(model: ModelConfig) -> Path | None:
     return Path(found) if isinstance(found, str) else None
 
 
-def _depth(config: dict[str, Any]) -> int | None:
-    for tree in (config.get("text_config") or {}, config):
-        for key in DEPTH_KEYS:
+def _number(config: dict[str, Any], keys: Sequence[str]) -> int | None:
+    """The first of `keys` that tells a number, of the language model in a model of several parts before the whole's."""
+    part = config.get("text_config")
+    for tree in (part if isinstance(part, dict) else {}, config):
+        for key in keys:
             if isinstance(tree.get(key), int):
                 return int(tree[key])
     return None

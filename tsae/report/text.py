@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import math
 
 from tsae.config.points import short_names, shown
 from tsae.evaluation.measures import label, shown_in
 from tsae.report.summary import Group, Summary, compare
+from tsae.runtime import tables
 
 MOST_WORLDS = 6
 """Kinds of activations that get a sentence each."""
@@ -115,13 +114,11 @@ def _aligned(line: list[str], widths: list[int]) -> list[str]:
 def as_csv(summary: Summary) -> str:
     """One line for each point: name, swept values, every measure."""
     axes = list(dict.fromkeys(key for row in summary.rows for key in row.point.axes))
-    text = io.StringIO()
-    table = csv.writer(text, lineterminator="\n")
-    table.writerow(["point", *axes, "missing", *summary.measures])
+    table: list[list[object]] = [["point", *axes, "missing", *summary.measures]]
     for row in summary.rows:
         swept = [shown(row.point.value(key)) for key in axes]
-        table.writerow([row.point.name, *swept, row.missing, *(row.values.get(name, "") for name in summary.measures)])
-    return text.getvalue()
+        table.append([row.point.name, *swept, row.missing, *(row.values.get(name, "") for name in summary.measures)])
+    return tables.as_csv(table)
 
 
 def as_markdown(summary: Summary) -> str:

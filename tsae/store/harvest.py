@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from tsae.config import run as configuration
 from tsae.config.run import RunConfig
+from tsae.lm.source import check_tokens
 from tsae.runtime import locks, preemption
 from tsae.runtime.errors import TsaeError
 from tsae.runtime.progress import Progress
@@ -69,6 +70,7 @@ def harvest(config: RunConfig, task: int = 0, tasks: int = 1) -> Path:
             return layout.path
     commit = layout.attributes["model"].get("revision") if layout.exists() else None
     source: Source = SyntheticSource(config) if config.is_synthetic else LanguageModelSource(config, commit)
+    check_tokens(config.model, config.data.exclude_tokens, source.identity.get("vocabulary"))
     _prepare_once(layout, config, source)
     try:
         write_missing(layout, range(task, layout.geometry.shards, tasks), _Reading(layout, source).activations)

@@ -22,7 +22,6 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-import math
 import re
 from functools import cached_property
 from pathlib import Path
@@ -297,13 +296,9 @@ class StoreLayout:
     def require(self, config: RunConfig) -> None:
         """Raise TsaeError, naming a difference, if the store was made from another configuration."""
         if _is_of(self, config):
-            vocabulary = self.attributes["model"].get("vocabulary", math.inf)
-            unknown = [token for token in config.data.exclude_tokens if token >= vocabulary]
-            if unknown:
-                raise TsaeError(
-                    f"data.exclude_tokens: {unknown[0]} is no token of {config.model.name}; ids from 0 to "
-                    f"{vocabulary - 1} are possible"
-                )
+            from tsae.lm.source import check_tokens
+
+            check_tokens(config.model, config.data.exclude_tokens, self.attributes["model"].get("vocabulary"))
             return
         different = schema.differences(self.attributes.get("settings") or {}, configuration.store_settings(config))
         raise TsaeError(

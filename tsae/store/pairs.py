@@ -124,6 +124,11 @@ class PairStream:
             raise TsaeError(
                 f"training.batch_size: {batch_size} is impossible; the training part of {store.path} has only {total} "
                 f"pairs for the rule {rule!r}"
+                + (
+                    ""
+                    if counted.all_tokens
+                    else " without what data.max_norm_multiple and data.exclude_tokens leave out"
+                )
             )
         steps_per_pool = max(1, pool_sequences * total // (len(store.train) * batch_size))
         # While one pool is used the next is read, so two are in memory: what fits there is read once and stays.

@@ -9,6 +9,7 @@ from pathlib import Path
 from tsae.config import schema
 from tsae.config.bounds import Count, Natural
 from tsae.config.paths import Place, located
+from tsae.sweep.jobscript import Variables
 from tsae.sweep.resources import Resources, StageResources, laid_over
 
 TOGETHER = ("harvest", "train", "evaluate")
@@ -30,7 +31,7 @@ class Cluster(Resources):
     """Notice that a job gets before its time is over, in which it saves its state."""
     setup: tuple[str, ...] = ()
     """Lines of shell that each job runs first, such as `module load cuda`."""
-    environment: dict[str, str] = field(default_factory=dict)
+    environment: Variables = field(default_factory=dict)
     """Variables for each job, such as NCCL_SOCKET_IFNAME."""
     container: str | None = None
     """Image that jobs run in, as `--container` takes it."""

@@ -47,11 +47,13 @@ class Container:
     def _apptainer(self, variables: Mapping[str, str], gpus: bool) -> list[str]:
         # `env`, because Apptainer cuts the values of its own --env at commas. No --cleanenv or --containall: the job's
         # place in its scheduler, and its GPUs, are told by variables.
-        command = ["env", *(f"APPTAINERENV_{name}={value}" for name, value in variables.items())]
+        # Without NO_EVAL it gives their values to a shell, which would run what is in `$(…)` of a path.
+        command = ["env", "APPTAINER_NO_EVAL=1", *(f"APPTAINERENV_{name}={value}" for name, value in variables.items())]
         command += ["apptainer", "exec", *(["--nv"] if gpus else []), "--pwd", os.getcwd()]
         for here, there in self._bound():
-            # In quotes, because a path may have commas and --bind takes none.
-            command += ["--mount", f'type=bind,"source={here}","destination={there}"']
+            # A row of CSV, because a path may have commas and --bind takes none.
+            source, destination = (path.replace('"', '""') for path in (here, there))
+            command += ["--mount", f'type=bind,"source={source}","destination={destination}"']
         return [*command, self.image, PYTHON]
 
     def _docker(self, variables: Mapping[str, str], gpus: bool) -> list[str]:
@@ -90,7 +92,10 @@ def _image(name: str, here: bool) -> tuple[Literal["apptainer", "docker"], str]:
     if name.startswith("docker:") and not (name.startswith("docker://") and apptainer):
         if here and shutil.which("docker") is None:
             raise TsaeError(f"--container {name}: neither apptainer nor docker is on PATH")
-        return "docker", name.removeprefix("docker:").removeprefix("//")
+        known = name.removeprefix("docker:").removeprefix("//")
+        if not re.fullmatch(r"\w[\w.:/@-]*", known, re.ASCII):
+            raise TsaeError(f"--container {name}: {known!r} is no name of an image; docker:owner/image:tag is one")
+        return "docker", known
     if here and not apptainer:
         raise TsaeError(f"--container {name}: apptainer is not on PATH")
     if name.startswith("docker://"):

@@ -23,7 +23,7 @@ NOTABLE = (
 WITH_LOG = NOTABLE[:4]
 MOST_ROWS = 40
 LOG_LINES = 30
-COLUMNS = ("point", "stage", "state", "node", "elapsed", "progress", "rate", "alive H/L", "FVE H/L")
+COLUMNS = ("point", "stage", "state", "node", "elapsed", "progress", "rate", "alive H/L", "share H/L", "FVE H/L")
 BEGUN = (State.RUNNING, State.PREEMPTED, State.INTERRUPTED, State.FAILED, State.DONE)
 """States in which a point's run has lines of its own, if it has any."""
 
@@ -79,7 +79,7 @@ def point_rows(
     rows = [list(COLUMNS)]
     for name, stage, standing in shown:
         begun = name in points and standing.state in BEGUN
-        rows.append([name, *_cells(stage, standing), *(_splits(plan, points[name]) if begun else ("", ""))])
+        rows.append([name, *_cells(stage, standing), *(_splits(plan, points[name]) if begun else ("", "", ""))])
     table = _fitting(rows, width)
     lines = table[0]
     for below, (_, _, standing) in zip(table[1:], shown, strict=True):
@@ -140,16 +140,16 @@ def _cells(stage: Stage, standing: Record) -> list[str]:
     return [stage.kind, standing.state, standing.host, elapsed, progress, rate]
 
 
-def _splits(plan: Plan, point: Point) -> tuple[str, str]:
-    """`0.98/0.91` of each split alive and `0.70/0.19` of the variance explained by each alone, at the last line logged.
+def _splits(plan: Plan, point: Point) -> tuple[str, str, str]:
+    """`0.98/0.91` of each split alive, `0.21/0.79` of the activity and `0.09/0.70` of the variance explained by each alone.
 
-    Of a dictionary without splits, its own.
+    All at the last line logged; of a dictionary without splits, what it has of its own.
     """
     line = last_line(plan.run(point).metrics)
-    alive, alone = (of_splits(line, name, point.config) for name in ("alive", "fve"))
+    alive, share, alone = (of_splits(line, name, point.config) for name in ("alive", "share", "fve"))
     if len(point.config.sae.fractions) == 1 and line:
         alone = [line["fve"]]
-    return beside(alive), beside(alone)
+    return beside(alive), beside(share), beside(alone)
 
 
 def _progress(stage: Stage, standing: Record) -> tuple[str, str]:

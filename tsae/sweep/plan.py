@@ -214,16 +214,17 @@ def _section_as_yaml(section: str) -> str:
 
 
 def _check_model(chain: Chain, point: Point, checked: set[str]) -> None:
-    """Refuse what only the model can tell: a layer that is not there.
+    """Refuse what only the model can tell: a layer or tokens that are not there.
 
-    Points that agree in their model share one look at it; `checked` remembers which.
+    Points that agree in them share one look at it; `checked` remembers which.
     """
-    from tsae.lm.source import check_layer
+    from tsae.lm.source import check_model
 
-    model = schema.stable_hash(schema.to_plain(point.config.model))
-    if model not in checked:
-        check_layer(point.config.model, f"{chain.sweep.path}: {point.name}")
-        checked.add(model)
+    model, left_out = point.config.model, point.config.data.exclude_tokens
+    asked = schema.stable_hash([schema.to_plain(model), left_out])
+    if asked not in checked:
+        check_model(model, f"{chain.sweep.path}: {point.name}", left_out)
+        checked.add(asked)
 
 
 def _refuse_another_run(chain: Chain, point: Point, trained_as: str | None) -> None:

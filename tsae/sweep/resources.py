@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Annotated, Any
+from typing import Annotated
 
 from tsae.config.bounds import Bound, Count, Natural, matching
 from tsae.runtime.errors import TsaeError
+from tsae.sweep.jobscript import OPTION, Option, Options, is_option
 
 EXPERIMENTS = "experiments"
 MINUTES = {"m": 1, "h": 60, "d": 24 * 60}
@@ -28,26 +28,21 @@ def to_minutes(text: str) -> int:
     return ((days * 24 + hours) * 60 + minutes) + (seconds > 0)
 
 
-def _succeeds(attempt: Callable[[str], object], *errors: type[Exception]) -> Callable[[str], bool]:
-    """Whether `attempt` takes a text, as a test."""
-
-    def test(text: str) -> bool:
-        try:
-            attempt(text)
-        except errors:
-            return False
-        return True
-
-    return test
+def _is_time(text: str) -> bool:
+    try:
+        to_minutes(text)
+    except TsaeError:
+        return False
+    return True
 
 
-Memory = Annotated[str, matching(r"(?i)\d+([KMGT]B?)?", "allowed: '32G', '500M', '64000'")]
-TimeLimit = Annotated[str, Bound(_succeeds(to_minutes, TsaeError), TIME_LIMITS)]
+Memory = Annotated[str, matching(r"(?ai)\d+([KMGT]B?)?", "allowed: '32G', '500M', '64000'")]
+TimeLimit = Annotated[str, Bound(_is_time, TIME_LIMITS)]
 GpuRequest = Annotated[
     str,
     Bound(
-        _succeeds(lambda text: text.format(gpus=1), KeyError, IndexError, ValueError),
-        "only {gpus} is filled in, as in gpu:a100:{gpus}",
+        lambda text: is_option(text.replace("{gpus}", "1")),
+        f"only {{gpus}} is filled in, as in gpu:a100:{{gpus}}; {OPTION}",
     ),
 ]
 
@@ -70,19 +65,19 @@ class StageResources:
     """Memory on each node, such as '32G'."""
     time: TimeLimit | None = None
     """Longest time that the job runs before it is stopped, saved and queued again: '90m', '4h', '2d', '12:00:00' or '1-12:00:00'."""
-    partition: str | None = None
+    partition: Option | None = None
     """Slurm's partition."""
-    account: str | None = None
+    account: Option | None = None
     """Slurm's account."""
-    qos: str | None = None
+    qos: Option | None = None
     """Slurm's quality of service."""
-    constraint: str | None = None
+    constraint: Option | None = None
     """Features that the nodes must have."""
     gres: GpuRequest | None = None
     """How this cluster wants GPUs to be asked for, if not by --gpus-per-node: 'gpu:a100:{gpus}'."""
-    exclude: str | None = None
+    exclude: Option | None = None
     """Nodes that are not to be used."""
-    extra: dict[str, Any] = field(default_factory=dict)
+    extra: Options = field(default_factory=dict)
     """Any other option of sbatch: its name and value, true for one without a value."""
 
     @property
@@ -105,7 +100,7 @@ class StageResources:
         """The value of --gres, where GPUs are asked for in that way."""
         if self.gres is None or ("{" in self.gres and not self.gpus):
             return None
-        return self.gres.format(gpus=self.gpus)
+        return self.gres.replace("{gpus}", str(self.gpus))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,15 +9,16 @@ what lasts; what holds of x alone is noise to it, and left to the low-level spli
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise, starmap
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
-from tsae.config.run import RunConfig, coarse_latents, group_weights, temporal_alpha
+from tsae.config.run import RunConfig, group_weights
 from tsae.config.sections import KIND_SETTINGS, TERM_SETTINGS
+from tsae.config.splits import coarse_latents
 from tsae.runtime.phases import phase
 from tsae.sae.dictionary import Dictionary, ThresholdDictionary
 from tsae.training.temporal import TERMS, Pairs, Term
@@ -53,8 +54,16 @@ class Weights:
     """Whether a token's partner has a part in the objective."""
     temporal_weight: float
     """The term's own weight."""
+    alpha: float
+    """`objective.temporal_alpha`."""
+    anneal: float
+    """What that is multiplied with at first."""
     temporal_alpha: float
-    """What all of it is multiplied with in the loss."""
+    """The two together in this update: what all of the term is multiplied with in the loss."""
+    predicts: bool
+    """Whether the term is prediction."""
+    first: float
+    """Weight of the first part, before the reduction, where prediction takes none of it."""
     similarity: str
     temperature: float
     same_document: bool
@@ -63,26 +72,24 @@ class Weights:
     aux_k: int
 
     @classmethod
-    def of(cls, config: RunConfig, activation_dim: int, step: int) -> Weights:
-        """Resolve the `objective` section for the groups of the `sae` section, at update `step`."""
-        objective, weights, alpha = config.objective, group_weights(config), temporal_alpha(config, step)
+    def of(cls, config: RunConfig, activation_dim: int) -> Weights:
+        """Resolve the `objective` section for the groups of the `sae` section, as in the first update."""
+        objective, weights = config.objective, group_weights(config)
         reduction = 1 / len(weights) if objective.group_reduction == "mean" else 1.0
         parts = tuple(starmap(slice, pairwise((0, *accumulate(config.sae.group_sizes)))))
         ends = tuple(range(len(parts)))
-        term, prediction = None, 0.0
+        term, predicts = None, False
         if KIND_SETTINGS[config.sae.kind].temporal:
-            if TERM_SETTINGS[objective.temporal].predicts:
-                first = weights[0]
-                prediction, weights = alpha * first * reduction, (max(0.0, 1 - alpha) * first, *weights[1:])
-            else:
+            predicts = TERM_SETTINGS[objective.temporal].predicts
+            if not predicts:
                 term = TERMS[objective.temporal]
-            coarse = coarse_latents(config)
+            coarse = coarse_latents(config.sae, config.objective)
             if coarse:
                 high, low, *rest = parts
                 parts = (high, slice(low.start, low.start + coarse), slice(low.start + coarse, low.stop), *rest)
                 weights = (weights[0], COARSE * weights[1], (1 - COARSE) * weights[1], *weights[2:])
                 ends = (0, *range(2, len(parts)))
-        return cls(
+        resolved = cls(
             parts=parts,
             ends=ends,
             part_weights=tuple(weight * reduction for weight in weights),
@@ -90,15 +97,34 @@ class Weights:
             reduction=reduction,
             relative=objective.reconstruction == "variance",
             temporal=term,
-            prediction=prediction,
-            paired=term is not None or prediction > 0,
+            prediction=0.0,
+            paired=term is not None or (predicts and objective.temporal_alpha > 0),
             temporal_weight=term.weight(config) if term else 0.0,
-            temporal_alpha=alpha,
+            alpha=objective.temporal_alpha,
+            anneal=objective.temporal_anneal,
+            temporal_alpha=objective.temporal_alpha,
+            predicts=predicts,
+            first=weights[0],
             similarity=objective.similarity,
             temperature=objective.temperature,
             same_document=objective.same_document,
             auxk_alpha=objective.auxk_alpha,
             aux_k=activation_dim // 2,
+        )
+        return resolved.at(0.0)
+
+    def at(self, progress: float) -> Weights:
+        """The same when this share of the training is done: the temporal term's weight falls over the first half."""
+        alpha = self.alpha * (1 + (self.anneal - 1) * max(0.0, 1 - 2 * progress))
+        if not self.predicts:
+            return replace(self, temporal_alpha=alpha)
+        weights = (max(0.0, 1 - alpha) * self.first, *self.group_weights[1:])
+        return replace(
+            self,
+            temporal_alpha=alpha,
+            group_weights=weights,
+            part_weights=tuple(weight * self.reduction for weight in weights),
+            prediction=alpha * self.first * self.reduction,
         )
 
 

@@ -88,7 +88,7 @@ class Trainer:
         if state_dict is not None:
             dictionary = _given(config, state_dict, self.scale, shift)
         self._fresh = state_dict is None
-        self.weights = Weights.of(config, activation_dim, 0)
+        self.weights = Weights.of(config, activation_dim)
         if self.weights.paired and isinstance(dictionary, MatryoshkaBatchTopKSAE) and config.objective.high_share:
             dictionary.reserve(config.objective.high_share)
         self.dictionary: Dictionary = dictionary.to(device)
@@ -120,7 +120,8 @@ class Trainer:
         tokens = len(batch) * self.group.world
         self.group.take_bytes()  # only this step's are counted
         current, partner = self._halves(self._in_units(batch))
-        self.weights = Weights.of(self.config, current.shape[1], self.steps_done)
+        if 2 * self.steps_done <= self.settings.steps:  # afterwards they stay
+            self.weights = self.weights.at(self.steps_done / self.settings.steps)
         if self.steps_done == 0 and (self._fresh or self.dictionary.centre_input):
             centre(self.dictionary, geometric_median(self.group.gather(current)))
         with self._products:
@@ -242,6 +243,7 @@ class Trainer:
         self.engine.load_state(state["engine"])
         self.tokens_since_fired.copy_(state["tokens_since_fired"])
         self.steps_done = int(state["steps_done"])
+        self.weights = self.weights.at(self.steps_done / self.settings.steps)
 
 
 def _engine(config: RunConfig, group: Group, shard: Shard) -> Engine[Any]:

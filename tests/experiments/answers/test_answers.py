@@ -63,6 +63,26 @@ def test_a_prompt_is_sent_as_the_protocol_says_with_the_key_from_the_environment
     assert server.keys == ["Bearer secret"]
 
 
+def test_a_key_that_the_endpoint_repeats_is_in_no_answer_and_no_complaint(
+    server: Server, ask: Ask, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MY_KEY", "planted-key\n")  # as files have it
+    server.says = lambda _request: "You came with planted-key."
+    assert ask("a", key_variable="MY_KEY") == [Answer("You came with [key].")]
+    server.refuses = {"model": "planted-key may not ask this model"}
+    (answer,) = ask("b", key_variable="MY_KEY")
+    assert (answer.text, "[key] may not ask" in str(answer.failure)) == (None, True)
+    assert server.keys == ["Bearer planted-key"] * 2
+
+
+@pytest.mark.parametrize("key", ["planted\nkey", "planted–key"])
+def test_a_key_that_is_none_is_refused_and_not_shown(ask: Ask, key: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MY_KEY", key)
+    with pytest.raises(TsaeError, match="MY_KEY: a key in plain letters is expected") as refused:
+        ask("a", key_variable="MY_KEY")
+    assert "planted" not in str(refused.value)
+
+
 def test_without_a_key_none_is_sent(server: Server, ask: Ask, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     assert ask("a") == [Answer("A")]

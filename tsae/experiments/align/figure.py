@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from tsae import plotting
-from tsae.runtime import files
+from tsae.runtime import files, tables
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -40,11 +38,8 @@ def draw_figure(results: dict[str, Any], path: Path) -> None:
 def write_table(results: dict[str, Any], path: Path) -> None:
     """The table without its examples, as CSV."""
     names = [name for name in (results["table"] or [{}])[0] if name != "examples"]
-    stream = io.StringIO()
-    writer = csv.DictWriter(stream, names, extrasaction="ignore")
-    writer.writeheader()
-    writer.writerows(results["table"])
-    files.write_text(path, stream.getvalue())
+    rows = ([row.get(name, "") for name in names] for row in results["table"])
+    files.write_text(path, tables.as_csv([names, *rows]))
 
 
 def _draw_differences(axes: Axes, rows: list[dict[str, Any]], results: dict[str, Any]) -> None:

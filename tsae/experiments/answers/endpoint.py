@@ -56,6 +56,7 @@ class Endpoint:
             )
         self._settings, self._url = settings, f"{str(settings.base_url).rstrip('/')}/chat/completions"
         self._where = where
+        _key(settings)
         self._refused: set[str] = set()
         self._opener = _opener()
         self._failed_in_a_row = 0
@@ -121,7 +122,7 @@ class Endpoint:
                 return self._request(body)
             except urllib.error.HTTPError as error:
                 with error:
-                    text = _text(error)
+                    text = self._without_key(_text(error))
                     asked_to_wait = _seconds(error.headers)
                 refused = _refused(text.lower(), body) if error.code in INVALID else None
                 if refused is not None:
@@ -171,7 +172,7 @@ class Endpoint:
         if key is not None:
             request.add_unredirected_header("Authorization", f"Bearer {key}")
         with self._opener.open(request, timeout=self._settings.timeout) as response:
-            answer = json.loads(response.read())
+            answer = json.loads(self._without_key(response.read().decode()))
         try:
             choice = answer["choices"][0]
             text, ended = choice["message"]["content"], choice.get("finish_reason")
@@ -189,6 +190,11 @@ class Endpoint:
         if not isinstance(text, str):
             raise ValueError("choices[0].message.content is no text")
         return Answer(text)
+
+    def _without_key(self, text: str) -> str:
+        """What the endpoint says, which may repeat the key that it refuses; logs and results keep the rest."""
+        key = _key(self._settings)
+        return text.replace(key, "[key]") if key else text
 
     def _give_up(self, status: int, failure: str) -> None:
         variable = self._settings.key_variable
@@ -241,5 +247,9 @@ def _seconds(headers: Message) -> float:
 
 
 def _key(settings: AnswersConfig) -> str | None:
-    """The endpoint's key, from the environment variable that the settings name."""
-    return os.environ.get(settings.key_variable) or None
+    """The endpoint's key, from the environment variable that the settings name. Raises TsaeError for what is none."""
+    key = os.environ.get(settings.key_variable, "").strip()
+    if not (key.isascii() and key.isprintable()):
+        # Not shown; nor by the library, which would quote the whole header in its complaint.
+        raise TsaeError(f"{settings.key_variable}: a key in plain letters is expected, without line breaks inside")
+    return key or None

@@ -42,10 +42,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from tsae.config import schema
 from tsae.runtime.errors import TsaeError
 from tsae.runtime.job import Call
 from tsae.runtime.state import State
 from tsae.sweep.cluster import Cluster
+from tsae.sweep.jobscript import is_one_line
 from tsae.sweep.resources import StageResources
 
 
@@ -107,6 +109,16 @@ class Order:
     """Lines of shell that the script runs before python: the site's own, then the variables of the jobs."""
     python: Sequence[str]
     """The command before python's arguments: an interpreter, or a container's command that ends with one."""
+
+    def __post_init__(self) -> None:
+        """Raises TsaeError for what must not stand in a script, wherever it came from."""
+        schema.build(StageResources, schema.to_plain(self.resources), self.comment, "resources")
+        schema.build(Cluster, {"environment": self.cluster.environment}, self.comment)
+        for text in (self.job_name, self.comment, str(self.folder), *self.inputs.one_by_one, *self.inputs.jobs):
+            if not is_one_line(text):
+                raise TsaeError(
+                    f"{text!r}: stands in the scripts of jobs, where no line break or other control character is allowed"
+                )
 
 
 @dataclass(frozen=True)

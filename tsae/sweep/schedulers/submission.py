@@ -143,6 +143,6 @@ class Submission:
             # Absolute, and without the empty entries that mean the working directory.
             f"export PYTHONPATH={shlex.quote(os.pathsep.join(shell_path()))}",
             *self.cluster.setup,
-            *(f"export {name}={shlex.quote(value)}" for name, value in variables.items()),
+            *(f"export {name}={shlex.quote(str(value))}" for name, value in variables.items()),
             f"export PYTHONPATH={shlex.quote(path)}${{PYTHONPATH:+:$PYTHONPATH}}",
         ]
