@@ -48,7 +48,7 @@ class Store:
     def __repr__(self) -> str:
         """Two lines: where it is and whether it is complete, and what is in it."""
         about = self.layout.attributes
-        model = about["model"]
+        model = about.get("model") or {}
         return (
             f"Store {self.path}: {'complete' if about['complete'] else 'not finished'}\n"
             f"{model.get('name', 'unknown model')}, {model.get('hook_path', 'no layer')}: {about['tokens']:,} tokens in "
