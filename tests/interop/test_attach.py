@@ -219,7 +219,9 @@ def test_gradients_are_the_models_own_and_flow_through_codes(
         # The gradient by a code is what a little more of that latent does, the error term as it was.
         latent, step = int(by_code[0, 1:].sum(0).abs().argmax()), 1e-2
         sae.steer(latent, step * float(dictionary.row_norms[latent]), "add")
-        assert float(score() - value) == pytest.approx(step * float(by_code[0, 1:, latent].sum()), rel=0.05, abs=1e-4)
+        assert float((score() - value).detach()) == pytest.approx(
+            step * float(by_code[0, 1:, latent].sum()), rel=0.05, abs=1e-4
+        )
 
 
 def test_codes_have_gradients_in_a_frozen_model(

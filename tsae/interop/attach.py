@@ -207,7 +207,7 @@ def attach(
     leaving the block, also by an exception, the model is as it was. Raises TsaeError for a layer or module that the
     model does not have, one of another width than the dictionary's, and a dictionary that was not calibrated.
     """
-    module = model.module if isinstance(model, LanguageModel) else model
+    module: Any = model.module if isinstance(model, LanguageModel) else model
     if not isinstance(module, nn.Module) or not isinstance(dictionary, Dictionary):
         found = f"{type(model).__name__} and {type(dictionary).__name__}"
         raise TsaeError(f"attach: a model of transformers (or tsae) and a dictionary are expected, found {found}")
