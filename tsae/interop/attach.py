@@ -208,7 +208,8 @@ def attach(
     model does not have, one of another width than the dictionary's, and a dictionary that was not calibrated.
     """
     module: Any = model.module if isinstance(model, LanguageModel) else model
-    if not isinstance(module, nn.Module) or not isinstance(dictionary, Dictionary):
+    usable = isinstance(module, nn.Module) and hasattr(module, "config") and isinstance(dictionary, Dictionary)
+    if not usable:
         found = f"{type(model).__name__} and {type(dictionary).__name__}"
         raise TsaeError(f"attach: a model of transformers (or tsae) and a dictionary are expected, found {found}")
     dictionary.require_calibrated("attach")
