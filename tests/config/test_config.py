@@ -150,6 +150,20 @@ def test_what_only_a_temporal_sae_has_is_no_matter_to_other_kinds_and_presets() 
     configuration.from_mapping({"sae": tiny, "objective": "paper"}, "x")
 
 
+def test_a_share_of_a_batch_that_leaves_a_split_empty_is_refused_where_processes_select_by_themselves() -> None:
+    def config(selection: str) -> configuration.RunConfig:
+        training = {"batch_size": 64, "selection": selection}
+        tree = {"sae": {"k": 4}, "training": training, "objective": {"high_share": 0.002}}
+        return configuration.from_mapping(tree, "x")
+
+    configuration.require_processes(config("global"), 2)
+    configuration.require_processes(config("local"), 1)
+    with pytest.raises(
+        TsaeError, match=r"0\.002 is impossible with training\.selection: local in 2 processes; of the 128"
+    ):
+        configuration.require_processes(config("local"), 2)
+
+
 def test_every_preset_is_a_set_of_known_objective_settings() -> None:
     for name, settings in OBJECTIVE_PRESETS.items():
         resolved = configuration.from_mapping({"objective": name}, "run.yaml").objective

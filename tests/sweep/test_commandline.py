@@ -90,6 +90,11 @@ def test_claims_without_a_sweep_are_the_shipped_ones_on_any_base(tiny_model, tex
     assert not list(home.glob("sweeps/*"))
 
 
+def test_an_empty_base_is_not_the_sweeps_own(capsys):
+    assert main(["sweep", "claims", "--base", "", "--dry-run"]) == 2
+    assert capsys.readouterr().err.startswith("tsae: --base: there is no base ''; allowed: embedded")
+
+
 @pytest.mark.parametrize("words", [[], ["claims"]])
 def test_claims_on_an_unknown_base_name_the_nearest(capsys, words):
     assert main(["claims", *words, "--base", "smolm2-135m"]) == 2

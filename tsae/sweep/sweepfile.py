@@ -101,7 +101,9 @@ def load_sweep(
     config = _located(schema.build(SweepConfig, tree, str(path)), folder)
     if not config.stages or set(config.stages) <= {"report"}:
         raise TsaeError(f"{path}: stages: nothing to run; allowed: {', '.join(get_args(StageKind))}")
-    base_path = find_base(base or config.base, path, "--base" if base else f"{path}: base")
+    # An empty name, as of a shell's variable that is not set, is not the lack of one.
+    asked, where = (config.base, f"{path}: base") if base is None else (base, "--base")
+    base_path = find_base(asked, path, where)
     base_folder = Path(given.get("base", base_path.absolute().parent))
     settings = configuration.read(base_path, base_folder)
     configuration.from_mapping(settings, str(base_path))
