@@ -26,7 +26,7 @@ SETTINGS = {
     "data": {"source": str(REPOSITORY / "docs"), "max_tokens": 8_000, "skip_positions": 4},
     "sae": {"dict_size": 1024},
     "training": {"steps": 120, "batch_size": 512, "threshold_beta": 0.95, "dead_after": 20_000, "pool_sequences": 256},
-    "evaluation": {"sequences": 16, "loss_sequences": 2},
+    "evaluation": {"sequences": 16, "loss_sequences": 8},
 }
 
 
@@ -75,5 +75,5 @@ def test_a_real_model_from_a_gguf_file(smollm2: Path, tmp_path: Path, monkeypatc
     assert 0.8 < results["frac_recovered"] <= 1.0
     assert 15 < results["l0"] < 30
     assert results["frac_alive"] > 0.8
-    # A language model of this size, on documentation in English.
-    assert 2.0 < results["loss_original"] < 5.0 < results["loss_zero"]
+    # A language model of this size on whatever these docs say today, between 1.4 nats and a guess among all tokens (10.8).
+    assert 1.4 < results["loss_original"] < 6.5 < results["loss_zero"]
