@@ -76,6 +76,8 @@ def parse_overrides(assignments: list[str]) -> dict[str, Any]:
             value = yaml.safe_load(text) if text else None
         except (yaml.YAMLError, ValueError, RecursionError):
             raise TsaeError(f"command line: {path}: '{text[:60]}' is not a YAML value") from None
+        if value == {}:
+            raise TsaeError(f"command line: {path}: {{}} changes nothing; an override has the form section.key=value")
         flat.update(flatten({path: value}))
     return flat
 
