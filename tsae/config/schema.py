@@ -25,6 +25,7 @@ import yaml
 from tsae.config.bounds import Added, Bound, OneOf
 from tsae.config.paths import Located, Place, as_written
 from tsae.runtime.errors import TsaeError, suggestion
+from tsae.runtime.secrets import hide
 
 T = TypeVar("T")
 
@@ -169,7 +170,7 @@ def convert(hint: Any, value: Any, where: str, path: str) -> Any:
             if isinstance(mark, Bound) and found is not None and not mark.holds(found):
                 shown = str(list(found) if isinstance(found, tuple) else found)
                 shown = shown if shown.isprintable() else repr(shown)
-                raise TsaeError(f"{where}: {path}: {shown} is impossible; {mark.words}")
+                raise TsaeError(f"{where}: {path}: {hide(shown)} is impossible; {mark.words}")
         return found
     if origin in (Literal, Annotated):
         allowed = _allowed(hint)

@@ -185,7 +185,9 @@ def require_packages(plan: Plan, stages: Sequence[Stage]) -> None:
     from tsae.experiments.shared.tags import find_tagger
 
     points = {point.name: point.config for point in plan.points}
-    configs = {kind: [points[name] for stage in stages if stage.kind == kind for name in stage.points] for kind in KINDS}
+    configs = {
+        kind: [points[name] for stage in stages if stage.kind == kind for name in stage.points] for kind in KINDS
+    }
     trackers.require(name for config in configs["train"] for name in config.training.trackers)
     named = {("tsne", config.experiments.tsne.tagger, config.experiments.tsne.dataset) for config in configs["tsne"]}
     probes = [config.experiments.probe for config in configs["probe"]]
