@@ -21,6 +21,7 @@ from tsae.sweep.cancel import undo_half_submissions
 from tsae.sweep.cluster import Cluster, load_cluster
 from tsae.sweep.container import Container
 from tsae.sweep.container import container as container_of
+from tsae.sweep.cost import cost_of_launch
 from tsae.sweep.plan import Plan
 from tsae.sweep.queue import background
 from tsae.sweep.queue.display import Terminal
@@ -45,6 +46,8 @@ class Options:
     inexact: bool = False
     """Whether the plan's trainings go on inexactly, for the job that makes the next launch."""
     detach: bool = False
+    probe: bool = False
+    """Whether to time a few seconds of the work on this machine first."""
     rest: Rest | None = None
     """Of an earlier launch: only that is started, by the job that the launch left for it."""
 
@@ -130,6 +133,13 @@ def launch(plan: Plan, options: Options) -> Launched:
         image = container_for(plan, options, site, executor)
         if image is None:  # which may have other packages, and is told no keys of this machine
             require_packages(plan, choice.start)
+        cost = cost_of_launch(plan, choice.start, site if scheduler else None)
+        print("\n".join(cost.lines), file=sys.stderr)
+        cost.require()
+        if options.probe:
+            from tsae.sweep.probe import probe
+
+            print("\n".join(probe(cost.works)), file=sys.stderr)
         stages = [*choice.start, *(stage for stage in [plan.report()] if stage)]
         # A local queue may have to take over what another one has now.
         attempt = _begin(plan, choice.start, image)
