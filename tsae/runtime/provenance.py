@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from tsae.runtime import metadata
+from tsae.runtime.secrets import hide
 
 PACKAGES = ("torch", "accelerate", "transformers", "datasets", "nnsight", "zarr", "numpy", "scikit-learn")
 
@@ -20,7 +21,7 @@ def provenance(training_hash: str, **sources: Any) -> dict[str, Any]:
     return {
         "training_hash": training_hash,
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "command": sys.argv,
+        "command": [*map(hide, sys.argv)],
         "host": platform.node(),
         "python": platform.python_version(),
         "packages": {name: version_of(name) for name in PACKAGES},
