@@ -38,6 +38,7 @@ COMMANDS = {
     "folder": ["status", "home/sweeps/sweep-world"],
 }
 Damage = Callable[[Path], object]
+pytestmark = pytest.mark.usefixtures("folder")
 
 
 def text(content: bytes | str) -> Damage:
@@ -241,7 +242,7 @@ def named(case: tuple[str, tuple[str, Damage], str]) -> str:
 
 
 @pytest.mark.parametrize("case", REFUSED, ids=named)
-def test_a_damaged_file_is_one_line(folder: Path, capsys: pytest.CaptureFixture[str], case: Any) -> None:
+def test_a_damaged_file_is_one_line(capsys: pytest.CaptureFixture[str], case: Any) -> None:
     pattern, (_, damage), command = case
     path = find(pattern)
     damage(path)
@@ -255,9 +256,7 @@ def test_a_damaged_file_is_one_line(folder: Path, capsys: pytest.CaptureFixture[
 
 
 @pytest.mark.parametrize("case", GOES_ON, ids=named)
-def test_what_only_looks_goes_on_without_it_and_says_so(
-    folder: Path, capsys: pytest.CaptureFixture[str], case: Any
-) -> None:
+def test_what_only_looks_goes_on_without_it_and_says_so(capsys: pytest.CaptureFixture[str], case: Any) -> None:
     pattern, (_, damage), command = case
     path = find(pattern)
     damage(path)
@@ -271,7 +270,7 @@ def test_what_only_looks_goes_on_without_it_and_says_so(
 
 
 @pytest.mark.parametrize("case", SAME, ids=named)
-def test_what_can_be_made_again_is(folder: Path, capsys: pytest.CaptureFixture[str], case: Any, request: Any) -> None:
+def test_what_can_be_made_again_is(capsys: pytest.CaptureFixture[str], case: Any) -> None:
     pattern, (_, damage), command = case
     path = find(pattern)
     damage(path)
@@ -279,3 +278,9 @@ def test_what_can_be_made_again_is(folder: Path, capsys: pytest.CaptureFixture[s
         (path.parents[2] / "activations/c/1/0/0").unlink(missing_ok=True)
     code, said = give(command, capsys)
     assert code == 0, said
+    if command == "harvest":
+        assert give("verify", capsys)[0] == 0
+    if command == "continue":  # the same settings, never interrupted
+        undisturbed = torch.load(POINT.replace("k=3", "k=4") + "/ae.pt", weights_only=True)
+        for name, tensor in torch.load(f"{PART}/ae.pt", weights_only=True).items():
+            assert torch.equal(tensor, undisturbed[name])

@@ -54,7 +54,8 @@ def _table(runs: list[RunFolder]) -> list[str]:
     for run, own, damaged in zip(runs, settings, damages, strict=True):
         differing = [f"{names[key]}={shown(own[key])}" for key in told if key in own]
         more = f" and {len(differing) - MOST_SETTINGS} more" if len(differing) > MOST_SETTINGS else ""
-        results, damaged = run.read_results(), damaged or metadata.damage(run.eval_results, RESULTS)
+        results, wrong = run.read_results(), metadata.damage(run.eval_results, RESULTS)
+        damaged = damaged or (wrong and f"{run.eval_results}: {wrong}")
         made = results.get("made_from")  # older results do not say it
         try:
             current = bool(results) and (made is None or made["weights"] == weights_identity(run))
