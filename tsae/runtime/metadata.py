@@ -46,7 +46,13 @@ ENTRIES = "entries"
 """Where the list is that a file is about; in files of earlier versions it is all there is."""
 DIGITS = 16
 _END = re.compile(rb'"digest": "([0-9a-f]{16})"\n?\}$')
-_WORDS = {str: "text", int: "a whole number", float: "a finite number", bool: "true or false", None: "null"}
+_WORDS: dict[Any, str] = {
+    str: "text",
+    int: "a whole number",
+    float: "a finite number",
+    bool: "true or false",
+    None: "null",
+}
 _WORDS |= {dict: "a mapping", list: "a list", Real: "a number"}
 
 
