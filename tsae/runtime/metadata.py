@@ -47,13 +47,9 @@ ENTRIES = "entries"
 DIGITS = 16
 _END = re.compile(rb'"digest": "([0-9a-f]{16})"\n?\}$')
 _WORDS: dict[Any, str] = {
-    str: "text",
-    int: "a whole number",
-    float: "a finite number",
-    bool: "true or false",
-    None: "null",
+    **{str: "text", int: "a whole number", float: "a finite number", bool: "true or false", None: "null"},
+    **{dict: "a mapping", list: "a list", Real: "a number"},
 }
-_WORDS |= {dict: "a mapping", list: "a list", Real: "a number"}
 
 
 def write(path: str | Path, value: Mapping[str, Any]) -> None:
@@ -143,7 +139,7 @@ def misfit(value: Any, shape: Any, path: str = "") -> str:
     """In words, the first place at which a value has not the shape; nothing if it has it."""
     if isinstance(shape, tuple):
         wrong = [misfit(value, each, path) for each in shape]
-        return "" if "" in wrong else wrong[0]
+        return "" if "" in wrong else wrong[-1]  # where nothing is possible, that stands first
     if isinstance(shape, dict) and isinstance(value, dict):
         return next(filter(None, _of_entries(value, shape, path)), "")
     if isinstance(shape, list) and isinstance(value, list):
