@@ -108,3 +108,15 @@ def test_claims_on_an_unknown_base_name_the_nearest(capsys, words):
 def test_an_override_alone_is_no_sweep(capsys):
     assert main(["sweep", "sae.k=4"]) == 2
     assert "SWEEP: the sweep's YAML is missing" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("more", [[], ["--dry-run"]])
+@pytest.mark.parametrize("stage", ["probe", "tsne"])
+def test_a_tagger_that_is_not_here_is_refused_before_anything_is_trained(write_sweep, home, capsys, stage, more):
+    path = write_sweep(grid={"sae.k": [4]}, stages=["harvest", "train", stage])
+    asked = f"experiments.{stage}.tagger=spacy:xx_nothing_sm"
+    assert main(["sweep", str(path), "--base=embedded", asked, *more]) == 2
+    told = capsys.readouterr().err.splitlines()
+    assert len(told) == 1
+    assert told[0].startswith(f"tsae: experiments.{stage}.tagger: ")
+    assert not (home / "sweeps").exists() or not list(home.glob("sweeps/*/attempts/*"))

@@ -45,6 +45,8 @@ def local_path(model: ModelConfig) -> Path | None:
         whole = (path / "config.json").is_file() and (weights_in(path) or not any(path.glob(f"*{SUFFIX}")))
         return path if whole else _only_gguf(path)
     if path.exists():
+        if not path.is_file():
+            raise TsaeError(f"model.name: {path} is neither a folder nor a file; name a model folder or a GGUF file")
         head_of(path)
         return path
     if model.name.startswith(("/", ".", "~")) or model.name.count("/") > 1 or model.name.endswith(SUFFIX):

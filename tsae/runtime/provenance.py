@@ -11,6 +11,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from tsae.runtime.secrets import hide
+
 PACKAGES = ("torch", "accelerate", "transformers", "datasets", "nnsight", "zarr", "numpy", "scikit-learn")
 
 
@@ -19,7 +21,7 @@ def provenance(training_hash: str, **sources: Any) -> dict[str, Any]:
     return {
         "training_hash": training_hash,
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "command": sys.argv,
+        "command": [*map(hide, sys.argv)],
         "host": platform.node(),
         "python": platform.python_version(),
         "packages": {name: metadata.version(name) for name in PACKAGES},

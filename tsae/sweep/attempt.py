@@ -30,6 +30,7 @@ from typing import Any
 import tsae
 from tsae.runtime import files
 from tsae.runtime.errors import TsaeError
+from tsae.runtime.secrets import hide
 from tsae.sweep import schedulers
 from tsae.sweep.stage import config_file
 
@@ -210,7 +211,7 @@ def write_provenance(folder: Path, image: str | None = None) -> None:
     """Write provenance.json, and changes.diff for a checkout with changes, into `folder`; `image` is the container's."""
     record: dict[str, Any] = {
         "created": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "command": sys.argv,
+        "command": [*map(hide, sys.argv)],
         "working_directory": os.getcwd(),
         "user": os.environ.get("USER", str(os.getuid())),
         "host": platform.node(),
@@ -227,7 +228,7 @@ def write_provenance(folder: Path, image: str | None = None) -> None:
     elif (PACKAGE.parent / ".git").exists():  # an installed wheel has no commit; its version is among the packages
         record["commit"] = _git("rev-parse", "HEAD").strip()
         record["untracked"] = _git("ls-files", "--others", "--exclude-standard").splitlines()
-        changes = _git("diff", "HEAD")
+        changes = hide(_git("diff", "HEAD", "--", ".", ":(exclude,glob)**/*.env", ":(exclude,glob)**/.env*"))
         record["changes"] = "changes.diff" if changes else None
         if changes:
             files.write_text(folder / "changes.diff", changes)

@@ -10,7 +10,7 @@ from tsae.sweep import schedulers
 from tsae.sweep.attempt import Attempt
 from tsae.sweep.cluster import Cluster, load_cluster
 from tsae.sweep.cost import cost_of_launch
-from tsae.sweep.launcher import Choice, Options, choose, container_for, resolve, submission_of
+from tsae.sweep.launcher import Choice, Options, choose, container_for, require_packages, resolve, submission_of
 from tsae.sweep.plan import Plan
 from tsae.sweep.resources import StageResources
 from tsae.sweep.stage import Stage
@@ -27,6 +27,8 @@ def dry_run(plan: Plan, options: Options) -> list[str]:
     site = load_cluster(options.cluster) if scheduler or options.cluster else Cluster()
     choice = choose(plan, executor, options.retry_failed)
     image = container_for(plan, options, site, executor)
+    if image is None:
+        require_packages(plan, choice.start)
     report = plan.report()
     stages = [*choice.start, *([report] if report and choice.start else [])]
     lines = [f"{plan.name}: {len(plan.points)} points", *_points(plan), ""]
