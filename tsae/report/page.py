@@ -18,8 +18,8 @@ from tsae.evaluation.measures import REGISTRY, Chart, Measure, label, shown_in
 from tsae.experiments.driver import draw_again, files_of
 from tsae.experiments.registry import EXPERIMENTS
 from tsae.pages import render
-from tsae.report.summary import Group, Summary, compare
-from tsae.report.text import figures, sentences
+from tsae.report.summary import Summary, compare
+from tsae.report.text import figures, sentences, with_interval
 
 LONG_TABLE = 40
 """Rows above which a table scrolls in a box of its own."""
@@ -121,7 +121,7 @@ def _summary_table(summary: Summary) -> dict[str, Any]:
             {
                 "settings": [shown(group.value(key)) for key in keys],
                 "seeds": sum(not row.missing for row in group.rows),
-                "cells": [_cell(group, name) for name in names],
+                "cells": [with_interval(*group.interval(name)) for name in names],
             }
             for group in summary.groups
         ],
@@ -132,18 +132,6 @@ def _summary_table(summary: Summary) -> dict[str, Any]:
 def _members(measures: list[Measure]) -> list[str]:
     """What tells measures of a family apart; the one that is alone needs nothing."""
     return [measure.member or ("all" if len(measures) > 1 else "") for measure in measures]
-
-
-def _cell(group: Group, measure: str) -> tuple[str, str]:
-    """A mean and its interval as text, the latter empty where it is not known."""
-    mean, half = group.interval(measure)
-    if half != half:
-        return figures(mean, 3), ""
-    # As many decimals as the value deserves, and enough to show the first digit of its interval.
-    # What is left of a difference of equal numbers is rounding.
-    first_digit = -math.floor(math.log10(half)) if half > 1e-9 * abs(mean) else 0
-    decimals = min(max(len(figures(mean, 3).partition(".")[2]), first_digit), 5)
-    return f"{mean:.{decimals}f}", f"{half:.{decimals}f}"
 
 
 def _words(name: str) -> str:

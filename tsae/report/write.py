@@ -14,7 +14,7 @@ from tsae.report.figures import draw_figures
 from tsae.report.page import as_page
 from tsae.report.summary import summarise
 from tsae.report.training import draw_training
-from tsae.runtime import files
+from tsae.runtime import files, metadata
 
 
 def write_report(compared: Compared) -> Path:
@@ -38,7 +38,7 @@ def write_report(compared: Compared) -> Path:
         }
         for row in summary.rows
     ]
-    files.write_json(compared.record, {"sweep": compared.name, "made_from": state, "points": points})
+    metadata.write(compared.record, {"sweep": compared.name, "made_from": state, "points": points})
     return page
 
 
