@@ -185,7 +185,7 @@ def _comparable(summary: Summary, entries: Sequence[Entry]) -> tuple[Summary, li
         for name in EXPERIMENTS:
             settings = experiment_settings(entry.config, name)
             for path in files_of(entry.run, entry.config, name):
-                made_from = files.read_whole_json(path)["made_from"]
+                made_from = metadata.whole(path)["made_from"]
                 own = [settings["experiment"], settings["texts"], *(made_from[key] for key in MADE_ALIKE)]
                 made.setdefault(path.stem, set()).add(schema.stable_hash(own))
     unlike = [stem for stem, hashes in made.items() if len(hashes) > 1]
