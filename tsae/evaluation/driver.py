@@ -12,7 +12,7 @@ from tsae.checkpoint import RunFolder, load_dictionary
 from tsae.config.run import Counted, RunConfig
 from tsae.evaluation import figure, ground_truth
 from tsae.evaluation.held_out import held_out_batches, held_out_rows
-from tsae.evaluation.identity import made_from
+from tsae.evaluation.identity import made_from, measured_with
 from tsae.evaluation.loss_recovered import SequenceLosses, sequence_losses
 from tsae.evaluation.results import loss_results, plain, summarise, truth_results
 from tsae.evaluation.scores import Scores
@@ -86,6 +86,7 @@ def _write(
         "threshold": dictionary.scalar_threshold,
         "config_hash": config.evaluation_hash,
         "made_from": made_from(config, run),
+        "measured_with": measured_with(config),
         "trained_on_other_data": binding.is_measured_elsewhere(run),
         **binding.inexact(run),
     }

@@ -178,6 +178,8 @@ def make_plan(sweep: Sweep, to_look_at: bool = False) -> Plan:
                 config = next(configuration.earlier_meanings(point.config), point.config)
                 points[number] = point = dataclasses.replace(point, config=config)
             trained_as = chain.run(point).training_hash()
+            if to_look_at:
+                stages.require_sound(chain.run(point))
         except TsaeError as error:
             if not to_look_at:
                 raise

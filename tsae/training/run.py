@@ -210,7 +210,8 @@ class _Training:
         run.claim(config)
         run.remove_leftovers()
         self._states.remove_leftovers()
-        sources: dict[str, Any] = {"store": store.attributes, "data": binding.record(config)}
+        about = {name: value for name, value in store.attributes.items() if name != "statistics"}  # many numbers
+        sources: dict[str, Any] = {"store": about, "data": binding.record(config)}
         if not config.counted.all_tokens:
             sources |= _left_out(config, store)
         if self._inexact:
