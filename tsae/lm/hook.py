@@ -24,7 +24,8 @@ def find_hook(module: nn.Module, model: ModelConfig, depth: int) -> str:
             raise TsaeError(f"model.layer: {model.layer} is impossible; {model.name} has blocks 0 to {depth - 1}")
         return f"{find_blocks(module, depth)}.{model.layer}"
     paths = [path for path, _ in module.named_modules() if path]
-    path = module_of_lens(model.hook_point, module.config.model_type) or model.hook_point
+    architecture = str(getattr(getattr(module, "config", None), "model_type", ""))
+    path = module_of_lens(model.hook_point, architecture) or model.hook_point
     if path not in paths:
         near = difflib.get_close_matches(path, paths, n=3, cutoff=0.0)
         raise TsaeError(f"model.hook_point: {model.name} has no module {path!r}; the nearest are {', '.join(near)}")
