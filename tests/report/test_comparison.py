@@ -26,6 +26,7 @@ def measured(plan, values):
         run = plan.run(point)
         run.claim(point.config)
         run.weights.write_bytes(b"weights")
+        run.config_json.write_text(json.dumps({"trainer": {"dict_class": "TemporalMatryoshkaBatchTopKSAE"}}))
         fve, high, low = values(point)
         results = {
             "frac_variance_explained": fve,

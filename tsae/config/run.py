@@ -31,6 +31,7 @@ from tsae.config.sections import (
 )
 from tsae.config.splits import check_splits, empty_split, fills_both
 from tsae.config.synthetic import SYNTHETIC_PRESETS, SyntheticConfig
+from tsae.runtime import metadata
 from tsae.runtime.errors import TsaeError, suggestion
 
 PRESETS = {"objective": OBJECTIVE_PRESETS, "synthetic": SYNTHETIC_PRESETS}
@@ -187,6 +188,8 @@ def load_resolved(path: Path, used: Sequence[str] = ()) -> RunConfig:
             f"{path}: {deciding[0]}: unknown key; it decided this training, which another version of tsae made; "
             "read the run with that version"
         )
+    if recorded not in (None, config.training_hash):
+        raise TsaeError(f"{path}: its settings are not those of its training_hash; restore the file from a copy")
     return config
 
 
@@ -215,6 +218,8 @@ WRITTEN = "written"
 def read(path: str | Path, folder: Path | None = None) -> dict[str, Any]:
     """The tree of settings in a YAML file, its paths absolute; relative ones mean `folder`, by default the file's."""
     tree = schema.read_yaml(path)
+    if metadata.DIGEST in tree:
+        tree = metadata.require(tree, dict, str(path))
     written = schema.convert(dict[str, Any], tree.pop(WRITTEN, {}), str(path), WRITTEN)
     places, folder = schema.places(RunConfig), folder or Path(path).absolute().parent
     for key, value in list(schema.flatten(tree)):

@@ -19,7 +19,7 @@ from tsae.evaluation.scores import Scores
 from tsae.interop.origin import require_same_place
 from tsae.parallel.group import Group, in_turns
 from tsae.parallel.rendezvous import together
-from tsae.runtime import files
+from tsae.runtime import metadata
 from tsae.runtime.environment import own_device
 from tsae.runtime.errors import TsaeError
 from tsae.runtime.progress import Progress
@@ -91,7 +91,7 @@ def _write(
         **binding.inexact(run),
     }
     figure.draw(results, run.result("eval_results", "png"))
-    files.write_json(run.eval_results, results)
+    metadata.write(run.eval_results, results)
 
 
 def _score(

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tsae.checkpoint import RunFolder, save_dictionary
+from tsae.checkpoint import RunFolder, save_run
 from tsae.interop.folders import new_folder
 from tsae.interop.origin import UNKNOWN, Origin, read_json
 from tsae.interop.place import Place, find_place, hub_name
@@ -155,8 +155,7 @@ def import_folder(source: str | Path, out: str | Path) -> Path:
     with new_folder(out) as folder:
         # A run's files lie in trainer_0/ below its name.
         run = RunFolder(folder / "trainer_0")
-        write_json(run.config_json, config)
-        save_dictionary(run.weights, dictionary)
+        save_run(run, config, dictionary)
     return Path(out)
 
 

@@ -21,7 +21,7 @@ from tsae.config.points import Point
 from tsae.config.run import RunConfig, experiment_settings, store_settings, training_settings
 from tsae.evaluation.identity import is_evaluated
 from tsae.evaluation.measures import Chart
-from tsae.experiments.driver import files_of
+from tsae.experiments.driver import files_of, read_results
 from tsae.experiments.registry import EXPERIMENTS
 from tsae.report import text
 from tsae.report.compared import Compared, ReportConfig
@@ -30,7 +30,7 @@ from tsae.report.page import as_page
 from tsae.report.summary import Row, Summary, summarise
 from tsae.report.training import draw_training
 from tsae.report.write import points_of
-from tsae.runtime import files
+from tsae.runtime import files, metadata
 from tsae.runtime.errors import TsaeError
 from tsae.store import binding
 from tsae.store.layout import store_path
@@ -106,7 +106,7 @@ def write_comparison(entries: Sequence[Entry], folder: Path) -> Written:
     files.write_text(page, as_page(whole, charts, apart=apart, notes=notes))
     told = [f"{head} {what}" for head, what in notes]
     said = {"ranked": not apart, "notes": told}
-    files.write_json(whole.compared.record, {"comparison": whole.compared.name, **said, "points": points_of(whole)})
+    metadata.write(whole.compared.record, {"comparison": whole.compared.name, **said, "points": points_of(whole)})
     lines = []
     for letter, summary in summaries.items():
         lines += [f"{MEASURED_ON} {letter}:"] if apart else []
@@ -185,7 +185,7 @@ def _comparable(summary: Summary, entries: Sequence[Entry]) -> tuple[Summary, li
         for name in EXPERIMENTS:
             settings = experiment_settings(entry.config, name)
             for path in files_of(entry.run, entry.config, name):
-                made_from = files.read_whole_json(path)["made_from"]
+                made_from = read_results(path)["made_from"]
                 own = [settings["experiment"], settings["texts"], *(made_from[key] for key in MADE_ALIKE)]
                 made.setdefault(path.stem, set()).add(schema.stable_hash(own))
     unlike = [stem for stem, hashes in made.items() if len(hashes) > 1]

@@ -15,7 +15,7 @@ from tsae.report.figures import draw_figures
 from tsae.report.page import as_page
 from tsae.report.summary import Summary, summarise
 from tsae.report.training import draw_training
-from tsae.runtime import files
+from tsae.runtime import files, metadata
 
 
 def write_report(compared: Compared) -> Path:
@@ -29,7 +29,7 @@ def write_report(compared: Compared) -> Path:
     drawn = [*draw_figures(summary, page.parent), *draw_training(summary, page.parent)]
     judged = section(compared, write_claims(compared)) if compared.settings.claims else None
     files.write_text(page, as_page(summary, drawn, judged))
-    files.write_json(compared.record, {"sweep": compared.name, "made_from": state, "points": points_of(summary)})
+    metadata.write(compared.record, {"sweep": compared.name, "made_from": state, "points": points_of(summary)})
     return page
 
 

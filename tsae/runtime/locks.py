@@ -25,7 +25,7 @@ from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
 
-from tsae.runtime import files, preemption
+from tsae.runtime import files, metadata, preemption
 from tsae.runtime.errors import TsaeError
 
 HEARTBEAT_SECONDS = 15.0
@@ -60,6 +60,9 @@ class Owner:
 
     def __str__(self) -> str:
         return f"process {self.pid} on {self.host} since {time.strftime('%H:%M:%S', time.localtime(self.since))}"
+
+
+OWNER = {"host": str, "pid": metadata.COUNT, "started": str, "since": float, "table?": str}
 
 
 class LockHeld(TsaeError):
@@ -244,9 +247,14 @@ class _Found:
     def owner(self) -> Owner | None:
         """Whom it names; None for what is not whole."""
         try:
-            return Owner(**json.loads(self.text))
-        except (ValueError, TypeError):
+            told = json.loads(self.text)
+        except (ValueError, RecursionError):
             return None
+        return (
+            None
+            if metadata.misfit(told, OWNER)
+            else Owner(**{name: told[name] for name in told if name in Owner.__annotations__})
+        )
 
     @property
     def token(self) -> str:

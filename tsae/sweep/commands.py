@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 CLAIMS = "claims"
 """The shipped sweep that puts the paper's claims."""
 INEXACT_HELP = "go on with trainings whose state another version of torch or tsae saved"
+PROBE_HELP = "time a few seconds of reading and of training on this machine, and say how long all will take"
 
 AddCommand = Callable[[str, Callable[[argparse.Namespace], int | None], str], argparse.ArgumentParser]
 
@@ -94,7 +95,10 @@ def _add_launch_arguments(command: argparse.ArgumentParser) -> None:
         "--inexact", action="store_true", help=f"{INEXACT_HELP}, those that failed over it among them; results say so"
     )
     command.add_argument("--detach", action="store_true", help="local: return once the queue runs, do not follow it")
-    command.add_argument("--dry-run", action="store_true", help="show points, stages and job scripts, start nothing")
+    command.add_argument(
+        "--dry-run", action="store_true", help="show points, stages, their cost and job scripts, start nothing"
+    )
+    command.add_argument("--probe", action="store_true", help=PROBE_HELP)
 
 
 def _sweep(given: argparse.Namespace) -> int:
@@ -122,12 +126,14 @@ def _launch(given: argparse.Namespace) -> int:
         retry_failed=given.retry_failed or given.inexact,
         inexact=given.inexact,
         detach=given.detach,
+        probe=given.probe,
     )
     if given.dry_run:
-        from tsae.sweep.dryrun import dry_run
+        from tsae.sweep.dryrun import REFUSED, dry_run
 
-        print("\n".join(dry_run(plan, options)))
-        return 0
+        lines = dry_run(plan, options)
+        print("\n".join(lines))
+        return 2 if lines[-1].startswith(REFUSED) else 0
     return run(plan, options, f"{given.status_command} {words_of(given)}")
 
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +12,10 @@ from tsae.config import schema
 from tsae.config.points import short_names, shown
 from tsae.config.schema import flatten
 from tsae.evaluation.measures import FVE
-from tsae.runtime import files, locks
+from tsae.runtime import locks, metadata
 from tsae.runtime.errors import TsaeError
 from tsae.store.binding import weights_identity
+from tsae.training.splits import last_line
 
 DEEPEST = 4
 """Folders between checkpoints/ and a run's own, at most: names of runs may hold slashes."""
@@ -79,9 +78,9 @@ def _settings(run: RunFolder) -> dict[str, Any]:
     """Key path → value, of resolved.yaml; of a run that came from elsewhere, its kind and k from config.json."""
     if run.resolved.exists():
         tree = schema.read_yaml(run.resolved)
-        tree.pop("training_hash", None)
+        tree = {key: value for key, value in tree.items() if key not in ("training_hash", metadata.DIGEST)}
         return {key: value for key, value in flatten(tree) if not key.startswith("experiments.")}
-    trainer = files.read_whole_json(run.config_json).get("trainer", {})
+    trainer = metadata.whole(run.config_json).get("trainer", {})
     found = {"sae.kind": trainer.get("dict_class"), "sae.k": trainer.get("k")}
     return {key: value for key, value in found.items() if value is not None}
 
@@ -91,11 +90,7 @@ def _step(run: RunFolder, settings: dict[str, Any]) -> str:
     steps = settings.get("training.steps")
     if run.weights.exists() or steps is None:
         return "" if steps is None else str(steps)
-    reached = 0
-    with suppress(OSError, ValueError, KeyError, IndexError):
-        # The last line may be half written, and there may be none yet: then nothing is known of how far it is.
-        reached = json.loads(run.metrics.read_text().splitlines()[-1])["step"]
-    return f"{reached}/{steps}"
+    return f"{int(last_line(run.metrics).get('step', 0))}/{steps}"
 
 
 def _state(run: RunFolder, evaluated: bool) -> str:

@@ -39,6 +39,7 @@ def status_lines(plan: Plan, width: int, everything: bool = False) -> tuple[list
     lines = [*headline(plan, stages, standings), *_changes(plan), "", *counts(stages, standings), ""]
     for scheduler, said in survey.silence.items():
         lines[2:2] = [f"{scheduler} does not answer ({said}): what is not done stands as its job said last"]
+    lines[2:2] = survey.damaged
     rest = survey.sweep_attempts[-1].rest() if survey.sweep_attempts else None
     left = [stage for stage in stages if rest and stage.key in rest.stages and standings[stage.key].state not in HAD]
     if rest and left:
