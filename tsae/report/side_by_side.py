@@ -21,7 +21,7 @@ from tsae.config.points import Point
 from tsae.config.run import RunConfig, experiment_settings, store_settings, training_settings
 from tsae.evaluation.identity import is_evaluated
 from tsae.evaluation.measures import Chart
-from tsae.experiments.driver import files_of, read_results
+from tsae.experiments.driver import files_of
 from tsae.experiments.registry import EXPERIMENTS
 from tsae.report import text
 from tsae.report.compared import Compared, ReportConfig
@@ -185,7 +185,7 @@ def _comparable(summary: Summary, entries: Sequence[Entry]) -> tuple[Summary, li
         for name in EXPERIMENTS:
             settings = experiment_settings(entry.config, name)
             for path in files_of(entry.run, entry.config, name):
-                made_from = read_results(path)["made_from"]
+                made_from = metadata.whole(path)["made_from"]
                 own = [settings["experiment"], settings["texts"], *(made_from[key] for key in MADE_ALIKE)]
                 made.setdefault(path.stem, set()).add(schema.stable_hash(own))
     unlike = [stem for stem, hashes in made.items() if len(hashes) > 1]

@@ -129,6 +129,13 @@ def require_same_model(run: RunFolder, config: RunConfig) -> None:
         )
 
 
+def require_sound(run: RunFolder) -> None:
+    """Refuse a run whose config.json or provenance.json is not what was written. Raises TsaeError that names the file."""
+    written_of(run)
+    if run.config_json.exists():
+        run.read_config()
+
+
 def inexact(run: RunFolder) -> dict[str, Any]:
     """What results of `run` say if its training went on with other versions of what computes it (`--inexact`)."""
     said = written_of(run).get("inexact")

@@ -33,6 +33,7 @@ from tsae.store.reader import Store
 from tsae.training.metrics import Metrics, first_fve, has_diverged, living, measures_of
 from tsae.training.resume import ResumeStates, random_state, set_random_state
 from tsae.training.splits import beside, of_splits, trouble
+from tsae.training.start import load_start
 from tsae.training.trackers import Trackers, require
 from tsae.training.trainer import Terms, Trainer
 
@@ -148,7 +149,10 @@ class _Training:
         self._metrics_before = state.get("metrics_bytes", 0), state.get("metrics_crc32c")
         self._device = Accelerator(cpu=config.training.device == "cpu").device
         moments = moments_of(store, config.counted)
-        self._trainer = Trainer(config, store.activation_dim, device=self._device, moments=moments, group=group)
+        start = None if state else load_start(config, store.activation_dim)
+        self._trainer = Trainer(
+            config, store.activation_dim, device=self._device, moments=moments, group=group, start=start
+        )
         self._first_fve = first_fve(run.metrics) if state else None
         if state:
             self._continue(state)
@@ -206,7 +210,8 @@ class _Training:
         run.claim(config)
         run.remove_leftovers()
         self._states.remove_leftovers()
-        sources: dict[str, Any] = {"store": store.attributes, "data": binding.record(config)}
+        about = {name: value for name, value in store.attributes.items() if name != "statistics"}  # many numbers
+        sources: dict[str, Any] = {"store": about, "data": binding.record(config)}
         if not config.counted.all_tokens:
             sources |= _left_out(config, store)
         if self._inexact:
