@@ -50,10 +50,6 @@ def two(plan_of):
     return make
 
 
-SHAPE = {"subject": {}, "settings": {}}
-"""What results hold that is not read here."""
-
-
 def test_sweeps_are_one_table_with_intervals_over_their_seeds(two, compared, tmp_path):
     two()
     printed, record, page = compared(tmp_path / "first.yaml", tmp_path / "second.yaml")
@@ -132,9 +128,14 @@ def test_an_experiment_that_was_made_otherwise_is_left_out(two, compared, tmp_pa
             run = plan.run(point)
             for name, stem in (("tsne", "tsne_chunk0"), ("probe", "probing_chunk0")):
                 made = driver.made_from(point.config, run, name, 0, None)
-                run.result(stem, "json").write_text(
-                    json.dumps({**SHAPE, "experiment": name, "made_from": made, "headline": {"semantics": 0.5}})
-                )
+                told = {
+                    "experiment": name,
+                    "subject": {},
+                    "settings": {},
+                    "made_from": made,
+                    "headline": {"semantics": 0.5},
+                }
+                run.result(stem, "json").write_text(json.dumps(told))
     printed, record, page = compared(tmp_path / "first.yaml", tmp_path / "second.yaml")
     assert record["ranked"] is True
     assert [set(point["experiments"]) for point in record["points"]] == [{"probing_chunk0/semantics"}] * 4
