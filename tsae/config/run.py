@@ -505,6 +505,8 @@ def store_settings(config: RunConfig) -> dict[str, Any]:
     world = config.is_synthetic
     plain = _plain(config, ("data", "store", "synthetic" if world else "model"))
     del plain["store"]["path"]
+    if config.store.window is not None:
+        plain["store"]["window"] = "all"  # whatever its size, the numbers are the same
     if world:
         plain["data"] = {name: plain["data"][name] for name in ("source", "context_length", "holdout", "seed")}
         return plain
