@@ -8,7 +8,7 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -235,7 +235,10 @@ def _harvest(options: argparse.Namespace) -> None:
         raise TsaeError(f"--task {options.task}: tasks are counted from 0 to {options.tasks - 1}")
     if _costs_first(config, None, options):
         return
-    _print_once(harvest_stage(config, options.task, options.tasks))
+    path = harvest_stage(config, options.task, options.tasks)
+    from tsae.report.headline import of_harvest
+
+    _print_once(path, said=lambda: of_harvest(path))
 
 
 @preemption.watched()
@@ -255,7 +258,10 @@ def _train(options: argparse.Namespace) -> None:
     if _costs_first(config, RunFolder.of(*run), options):
         return
     harvest_stage(config)
-    _print_once(train_stage(config, *run, options.inexact))
+    path = train_stage(config, *run, options.inexact)
+    from tsae.report.headline import of_training
+
+    _print_once(path, said=lambda: of_training(RunFolder(path)))
 
 
 def _costs_first(config: RunConfig, run: RunFolder | None, options: argparse.Namespace) -> bool:
@@ -281,7 +287,10 @@ def _evaluate(options: argparse.Namespace) -> None:
     config, run = _measured(options, options.config)
     _accept(options, config, run)
     harvest_elsewhere(config, run)
-    _print_once(evaluate_run(config, run))
+    path = evaluate_run(config, run)
+    from tsae.report.headline import of_evaluation
+
+    _print_once(path, said=lambda: of_evaluation(run))
 
 
 def _measured(options: argparse.Namespace, named: Path) -> tuple[RunConfig, RunFolder]:
@@ -320,13 +329,18 @@ def _experiment(name: str, options: argparse.Namespace) -> None:
     _accept(options, asked["config"], asked["run"])
     if EXPERIMENTS[name].reads_store:
         harvest_elsewhere(asked["config"], asked["run"])
-    print("\n".join(experiment_run(**asked)))
+    from tsae.report.headline import of_experiment
+
+    made = [Path(path) for path in experiment_run(**asked)]
+    _print_once(*made, said=lambda: of_experiment(made))
 
 
-def _print_once(path: Path) -> None:
-    """Print a result in the first of the processes that made it together."""
+def _print_once(*paths: Path, said: Callable[[], list[str]]) -> None:
+    """Print results in the first of the processes that made them together, and before, on stderr, what they say."""
     if process_rank() == 0:
-        print(path)
+        for line in said():
+            print(line, file=sys.stderr, flush=True)
+        print("\n".join(map(str, paths)))
 
 
 def _calibrate(options: argparse.Namespace) -> None:

@@ -94,6 +94,7 @@ def test_what_lies_beside_the_file_has_no_part_in_it(gguf: Path, tmp_path: Path)
 
 def test_the_head_tells_family_and_sizes_without_loading(folder: Path, gguf: Path) -> None:
     model, whole = ModelConfig(name=str(gguf)), json.loads((folder / "config.json").read_text())
+    vocabulary = whole["vocab_size"]
     told = ("model_type", "num_hidden_layers", "hidden_size", "intermediate_size", "vocab_size")
     assert known_config(model) == {key: whole[key] for key in told}
     check_model(ModelConfig(name=str(gguf), layer=2), "run.yaml")

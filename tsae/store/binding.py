@@ -10,6 +10,7 @@ compares, and refuses by name; `--accept-new-data` records in the run that it is
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any
 
 from tsae.checkpoint import CONFIG, RunFolder
@@ -63,6 +64,14 @@ def data_identity(run: RunFolder, config: RunConfig) -> str:
     if not made:
         return content_hash(config)
     return schema.stable_hash([made["identity"], made.get("contexts"), made.get("commit")])
+
+
+def measured_data(run: RunFolder, config: RunConfig) -> str:
+    """The same, alike for runs of ours and from elsewhere, whichever version recorded it; what has changed since is another."""
+    with suppress(TsaeError):  # a text or a model that is gone: the run says what it was
+        if not difference(run, config):
+            return schema.stable_hash([content_hash(config), _of_store(config)])
+    return data_identity(run, config)
 
 
 def is_measured_elsewhere(run: RunFolder) -> bool:

@@ -236,7 +236,8 @@ def _refuse_another_run(chain: Chain, point: Point, trained_as: str | None) -> N
     if trained_as in (None, point.config.training_hash):
         return
     run = chain.run(point)
+    different = run.differences(point.config) or ""
     raise TsaeError(
-        f"{run.path}: holds a run of another configuration ({run.differences(point.config)}); "
-        "give this sweep another name with --name, or remove the folder"
+        f"{run.path}: holds a run of another configuration ({different}); "
+        f"give this sweep another name with --name, or remove the folder{run.onward(different)}"
     )
