@@ -135,6 +135,12 @@ class RunFolder:
         there, here = (configuration.training_settings(each) for each in (self.load_config(), config))
         return schema.differences(there, here) or "another version of tsae made it"
 
+    def onward(self, different: str) -> str:
+        """How to train on from this folder's weights, where the steps are all that is `different`; else nothing."""
+        if not self.weights.exists() or ";" in different or not different.startswith("training.steps is "):
+            return ""
+        return f"; another name with training.init_from={self.path.parent} trains on from its weights"
+
     def require_same_training(self, config: RunConfig) -> None:
         """Refuse a run that was trained with other settings; files that came from elsewhere state none."""
         different = self.differences(config)
@@ -150,7 +156,7 @@ class RunFolder:
         if different is not None:
             raise TsaeError(
                 f"{self.path}: holds a run of another configuration ({different}); "
-                "choose another run name or remove the folder"
+                f"choose another run name or remove the folder{self.onward(different)}"
             )
         if self.training_hash() is None and self.weights.exists():
             raise TsaeError(f"{self.path}: holds weights but no resolved.yaml; choose another run name")

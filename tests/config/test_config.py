@@ -308,7 +308,7 @@ def command(*arguments: str, home: str, folder: Path) -> subprocess.CompletedPro
 
 def test_what_the_file_system_refuses_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    (tmp_path / "run.yaml").write_text("{}")
+    (tmp_path / "run.yaml").write_text("data: {max_tokens: 1000}")
     done = command("harvest", "run.yaml", home=str(tmp_path / "file"), folder=tmp_path)
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1

@@ -159,7 +159,7 @@ def test_a_place_comes_back_from_a_run(tmp_path: Path) -> None:
         ({"model_from_pretrained_kwargs": {"center_writing_weights": True}}, "center_writing_weights is True"),
         ({"model_from_pretrained_kwargs": {"checkpoint_index": 0}}, "checkpoint_index is 0"),
         ({"model_from_pretrained_kwargs": {"fold_ln": True, "revision": "step1000"}}, "revision is 'step1000'"),
-        ({"model_from_pretrained_kwargs": ["center_writing_weights"]}, "a JSON object is expected"),
+        ({"model_from_pretrained_kwargs": ["center_writing_weights"]}, "a mapping is expected"),
     ],
 )
 @pytest.mark.parametrize("nested", [{"sae_lens_version": "6.20.0"}, {}, None])
@@ -226,7 +226,7 @@ def test_a_config_from_before_version_6_is_understood(tmp_path: Path, activation
         ({"activation_fn": "tanh-relu"}, "activation_fn: unknown to this architecture"),
         ({"finetuning_scaling_factor": True}, "finetuning_scaling_factor: unknown"),
         ({"k": 7}, "k: unknown to this architecture"),
-        ({"metadata": ["6.20.0"]}, "metadata: a JSON object is expected"),
+        ({"metadata": ["6.20.0"]}, "metadata: a mapping is expected"),
         ({"normalize_activations": "layer_norm"}, "not linear"),
         ({"reshape_activations": "hook_z"}, "attention heads"),
         ({"d_sae": 81}, r"W_dec has shape \[80, 16\]; cfg.json says \[81, 16\]"),

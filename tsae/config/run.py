@@ -6,6 +6,7 @@ A run is one YAML file; the resolved file and its hash lie beside every output.
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -31,7 +32,8 @@ from tsae.config.sections import (
 )
 from tsae.config.splits import check_splits, empty_split, fills_both
 from tsae.config.synthetic import SYNTHETIC_PRESETS, SyntheticConfig
-from tsae.runtime import metadata
+from tsae.runtime import contents, metadata
+from tsae.runtime.environment import home
 from tsae.runtime.errors import TsaeError, suggestion
 
 PRESETS = {"objective": OBJECTIVE_PRESETS, "synthetic": SYNTHETIC_PRESETS}
@@ -300,8 +302,32 @@ def refuse_without_effect(config: RunConfig, asked: Mapping[str, Any], where: st
 def from_mapping(tree: Mapping[str, Any], where: str) -> RunConfig:
     """A validated RunConfig; `where` names the source in errors."""
     config = _build(tree, where)
+    config = _by_block(config)
     _validate(config, where)
+    training = config.training
+    if training.init_from is not None and training.init_sha256 is None:
+        weights = initial_weights(training.init_from, f"{where}: training.init_from")
+        config = replace(config, training={"init_sha256": contents.sha256_of(weights)})
     return config
+
+
+def _by_block(config: RunConfig) -> RunConfig:
+    """With a residual stream that is named as TransformerLens does by its block: one place is one store, however called."""
+    hook = re.fullmatch(r"blocks\.(\d+)\.hook_resid_(post|pre)", config.model.hook_point or "")
+    block = int(hook[1]) - (hook[2] == "pre") if hook else -1
+    return config if block < 0 else replace(config, model={"layer": block, "hook_point": None})
+
+
+def initial_weights(name: str, where: str) -> Path:
+    """The weights file of the run that `training.init_from` names. Raises TsaeError if there is none."""
+    folder = Path(name).expanduser()
+    for place in (folder, folder / "trainer_0", home() / "checkpoints" / name / "trainer_0"):
+        if (place / "ae.pt").is_file():
+            return place / "ae.pt"
+    raise TsaeError(
+        f"{where}: {name}: no ae.pt is here, nor in a trainer_0/, nor in a run of that name under {home() / 'checkpoints'}; "
+        "a dictionary of another library or of the hub becomes a run by `tsae import`"
+    )
 
 
 def _build(tree: Mapping[str, Any], where: str) -> RunConfig:
@@ -375,6 +401,11 @@ def _validate(config: RunConfig, where: str) -> None:
     )
 
     steps = training.steps
+    check(
+        "training.init_sha256",
+        training.init_from is not None or training.init_sha256 is None,
+        "it is the content of what training.init_from names, and that is not given",
+    )
     check(
         "training.warmup_steps",
         training.warmup_steps is None or training.warmup_steps < steps,
@@ -474,6 +505,8 @@ def store_settings(config: RunConfig) -> dict[str, Any]:
     world = config.is_synthetic
     plain = _plain(config, ("data", "store", "synthetic" if world else "model"))
     del plain["store"]["path"]
+    if config.store.window is not None:
+        plain["store"]["window"] = "all"  # whatever its size, the numbers are the same
     if world:
         plain["data"] = {name: plain["data"][name] for name in ("source", "context_length", "holdout", "seed")}
         return plain
@@ -514,7 +547,7 @@ def training_settings(config: RunConfig) -> dict[str, Any]:
     plain = {**store_settings(config), **_plain(config, others)}
     plain["data"] |= left_out_settings(config)
     plain["training"]["pair_rule"] = config.pair_rule
-    places = ("device", "processes", "shard", "trackers", "wandb_project", "wandb_entity")
+    places = ("init_from", "device", "processes", "shard", "trackers", "wandb_project", "wandb_entity")
     for name in (*places, "resume_every", "resume_minutes", "resume_keep", "pack"):
         plain["training"].pop(name, None)
     return plain

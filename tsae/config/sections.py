@@ -6,6 +6,7 @@ with what they belong to.
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
@@ -43,7 +44,7 @@ class ModelConfig:
     layer: Natural = 2
     """Index of the block whose output is read: `hidden_states[layer + 1]` of the Hugging Face model."""
     hook_point: str | None = None
-    """Path of any module to read instead of a block, such as `gpt_neox.layers.3.mlp`; `layer` is then only a label."""
+    """Path of any module to read instead of a block, such as `gpt_neox.layers.3.mlp`, or a name of TransformerLens and SAELens: `blocks.N.hook_resid_post`, `hook_resid_pre`, `hook_attn_out`, `hook_mlp_out`; `layer` is then only a label."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Precision in which the language model runs."""
     attn_implementation: Literal["eager", "sdpa", "flash_attention_2"] | None = None
@@ -94,6 +95,11 @@ class DataConfig:
     """Seed of the order of contexts and of the held-out choice; of everything in a synthetic world."""
 
 
+UNITS = ("B", "kB", "MB", "GB", "TB")
+WINDOW = rf"all|(\d+(?:\.\d+)?) ?({'|'.join(UNITS[1:])})"
+WINDOW_WORDS = "a size such as 200GB (kB, MB, GB, TB), a number of tokens, or all is expected"
+
+
 @dataclass(frozen=True, kw_only=True)
 class StoreConfig:
     """The zarr store that holds the activations."""
@@ -104,6 +110,17 @@ class StoreConfig:
     """Precision on disk."""
     shard_mb: Count = 256
     """Largest size of one shard file in MB (10^6 bytes): the unit of writing, of resuming and of sharing a harvest. A small store is cut finer, into about 16 shards."""
+    window: Annotated[Annotated[str, matching(WINDOW, WINDOW_WORDS)] | Count | None, Added(None)] = None
+    """How much of the training part is on disk at a time: `200GB` (kB, MB, GB, TB: powers of ten) or a number of tokens. Activations are then harvested while training reads them and removed again for others; the held-out part is kept, beside the window. Batches are those of a full store, whatever the size. `all`: nothing is removed; none: the whole store is harvested before training."""
+
+    def window_bytes(self, token_bytes: int) -> float:
+        """The window in bytes, where a token takes so many; infinite where nothing is removed."""
+        if self.window in (None, "all"):
+            return math.inf
+        if isinstance(self.window, int):
+            return self.window * token_bytes
+        number, unit = re.fullmatch(WINDOW, str(self.window)).groups()  # type: ignore[union-attr]
+        return float(number) * 1000 ** UNITS.index(unit)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -272,6 +289,10 @@ class TrainingConfig:
 
     steps: Count = 1000
     """Optimizer steps."""
+    init_from: Annotated[str | None, Place(holds=("ae.pt", "trainer_0/ae.pt")), Added(None)] = None
+    """Run whose weights training begins with, in place of random ones: its folder, or its name under TSAE_HOME/checkpoints. `sae.kind` must be of its class; with more latents than it has, its own come first in each group and the others begin afresh. Moments, threshold and schedules are new."""
+    init_sha256: Annotated[str | None, Added(None)] = None
+    """Content of those weights, which decides the run; filled in by itself, and checked where it is given."""
     batch_size: Count = 2048
     """Pairs (or single tokens) per step, over all processes."""
     lr: Positive | None = None

@@ -12,7 +12,7 @@ from tsae.checkpoint import RunFolder, load_dictionary
 from tsae.config.run import Counted, RunConfig
 from tsae.evaluation import figure, ground_truth
 from tsae.evaluation.held_out import held_out_batches, held_out_rows
-from tsae.evaluation.identity import made_from
+from tsae.evaluation.identity import made_from, measured_with
 from tsae.evaluation.loss_recovered import SequenceLosses, sequence_losses
 from tsae.evaluation.results import loss_results, plain, summarise, truth_results
 from tsae.evaluation.scores import Scores
@@ -26,9 +26,9 @@ from tsae.runtime.progress import Progress
 from tsae.sae.dictionary import Dictionary
 from tsae.sae.inference import reconstruct
 from tsae.store import binding
-from tsae.store.layout import store_path
 from tsae.store.moments import moments_of
 from tsae.store.reader import Store
+from tsae.store.rolling import open_store
 
 
 def evaluate(config: RunConfig, run: RunFolder) -> dict[str, Any]:
@@ -45,7 +45,7 @@ def evaluate(config: RunConfig, run: RunFolder) -> dict[str, Any]:
         dictionary, written = load_dictionary(run.path, own_device(config.training.device, "training.device"))
         if run.training_hash() is None:  # of a run of ours, its hash says where it reads
             require_same_place(config, written, run.path)
-        store = Store.open(store_path(config), config)
+        store = open_store(config)
         if dictionary.activation_dim != store.activation_dim:
             raise TsaeError(
                 f"{run.path}: reads activations of {dictionary.activation_dim} dimensions, "
@@ -86,6 +86,7 @@ def _write(
         "threshold": dictionary.scalar_threshold,
         "config_hash": config.evaluation_hash,
         "made_from": made_from(config, run),
+        "measured_with": measured_with(config),
         "trained_on_other_data": binding.is_measured_elsewhere(run),
         **binding.inexact(run),
     }

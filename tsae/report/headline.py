@@ -14,7 +14,7 @@ from tsae.checkpoint import RunFolder
 from tsae.evaluation.measures import REGISTRY, label, scalars, shown_in
 from tsae.experiments.registry import declare_measures
 from tsae.report.text import aligned, with_interval
-from tsae.runtime import files
+from tsae.runtime import metadata
 from tsae.store.layout import StoreLayout
 from tsae.store.reader import Store
 from tsae.training.splits import last_line
@@ -39,7 +39,7 @@ def of_evaluation(run: RunFolder) -> list[str]:
 def of_experiment(paths: Sequence[Path]) -> list[str]:
     """The headline numbers of an experiment's results, split beside split. Nothing of results that have none."""
     declare_measures()
-    every = [files.read_whole_json(path) for path in paths]
+    every = [metadata.whole(path) for path in paths]
     columns = {}
     for results in every:
         known = {name: value for name, value in results.get("headline", {}).items() if value is not None}

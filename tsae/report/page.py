@@ -8,6 +8,7 @@ import math
 import os
 import time
 import urllib.parse
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,19 +34,30 @@ MOST_BYTES = 24_000_000
 """Pictures of experiments that a page carries; beyond that it tells where they are."""
 
 
-def as_page(summary: Summary, charts: list[tuple[Chart, Path]], claims: dict[str, Any] | None = None) -> str:
-    """The whole page; `claims` are those of `claims.section`."""
+def as_page(
+    summary: Summary,
+    charts: list[tuple[Chart, Path]],
+    claims: dict[str, Any] | None = None,
+    apart: Mapping[str, Summary] | None = None,
+    notes: Sequence[tuple[str, str]] = (),
+) -> str:
+    """The whole page; `claims` are those of `claims.section`, `notes` further warnings.
+
+    `apart` are the points by what they were measured on, in words, where that is not the same: nothing is said across them.
+    """
     compared, rows = summary.compared, [row for row in summary.rows if not row.missing]
     swept = short_names([key for row in rows for key in row.point.axes])
     return render(
         "report/page.html",
         title=compared.name,
-        lead=_lead(summary),
-        warnings=_warnings(summary),
-        sentences=sentences(summary),
+        lead=_lead(summary, len(apart or ())),
+        warnings=[*notes, *_warnings(summary)],
+        sentences=[f"{name}: {text}" for name, own in apart.items() for text in sentences(own)]
+        if apart
+        else sentences(summary),
         claims=claims,
         summary=_summary_table(summary),
-        differences=_differences(summary),
+        differences={"rows": []} if apart else _differences(summary),
         figures=[(_picture(path, chart.title), chart.caption) for chart, path in charts],
         experiments=_experiments(summary),
         points=rows,
@@ -60,13 +72,15 @@ def as_page(summary: Summary, charts: list[tuple[Chart, Path]], claims: dict[str
     )
 
 
-def _lead(summary: Summary) -> str:
+def _lead(summary: Summary, apart: int) -> str:
     """How many points over what, of which model, when."""
     config = summary.compared.points[0].config
     axes = short_names([key for point in summary.compared.points for key in point.axes])
     done = len(summary.rows) - len(summary.missing)
     parts = [f"{done} of {len(summary.rows)} points over {', '.join(axes.values())}"]
-    if config.is_synthetic:
+    if apart:
+        parts.append(f"measured on {apart} different things")
+    elif config.is_synthetic:
         parts.append(f"synthetic world ({config.synthetic.preset})")
     else:
         parts.append(f"{config.model.name}, {config.model.hook_point or f'layer {config.model.layer}'}")

@@ -172,6 +172,13 @@ def summarise(compared: Compared) -> Summary:
 
 
 def _row(compared: Compared, point: Point, run: RunFolder) -> Row:
+    try:
+        return _row_of_sound(compared, point, run)
+    except TsaeError as error:
+        return Row(point, {}, {}, f"damaged: {error}")
+
+
+def _row_of_sound(compared: Compared, point: Point, run: RunFolder) -> Row:
     experiments = headlines(run, point.config)
     if is_evaluated(point.config, run):
         results = run.read_results()
@@ -184,14 +191,10 @@ def _row(compared: Compared, point: Point, run: RunFolder) -> Row:
 
 def _missing(run: RunFolder, point: Point) -> str:
     """Why a point has no results."""
-    try:
-        trained = run.is_trained(point.config)
-    except TsaeError as error:
-        return str(error)
     wrong = metadata.damage(run.eval_results, RESULTS)
     if wrong:
         return f"{run.eval_results}: {wrong}"
-    return "trained, not evaluated" if trained else "not trained"
+    return "trained, not evaluated" if run.is_trained(point.config) else "not trained"
 
 
 def _changed(run: RunFolder, point: Point, results: dict[str, Any]) -> str:

@@ -12,7 +12,6 @@ can make the file that names the heir of exactly that owner; the heir counts as 
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import socket
 import sys
@@ -171,7 +170,7 @@ class Lock:
         return found is not None and found.text == self._text()
 
     def _text(self) -> str:
-        return json.dumps(asdict(self._owner), indent=2) + "\n"
+        return metadata.text_of(asdict(self._owner))
 
     def _remove_leftovers(self) -> None:
         """Remove what dead processes left when they took this lock; for its owner."""
@@ -246,15 +245,8 @@ class _Found:
     @property
     def owner(self) -> Owner | None:
         """Whom it names; None for what is not whole."""
-        try:
-            told = json.loads(self.text)
-        except (ValueError, RecursionError):
-            return None
-        return (
-            None
-            if metadata.misfit(told, OWNER)
-            else Owner(**{name: told[name] for name in told if name in Owner.__annotations__})
-        )
+        told = metadata.record(self.text.encode(), OWNER)
+        return None if told is None else Owner(**{name: told[name] for name in told if name in Owner.__annotations__})
 
     @property
     def token(self) -> str:

@@ -46,8 +46,10 @@ ENTRIES = "entries"
 """Where the list is that a file is about; in files of earlier versions it is all there is."""
 DIGITS = 16
 _END = re.compile(rb'"digest": "([0-9a-f]{16})"\n?\}$')
-_WORDS = {str: "text", int: "a whole number", float: "a finite number", bool: "true or false", None: "null"}
-_WORDS |= {dict: "a mapping", list: "a list", Real: "a number"}
+_WORDS: dict[Any, str] = {
+    **{str: "text", int: "a whole number", float: "a finite number", bool: "true or false", None: "null"},
+    **{dict: "a mapping", list: "a list", Real: "a number"},
+}
 
 
 def write(path: str | Path, value: Mapping[str, Any]) -> None:
@@ -137,7 +139,7 @@ def misfit(value: Any, shape: Any, path: str = "") -> str:
     """In words, the first place at which a value has not the shape; nothing if it has it."""
     if isinstance(shape, tuple):
         wrong = [misfit(value, each, path) for each in shape]
-        return "" if "" in wrong else wrong[0]
+        return "" if "" in wrong else wrong[-1]  # where nothing is possible, that stands first
     if isinstance(shape, dict) and isinstance(value, dict):
         return next(filter(None, _of_entries(value, shape, path)), "")
     if isinstance(shape, list) and isinstance(value, list):

@@ -10,6 +10,7 @@ compares, and refuses by name; `--accept-new-data` records in the run that it is
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any
 
 from tsae.checkpoint import RunFolder
@@ -65,6 +66,14 @@ def data_identity(run: RunFolder, config: RunConfig) -> str:
     return schema.stable_hash([made["identity"], made.get("contexts"), made.get("commit")])
 
 
+def measured_data(run: RunFolder, config: RunConfig) -> str:
+    """The same, alike for runs of ours and from elsewhere, whichever version recorded it; what has changed since is another."""
+    with suppress(TsaeError):  # a text or a model that is gone: the run says what it was
+        if not difference(run, config):
+            return schema.stable_hash([content_hash(config), _of_store(config)])
+    return data_identity(run, config)
+
+
 def is_measured_elsewhere(run: RunFolder) -> bool:
     """Whether the run is measured on other data than it was trained on, as somebody accepted."""
     return "accepted" in _trained_on(run)
@@ -118,6 +127,13 @@ def require_same_model(run: RunFolder, config: RunConfig) -> None:
             f"{run.path}: was trained on another language model: model.name: {config.model.name} has another content now; "
             "restore it, or measure the run with what is there now with --accept-new-data"
         )
+
+
+def require_sound(run: RunFolder) -> None:
+    """Refuse a run whose config.json or provenance.json is not what was written. Raises TsaeError that names the file."""
+    written_of(run)
+    if run.config_json.exists():
+        run.read_config()
 
 
 def inexact(run: RunFolder) -> dict[str, Any]:

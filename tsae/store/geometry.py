@@ -24,6 +24,8 @@ INDEX_ENTRY_BYTES = 16
 SMALLEST_CHUNK = 256 * 1024
 SMALLEST_SHARD = 4_000_000
 USUAL_SHARDS = 16
+BLOCK_BYTES = 2_000_000
+FEWEST_BLOCKS = 64
 ITEMSIZE = {"bfloat16": 2, "float16": 2, "float32": 4}
 ABSENT = 2**64 - 1  # zarr's mark of a chunk that is not in its shard
 
@@ -99,6 +101,14 @@ class Geometry:
         entries[:present, 0] = np.arange(present, dtype=np.uint64) * np.uint64(self.stride)
         entries[:present, 1] = self.stride
         return entries.tobytes() + crc32c(entries)
+
+
+def block_sequences(geometry: Geometry, train: int) -> int:
+    """Sequences of a block, the unit in which `train` sequences are put into a random order: whole chunks, about 2 MB,
+    but no more than leaves a small store 64 blocks. A shard of a rolling store is one block."""
+    chunk = geometry.chunk_sequences
+    wanted = min(BLOCK_BYTES // geometry.chunk_bytes, train // (FEWEST_BLOCKS * chunk))
+    return max(1, wanted) * chunk
 
 
 def crc32c(buffer: bytes | np.ndarray) -> bytes:

@@ -9,10 +9,13 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
 
 from tsae.config import run as configuration
 from tsae.config.run import RunConfig
@@ -22,9 +25,9 @@ from tsae.runtime.errors import TsaeError
 from tsae.runtime.progress import Progress
 from tsae.runtime.space import free_for, shown
 from tsae.store.layout import StoreLayout, content_hash, sources, store_path
+from tsae.store.window import Window
 
 if TYPE_CHECKING:
-    import numpy as np
     from torch import Tensor
 
     from tsae.data.contexts import Contexts
@@ -51,8 +54,13 @@ class Source(Protocol):
     def extras(self) -> dict[str, np.ndarray]:
         """Arrays kept beside the activations, by the names of `layout.EXTRAS`."""
 
-    def read(self, layout: StoreLayout, sequences: range) -> Tensor:
-        """Activations [S, L, D] of consecutive sequences of the store."""
+    def read(self, layout: StoreLayout, sequences: np.ndarray) -> Tensor:
+        """Activations [S, L, D] of sequences of the store."""
+
+
+def source_of(config: RunConfig, commit: str | None = None) -> Source:
+    """What the store of `config` is made from; `commit` is the one of a hub model with which it was begun."""
+    return SyntheticSource(config) if config.is_synthetic else LanguageModelSource(config, commit)
 
 
 def harvest(config: RunConfig, task: int = 0, tasks: int = 1) -> Path:
@@ -70,14 +78,15 @@ def harvest(config: RunConfig, task: int = 0, tasks: int = 1) -> Path:
         if layout.is_whole():
             return layout.path
     commit = layout.attributes["model"].get("revision") if layout.exists() else None
-    source: Source = SyntheticSource(config) if config.is_synthetic else LanguageModelSource(config, commit)
+    source = source_of(config, commit)
     check_tokens(config.model, config.data.exclude_tokens, source.identity.get("vocabulary"))
     _prepare_once(layout, config, source)
     _require_room(layout, range(task, layout.geometry.shards, tasks))
     try:
-        write_missing(layout, range(task, layout.geometry.shards, tasks), _Reading(layout, source).activations)
+        window = Window(layout, config) if layout.rolling else None
+        write_missing(layout, layout.measured[task::tasks], _Reading(layout, source).activations, window)
     except TsaeError:
-        if not begun and tasks == 1 and not any(map(layout.is_written, range(layout.geometry.shards))):
+        if not begun and tasks == 1 and not any(map(layout.is_written, layout.measured)):
             shutil.rmtree(layout.path)  # refused at the first shard: the place stays free for other settings
         raise
     if layout.attributes["complete"] and not config.is_synthetic:
@@ -88,17 +97,26 @@ def harvest(config: RunConfig, task: int = 0, tasks: int = 1) -> Path:
     return layout.path
 
 
-def write_missing(layout: StoreLayout, shards: range, activations: Callable[[int], Iterator[Tensor]]) -> None:
-    """Write those of `shards` that are not there, and finish the store once all are; `activations` gives a shard's, in order."""
+def write_missing(
+    layout: StoreLayout,
+    shards: Sequence[int],
+    activations: Callable[[int], Iterator[Tensor]],
+    window: Window | None = None,
+) -> None:
+    """Write those of `shards` that are not there, and finish the store once all are; `activations` gives a shard's, in order.
+
+    Of a rolling store, those that come and go are kept within its `window`.
+    """
     from tsae.store.writer import finalise, write_shard
 
     if layout.attributes["complete"]:
         # A shard was lost since; until it is back nobody may take the store for whole.
         layout.set_attributes(complete=False)
     for shard in shards:
-        if not layout.is_written(shard):
-            write_shard(layout, shard, activations(shard))
-    if all(layout.is_written(shard) for shard in range(layout.geometry.shards)):
+        if not layout.is_settled(shard):
+            with nullcontext() if window is None or shard in layout.kept else window.room([shard]):
+                write_shard(layout, shard, activations(shard))
+    if all(map(layout.is_settled, layout.measured)):
         finalise(layout)
         layout.progress.unlink(missing_ok=True)
 
@@ -159,7 +177,7 @@ class _Reading:
     def __init__(self, layout: StoreLayout, source: Source) -> None:
         self._layout, self._source = layout, source
         self._progress = Progress(
-            "harvest", int(layout.lengths.sum()), "tokens", layout.progress, start=self._finished_tokens()
+            "harvest", self._tokens(layout.measured), "tokens", layout.progress, start=self._finished_tokens()
         )
 
     def activations(self, shard: int) -> Iterator[Tensor]:
@@ -170,15 +188,17 @@ class _Reading:
         finished, rows = self._finished_tokens(), self._layout.geometry.sequences_of(shard)
         for first in preemption.polled(range(rows.start, rows.stop, self._source.batch_size)):
             batch = range(first, min(first + self._source.batch_size, rows.stop))
-            yield self._source.read(self._layout, batch)
+            yield self._source.read(self._layout, np.array(batch))
             finished += int(self._layout.lengths[batch.start : batch.stop].sum())
             self._progress.update(finished, shard=f"{shard + 1}/{self._layout.geometry.shards}")
 
     def _finished_tokens(self) -> int:
         """Tokens in finished shards, whoever wrote them."""
-        geometry, lengths = self._layout.geometry, self._layout.lengths
-        written = [shard for shard in range(geometry.shards) if self._layout.marker(shard).exists()]
-        return sum(int(lengths[slice(rows.start, rows.stop)].sum()) for rows in map(geometry.sequences_of, written))
+        return self._tokens(shard for shard in self._layout.measured if self._layout.marker(shard).exists())
+
+    def _tokens(self, shards: Iterable[int]) -> int:
+        rows = map(self._layout.geometry.sequences_of, shards)
+        return sum(int(self._layout.lengths[part.start : part.stop].sum()) for part in rows)
 
 
 class LanguageModelSource:
@@ -206,13 +226,12 @@ class LanguageModelSource:
         """Nothing more is known of a language model."""
         return {}
 
-    def read(self, layout: StoreLayout, sequences: range) -> Tensor:
+    def read(self, layout: StoreLayout, sequences: np.ndarray) -> Tensor:
         """Activations [S, L, D]."""
         import torch
 
-        rows = slice(sequences.start, sequences.stop)
-        tokens = torch.from_numpy(layout.tokens[rows]).long()
-        lengths = torch.from_numpy(layout.lengths[rows]).long()
+        tokens = torch.from_numpy(layout.tokens[sequences]).long()
+        lengths = torch.from_numpy(layout.lengths[sequences]).long()
         return self._lm.read(tokens, lengths)
 
 
@@ -243,9 +262,12 @@ class SyntheticSource:
             "truth_features": truth.features,
         }
 
-    def read(self, layout: StoreLayout, sequences: range) -> Tensor:
+    def read(self, layout: StoreLayout, sequences: np.ndarray) -> Tensor:
         """Activations [S, L, D]."""
         import torch
 
         del layout  # the world needs no tokens
-        return torch.from_numpy(self._world.read(sequences)[1])
+        # The world is made in blocks, of which neighbours share one.
+        breaks = np.flatnonzero(np.diff(sequences) != 1) + 1
+        runs = [range(run[0], run[-1] + 1) for run in np.split(sequences, breaks)]
+        return torch.from_numpy(np.concatenate([self._world.read(run)[1] for run in runs]))

@@ -15,6 +15,10 @@
 
 Shard `k` holds sequences `k·S` to `(k+1)·S`; the last `heldout` sequences belong to evaluation. `complete` turns true
 last of all. Nothing else in the package builds a path into a store.
+
+Of a rolling store (attribute `rolling`) the shards with held-out sequences are kept; those of the training part come and
+go (see `tsae.store.window`), and it is complete without them. Its statistics are of the first `sample` sequences, whose
+norms and markers are kept too.
 """
 
 from __future__ import annotations
@@ -163,8 +167,9 @@ ATTRIBUTES = {
 }
 MARKER = {
     **{"store": str, "shard": NATURAL, "sequences": COUNT, "bytes": COUNT, "checksums": str},
-    "summary": {"count": NATURAL, "total": str, "squares": str, "largest": str},
+    "summary?": {"count": NATURAL, "total": str, "squares": str, "largest": str},
 }
+MEASURED = {**MARKER, "summary": MARKER["summary?"]}
 REMEDY = "restore this file from a copy, or remove the store and harvest it again"
 
 _attributes: dict[Path, tuple[tuple[int, int, int], dict[str, Any]]] = {}
@@ -184,6 +189,7 @@ class StoreLayout:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.activations = self.path / "activations"
+        self.shards = self.activations / "c"
         self.progress = self.path / "progress.json"
         self._metadata = self.path / "zarr.json"
 
@@ -246,9 +252,44 @@ class StoreLayout:
         """How many of the last sequences belong to evaluation."""
         return int(self.attributes["heldout"])
 
+    @cached_property
+    def rolling(self) -> bool:
+        """Whether shards of the training part come and go."""
+        return "rolling" in self.attributes
+
+    @cached_property
+    def sample(self) -> int:
+        """How many of the first sequences the statistics are of: all of the training part, unless the store is rolling."""
+        return int(self.attributes["rolling"]["sample"]) if self.rolling else self.geometry.sequences - self.heldout
+
+    @cached_property
+    def kept(self) -> range:
+        """The shards whose activations a complete store has."""
+        train = self.geometry.sequences - self.heldout
+        return range(train // self.geometry.shard_sequences if self.rolling else 0, self.geometry.shards)
+
+    @cached_property
+    def measured(self) -> tuple[int, ...]:
+        """The shards whose norms and markers a complete store has."""
+        first = -(-self.sample // self.geometry.shard_sequences)
+        return tuple(sorted({*range(first), *self.kept}))
+
+    @cached_property
+    def measured_sequences(self) -> np.ndarray:
+        """[n] the sequences of those shards: all, unless the store is rolling."""
+        return np.concatenate([np.array(self.geometry.sequences_of(shard), np.int64) for shard in self.measured])
+
+    def is_measured(self, shard: int) -> bool:
+        """Whether a complete store has the norms and the marker of `shard`."""
+        return shard in self.kept or shard * self.geometry.shard_sequences < self.sample
+
+    def is_settled(self, shard: int) -> bool:
+        """Whether a complete store would need nothing more of `shard`, which is one of the measured."""
+        return self.is_written(shard) if shard in self.kept else self.read_marker(shard) is not None
+
     def shard(self, shard: int) -> Path:
         """The file of one shard."""
-        return self.activations / "c" / str(shard) / "0" / "0"
+        return self.shards / str(shard) / "0" / "0"
 
     def marker(self, shard: int) -> Path:
         """The marker that says a shard is finished."""
@@ -268,7 +309,11 @@ class StoreLayout:
         import zarr
 
         try:
-            array = np.asarray(zarr.open_array(self.path / name, mode="r")[:])
+            found = zarr.open_array(self.path / name, mode="r")
+            if name == NORMS and self.rolling:
+                array = np.asarray(found.oindex[self.measured_sequences])
+            else:
+                array = np.asarray(found[:])
         except (OSError, ValueError, RuntimeError) as error:
             raise TsaeError(f"{self.path / name}: has changed since the harvest ({error}); {_remedy(name)}") from None
         if digest(array) != self.attributes["digests"][name]:
@@ -316,7 +361,7 @@ class StoreLayout:
     def read_marker(self, shard: int) -> dict[str, Any] | None:
         """The marker of a shard of this store, or None while there is none."""
         # Markers are written atomically, so a broken one was damaged later: the shard is written again.
-        marker = metadata.whole(self.marker(shard), MARKER)
+        marker = metadata.whole(self.marker(shard), MEASURED if self.is_measured(shard) else MARKER)
         return marker if marker.get("store") == self.identity else None
 
     def is_written(self, shard: int) -> bool:
@@ -329,14 +374,14 @@ class StoreLayout:
         return path.stat().st_size if path.exists() else None
 
     def is_whole(self) -> bool:
-        """Whether the store is complete, with all shards finished and the checksums sound; reads no activations."""
+        """Whether the store is complete, with all its shards there and the checksums sound; reads no activations."""
         if not self.attributes["complete"]:
             return False
         try:
             self.read_checksums()
         except TsaeError:
             return False
-        return all(self.is_written(shard) for shard in range(self.geometry.shards))
+        return all(map(self.is_settled, self.measured))
 
     def require(self, config: RunConfig) -> None:
         """Raise TsaeError, naming a difference, if the store was made from another configuration."""

@@ -14,6 +14,7 @@ import numpy as np
 from tsae.config.run import MAX_NORM_MULTIPLE, Counted
 from tsae.store import norms
 from tsae.store.reader import Store
+from tsae.store.window import held
 
 MOST_PLACES = 4
 
@@ -38,8 +39,9 @@ class MassiveTokens(NamedTuple):
         """Those above the multiple that leaves tokens out or, where none does, above the one that does by default."""
         multiple = counted.max_norm_multiple or MAX_NORM_MULTIPLE
         limit = store.limit(Counted(counted.skip_positions, multiple))
-        valid = store.valid(Counted(counted.skip_positions))
-        lengths = store.norms[valid]
+        rows = store.layout.measured_sequences
+        valid = store.valid(Counted(counted.skip_positions), rows)
+        lengths = store.norms[rows][valid]
         squares, massive = np.square(lengths, dtype=np.float64), lengths > limit
         return cls(
             counted,
@@ -71,6 +73,19 @@ class MassiveTokens(NamedTuple):
         )
 
 
+def _window(store: Store) -> list[str]:
+    """What of a rolling store is on disk, and what the figures below are of."""
+    layout = store.layout
+    if not layout.rolling:
+        return []
+    here, size = held(layout), layout.geometry.shard_bytes(0)
+    return [
+        f"window         {len(here):,} of {layout.kept.start:,} shards of the training part are on disk ({len(here) * size / 1e6:,.4g} MB); "
+        "others are made when they are read",
+        f"sample         what follows is of the first {layout.sample:,} sequences and of those held out",
+    ]
+
+
 def describe(store: Store) -> str:
     """What `store` holds, in a few lines."""
     statistics, geometry = store.attributes["statistics"], store.layout.geometry
@@ -83,6 +98,7 @@ def describe(store: Store) -> str:
             f"sequences      {store.n_sequences:,} of {store.context_length} positions, {store.heldout:,} of them held out",
             f"activations    {store.activation_dim} dimensions, {geometry.dtype}",
             f"tokens         {store.attributes['tokens']:,}",
+            *_window(store),
             f"norms          {', '.join(f'{share} %: {value:.4g}' for share, value in quantiles.items())}",
             f"gamma          {gamma:.3g} (norm of the mean over norm of the standard deviation)",
             f"massive        {MassiveTokens.of(store, Counted(1)).line().partition('; training')[0]}",

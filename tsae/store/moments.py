@@ -51,7 +51,7 @@ def moments_of(store: Store, counted: Counted) -> Moments:
 
 
 def _remaining(store: Store, counted: Counted) -> dict[str, object]:
-    rows = slice(len(store.train))
+    rows = slice(len(store.sample))
     kept, summed = store.valid(counted, rows), store.valid(Counted(1), rows)
     kept &= summed
     if not kept.any():

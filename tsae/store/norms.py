@@ -67,21 +67,21 @@ def write(layout: StoreLayout, shard: int, norms: Iterable[np.ndarray]) -> None:
 
 
 def read(layout: StoreLayout) -> np.ndarray | None:
-    """[N, L] float32, or None if any of it is missing or damaged: it can be made again."""
-    found = [_read_chunk(layout, shard) for shard in range(layout.geometry.shards)]
+    """[N, L] float32 of the measured shards' sequences, or None if any of it is missing or damaged: it can be made again."""
+    found = [_read_chunk(layout, shard) for shard in layout.measured]
     whole = [chunk for chunk in found if chunk is not None]
     return np.concatenate(whole) if len(whole) == len(found) else None
 
 
 def recorded(layout: StoreLayout) -> np.ndarray | None:
-    """[N, L] float32 as the store's digest has it, or None where it has none or they are damaged."""
+    """The same as the store's digest has it, or None where it has none or they are damaged."""
     wanted = layout.attributes["digests"].get(NORMS)
     norms = read(layout) if wanted is not None else None
     return norms if norms is not None and digest(norms) == wanted else None
 
 
-def add(layout: StoreLayout, activations: Callable[[range], Tensor]) -> np.ndarray:
-    """[N, L] float32 of a complete store that has none, made from its activations [S, L, D] and kept beside them.
+def add(layout: StoreLayout, activations: Callable[[np.ndarray], Tensor]) -> np.ndarray:
+    """The same of a complete store that has none, made from its activations [S, L, D] and kept beside them.
 
     What another process is making is waited for; where nothing may be written, they are only made.
     """
@@ -96,21 +96,22 @@ def add(layout: StoreLayout, activations: Callable[[range], Tensor]) -> np.ndarr
             preemption.wait(WAIT_SECONDS)
 
 
-def _add(layout: StoreLayout, activations: Callable[[range], Tensor]) -> np.ndarray:
+def _add(layout: StoreLayout, activations: Callable[[np.ndarray], Tensor]) -> np.ndarray:
     norms = np.concatenate(list(_made(layout, activations)))
     if not _metadata(layout).exists():
         _create_beside(layout)
-    for shard in range(layout.geometry.shards):
-        rows = layout.geometry.sequences_of(shard)
-        write(layout, shard, [norms[rows.start : rows.stop]])
+    first = 0
+    for shard in layout.measured:
+        rows = len(layout.geometry.sequences_of(shard))
+        write(layout, shard, [norms[first : first + rows]])
+        first += rows
     record(layout, norms)
     return norms
 
 
 def quantiles(layout: StoreLayout, norms: np.ndarray) -> dict[str, float]:
-    """Per cent → quantile of the norms of the training tokens after the first position that belong to a document."""
-    train = layout.geometry.sequences - layout.heldout
-    found = norms[:train, 1:][layout.document[:train, 1:] >= 0]
+    """Per cent → quantile of the norms of the sample's tokens after the first position that belong to a document."""
+    found = norms[: layout.sample, 1:][layout.document[: layout.sample, 1:] >= 0]
     values = np.quantile(found, np.array(PER_CENT) / 100) if len(found) else np.zeros(len(PER_CENT))
     return {f"{share:g}": float(value) for share, value in zip(PER_CENT, values, strict=True)}
 
@@ -120,14 +121,14 @@ def record(layout: StoreLayout, norms: np.ndarray) -> None:
     layout.set_attributes(digests={**layout.attributes["digests"], NORMS: digest(norms)})
 
 
-def _made(layout: StoreLayout, activations: Callable[[range], Tensor]) -> Iterator[np.ndarray]:
-    """Norms [S, L] of all sequences, some at a time."""
-    rows, step = range(layout.geometry.sequences), max(1, READ_BYTES // layout.geometry.sequence_bytes)
+def _made(layout: StoreLayout, activations: Callable[[np.ndarray], Tensor]) -> Iterator[np.ndarray]:
+    """Norms [S, L] of the measured shards' sequences, some at a time."""
+    rows, step = layout.measured_sequences, max(1, READ_BYTES // layout.geometry.sequence_bytes)
     progress = Progress("norms of activations", len(rows), "sequences")
     for first in preemption.polled(range(0, len(rows), step)):
         part = rows[first : first + step]
         yield of(activations(part))
-        progress.update(part.stop)
+        progress.update(first + len(part))
 
 
 def _create_beside(layout: StoreLayout) -> None:

@@ -19,10 +19,13 @@ of 1 to 4 by `random`, and with one of 3 and 4 by `within:2`; `none` pairs it wi
 
 from __future__ import annotations
 
+import logging
+import math
+import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from threading import Event
 from typing import NamedTuple
@@ -34,16 +37,19 @@ from torch import Tensor
 from tsae.config.run import Counted
 from tsae.config.sections import parse_pair_rule
 from tsae.runtime.errors import TsaeError
+from tsae.store.geometry import block_sequences
+from tsae.store.norms import of as norms_of
 from tsae.store.reader import Store, uninitialised
 
-BLOCK_BYTES = 2_000_000
-FEWEST_BLOCKS = 64
 MOST_LANES = 8
 BATCHES_AHEAD = 3
+WAIT_SECONDS = 10.0
 SCRATCH_BYTES = 512 * 1024
 SEQUENCES_AT_A_TIME = 4096
 MOST_FREE = 8
 BLOCK_ORDER, PAIR_ORDER = 1, 2  # keep the two kinds of random streams apart
+
+log = logging.getLogger("tsae")
 
 
 class PairRule(NamedTuple):
@@ -82,7 +88,38 @@ class Pool(NamedTuple):
     blocks: np.ndarray  # in file order
     buffer: Tensor  # [sequences, L, D]: the blocks, one after the other
     scratch: Tensor  # [rows, D]
+    norms: np.ndarray | None  # [sequences, L], where they decide which pairs are left out
     pairs: Tensor  # [lanes, n, 2 or 1] rows of the buffer seen as [sequences·L, D]: current, partner
+
+
+class Part(NamedTuple):
+    """What one rank reads of a pool."""
+
+    order: np.ndarray  # all blocks, in the epoch's order
+    first: int  # the place in it of the first block that is read
+    last: int  # the place after the last one
+    skipped: int  # pairs of the first block that are not this rank's
+    per_lane: int
+    begins: int  # the place where the pool begins, for all ranks
+
+
+class Waits:
+    """Seconds in which training waited for a pool to be read, and in which pools lay ready; `ready`: since when the last did."""
+
+    def __init__(self) -> None:
+        self.began = self.ready = time.monotonic()
+        self.training = self.reading = 0.0
+
+    def line(self) -> str:
+        """Which of the two was the limit."""
+        whole = time.monotonic() - self.began
+        if not self.training and not self.reading:
+            return f"all that was trained on was harvested before the first step; {whole:.3g} s"
+        limit = "the harvest" if self.training > self.reading else "training"
+        return (
+            f"{limit} was the limit: of {whole:.3g} s training waited {self.training:.3g} s for the harvest, and the "
+            f"harvest {self.reading:.3g} s for training"
+        )
 
 
 class PairStream:
@@ -115,8 +152,10 @@ class PairStream:
         # Of any greater number, too, no token has as many before it.
         self._number = min(number, store.context_length)
         self._fewest = self._rule.fewest(self._number)
-        self._counted = counted
-        self._block = _block_sequences(store)
+        # Norms of a rolling store are known once its activations are there, which is too late to count pairs.
+        self._limited = counted if store.layout.rolling and counted.max_norm_multiple is not None else None
+        self._counted = counted._replace(max_norm_multiple=None) if self._limited else counted
+        self._block = block_sequences(store.layout.geometry, len(store.train))
         self._pairs = self._pairs_per_block()
         total = int(self._pairs.sum())
         self.steps_per_epoch = total // batch_size
@@ -142,6 +181,8 @@ class PairStream:
         self._my_rows = slice(begin, begin + share)
         self._pool: Pool | None = None
         self._batches = Recycled()
+        self._orders: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+        self.waits = Waits()
 
     def __getitem__(self, step: int) -> Tensor:
         """The batch of `step`; cheap when steps follow each other, since the current pool is kept."""
@@ -223,58 +264,93 @@ class PairStream:
         leaving: Callable[[], bool] = lambda: False,
     ) -> Pool:
         """Pool `key`; the rows of `resident` serve again if they are the same blocks, else `spare` is filled."""
-        blocks, pairs = self._plan(key)
+        part = self._part(key)
+        blocks = np.sort(part.order[part.first : part.last])
         if resident is not None and np.array_equal(resident.blocks, blocks):
-            buffer = resident.buffer
+            buffer, norms = resident.buffer, resident.norms
         else:
-            buffer = self._read(blocks, spare, leaving)
+            buffer, norms = self._read(key, part, blocks, spare, leaving)
+        pairs = self._pairs_of(key, part, blocks, norms)
         dim, dtype = self._store.activation_dim, self._store.dtype
         scratch = uninitialised((max(1, SCRATCH_BYTES // (dim * dtype.itemsize)), dim), dtype)
-        return Pool(key, blocks, buffer, scratch, torch.from_numpy(pairs))
+        self.waits.ready = time.monotonic()
+        return Pool(key, blocks, buffer, scratch, norms, torch.from_numpy(pairs))
 
-    def _plan(self, key: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
-        """Blocks of this rank's lanes of a pool, in file order, and [lanes, n, 2 or 1] rows of the buffer they fill."""
+    def _order(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """All blocks in the order of an epoch, and the place of each in it."""
+        if epoch not in self._orders:
+            order = np.random.default_rng([self._seed, epoch, BLOCK_ORDER]).permutation(len(self._pairs))
+            self._orders = {kept: orders for kept, orders in self._orders.items() if kept == epoch - 1}
+            self._orders[epoch] = order, np.argsort(order)
+        return self._orders[epoch]
+
+    def _part(self, key: tuple[int, int]) -> Part:
+        """What this rank reads of a pool: the blocks that hold the pairs of its lanes."""
         epoch, pool = key
-        order = np.random.default_rng([self._seed, epoch, BLOCK_ORDER]).permutation(len(self._pairs))
+        order, _ = self._order(epoch)
         ends = np.cumsum(self._pairs[order])
         first, last = (int(start) * self._batch_size for start in self._pool_starts[pool : pool + 2])
         per_lane = (last - first) // self._lanes
         begin, end = (first + lane * per_lane for lane in (self._my_lanes.start, self._my_lanes.stop))
-        low, high = int(np.searchsorted(ends, begin, side="right")), int(np.searchsorted(ends, end, side="left")) + 1
-        order, before = order[low:high], int(ends[low - 1]) if low else 0
-        blocks = np.sort(order)
+        begins, low = (int(np.searchsorted(ends, pair, side="right")) for pair in (first, begin))
+        high = int(np.searchsorted(ends, end, side="left")) + 1
+        return Part(order, low, high, begin - (int(ends[low - 1]) if low else 0), per_lane, begins)
+
+    def _pairs_of(self, key: tuple[int, int], part: Part, blocks: np.ndarray, norms: np.ndarray | None) -> np.ndarray:
+        """[lanes, n, 2 or 1] rows of the buffer that a pool's `blocks`, in file order, fill."""
+        order = part.order[part.first : part.last]
         earlier, rows = self._rows_of(order, np.searchsorted(blocks, order))
+        if norms is not None:
+            earlier = self._earlier(self._sequences(blocks), norms).reshape(-1)
+        every = rows[part.skipped : part.skipped + len(self._my_lanes) * part.per_lane].reshape(-1, part.per_lane)
         lanes = []
-        for lane, mine in zip(self._my_lanes, rows[begin - before : end - before].reshape(-1, per_lane), strict=True):
-            random = np.random.default_rng([self._seed, epoch, PAIR_ORDER, pool, lane])
+        for lane, mine in zip(self._my_lanes, every, strict=True):
+            random = np.random.default_rng([self._seed, key[0], PAIR_ORDER, key[1], lane])
             mine = random.permutation(mine)
+            left_out = earlier[mine] < self._fewest
+            if left_out.any():
+                mine[left_out] = self._drawn_again(mine[~left_out], int(left_out.sum()), random)
             slots = [mine]
             if self._rule.partners is not None:
                 slots.append(self._rule.partners(mine, earlier, self._number, random))
             lanes.append(np.stack(slots, axis=1))
-        return blocks, np.stack(lanes)
+        return np.stack(lanes)
+
+    def _drawn_again(self, rows: np.ndarray, count: int, random: np.random.Generator) -> np.ndarray:
+        """[count] of the pairs of a lane that count, in place of those whose norm, once it is known, leaves them out."""
+        if not len(rows):
+            raise TsaeError(
+                f"{self._store.path}: data.max_norm_multiple leaves out all tokens of a part of a pool; it must be "
+                "larger, or training.pool_sequences"
+            )
+        return random.choice(rows, count)
+
+    def _sequences(self, blocks: np.ndarray) -> np.ndarray:
+        """[n] the sequences of the places in a buffer that `blocks` fill; -1 where there is none to train on."""
+        sequences = (blocks[:, None] * self._block + np.arange(self._block)).reshape(-1)
+        sequences[sequences >= len(self._store.train)] = -1
+        return sequences
 
     def _rows_of(self, order: np.ndarray, slots: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """For a buffer with block `order[i]` in slot `slots[i]`: `earlier` of all its rows, and the current rows of the
         blocks' pairs, blocks in the order given."""
         places = np.empty_like(order)
         places[slots] = order
-        sequences = places[:, None] * self._block + np.arange(self._block)
-        sequences[sequences >= len(self._store.train)] = -1
-        earlier = self._earlier(sequences.reshape(-1)).reshape(len(order), -1)
+        earlier = self._earlier(self._sequences(places)).reshape(len(order), -1)
         per_block = earlier.shape[1]
         kind = np.int32 if earlier.size < 2**31 else np.int64
         found = np.flatnonzero(earlier[slots] >= self._fewest).astype(kind)
         shift = ((slots - np.arange(len(order))) * per_block).astype(kind)
         return earlier.reshape(-1), found + np.repeat(shift, self._pairs[order])
 
-    def _earlier(self, sequences: np.ndarray) -> np.ndarray:
+    def _earlier(self, sequences: np.ndarray, norms: np.ndarray | None = None) -> np.ndarray:
         """[n, L]: how many tokens of its document that count stand directly before each position; -1: not a token to train on.
 
-        A sequence number of -1 stands for a place without a sequence.
+        A sequence number of -1 stands for a place without a sequence. `norms` [n, L] of a rolling store count where given.
         """
         document = self._store.document[sequences]
-        valid = self._store.valid(self._counted, sequences)
+        counted = self._counted if norms is None or self._limited is None else self._limited
+        valid = self._store.valid(counted, sequences, norms=norms)
         valid[sequences < 0] = False
         positions = np.arange(document.shape[1], dtype=np.int32)
         begins = np.ones_like(valid)
@@ -296,8 +372,16 @@ class PairStream:
         pool, self._pool = self._pool, None
         return pool if pool is not None and pool.key == key else self._load(key, None, None, leaving)
 
-    def _read(self, blocks: np.ndarray, spare: Tensor | None, leaving: Callable[[], bool]) -> Tensor:
-        """[sequences, L, D]: the activations of `blocks`, in a buffer that is `spare` where that is large enough.
+    def _read(
+        self,
+        key: tuple[int, int],
+        part: Part,
+        blocks: np.ndarray,
+        spare: Tensor | None,
+        leaving: Callable[[], bool],
+    ) -> tuple[Tensor, np.ndarray | None]:
+        """[sequences, L, D]: the activations of `blocks`, in a buffer that is `spare` where that is large enough; and
+        their norms [sequences, L] where they decide what is left out.
 
         Raises Abandoned once `leaving` says so.
         """
@@ -305,13 +389,33 @@ class PairStream:
         per_chunk, last_chunk = store.chunk_sequences, -(-len(store.train) // store.chunk_sequences)
         needed = len(blocks) * self._block
         buffer = spare if spare is not None and len(spare) >= needed else store.empty(needed + needed // 16)
-        for slot, block in enumerate(blocks.tolist()):
+        norms = np.zeros((needed, store.context_length), np.float32) if self._limited else None
+        for block in blocks.tolist() if store.maker is None else self._provided(key, part, leaving):
             if leaving():
                 raise Abandoned
+            slot = int(np.searchsorted(blocks, block))
+            place = slice(slot * self._block, (slot + 1) * self._block)
             first = block * self._block // per_chunk
             count = min(self._block // per_chunk, last_chunk - first)
-            store.read_chunks(first, count, buffer[slot * self._block :])
-        return buffer
+            store.read_chunks(first, count, buffer[place])
+            if norms is not None:
+                norms[place] = norms_of(buffer[place])
+        if leaving():
+            raise Abandoned
+        return buffer, norms
+
+    def _provided(self, key: tuple[int, int], part: Part, leaving: Callable[[], bool]) -> Iterator[int]:
+        """The blocks that a part needs of a rolling store, each once it is on disk; those that come last go for them."""
+        assert self._store.maker is not None
+        (_, places), (_, later) = self._order(key[0]), self._order(key[0] + 1)
+
+        def need(shard: int) -> float:
+            if shard >= len(places):
+                return math.inf
+            place = int(places[shard])
+            return place if place >= part.begins else len(places) + int(later[shard])
+
+        return self._store.maker.provide(part.order, part.first, part.last, need, leaving)
 
 
 class _Ahead:
@@ -331,11 +435,21 @@ class _Ahead:
 
     def _advance(self, key: tuple[int, int]) -> None:
         before = self._pool
-        self._pool = self._next.result() if self._next is not None else self._stream._take_first(key, self._leaving)
+        self._pool = self._stream._take_first(key, self._leaving) if self._next is None else self._awaited(self._next)
         following = self._stream._after(key)
         if self._stream._begins(following) < self._stop:
             spare = None if before is None or before.buffer is self._pool.buffer else before.buffer
             self._next = self._loader.submit(self._stream._load, following, self._pool, spare, self._leaving)
+
+    def _awaited(self, pool: Future[Pool]) -> Pool:
+        began, waits, told = time.monotonic(), self._stream.waits, WAIT_SECONDS
+        while not wait([pool], timeout=WAIT_SECONDS).done:
+            log.warning("training waits for activations since %.0f s", told)
+            told += WAIT_SECONDS
+        found = pool.result()
+        waits.reading += max(0.0, began - waits.ready)
+        waits.training += max(0.0, waits.ready - began)
+        return found
 
 
 class Recycled:
@@ -356,11 +470,3 @@ class Recycled:
     def _give_back(self, memory: np.ndarray) -> None:
         if len(self._free) < MOST_FREE:
             self._free.append(memory)
-
-
-def _block_sequences(store: Store) -> int:
-    """Sequences per block: about 2 MB, but no more than leaves a small store 64 blocks; whole chunks."""
-    chunk = store.chunk_sequences
-    chunk_bytes = chunk * store.context_length * store.activation_dim * store.dtype.itemsize
-    wanted = min(BLOCK_BYTES // chunk_bytes, len(store.train) // (FEWEST_BLOCKS * chunk))
-    return max(1, wanted) * chunk

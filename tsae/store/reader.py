@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
@@ -17,7 +18,7 @@ from tsae.config.run import Counted, RunConfig
 from tsae.runtime.errors import TsaeError
 from tsae.store import norms
 from tsae.store.geometry import CRC_BYTES, crc32c
-from tsae.store.layout import StoreLayout
+from tsae.store.layout import StoreLayout, decode
 from tsae.store.writer import TORCH_DTYPE
 
 if TYPE_CHECKING:
@@ -26,11 +27,26 @@ if TYPE_CHECKING:
 SCRATCH_BYTES = 8_000_000
 
 
-class Store:
-    """A complete activation store, open for reading: N sequences, L positions, D activation_dim."""
+class Maker(Protocol):
+    """What makes shards of a rolling store again (see `tsae.store.rolling`)."""
 
-    def __init__(self, layout: StoreLayout) -> None:
-        self.layout, self.path = layout, layout.path
+    def make(self, shard: int) -> None:
+        """Put `shard` on disk, and others away for it."""
+
+    def provide(
+        self, order: np.ndarray, first: int, last: int, need: Callable[[int], float], leaving: Callable[[], bool]
+    ) -> Iterator[int]:
+        """The shards in places `first` to `last` of `order`, each as soon as it is on disk."""
+
+
+class Store:
+    """A complete activation store, open for reading: N sequences, L positions, D activation_dim.
+
+    Shards of a rolling store that are not on disk are made by `maker`, where it is given.
+    """
+
+    def __init__(self, layout: StoreLayout, maker: Maker | None = None) -> None:
+        self.layout, self.path, self.maker = layout, layout.path, maker
         self.attributes: dict[str, Any] = layout.attributes
         geometry = layout.geometry
         self.activation_dim, self.context_length = geometry.activation_dim, geometry.context_length
@@ -38,6 +54,7 @@ class Store:
         self.chunk_sequences = geometry.chunk_sequences
         self.dtype: torch.dtype = TORCH_DTYPE[geometry.dtype]
         self.train = range(self.n_sequences - self.heldout)
+        self.sample = range(layout.sample)
         self.heldout_range = range(self.n_sequences - self.heldout, self.n_sequences)
         self.label_names = tuple(self.attributes["label_names"])
         self.mean = torch.tensor(self.attributes["statistics"]["mean"], dtype=torch.float32)
@@ -64,10 +81,10 @@ class Store:
         if config is not None:
             layout.require(config)
         if not layout.attributes["complete"]:
-            missing = [shard for shard in range(layout.geometry.shards) if not layout.is_written(shard)]
+            missing = [shard for shard in layout.measured if not layout.is_settled(shard)]
             listed = ", ".join(map(str, missing[:8])) + (", …" if len(missing) > 8 else "")
             raise TsaeError(
-                f"{layout.path}: the harvest is not finished: {len(missing)} of {layout.geometry.shards} shards are "
+                f"{layout.path}: the harvest is not finished: {len(missing)} of {len(layout.measured)} shards are "
                 f"missing ({listed or 'none, only its end'}); run the same harvest again"
             )
         return cls(layout)
@@ -105,34 +122,57 @@ class Store:
 
     @cached_property
     def norms(self) -> np.ndarray:
-        """[N, L] float32: norm of each position's activation as it is stored, 0 at padding."""
+        """[N, L] float32: norm of each position's activation as it is stored, 0 at padding; NaN where a rolling store has none."""
         found = norms.recorded(self.layout)
-        return norms.add(self.layout, self.read) if found is None else found
+        found = norms.add(self.layout, self.read) if found is None else found
+        if not self.layout.rolling:
+            return found
+        every = np.full((self.n_sequences, self.context_length), np.nan, np.float32)
+        every[self.layout.measured_sequences] = found
+        return every
 
-    def valid(self, counted: Counted, rows: np.ndarray | slice = slice(None), limit: float | None = None) -> np.ndarray:
+    def norms_of(self, rows: np.ndarray | slice) -> np.ndarray:
+        """[n, L] float32: the same of sequences `rows`; those of a rolling store are read for it where need be."""
+        found = self.norms[rows]
+        unknown = np.isnan(found).any(1)
+        if unknown.any():
+            found = found.copy()
+            found[unknown] = norms.of(self.read(np.arange(self.n_sequences)[rows][unknown]))
+        return found
+
+    def valid(
+        self,
+        counted: Counted,
+        rows: np.ndarray | slice = slice(None),
+        limit: float | None = None,
+        norms: np.ndarray | None = None,
+    ) -> np.ndarray:
         """[n, L] bool: which positions of sequences `rows` count; of all sequences by default.
 
         Those that belong to a document, are not among the first `skip_positions`, hold none of `exclude_tokens`, and
-        whose norm is at most `max_norm_multiple` times the median, or `limit` where that is given.
+        whose norm is at most `max_norm_multiple` times the median, or `limit` where that is given. `norms` [n, L] are
+        theirs, where the caller has them.
         """
         valid = self.document[rows] >= 0
         valid[:, : counted.skip_positions] = False
         if counted.exclude_tokens:
             valid &= ~np.isin(self.tokens[rows], counted.exclude_tokens)
         if counted.max_norm_multiple is not None:
-            valid &= self.norms[rows] <= (self.limit(counted) if limit is None else limit)
+            norms = self.norms_of(rows) if norms is None else norms
+            valid &= norms <= (self.limit(counted) if limit is None else limit)
         return valid
 
     def limit(self, counted: Counted) -> float:
         """The largest norm of a position that counts: `max_norm_multiple` times the median norm of the training part.
 
-        The median is over positions that belong to a document and are not among the first `skip_positions`.
+        The median is over positions that belong to a document and are not among the first `skip_positions`; of a
+        rolling store, over those of the sample.
         """
         if counted.max_norm_multiple is None:
             return math.inf
         if counted.skip_positions not in self._medians:
             # Where nothing is trained on, as with labelled texts, the median is of all.
-            rows = slice(len(self.train) or None)
+            rows = slice(len(self.sample) or None)
             valid = self.valid(Counted(counted.skip_positions), rows)
             self._medians[counted.skip_positions] = float(np.median(self.norms[rows][valid])) if valid.any() else 0.0
         return counted.max_norm_multiple * self._medians[counted.skip_positions]
@@ -179,10 +219,7 @@ class Store:
     def _read_run(self, shard: int, first: int, payload: np.ndarray) -> None:
         """Consecutive chunks of one shard into `payload` [chunks, chunk_bytes]."""
         geometry, stored = self.layout.geometry, np.empty(CRC_BYTES, np.uint8)
-        try:
-            descriptor = os.open(self.layout.shard(shard), os.O_RDONLY)
-        except OSError as error:
-            raise self._damage(shard, f"cannot be opened: {error.strerror}") from None
+        descriptor, checksums = self._open(shard)
         try:
             if shard not in self._sound:
                 self._check_frame(shard, descriptor)
@@ -194,12 +231,34 @@ class Store:
                 computed = crc32c(part)
                 if computed != stored.tobytes():
                     raise self._damage(shard, f"is damaged: chunk {number} fails its checksum")
-                if computed != self._checksums[chunk].tobytes():
+                if computed != checksums[number].tobytes():
                     raise self._damage(
                         shard, f"holds other data than was harvested (chunk {number}): swapped or replaced"
                     )
         finally:
             os.close(descriptor)
+
+    def _open(self, shard: int) -> tuple[int, np.ndarray]:
+        """A descriptor of the file of a shard, and the checksums of its chunks."""
+        chunks, layout = self.layout.geometry.chunks_of(shard), self.layout
+        if shard in layout.kept:
+            try:
+                return os.open(layout.shard(shard), os.O_RDONLY), self._checksums[chunks.start : chunks.stop]
+            except OSError as error:
+                raise self._damage(shard, f"cannot be opened: {error.strerror}") from None
+        while True:
+            with suppress(FileNotFoundError):
+                # Opened first: once it is, whoever removes shards cannot take it away.
+                descriptor, marker = os.open(layout.shard(shard), os.O_RDONLY), layout.read_marker(shard)
+                if marker is not None:
+                    return descriptor, decode(marker["checksums"], "<u4")
+                os.close(descriptor)
+            if self.maker is None:
+                raise TsaeError(
+                    f"{layout.path}: shard {shard} has left the window, and nothing makes it again here; "
+                    "open the store with its configuration: tsae.store.rolling.open_store(config)"
+                )
+            self.maker.make(shard)
 
     def _check_frame(self, shard: int, descriptor: int) -> None:
         """Size and index of a shard, once per shard and process."""

@@ -12,6 +12,7 @@ from tsae.runtime.progress import Progress
 from tsae.store.geometry import crc32c
 from tsae.store.layout import StoreLayout, decode
 from tsae.store.reader import frame_problem
+from tsae.store.window import held
 
 
 def verify(path: str | Path, deep: bool = False) -> list[str]:
@@ -35,12 +36,13 @@ def verify(path: str | Path, deep: bool = False) -> list[str]:
             checksums = layout.read_checksums()
         except TsaeError as error:
             problems.append(str(error))
-    progress = Progress("verify", layout.geometry.shards, "shards")
-    for shard in range(layout.geometry.shards):
+    shards = [*held(layout), *layout.kept] if layout.rolling else [*layout.kept]
+    progress = Progress("verify", len(shards), "shards")
+    for done, shard in enumerate(shards, start=1):
         problem = _shard_problem(layout, shard, checksums, deep)
         if problem:
             problems.append(layout.complaint(shard, problem))
-        progress.update(shard + 1, problems=len(problems))
+        progress.update(done, problems=len(problems))
     return problems
 
 
@@ -51,7 +53,7 @@ def _shard_problem(layout: StoreLayout, shard: int, checksums: np.ndarray | None
     if marker is None:
         return "has no valid marker: it was not finished, or comes from another store"
     wanted = decode(marker["checksums"], "<u4")
-    if checksums is not None:
+    if checksums is not None and layout.is_measured(shard):
         chunks = layout.geometry.chunks_of(shard)
         if not np.array_equal(checksums[chunks.start : chunks.stop], wanted):
             return "was written again after the store was completed"

@@ -37,6 +37,8 @@ if TYPE_CHECKING:
     from tsae.data.contexts import Contexts
 
 STALE_SECONDS = 3600.0
+SAMPLE_TOKENS = 2**18
+"""Positions at the beginning of a rolling store that its statistics are of, whatever the window: 2,048 contexts of 128."""
 TORCH_DTYPE = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 DISK_DTYPE = {"bfloat16": "uint16", "float16": "float16", "float32": "float32"}
 # What stands where nothing was written is NaN, so that a hole can never pass for data.
@@ -167,6 +169,10 @@ def _write_draft(
 
     sequences, length = contexts.tokens.shape
     geometry = cutting.choose(sequences, length, activation_dim, store.dtype, store.shard_mb)
+    if store.window is not None:
+        train = sequences - int(contexts.heldout)
+        geometry = dataclasses.replace(geometry, shard_sequences=cutting.block_sequences(geometry, train))
+        attributes["rolling"] = {"sample": min(train, -(-SAMPLE_TOKENS // length))}
     arrays = {name: getattr(contexts, name) for name in layouts.SIBLINGS} | extras
     arrays = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
     group = zarr.create_group(path)
@@ -246,7 +252,8 @@ def write_shard(layout: StoreLayout, shard: int, activations: Iterable[Tensor]) 
             chunks = _ChunkStream(stream, geometry)
             for first, block in _numbered(activations, rows):
                 values = _storable(layout, first, block, summary)
-                lengths.append(norms.of(values))
+                if layout.is_measured(shard):
+                    lengths.append(norms.of(values))
                 chunks.append(values.cpu().view(torch.uint8).numpy().reshape(len(values), -1))
             chunks.finish(geometry.index(shard))
             os.fsync(stream.fileno())
@@ -255,16 +262,17 @@ def write_shard(layout: StoreLayout, shard: int, activations: Iterable[Tensor]) 
         temporary.unlink(missing_ok=True)
     for folder in (path.parent, path.parent.parent, path.parent.parent.parent, layout.activations):
         files.sync_folder(folder)
-    norms.write(layout, shard, lengths)
     marker = {
         "store": layout.identity,
         "shard": shard,
         "sequences": len(rows),
         "bytes": geometry.shard_bytes(shard),
         "checksums": encode(np.concatenate(chunks.checksums), "<u4"),
-        "summary": summary.to_json(),
         "written_by": {"host": socket.gethostname(), "pid": os.getpid(), "job": os.environ.get("SLURM_JOB_ID")},
     }
+    if layout.is_measured(shard):
+        norms.write(layout, shard, lengths)
+        marker["summary"] = summary.to_json()
     metadata.write(layout.marker(shard), marker)
 
 
@@ -294,8 +302,7 @@ def _storable(layout: StoreLayout, first: int, block: Tensor, summary: Summary) 
         raise TsaeError(f"{layout.path}: the activations of sequence {sequence} are not finite{remedy}")
     document = torch.from_numpy(layout.document[rows]).to(block.device)
     sequences = torch.arange(first, first + len(block), device=block.device)
-    trained = sequences < layout.geometry.sequences - layout.heldout
-    summary.add(values[(document >= 0) & (positions > 0) & trained[:, None]])
+    summary.add(values[(document >= 0) & (positions > 0) & (sequences < layout.sample)[:, None]])
     return values
 
 
@@ -346,20 +353,25 @@ def finalise(layout: StoreLayout) -> None:
     Any task may call it, several at once too. Raises TsaeError naming the shards that are missing.
     """
     geometry = layout.geometry
-    found = [(shard, layout.read_marker(shard)) for shard in range(geometry.shards)]
+    found = [(shard, layout.read_marker(shard)) for shard in layout.measured]
     missing = [shard for shard, marker in found if marker is None]
     if missing:
         raise TsaeError(f"{layout.path}: shards {missing} are not written; run the same harvest again")
     markers = [marker for _, marker in found if marker is not None]
-    checksums = np.concatenate([decode(marker["checksums"], "<u4") for marker in markers])
+    checksums = np.zeros(geometry.chunks, "<u4")
+    for marker in markers:
+        chunks = geometry.chunks_of(marker["shard"])
+        checksums[chunks.start : chunks.stop] = decode(marker["checksums"], "<u4")
     layout.write_checksums(checksums)
     summary = Summary.merged((Summary.from_json(marker["summary"]) for marker in markers), geometry.activation_dim)
     manifest = {
-        "shards": geometry.shards,
+        "shards": len(markers),
         "bytes": sum(marker["bytes"] for marker in markers),
         "checksums": digest(checksums),
     }
     statistics, lengths = summary.statistics(), norms.read(layout)
+    if layout.rolling:
+        statistics["of"] = f"the first {layout.sample} sequences, {statistics['of']}"
     if lengths is not None:  # of a harvest that an earlier version began, they are made when they are needed
         norms.record(layout, lengths)
         statistics["norm_quantiles"] = norms.quantiles(layout, lengths)

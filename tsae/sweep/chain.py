@@ -192,7 +192,7 @@ def _share_is_harvested(config: RunConfig, store: Path, job: int, jobs: int) -> 
     layout = StoreLayout(store)
     if not layout.exists():
         return False
-    written = [layout.is_written(shard) for shard in range(layout.geometry.shards)]
+    written = [layout.is_settled(shard) for shard in layout.measured]
     return all(written[job::jobs]) and not all(written)
 
 

@@ -1,4 +1,4 @@
-"""The commands `tsae sweep`, `status`, `report`, `claims`, `cancel` and `runs`.
+"""The commands `tsae sweep`, `status`, `report`, `compare`, `claims`, `cancel` and `runs`.
 
 A sweep is expanded into points and stages; what is complete is skipped, the rest is run, and a report ends it. Running
 the same command again is always safe: it continues what was interrupted and does exactly what is still missing.
@@ -48,6 +48,13 @@ def add_commands(add: AddCommand) -> None:
     status.add_argument("--all", action="store_true", help="every point, however many there are")
 
     add_sweep_arguments(add("report", _report, "write the tables, figures and page of a sweep, whatever is there"))
+    compare = add("compare", _compare, "one table and page of any runs; what was measured on other texts is not ranked")
+    compare.add_argument(
+        "runs", nargs="+", metavar="RUN", help="a run's name or folder, a folder of runs, a sweep's folder or YAML"
+    )
+    compare.add_argument(
+        "--out", type=Path, metavar="DIR", help="folder of the page (default: TSAE_HOME/comparisons/…)"
+    )
     claims = add(
         "claims",
         _claims,
@@ -156,6 +163,17 @@ def _report(given: argparse.Namespace) -> None:
     page = write_report(plan.compared)
     print("\n".join(short_table(plan.compared)))
     print(f"report: {page}")
+
+
+def _compare(given: argparse.Namespace) -> None:
+    from tsae.config.points import file_name
+    from tsae.report.side_by_side import write_comparison
+    from tsae.sweep.compare import entries_of
+
+    name = file_name(" vs ".join(Path(word).name for word in given.runs))
+    written = write_comparison(entries_of(given.runs), given.out or environment.home() / "comparisons" / name)
+    print("\n".join(written.lines))
+    print(f"report: {written.page}")
 
 
 def _claims(given: argparse.Namespace) -> int:

@@ -178,6 +178,8 @@ def make_plan(sweep: Sweep, to_look_at: bool = False) -> Plan:
                 config = next(configuration.earlier_meanings(point.config), point.config)
                 points[number] = point = dataclasses.replace(point, config=config)
             trained_as = chain.run(point).training_hash()
+            if to_look_at:
+                stages.require_sound(chain.run(point))
         except TsaeError as error:
             if not to_look_at:
                 raise
@@ -234,7 +236,8 @@ def _refuse_another_run(chain: Chain, point: Point, trained_as: str | None) -> N
     if trained_as in (None, point.config.training_hash):
         return
     run = chain.run(point)
+    different = run.differences(point.config) or ""
     raise TsaeError(
-        f"{run.path}: holds a run of another configuration ({run.differences(point.config)}); "
-        "give this sweep another name with --name, or remove the folder"
+        f"{run.path}: holds a run of another configuration ({different}); "
+        f"give this sweep another name with --name, or remove the folder{run.onward(different)}"
     )

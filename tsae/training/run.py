@@ -26,13 +26,14 @@ from tsae.runtime.progress import Progress
 from tsae.runtime.provenance import provenance
 from tsae.sae.reference import reference_config
 from tsae.store import binding
-from tsae.store.layout import store_path
 from tsae.store.moments import moments_of
 from tsae.store.pairs import PairStream
 from tsae.store.reader import Store
+from tsae.store.rolling import open_store
 from tsae.training.metrics import Metrics, first_fve, has_diverged, living, measures_of
 from tsae.training.resume import ResumeStates, random_state, set_random_state
 from tsae.training.splits import beside, of_splits, trouble
+from tsae.training.start import load_start
 from tsae.training.trackers import Trackers, require
 from tsae.training.trainer import Terms, Trainer
 
@@ -77,7 +78,7 @@ def train_together(runs: Sequence[tuple[RunConfig, RunFolder]], inexact: bool = 
 
 def _train(runs: Sequence[tuple[RunConfig, RunFolder]], group: Group, inexact: bool) -> None:
     config = runs[0][0]
-    store = Store.open(store_path(config), config)
+    store = open_store(config)
     running = [_Training(config, run, store, group, inexact) for config, run in runs]
     failed: list[Exception] = []
     first, end = min(training.step for training in running), max(training.steps for training in running)
@@ -114,6 +115,8 @@ def _train(runs: Sequence[tuple[RunConfig, RunFolder]], group: Group, inexact: b
                 training.save()
         if leave and running:
             _leave(running, group)
+    if store.maker is not None and group.rank == 0:
+        log.warning("%s: %s", runs[0][1].path.parent.name, stream.waits.line())
     if failed:
         raise failed[0]
 
@@ -148,7 +151,10 @@ class _Training:
         self._metrics_before = state.get("metrics_bytes", 0), state.get("metrics_crc32c")
         self._device = Accelerator(cpu=config.training.device == "cpu").device
         moments = moments_of(store, config.counted)
-        self._trainer = Trainer(config, store.activation_dim, device=self._device, moments=moments, group=group)
+        start = None if state else load_start(config, store.activation_dim)
+        self._trainer = Trainer(
+            config, store.activation_dim, device=self._device, moments=moments, group=group, start=start
+        )
         self._first_fve = first_fve(run.metrics) if state else None
         if state:
             self._continue(state)
@@ -206,7 +212,8 @@ class _Training:
         run.claim(config)
         run.remove_leftovers()
         self._states.remove_leftovers()
-        sources: dict[str, Any] = {"store": store.attributes, "data": binding.record(config)}
+        about = {name: value for name, value in store.attributes.items() if name != "statistics"}  # many numbers
+        sources: dict[str, Any] = {"store": about, "data": binding.record(config)}
         if not config.counted.all_tokens:
             sources |= _left_out(config, store)
         if self._inexact:
@@ -332,7 +339,7 @@ class _Training:
 
 def _left_out(config: RunConfig, store: Store) -> dict[str, Any]:
     """The largest norm of a token that was trained on, and how many tokens were left out for their norm or their id."""
-    every, rows = Counted(config.data.skip_positions), slice(len(store.train))
+    every, rows = Counted(config.data.skip_positions), slice(len(store.sample))
     left_out = store.valid(every, rows) & ~store.valid(config.counted, rows)
     limited = config.counted.max_norm_multiple is not None
     return {"norm_limit": store.limit(config.counted) if limited else None, "tokens_left_out": int(left_out.sum())}

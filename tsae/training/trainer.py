@@ -19,6 +19,7 @@ from tsae.store.moments import Moments
 from tsae.training.objective import DenseEngine, Engine, Weights
 from tsae.training.penalty_engine import PenaltyEngine
 from tsae.training.sparse_engine import SparseEngine
+from tsae.training.start import begin_with
 from tsae.training.update import Adam, LatentShares, Shard, lay_out_by_latent, project_and_measure
 
 
@@ -67,7 +68,8 @@ class Trainer:
     `config` gives kind, objective and schedule. `state_dict`, in the reference's names, replaces the fresh weights.
     `step(batch)` takes pairs [B, 2, D] (slot 0 current, slot 1 partner) or single tokens [B, D], as they are: where
     the configuration says so, `shift`, their mean [D], is subtracted and they are divided by `scale`, both from the
-    store's `moments`. Weights are kept for activations so changed; `dictionary.to_file(scale, shift)` and every file
+    store's `moments`. `start`, a dictionary for raw activations that is not larger, gives the first latents of each group
+    and the decoder's bias. Weights are kept for activations so changed; `dictionary.to_file(scale, shift)` and every file
     are for raw ones.
     """
 
@@ -79,6 +81,7 @@ class Trainer:
         device: torch.device | str = "cpu",
         moments: Moments | None = None,
         group: Group = ALONE,
+        start: Dictionary | None = None,
     ) -> None:
         self.config, self.settings, self.group = config, config.training, group
         self.kind = KINDS[config.sae.kind]
@@ -89,7 +92,9 @@ class Trainer:
         dictionary = new_dictionary(config.sae, activation_dim, config.training.seed)
         if state_dict is not None:
             dictionary = _given(config, state_dict, self.scale, shift)
-        self._fresh = state_dict is None
+        if start is not None:
+            begin_with(dictionary, start, self.scale, shift)
+        self._fresh, self._started = state_dict is None, start is not None
         self.weights = Weights.of(config, activation_dim)
         if self.weights.paired and isinstance(dictionary, MatryoshkaBatchTopKSAE) and config.objective.high_share:
             dictionary.reserve(config.objective.high_share)
@@ -126,7 +131,7 @@ class Trainer:
         current, partner = self._halves(self._in_units(batch))
         if 2 * self.steps_done <= self.settings.steps:  # afterwards they stay
             self.weights = self.weights.at(self.steps_done / self.settings.steps)
-        if self.steps_done == 0 and (self._fresh or self.dictionary.centre_input):
+        if self.steps_done == 0 and not self._started and (self._fresh or self.dictionary.centre_input):
             centre(self.dictionary, geometric_median(self.group.gather(current)))
         if not self.weights.same_document and partner is not None and document is None:
             raise TsaeError("objective.same_document: false needs the document of each pair: step(batch, document)")

@@ -31,8 +31,7 @@ from tsae.experiments.shared.subject import Subject
 from tsae.runtime import preemption
 from tsae.runtime.errors import TsaeError
 from tsae.runtime.progress import Progress
-from tsae.store.layout import store_path
-from tsae.store.reader import Store
+from tsae.store.rolling import open_store
 
 LEAST_TEXTS = 4
 """Documents in which a latent must be active to be explained, and active and inactive ones that score it."""
@@ -95,7 +94,7 @@ def _read(subject: Subject, settings: ExplainConfig) -> tuple[_Part, _Part, dict
     """The texts to explain from, those to score on, and what tokens look like."""
     if subject.config.is_synthetic:
         raise TsaeError(f"{subject.run.path}: was trained on a synthetic world, which has no text to explain with")
-    store = Store.open(store_path(subject.config), subject.config)
+    store = open_store(subject.config)
     if not len(store.heldout_range):
         raise TsaeError(f"{store.path}: nothing is held out to score explanations on; harvest with data.holdout")
     parts = []

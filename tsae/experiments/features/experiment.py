@@ -23,8 +23,7 @@ from tsae.runtime import files, metadata
 from tsae.runtime.errors import TsaeError
 from tsae.runtime.metadata import NATURAL
 from tsae.runtime.progress import Progress
-from tsae.store.layout import store_path
-from tsae.store.reader import Store
+from tsae.store.rolling import open_store
 
 __all__ = ["draw", "measure"]
 
@@ -39,7 +38,7 @@ def measure(subject: Subject, settings: FeaturesConfig) -> dict[str, Any]:
     Raises TsaeError for a synthetic world, settings that cannot work, and a store without text.
     """
     _check(subject, settings)
-    store = Store.open(store_path(subject.config), subject.config)
+    store = open_store(subject.config)
     # The order of the store is random: its beginning is a sample of all documents.
     firings = collect(subject, store, range(min(settings.sequences, store.n_sequences)), "features")
     statistics = latent_statistics(firings)
