@@ -75,6 +75,7 @@ def test_the_papers_run_is_refused_where_it_does_not_fit_with_the_setting_that_d
     setting = re.search(r"data\.max_tokens=\d+", shown_first)[0]
     assert main([*words, setting]) == 0
     assert "\nrefused: " not in capsys.readouterr().out
+    quota("/ 0 0 9000000 0 0 0")
     assert main([*words, "store.window=2GB", "data.holdout=0.001"]) == 0
     assert re.search(r"harvest +\d +3.\d GB", capsys.readouterr().out)
     assert main([*words, "store.window=200GB", "data.holdout=0.001"]) == 2
