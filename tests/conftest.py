@@ -30,6 +30,22 @@ if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
+TESTS = Path(__file__).parent
+LABS = ("slurm", "gridengine", "containers")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Name what `-n auto --dist loadgroup` keeps in one process, and start with what takes longest.
+
+    One file's tests share its fixtures, and everything in a lab shares this machine's only Slurm.
+    """
+    for item in items:
+        folder, *rest = item.path.relative_to(TESTS).parts
+        in_lab = folder == "system" and rest[0] in LABS
+        item.add_marker(pytest.mark.xdist_group("labs" if in_lab else str(item.path)))
+    items.sort(key=lambda item: item.path.relative_to(TESTS).parts[0] != "system")
+
+
 Require = Callable[[str, bool, str], None]
 
 

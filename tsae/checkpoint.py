@@ -9,25 +9,45 @@ Nothing else in the package builds a path into a run folder.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import yaml
 
 from tsae.config import run as configuration
 from tsae.config import schema
 from tsae.config.run import RunConfig
-from tsae.runtime import files
+from tsae.runtime import files, metadata
 from tsae.runtime.errors import TsaeError
+from tsae.runtime.metadata import COUNT, NATURAL
 
 if TYPE_CHECKING:
     import torch
 
     from tsae.sae.dictionary import Dictionary
+
+CALIBRATION = {
+    **{
+        "encode_rule": {"threshold", "top_k"},
+        "threshold": float,
+        "tracked_threshold?": float,
+        "target_l0?": (None, float),
+    },
+    **{"before?": (None, dict), "after": {"l0": float, "fve?": float}},
+}
+SIZES = {f"{name}?": (None, COUNT) for name in ("k", "activation_dim", "dict_size")}
+CONFIG = {
+    "trainer": {"dict_class": object, **SIZES, "group_sizes?": (None, [COUNT]), "lm_name?": (None, str)},
+    "buffer?": (None, {"ctx_len?": (None, COUNT), "dataset?": (None, str)}),
+    "calibration?": CALIBRATION,
+    "weights?": {str: [NATURAL]},
+}
+"""What is relied on of a config.json, whoever wrote it."""
+RESULTS = {"made_from?": {str: str}, "half_width_95?": {str: (None, float)}}
 
 BASELINE = "baseline_model"
 """The run name that stands for the language model's dense residual stream."""
@@ -87,13 +107,16 @@ class RunFolder:
         """Hash of the settings that this folder belongs to; None while it belongs to none."""
         # A launcher asks thousands of folders, so the one line is found without reading the rest as YAML.
         try:
-            line = re.search(r"^training_hash: .*$", self.resolved.read_text(encoding="utf-8"), re.MULTILINE)
+            line = re.search(r"^training_hash:(.*)$", self.resolved.read_text(encoding="utf-8"), re.MULTILINE)
         except FileNotFoundError:
             return None
         except (OSError, UnicodeDecodeError) as error:
             reason = getattr(error, "strerror", None) or "not UTF-8 text"
             raise TsaeError(f"{self.resolved}: cannot be read: {reason}") from None
-        return str(yaml.safe_load(line[0])["training_hash"]) if line else ""
+        found = re.fullmatch(r"(['\"]?)(\w+)\1", line[1].strip()) if line else None
+        if line and not found:
+            raise TsaeError(f"{self.resolved}: training_hash: {line[1].strip()}: damaged; restore the file from a copy")
+        return found[2] if found else ""
 
     def as_begun(self, config: RunConfig) -> RunConfig:
         """`config`, with what it leaves open as it was when this folder's run was begun, perhaps by an earlier version."""
@@ -112,6 +135,12 @@ class RunFolder:
         there, here = (configuration.training_settings(each) for each in (self.load_config(), config))
         return schema.differences(there, here) or "another version of tsae made it"
 
+    def onward(self, different: str) -> str:
+        """How to train on from this folder's weights, where the steps are all that is `different`; else nothing."""
+        if not self.weights.exists() or ";" in different or not different.startswith("training.steps is "):
+            return ""
+        return f"; another name with training.init_from={self.path.parent} trains on from its weights"
+
     def require_same_training(self, config: RunConfig) -> None:
         """Refuse a run that was trained with other settings; files that came from elsewhere state none."""
         different = self.differences(config)
@@ -127,7 +156,7 @@ class RunFolder:
         if different is not None:
             raise TsaeError(
                 f"{self.path}: holds a run of another configuration ({different}); "
-                "choose another run name or remove the folder"
+                f"choose another run name or remove the folder{self.onward(different)}"
             )
         if self.training_hash() is None and self.weights.exists():
             raise TsaeError(f"{self.path}: holds weights but no resolved.yaml; choose another run name")
@@ -137,7 +166,7 @@ class RunFolder:
         self.require_free(config)
         if self.training_hash() is None:
             tree = {"training_hash": config.training_hash, **configuration.to_yaml(config)}
-            files.write_text(self.resolved, yaml.safe_dump(tree, sort_keys=False))
+            files.write_text(self.resolved, yaml.safe_dump(metadata.sealed(tree), sort_keys=False))
 
     def remove_leftovers(self) -> None:
         """Remove the half-written files of killed processes; for the one that trains into this folder."""
@@ -158,17 +187,70 @@ class RunFolder:
         found = self.training_hash() if self.weights.exists() else None
         return found is not None and found == config.training_hash
 
+    def read_config(self) -> dict[str, Any]:
+        """The content of config.json. Raises TsaeError if it is missing, damaged or edited."""
+        return metadata.read(self.config_json, CONFIG)
+
     def read_results(self) -> dict[str, Any]:
         """The content of eval_results.json; an empty mapping if there is none, or a damaged one."""
-        return files.read_whole_json(self.eval_results)
+        return metadata.whole(self.eval_results, RESULTS)
 
 
-def save_dictionary(path: Path, dictionary: Dictionary, scale: float = 1.0, shift: torch.Tensor | None = None) -> None:
-    """Write the reference's plain state dict, atomically; for activations `scale` · x + `shift` where it knows x."""
+def save_run(
+    run: RunFolder,
+    config: dict[str, Any],
+    dictionary: Dictionary,
+    step: int | None = None,
+    scale: float = 1.0,
+    shift: torch.Tensor | None = None,
+) -> None:
+    """Write the final weights, or those of a `step`, and before them `config` as config.json.
+
+    That gets the CRC-32C of each weights file under "weights"; of weights that are replaced it keeps the old one, too,
+    should this process die in between.
+    """
+    path = run.weights_at(step)
+    name = path.relative_to(run.path).as_posix()
+    before = config.get("weights", {}).get(name, [])[:1]
+
+    def announce(checksum: int) -> None:
+        config["weights"] = {
+            **config.get("weights", {}),
+            name: [checksum, *(other for other in before if other != checksum)],
+        }
+        metadata.write(run.config_json, config)
+
+    save_dictionary(path, dictionary, scale, shift, announce)
+
+
+def of_new_weights(config: dict[str, Any]) -> dict[str, Any]:
+    """The content of a config.json for weights that are written anew elsewhere: nothing of the old files stays in it."""
+    return {key: entry for key, entry in config.items() if key != "weights"}
+
+
+def save_dictionary(
+    path: Path,
+    dictionary: Dictionary,
+    scale: float = 1.0,
+    shift: torch.Tensor | None = None,
+    announce: Callable[[int], object] | None = None,
+) -> None:
+    """Write the reference's plain state dict, atomically; for activations `scale` · x + `shift` where it knows x.
+
+    `announce` is told its CRC-32C before it is there.
+    """
     import torch
 
-    state = dictionary.to_file(scale, shift)
-    files.write_atomically(path, lambda stream: torch.save(state, stream))
+    from tsae.runtime.checksums import Checksum
+
+    state, checksum = dictionary.to_file(scale, shift), Checksum()
+
+    def write(stream: BinaryIO) -> None:
+        torch.save(state, checksum.over(stream))
+        if announce is not None:
+            announce(checksum.value)
+
+    files.write_atomically(path, write)
 
 
 def load_dictionary(
@@ -186,10 +268,10 @@ def load_dictionary(
     and (unless not `calibrated`) a threshold that was never set or not recorded to its end.
     """
     folder = find_dictionary(path)
-    config = _read_config(folder / "config.json")
+    config = RunFolder(folder).read_config()
     trainer = config["trainer"]
     weights = RunFolder(folder).weights_at(checkpoint)
-    state = _read_weights(weights)
+    state = _read_weights(weights, config.get("weights", {}).get(os.path.relpath(weights, folder), []))
     from tsae.sae.kinds import AutoEncoderTopK, from_state
 
     dictionary = from_state(trainer.get("dict_class"), state, trainer.get("k"), str(weights))
@@ -206,16 +288,6 @@ def load_dictionary(
                 f"{calibration['threshold']}: a calibration was interrupted; run it again: tsae calibrate {path}"
             )
     return dictionary.to(device).eval().requires_grad_(False), config
-
-
-def _read_config(path: Path) -> dict[str, Any]:
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise TsaeError(f"{path}: not readable JSON: {error}") from None
-    if not (isinstance(config, dict) and isinstance(config.get("trainer"), dict)):
-        raise TsaeError(f'{path}: a mapping with a section "trainer", which names dict_class, is expected')
-    return config
 
 
 def _require_agreement(dictionary: Dictionary, trainer: dict[str, Any], where: str) -> None:
@@ -256,24 +328,29 @@ def find_dictionary(path: str | Path) -> Path:
     raise TsaeError(f"{path}: the hub repository holds no config.json and no trainer_0/config.json")
 
 
-def _read_weights(path: Path) -> dict[str, torch.Tensor]:
+def _read_weights(path: Path, checksums: list[int]) -> dict[str, torch.Tensor]:
+    """The tensors in a file that has one of these CRC-32C, if any are known."""
     import pickle
 
     import torch
 
+    from tsae.runtime.checksums import checksum_of
+
     if not path.is_file():
         others = sorted(p.stem.removeprefix("ae_") for p in path.parent.glob("*.pt"))
         raise TsaeError(f"{path}: no such weights; found here: {', '.join(others) or 'none'}")
-    with path.open("rb") as stream:
-        zipped = stream.read(4) == b"PK\x03\x04"
-    if zipped:
-        _check_archive(path)
+    _check_archive(path)
+    if checksums and checksum_of(path) not in checksums:
+        raise TsaeError(
+            f"{path}: not the weights that config.json beside it was written for: changed, or of another run; restore them, or take "
+            "`weights` and `digest` out of config.json if they were changed on purpose"
+        )
     try:
-        # Mapped, so that a tensor is in memory once, and only when it is used; torch's first format knows no mapping.
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+        # Mapped, so that a tensor is in memory once, and only when it is used.
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError:
         raise TsaeError(f"{path}: holds more than tensors and might run code when loaded; refused") from None
-    except (RuntimeError, OSError, EOFError) as error:
+    except (RuntimeError, OSError, EOFError, ValueError, LookupError, TypeError, AttributeError) as error:
         reason = (str(error) or "it ends too early").splitlines()[0]
         raise TsaeError(f"{path}: not a readable weights file: {reason}") from None
     if not (isinstance(state, dict) and all(_is_plain(value) for value in state.values())):
@@ -291,6 +368,12 @@ def _check_archive(path: Path) -> None:
     """Compare every record with its checksum, which torch does not; a flipped byte would be a wrong weight."""
     import zipfile
 
+    with path.open("rb") as stream:
+        if stream.read(2) != b"PK":
+            raise TsaeError(
+                f"{path}: not torch's zip format: without checksums, and might run code when loaded; refused; if it is one "
+                "of torch's first format, torch.save(torch.load(path, weights_only=True), path) makes a new one of it"
+            )
     try:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()

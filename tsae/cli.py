@@ -8,7 +8,7 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -19,7 +19,7 @@ from tsae.interop.commands import add_commands
 from tsae.runtime import preemption
 from tsae.runtime.environment import home, load_dotenv, process_count, process_rank
 from tsae.runtime.errors import TsaeError, os_error_line, suggestion
-from tsae.sweep.commands import INEXACT_HELP
+from tsae.sweep.commands import INEXACT_HELP, PROBE_HELP
 from tsae.sweep.commands import add_commands as add_sweep_commands
 from tsae.sweep.schedulers import adopt_place
 
@@ -96,10 +96,12 @@ def _parser(script: str = "") -> argparse.ArgumentParser:
     _add_run_arguments(harvest, "YAML file of a run", named=False)
     harvest.add_argument("--task", type=int, default=0, help="which part of the shards to write, from 0")
     harvest.add_argument("--tasks", type=int, default=1, help="into how many parts the harvest is split")
+    _add_cost_arguments(harvest)
 
     train = _command(commands, "train", _train, "train a dictionary on a store (harvested first if it is missing)")
     _add_run_arguments(train, "YAML file of a run", named=True)
     train.add_argument("--inexact", action="store_true", help=f"{INEXACT_HELP}; provenance and results say so")
+    _add_cost_arguments(train)
     evaluate = _command(commands, "evaluate", _evaluate, "measure a trained dictionary on held-out activations")
     _add_run_arguments(evaluate, "YAML file of a run, a run's name, or its folder")
     add_out_argument(evaluate)
@@ -217,6 +219,11 @@ def _add_run_arguments(parser: argparse.ArgumentParser, what: str, named: bool =
         add_accept_argument(parser)
 
 
+def _add_cost_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--dry-run", action="store_true", help="say what it costs, and start nothing")
+    parser.add_argument("--probe", action="store_true", help=PROBE_HELP)
+
+
 def _harvest(options: argparse.Namespace) -> None:
     from tsae.config import run as configuration
     from tsae.stages import harvest_stage
@@ -226,7 +233,12 @@ def _harvest(options: argparse.Namespace) -> None:
         raise TsaeError(f"--tasks {options.tasks}: at least 1 is expected")
     if not 0 <= options.task < options.tasks:
         raise TsaeError(f"--task {options.task}: tasks are counted from 0 to {options.tasks - 1}")
-    _print_once(harvest_stage(config, options.task, options.tasks))
+    if _costs_first(config, None, options):
+        return
+    path = harvest_stage(config, options.task, options.tasks)
+    from tsae.report.headline import of_harvest
+
+    _print_once(path, said=lambda: of_harvest(path))
 
 
 @preemption.watched()
@@ -243,8 +255,30 @@ def _train(options: argparse.Namespace) -> None:
     require_trackers(config.training.trackers if process_rank() == 0 else ())
     _accept(options, config, RunFolder.of(*run))
     refuse_other_data(config, RunFolder.of(*run))  # before its harvest
+    if _costs_first(config, RunFolder.of(*run), options):
+        return
     harvest_stage(config)
-    _print_once(train_stage(config, *run, options.inexact))
+    path = train_stage(config, *run, options.inexact)
+    from tsae.report.headline import of_training
+
+    _print_once(path, said=lambda: of_training(RunFolder(path)))
+
+
+def _costs_first(config: RunConfig, run: RunFolder | None, options: argparse.Namespace) -> bool:
+    """Say what a harvest, and the training of `run`, will cost; refuse what cannot fit. Whether that was all."""
+    if process_rank() == 0:
+        from tsae.sweep.cost import cost_of_run
+
+        cost = cost_of_run(config, run)
+        out = sys.stdout if options.dry_run else sys.stderr
+        if cost.notable or options.dry_run:
+            print("\n".join(cost.lines) or "nothing to do", file=out)
+        if options.probe:
+            from tsae.sweep.probe import probe
+
+            print("\n".join(probe(cost.works)), file=out)
+        cost.require()
+    return bool(options.dry_run)
 
 
 def _evaluate(options: argparse.Namespace) -> None:
@@ -253,7 +287,10 @@ def _evaluate(options: argparse.Namespace) -> None:
     config, run = _measured(options, options.config)
     _accept(options, config, run)
     harvest_elsewhere(config, run)
-    _print_once(evaluate_run(config, run))
+    path = evaluate_run(config, run)
+    from tsae.report.headline import of_evaluation
+
+    _print_once(path, said=lambda: of_evaluation(run))
 
 
 def _measured(options: argparse.Namespace, named: Path) -> tuple[RunConfig, RunFolder]:
@@ -292,13 +329,18 @@ def _experiment(name: str, options: argparse.Namespace) -> None:
     _accept(options, asked["config"], asked["run"])
     if EXPERIMENTS[name].reads_store:
         harvest_elsewhere(asked["config"], asked["run"])
-    print("\n".join(experiment_run(**asked)))
+    from tsae.report.headline import of_experiment
+
+    made = [Path(path) for path in experiment_run(**asked)]
+    _print_once(*made, said=lambda: of_experiment(made))
 
 
-def _print_once(path: Path) -> None:
-    """Print a result in the first of the processes that made it together."""
+def _print_once(*paths: Path, said: Callable[[], list[str]]) -> None:
+    """Print results in the first of the processes that made them together, and before, on stderr, what they say."""
     if process_rank() == 0:
-        print(path)
+        for line in said():
+            print(line, file=sys.stderr, flush=True)
+        print("\n".join(map(str, paths)))
 
 
 def _calibrate(options: argparse.Namespace) -> None:

@@ -215,6 +215,13 @@ def refuse_other_data(config: RunConfig, run: RunFolder) -> None:
         binding.require_unchanged(run, config)
 
 
+def require_sound(run: RunFolder) -> None:
+    """Refuse a run whose small files are damaged. Raises TsaeError that names one."""
+    from tsae.store import binding
+
+    binding.require_sound(run)
+
+
 def changed_since(config: RunConfig, run: RunFolder) -> str:
     """In words, what of a run's text and language model has changed since it was trained or begun; nothing if nothing has."""
     if run.training_hash() != config.training_hash:

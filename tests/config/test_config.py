@@ -189,8 +189,9 @@ def test_overrides_change_the_file_and_are_blamed_themselves(tmp_path: Path) -> 
     assert config.objective.similarity == "cosine"
     with pytest.raises(TsaeError, match=r"^command line: sae\.kk: unknown key; did you mean 'k'"):
         configuration.load(path, ["sae.kk=9"])
-    with pytest.raises(TsaeError, match="an override has the form"):
-        configuration.load(path, ["sae.k"])
+    for empty in ("sae.k", "sae={}", "sae.k={}"):
+        with pytest.raises(TsaeError, match="an override has the form"):
+            configuration.load(path, [empty])
 
 
 @pytest.mark.parametrize(
@@ -307,7 +308,7 @@ def command(*arguments: str, home: str, folder: Path) -> subprocess.CompletedPro
 
 def test_what_the_file_system_refuses_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    (tmp_path / "run.yaml").write_text("{}")
+    (tmp_path / "run.yaml").write_text("data: {max_tokens: 1000}")
     done = command("harvest", "run.yaml", home=str(tmp_path / "file"), folder=tmp_path)
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1

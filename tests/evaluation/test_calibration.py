@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 from tsae import cli
-from tsae.checkpoint import RunFolder, load_dictionary
+from tsae.checkpoint import RunFolder, load_dictionary, of_new_weights
 from tsae.config import run as configuration
 from tsae.config.run import RunConfig
-from tsae.evaluation import calibration
 from tsae.evaluation.calibration import calibrate
 from tsae.evaluation.driver import evaluate
 from tsae.evaluation.identity import is_evaluated
+from tsae.runtime import metadata
 from tsae.runtime.errors import TsaeError
 from tsae.store.harvest import harvest
 from tsae.store.reader import Store
@@ -72,7 +72,7 @@ def test_the_target_is_met_on_held_out_activations(
 def test_the_record_is_in_the_checkpoint_and_fve_is_right(config: RunConfig, tmp_path: Path) -> None:
     run = trained(config, tmp_path)
     record = calibrate(run, run.load_config(), 7)
-    assert json.loads(run.calibration.read_text()) == record
+    assert metadata.read(run.calibration, dict) == record
     dictionary, written = load_dictionary(run.path)
     assert written["calibration"] == record
     assert written["trainer"]["dict_class"] == "TemporalMatryoshkaBatchTopKSAE"
@@ -88,6 +88,9 @@ def test_a_run_that_tracked_no_threshold_becomes_usable(config: RunConfig, tmp_p
     state = torch.load(run.weights, weights_only=True)
     state["threshold"].fill_(-1)
     torch.save(state, run.weights)
+    with pytest.raises(TsaeError, match=r"not the weights that config\.json beside it was written for"):
+        load_dictionary(run.path)
+    metadata.write(run.config_json, of_new_weights(run.read_config()))
     with pytest.raises(TsaeError, match="tsae calibrate"):
         load_dictionary(run.path)
     with pytest.raises(TsaeError, match="tracked no threshold"):
@@ -137,11 +140,15 @@ def test_an_interrupted_calibration_is_noticed_and_repeated(
     run = trained(config, tmp_path)
     tracked = load_dictionary(run.path)[0].scalar_threshold
 
-    def killed(*_: object) -> None:
-        raise KeyboardInterrupt
+    written = metadata.write
+
+    def killed(path: Path, value: dict[str, Any]) -> None:
+        written(path, value)
+        if path == run.config_json:
+            raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(calibration, "save_dictionary", killed)
+        patched.setattr(metadata, "write", killed)
         with pytest.raises(KeyboardInterrupt):
             calibrate(run, run.load_config(), 3)
     with pytest.raises(TsaeError, match="a calibration was interrupted; run it again"):

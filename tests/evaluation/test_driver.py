@@ -15,7 +15,7 @@ from tsae.config import run as configuration
 from tsae.config.run import Counted, RunConfig
 from tsae.evaluation.driver import evaluate
 from tsae.evaluation.identity import is_evaluated
-from tsae.runtime import files
+from tsae.runtime import files, metadata
 from tsae.runtime.errors import TsaeError
 from tsae.sae.init import new_dictionary
 from tsae.sae.reference import reference_config
@@ -42,7 +42,7 @@ def run_folder(config: RunConfig, path: Path, activation_dim: int | None = None)
 def test_results_describe_the_held_out_part_of_the_store(config: RunConfig, tmp_path: Path) -> None:
     run = run_folder(config, tmp_path / "run")
     results = evaluate(config, run)
-    assert json.loads(run.eval_results.read_text()) == results
+    assert metadata.read(run.eval_results, dict) == results
     assert is_evaluated(config, run)
     assert run.result("eval_results", "png").read_bytes().startswith(b"\x89PNG")
 

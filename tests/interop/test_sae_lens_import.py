@@ -226,7 +226,7 @@ def test_a_config_from_before_version_6_is_understood(tmp_path: Path, activation
         ({"activation_fn": "tanh-relu"}, "activation_fn: unknown to this architecture"),
         ({"finetuning_scaling_factor": True}, "finetuning_scaling_factor: unknown"),
         ({"k": 7}, "k: unknown to this architecture"),
-        ({"metadata": ["6.20.0"]}, "metadata: a JSON object is expected"),
+        ({"metadata": ["6.20.0"]}, "metadata: a mapping is expected"),
         ({"normalize_activations": "layer_norm"}, "not linear"),
         ({"reshape_activations": "hook_z"}, "attention heads"),
         ({"d_sae": 81}, r"W_dec has shape \[80, 16\]; cfg.json says \[81, 16\]"),

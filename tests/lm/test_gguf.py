@@ -92,9 +92,11 @@ def test_what_lies_beside_the_file_has_no_part_in_it(gguf: Path, tmp_path: Path)
     assert other.tokenizer.chat_template == load(gguf).tokenizer.chat_template
 
 
-def test_the_head_tells_depth_family_and_vocabulary_without_loading(folder: Path, gguf: Path) -> None:
-    model, vocabulary = ModelConfig(name=str(gguf)), json.loads((folder / "config.json").read_text())["vocab_size"]
-    assert known_config(model) == {"model_type": "llama", "num_hidden_layers": 3, "vocab_size": vocabulary}
+def test_the_head_tells_family_and_sizes_without_loading(folder: Path, gguf: Path) -> None:
+    model, whole = ModelConfig(name=str(gguf)), json.loads((folder / "config.json").read_text())
+    vocabulary = whole["vocab_size"]
+    told = ("model_type", "num_hidden_layers", "hidden_size", "intermediate_size", "vocab_size")
+    assert known_config(model) == {key: whole[key] for key in told}
     check_model(ModelConfig(name=str(gguf), layer=2), "run.yaml")
     with pytest.raises(TsaeError, match=r"run\.yaml: model\.layer: 3 is impossible; .*tiny\.gguf has blocks 0 to 2"):
         check_model(ModelConfig(name=str(gguf), layer=3), "run.yaml")

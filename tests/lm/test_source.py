@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -55,6 +56,13 @@ def test_a_hub_model_is_judged_by_the_local_cache(tmp_path: Path, monkeypatch: p
 def test_a_path_that_is_no_folder_is_refused(name: str) -> None:
     with pytest.raises(TsaeError, match=r"run\.yaml: model\.name: there is no folder"):
         check_model(ModelConfig(name=name), "run.yaml")
+
+
+def test_what_is_neither_folder_nor_file_is_refused_unread(tmp_path: Path) -> None:
+    pipe = tmp_path / "model.gguf"
+    os.mkfifo(pipe)
+    with pytest.raises(TsaeError, match=r"model\.name: .* is neither a folder nor a file"):
+        check_model(ModelConfig(name=str(pipe)), "run.yaml")
 
 
 def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:

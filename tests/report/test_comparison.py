@@ -26,6 +26,7 @@ def measured(plan, values):
         run = plan.run(point)
         run.claim(point.config)
         run.weights.write_bytes(b"weights")
+        run.config_json.write_text('{"trainer": {"dict_class": "TemporalMatryoshkaBatchTopKSAE"}}')
         fve, high, low = values(point)
         results = {
             "frac_variance_explained": fve,
@@ -178,6 +179,7 @@ def test_an_experiments_headline_is_a_measure_and_its_picture_is_on_the_page(noi
     point = noisy.points[0]
     run = noisy.run(point)
     results = {
+        **{"experiment": "tsne", "subject": {}, "settings": {}},
         "made_from": driver.made_from(point.config, run, "tsne", 0, None),
         "headline": {"semantics": 0.75, "syntax": None},
         "half_width_95": {"semantics": 0.02},
@@ -203,7 +205,8 @@ def test_the_probes_pictures_on_the_page_show_what_came_later(noisy, monkeypatch
     point = noisy.points[0]
     run = noisy.run(point)
     result = run.result("probing_chunk0", "json")
-    result.write_text(json.dumps({"made_from": driver.made_from(point.config, run, "probe", 0, None)}))
+    made = {"made_from": driver.made_from(point.config, run, "probe", 0, None)}
+    result.write_text(json.dumps({"experiment": "probe", "subject": {}, "settings": {}, **made}))
     result.with_suffix(".png").write_bytes(bytes(40))
     drawn = []
     monkeypatch.setattr("tsae.experiments.probe.experiment.draw", lambda _, path: drawn.append(path))

@@ -32,6 +32,7 @@ def measured(plan, point, value, half_width=0.01, splits=True):
     run = plan.run(point)
     run.claim(point.config)
     run.weights.write_bytes(b"weights")
+    run.config_json.write_text('{"trainer": {"dict_class": "TemporalMatryoshkaBatchTopKSAE"}}')
     results = {
         "frac_variance_explained": value,
         "frac_variance_explained_high": value / 2 if splits else None,

@@ -15,7 +15,15 @@ from tsae.report import write as report
 from tsae.report.summary import summarise
 
 LINES = [
-    {"tokens": 100 * step, "fve": 0.1 * step, "alive_0": 1 - 0.2 * step, "alive_1": 0.9, "share_0": 0.3, "share_1": 0.7}
+    {
+        "step": step,
+        "tokens": 100 * (step + 1),
+        "fve": 0.1 * step,
+        "alive_0": 1 - 0.2 * step,
+        "alive_1": 0.9,
+        "share_0": 0.3,
+        "share_1": 0.7,
+    }
     | {"fve_0": 0.02 * step, "fve_1": 0.05 * step}
     for step in range(4)
 ]

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from tsae.runtime.files import read_whole_json
 from tsae.runtime.job import Call, run_stage
+from tsae.runtime.metadata import whole as read_whole_json
 from tsae.runtime.state import Record, State, state_path
 
 

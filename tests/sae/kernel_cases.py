@@ -11,6 +11,7 @@ from torch import Tensor
 from tsae.config import run as configuration
 from tsae.sae import kernels
 from tsae.sae.dictionary import top_k
+from tsae.sae.selection.listed import batch_top_k_listed, top_k_listed
 from tsae.sae.selection.screens import round_rows
 from tsae.sae.selection.top_k import Encoder, batch_top_k_codes, entries_above, top_k_codes
 from tsae.sae.sparse import (
@@ -144,6 +145,41 @@ def test_exact_top_k_is_that_of_float32() -> None:
     (selection,) = top_k_codes(Encoder(), [x], weight, bias, 3, [None])
     expected = top_k(torch.relu(x.double() @ weight.double() + bias.double()).float(), 3)
     torch.testing.assert_close(selection.code.dense(), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("room", [1, 64])
+@pytest.mark.parametrize("per_token", [False, True])
+@pytest.mark.parametrize("precision", ["exact", "float32"])
+@pytest.mark.parametrize("kind", ["random", "ties", "negative"])
+def test_a_selection_that_is_not_read_back_is_the_same(
+    kind: str, precision: str, per_token: bool, room: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if per_token and precision == "float32":
+        return  # the host does not make that one either
+    monkeypatch.setattr(kernels, "FIRST_ROOM", room)
+    x, weight, bias = normal(8, 12), normal(100, 12, seed=1).T, normal(100, seed=2)
+    if kind == "ties":
+        x, weight, bias = (x / 2).round(), (weight / 2).round(), bias.round()
+    elif kind == "negative":
+        bias -= 9
+    select, listed = (top_k_codes, top_k_listed) if per_token else (batch_top_k_codes, batch_top_k_listed)
+    expected = select(Encoder(precision), [x], weight, bias, 3, [None])[0]
+    for first in (None, 30.0, 0.0):
+        encoder, guess, passes = Encoder(precision), None if first is None else x.new_tensor(first), 0
+        while True:
+            (selection,) = listed(encoder, [x], weight, bias, 3, [guess])
+            passes += 1
+            guess = selection.check.again(passes)
+            if guess is None:
+                break
+        code, count = selection.code, len(expected.code.values)
+        assert len(code.values) == 24
+        assert torch.equal(code.offsets, expected.code.offsets)
+        assert torch.equal(code.latents[:count], expected.code.latents)
+        assert torch.equal(code.values[:count], expected.code.values)
+        assert (code.latents[count:] == -1).all()
+        assert float(selection.cut) == expected.cut
+        assert passes > 1 or first != 30 or per_token
 
 
 @pytest.mark.parametrize("deterministic", [True, False])

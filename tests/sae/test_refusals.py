@@ -150,12 +150,14 @@ def test_a_step_that_was_never_saved(tmp_path: Path, state: State) -> None:
         load_dictionary(tmp_path, checkpoint=400)
 
 
-def test_the_first_format_of_torch_is_read(tmp_path: Path, state: State) -> None:
+def test_the_first_format_of_torch_has_no_checksums_and_is_refused(tmp_path: Path, state: State) -> None:
     refusal(tmp_path, state, k=3)
     (tmp_path / "config.json").write_text(json.dumps({"trainer": {"dict_class": NAME}}))
     torch.save(state, tmp_path / "ae.pt", _use_new_zipfile_serialization=False)
-    dictionary, _ = load_dictionary(tmp_path)
-    assert torch.equal(dictionary.W_dec, state["W_dec"])
+    with pytest.raises(TsaeError, match=r"not torch's zip format.*torch\.save\(torch\.load\(path"):
+        load_dictionary(tmp_path)
+    torch.save(torch.load(tmp_path / "ae.pt", weights_only=True), tmp_path / "ae.pt")
+    assert torch.equal(load_dictionary(tmp_path)[0].W_dec, state["W_dec"])
 
 
 def test_a_flipped_byte(tmp_path: Path, state: State) -> None:

@@ -78,6 +78,7 @@ def test_runs_without_any_is_one_line(home, capsys):
 
 def test_claims_without_a_sweep_are_the_shipped_ones_on_any_base(tiny_model, text, home, capsys):
     own = [f"model.name={tiny_model}", f"data.source={text}", "model.layer=1", f"experiments.probe.dataset={text}"]
+    own += ["experiments.probe.tagger=surface"]
     for words in (["--base", "smollm2-135m", *own], [*own, "--base", "smollm2-135m"]):
         assert main(["claims", *words, "--dry-run"]) == 0
         shown = capsys.readouterr().out
@@ -108,3 +109,15 @@ def test_claims_on_an_unknown_base_name_the_nearest(capsys, words):
 def test_an_override_alone_is_no_sweep(capsys):
     assert main(["sweep", "sae.k=4"]) == 2
     assert "SWEEP: the sweep's YAML is missing" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("more", [[], ["--dry-run"]])
+@pytest.mark.parametrize("stage", ["probe", "tsne"])
+def test_a_tagger_that_is_not_here_is_refused_before_anything_is_trained(write_sweep, home, capsys, stage, more):
+    path = write_sweep(grid={"sae.k": [4]}, stages=["harvest", "train", stage])
+    asked = f"experiments.{stage}.tagger=spacy:xx_nothing_sm"
+    assert main(["sweep", str(path), "--base=embedded", asked, *more]) == 2
+    told = capsys.readouterr().err.splitlines()
+    assert len(told) == 1
+    assert told[0].startswith(f"tsae: experiments.{stage}.tagger: ")
+    assert not (home / "sweeps").exists() or not list(home.glob("sweeps/*/attempts/*"))

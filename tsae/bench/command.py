@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tsae.bench.shape import DTYPES, PRESETS, Shape
-from tsae.runtime import files
+from tsae.runtime import metadata
 from tsae.runtime.environment import home
 from tsae.runtime.errors import TsaeError, suggestion
 
@@ -97,7 +97,7 @@ def run(options: argparse.Namespace) -> Path:
         print(report.growth_table(results["growth"]), flush=True)
     results["machine"] = report.machine(shape.device)
     path: Path = folder / f"{shape.name}.json"
-    files.write_json(path, results)
+    metadata.write(path, results)
     figure.draw(path.with_suffix(".png"), results)
     return path
 
@@ -120,7 +120,7 @@ def _run_groups(options: argparse.Namespace, shape: Shape, folder: Path) -> Path
     print(report.groups_table(records), flush=True)
     results = {"shape": shape.as_dict(), "groups": records, "machine": report.machine(shape.device)}
     path = folder / f"processes-{shape.name}.json"
-    files.write_json(path, results)
+    metadata.write(path, results)
     figure.draw_groups(path.with_suffix(".png"), results)
     return path
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from tsae.bench.rounds import Measured, Plan, Result
 from tsae.bench.shape import Shape
+from tsae.runtime.secrets import hide
 
 MB = 10**6
 STATE_EVERY = 50
@@ -79,7 +80,7 @@ def machine(device: str) -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "tsae": metadata.version("tsae"),
-        "command": " ".join(["tsae", *sys.argv[1:]]),
+        "command": hide(" ".join(["tsae", *sys.argv[1:]])),
     }
     if device.startswith("cuda"):
         described["gpu"] = torch.cuda.get_device_name(device)

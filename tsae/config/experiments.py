@@ -18,6 +18,7 @@ from tsae.config.bounds import (
     some,
 )
 from tsae.config.paths import MODEL_FILES, Place
+from tsae.runtime.secrets import holds_password
 
 Dataset = Annotated[str, Place(names=("embedded", "finefineweb", "wikipedia", "mmlu", "pile", "pile-10k", "hh-rlhf"))]
 Draws = Annotated[int, at_least(100)]
@@ -28,6 +29,15 @@ Strengths = Annotated[
 PositiveShare = Annotated[float, Bound(lambda share: 0 < share <= 1, "a share above 0 and up to 1 is allowed")]
 
 
+Address = Annotated[
+    str,
+    Bound(
+        lambda address: not holds_password(address),
+        "it would be written down with its password; name the variable that holds the key in key_variable",
+    ),
+]
+
+
 @dataclass(frozen=True, kw_only=True)
 class AnswersConfig:
     """A language model that is asked for explanations and judgements."""
@@ -36,7 +46,7 @@ class AnswersConfig:
     """Who answers: nobody, a local transformers model, an OpenAI-compatible endpoint, or recorded answers."""
     model: Annotated[str, Place(holds=MODEL_FILES)] | None = None
     """Hub id, folder or GGUF file of a local model; the endpoint's name of one; of recorded answers, the name they are kept under."""
-    base_url: str | None = None
+    base_url: Address | None = None
     """Address of the endpoint up to /v1, such as http://localhost:8000/v1."""
     key_variable: str = "OPENAI_API_KEY"
     """Environment variable that holds the endpoint's key; where it is not set, no key is sent."""

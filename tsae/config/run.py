@@ -31,6 +31,8 @@ from tsae.config.sections import (
 )
 from tsae.config.splits import check_splits, empty_split, fills_both
 from tsae.config.synthetic import SYNTHETIC_PRESETS, SyntheticConfig
+from tsae.runtime import contents, metadata
+from tsae.runtime.environment import home
 from tsae.runtime.errors import TsaeError, suggestion
 
 PRESETS = {"objective": OBJECTIVE_PRESETS, "synthetic": SYNTHETIC_PRESETS}
@@ -187,6 +189,8 @@ def load_resolved(path: Path, used: Sequence[str] = ()) -> RunConfig:
             f"{path}: {deciding[0]}: unknown key; it decided this training, which another version of tsae made; "
             "read the run with that version"
         )
+    if recorded not in (None, config.training_hash):
+        raise TsaeError(f"{path}: its settings are not those of its training_hash; restore the file from a copy")
     return config
 
 
@@ -215,6 +219,8 @@ WRITTEN = "written"
 def read(path: str | Path, folder: Path | None = None) -> dict[str, Any]:
     """The tree of settings in a YAML file, its paths absolute; relative ones mean `folder`, by default the file's."""
     tree = schema.read_yaml(path)
+    if metadata.DIGEST in tree:
+        tree = metadata.require(tree, dict, str(path))
     written = schema.convert(dict[str, Any], tree.pop(WRITTEN, {}), str(path), WRITTEN)
     places, folder = schema.places(RunConfig), folder or Path(path).absolute().parent
     for key, value in list(schema.flatten(tree)):
@@ -296,7 +302,23 @@ def from_mapping(tree: Mapping[str, Any], where: str) -> RunConfig:
     """A validated RunConfig; `where` names the source in errors."""
     config = _build(tree, where)
     _validate(config, where)
+    training = config.training
+    if training.init_from is not None and training.init_sha256 is None:
+        weights = initial_weights(training.init_from, f"{where}: training.init_from")
+        config = replace(config, training={"init_sha256": contents.sha256_of(weights)})
     return config
+
+
+def initial_weights(name: str, where: str) -> Path:
+    """The weights file of the run that `training.init_from` names. Raises TsaeError if there is none."""
+    folder = Path(name).expanduser()
+    for place in (folder, folder / "trainer_0", home() / "checkpoints" / name / "trainer_0"):
+        if (place / "ae.pt").is_file():
+            return place / "ae.pt"
+    raise TsaeError(
+        f"{where}: {name}: no ae.pt is here, nor in a trainer_0/, nor in a run of that name under {home() / 'checkpoints'}; "
+        "a dictionary of another library or of the hub becomes a run by `tsae import`"
+    )
 
 
 def _build(tree: Mapping[str, Any], where: str) -> RunConfig:
@@ -370,6 +392,11 @@ def _validate(config: RunConfig, where: str) -> None:
     )
 
     steps = training.steps
+    check(
+        "training.init_sha256",
+        training.init_from is not None or training.init_sha256 is None,
+        "it is the content of what training.init_from names, and that is not given",
+    )
     check(
         "training.warmup_steps",
         training.warmup_steps is None or training.warmup_steps < steps,
@@ -511,7 +538,7 @@ def training_settings(config: RunConfig) -> dict[str, Any]:
     plain = {**store_settings(config), **_plain(config, others)}
     plain["data"] |= left_out_settings(config)
     plain["training"]["pair_rule"] = config.pair_rule
-    places = ("device", "processes", "shard", "trackers", "wandb_project", "wandb_entity")
+    places = ("init_from", "device", "processes", "shard", "trackers", "wandb_project", "wandb_entity")
     for name in (*places, "resume_every", "resume_minutes", "resume_keep", "pack"):
         plain["training"].pop(name, None)
     return plain

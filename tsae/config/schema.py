@@ -25,6 +25,7 @@ import yaml
 from tsae.config.bounds import Added, Bound, OneOf
 from tsae.config.paths import Located, Place, as_written
 from tsae.runtime.errors import TsaeError, suggestion
+from tsae.runtime.secrets import hide
 
 T = TypeVar("T")
 
@@ -76,6 +77,8 @@ def parse_overrides(assignments: list[str]) -> dict[str, Any]:
             value = yaml.safe_load(text) if text else None
         except (yaml.YAMLError, ValueError, RecursionError):
             raise TsaeError(f"command line: {path}: '{text[:60]}' is not a YAML value") from None
+        if value == {}:
+            raise TsaeError(f"command line: {path}: {{}} changes nothing; an override has the form section.key=value")
         flat.update(flatten({path: value}))
     return flat
 
@@ -167,7 +170,7 @@ def convert(hint: Any, value: Any, where: str, path: str) -> Any:
             if isinstance(mark, Bound) and found is not None and not mark.holds(found):
                 shown = str(list(found) if isinstance(found, tuple) else found)
                 shown = shown if shown.isprintable() else repr(shown)
-                raise TsaeError(f"{where}: {path}: {shown} is impossible; {mark.words}")
+                raise TsaeError(f"{where}: {path}: {hide(shown)} is impossible; {mark.words}")
         return found
     if origin in (Literal, Annotated):
         allowed = _allowed(hint)

@@ -289,6 +289,10 @@ class TrainingConfig:
 
     steps: Count = 1000
     """Optimizer steps."""
+    init_from: Annotated[str | None, Place(holds=("ae.pt", "trainer_0/ae.pt")), Added(None)] = None
+    """Run whose weights training begins with, in place of random ones: its folder, or its name under TSAE_HOME/checkpoints. `sae.kind` must be of its class; with more latents than it has, its own come first in each group and the others begin afresh. Moments, threshold and schedules are new."""
+    init_sha256: Annotated[str | None, Added(None)] = None
+    """Content of those weights, which decides the run; filled in by itself, and checked where it is given."""
     batch_size: Count = 2048
     """Pairs (or single tokens) per step, over all processes."""
     lr: Positive | None = None

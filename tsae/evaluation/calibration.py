@@ -5,7 +5,6 @@ Legend: N tokens of a batch, D activation_dim, F dict_size.
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
 from collections.abc import Iterator
@@ -15,11 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tsae.checkpoint import RunFolder, load_dictionary, save_dictionary
+from tsae.checkpoint import CALIBRATION, RunFolder, load_dictionary, save_run
 from tsae.config.run import RunConfig
 from tsae.evaluation.held_out import held_out_batches, held_out_rows, runs
 from tsae.interop.folders import new_folder
-from tsae.runtime import files
+from tsae.runtime import metadata
 from tsae.runtime.errors import TsaeError
 from tsae.runtime.progress import Progress
 from tsae.sae.dictionary import UNCALIBRATED, ThresholdDictionary
@@ -67,9 +66,8 @@ def calibrate(
         "after": _measures(dictionary, held_out),
         "tokens": held_out.tokens,
     }
-    files.write_json(run.calibration, record)
-    files.write_json(run.config_json, {**written, "calibration": record})
-    save_dictionary(run.weights, dictionary)
+    metadata.write(run.calibration, record)
+    save_run(run, {**written, "calibration": record}, dictionary)
     return record
 
 
@@ -190,5 +188,5 @@ def _measures(dictionary: ThresholdDictionary, held_out: _HeldOut) -> dict[str, 
 def _tracked_threshold(run: RunFolder, dictionary: ThresholdDictionary) -> float:
     """What training left in the weights, whatever calibrations came after it; −1 if nothing."""
     if run.calibration.exists():
-        return float(json.loads(run.calibration.read_text())["tracked_threshold"])
+        return float(metadata.read(run.calibration, CALIBRATION)["tracked_threshold"])
     return float(dictionary.threshold) if dictionary.threshold >= 0 else UNCALIBRATED

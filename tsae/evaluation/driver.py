@@ -12,14 +12,14 @@ from tsae.checkpoint import RunFolder, load_dictionary
 from tsae.config.run import Counted, RunConfig
 from tsae.evaluation import figure, ground_truth
 from tsae.evaluation.held_out import held_out_batches, held_out_rows
-from tsae.evaluation.identity import made_from
+from tsae.evaluation.identity import made_from, measured_with
 from tsae.evaluation.loss_recovered import SequenceLosses, sequence_losses
 from tsae.evaluation.results import loss_results, plain, summarise, truth_results
 from tsae.evaluation.scores import Scores
 from tsae.interop.origin import require_same_place
 from tsae.parallel.group import Group, in_turns
 from tsae.parallel.rendezvous import together
-from tsae.runtime import files
+from tsae.runtime import metadata
 from tsae.runtime.environment import own_device
 from tsae.runtime.errors import TsaeError
 from tsae.runtime.progress import Progress
@@ -86,11 +86,12 @@ def _write(
         "threshold": dictionary.scalar_threshold,
         "config_hash": config.evaluation_hash,
         "made_from": made_from(config, run),
+        "measured_with": measured_with(config),
         "trained_on_other_data": binding.is_measured_elsewhere(run),
         **binding.inexact(run),
     }
     figure.draw(results, run.result("eval_results", "png"))
-    files.write_json(run.eval_results, results)
+    metadata.write(run.eval_results, results)
 
 
 def _score(

@@ -22,7 +22,7 @@ from tsae.evaluation import recovery
 from tsae.evaluation.recovery import Split
 from tsae.evaluation.smoothness import active_code, smoothness, split_ranges
 from tsae.plotting import MARKERS, PALETTE, figure
-from tsae.runtime import files
+from tsae.runtime import metadata
 from tsae.runtime.errors import TsaeError
 from tsae.sae.dictionary import Dictionary
 from tsae.store.layout import store_path
@@ -63,7 +63,7 @@ def measure(config: RunConfig, run: RunFolder, dictionary: Dictionary, store: St
         sizes = (high, dictionary.dict_size - high)
     results = compare(truth, features, codes, x, dictionary.W_dec.cpu(), sizes)
     draw(results, run.result("synthetic", "png"))
-    files.write_json(run.result("synthetic", "json"), results)
+    metadata.write(run.result("synthetic", "json"), results)
     return results
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import tsae.evaluation.results  # noqa: F401  (declares its measures)
 from tsae.checkpoint import RunFolder
 from tsae.config import schema
@@ -19,6 +21,12 @@ def made_from(config: RunConfig, run: RunFolder) -> dict[str, str]:
         "settings": config.evaluation_hash,
         "measures": schema.stable_hash(measures),
     }
+
+
+def measured_with(config: RunConfig) -> dict[str, Any]:
+    """The sections that an evaluation goes by, as a tree: of a run from elsewhere nothing else tells them later."""
+    tree = schema.to_plain(config)
+    return {name: tree[name] for name in ("model", "data", "synthetic", "store", "evaluation") if tree.get(name)}
 
 
 def is_evaluated(config: RunConfig, run: RunFolder) -> bool:

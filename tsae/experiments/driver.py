@@ -24,7 +24,7 @@ from tsae.data.labelled import content_of
 from tsae.evaluation.measures import versions
 from tsae.experiments.answers.ask import content_of_answers
 from tsae.experiments.registry import EXPERIMENTS, declare_measures, module_of, settings_of
-from tsae.runtime import files, preemption
+from tsae.runtime import metadata, preemption
 from tsae.runtime.errors import TsaeError
 from tsae.store import binding
 
@@ -33,6 +33,12 @@ if TYPE_CHECKING:
 
 
 log = logging.getLogger("tsae")
+NUMBERS = {str: (None, float)}
+RESULTS = {
+    **{"experiment": str, "made_from": dict, "subject": dict, "settings": dict},
+    **{"headline?": NUMBERS, "half_width_95?": NUMBERS, "explanations_hash?": str},
+}
+"""What every experiment's results hold."""
 declare_measures()
 
 
@@ -70,7 +76,7 @@ def run(
         path = run.result(_stem(config, name, chunk, checkpoint), "json")
         current = _is_current(run, name, config, chunk, checkpoint)
         if current and experiment.explained:
-            current = files.read_whole_json(path).get("explanations_hash") == explanations_hash(subject.explanations)
+            current = read_results(path).get("explanations_hash") == explanations_hash(subject.explanations)
         if not current:
             _make(name, subject, chunk)
         else:
@@ -85,7 +91,12 @@ def run(
 def draw_again(name: str, path: Path) -> None:
     """Draw the picture beside complete results, with what lies beside them now; in a folder that may be written."""
     if os.access(path.parent, os.W_OK):
-        module_of(name).draw(files.read_whole_json(path), path.with_suffix(".png"))
+        module_of(name).draw(read_results(path), path.with_suffix(".png"))
+
+
+def read_results(path: Path) -> dict[str, Any]:
+    """The results in a file of an experiment; empty where there is none or it is damaged, so that they are made again."""
+    return metadata.whole(path, RESULTS)
 
 
 def is_done(config: RunConfig, run: RunFolder, name: str) -> bool:
@@ -100,9 +111,9 @@ def is_done(config: RunConfig, run: RunFolder, name: str) -> bool:
     if not EXPERIMENTS[name].explained:
         return True
     found = find_explanations(run)
-    wanted = explanations_hash({} if found is None else files.read_whole_json(found))
+    wanted = explanations_hash({} if found is None else metadata.whole(found))
     paths = (run.result(_stem(config, name, chunk, None), "json") for chunk in chunks)
-    return all(files.read_whole_json(path).get("explanations_hash") == wanted for path in paths)
+    return all(read_results(path).get("explanations_hash") == wanted for path in paths)
 
 
 def made_from(
@@ -144,7 +155,7 @@ def headlines(run: RunFolder, config: RunConfig) -> dict[str, tuple[float, float
     """Every complete experiment's headline numbers, `probing_chunk0/semantics` → (value, half-width of its interval)."""
     found: dict[str, tuple[float, float | None]] = {}
     for path in (path for name in EXPERIMENTS for path in files_of(run, config, name)):
-        results = files.read_whole_json(path)
+        results = read_results(path)
         half = results.get("half_width_95", {})
         for measure, value in results.get("headline", {}).items():
             if value is not None:
@@ -175,7 +186,7 @@ def _make(name: str, subject: Subject, chunk: int | None) -> None:
         results |= module.measure(subject, settings, chunk)
     stem = _stem(subject.config, name, chunk, subject.checkpoint)
     module.draw(results, subject.run.result(stem, "png"))
-    files.write_json(subject.run.result(stem, "json"), results)
+    metadata.write(subject.run.result(stem, "json"), results)
 
 
 def _stem(config: RunConfig, name: str, chunk: int | None, checkpoint: str | None) -> str:
@@ -192,7 +203,7 @@ def _stem(config: RunConfig, name: str, chunk: int | None, checkpoint: str | Non
 
 def _is_current(run: RunFolder, name: str, config: RunConfig, chunk: int | None, checkpoint: str | None) -> bool:
     path = run.result(_stem(config, name, chunk, checkpoint), "json")
-    found = files.read_whole_json(path).get("made_from")
+    found = read_results(path).get("made_from")
     return found is not None and bool(found == made_from(config, run, name, chunk, checkpoint))
 
 

@@ -9,10 +9,13 @@ from typing import Any
 
 from tsae.checkpoint import RunFolder, find_dictionary, load_dictionary
 from tsae.interop.origin import read_json
-from tsae.runtime import contents
+from tsae.runtime import contents, metadata
 from tsae.runtime.errors import TsaeError
-from tsae.runtime.files import read_whole_json, write_json
+from tsae.runtime.files import write_json
 from tsae.store.binding import weights_identity
+
+OWN = {"explanations?": {"sha256": str}, "made_from?": dict}
+"""What is read of the results of `tsae explain`."""
 
 log = logging.getLogger("tsae")
 
@@ -34,7 +37,7 @@ def find_explanations(run: RunFolder) -> Path | None:
 
 
 def _are_of_other_weights(run: RunFolder, path: Path) -> bool:
-    made = read_whole_json(RunFolder(path.parent).result("autointerp", "json"))
+    made = metadata.whole(RunFolder(path.parent).result("autointerp", "json"), OWN)
     own = made.get("explanations", {}).get("sha256") == contents.sha256_of(path)
     return own and made.get("made_from", {}).get("weights") not in (None, weights_identity(run))
 

@@ -11,14 +11,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tsae.checkpoint import RunFolder, find_dictionary, load_dictionary, save_dictionary
+from tsae.checkpoint import RunFolder, find_dictionary, load_dictionary, of_new_weights, save_run
 from tsae.interop import sae_lens
 from tsae.interop.explanations import find_explanations, read_explanations, write_explanations
 from tsae.interop.folders import new_folder
 from tsae.interop.origin import Origin, origin_of
 from tsae.interop.portable import has_unit_rows, portable, recentred, state_dict, with_unit_rows
 from tsae.runtime.errors import TsaeError, suggestion
-from tsae.runtime.files import write_json
 from tsae.sae.dictionary import Dictionary, ThresholdDictionary
 from tsae.sae.kinds import BatchTopKSAE, classes, from_state, kind_of_class
 from tsae.store.binding import weights_identity
@@ -162,9 +161,7 @@ def write_reference(folder: Path, source: Source) -> None:
 
 
 def _write_reference(folder: Path, dictionary: Dictionary, config: dict[str, Any]) -> None:
-    files = RunFolder(folder)
-    write_json(files.config_json, config)
-    save_dictionary(files.weights, dictionary)
+    save_run(RunFolder(folder), of_new_weights(config), dictionary)
 
 
 WRITERS: dict[str, Callable[[Path, Source], None]] = {

@@ -10,15 +10,16 @@ from typing import Any
 import yaml
 
 import tsae.evaluation.results  # noqa: F401  (declares what the table may hold)
-from tsae.checkpoint import RunFolder, find_dictionary, save_dictionary
+from tsae.checkpoint import RunFolder, find_dictionary, of_new_weights, save_run
 from tsae.config.run import WRITTEN
 from tsae.config.schema import read_yaml
 from tsae.evaluation.measures import REGISTRY
 from tsae.interop.explanations import write_explanations
 from tsae.interop.export import Source, open_source, write
 from tsae.interop.folders import new_folder
+from tsae.runtime import metadata
 from tsae.runtime.errors import TsaeError
-from tsae.runtime.files import write_json, write_text
+from tsae.runtime.files import write_text
 from tsae.store.binding import weights_identity
 
 EXTRA_FORMATS = ("sae_lens", "sae_bench")
@@ -61,17 +62,16 @@ def prepare(
     run_folder = RunFolder(find_dictionary(run))
     with new_folder(out) as folder:
         target = RunFolder(folder)
-        write_json(target.config_json, source.config)
-        save_dictionary(target.weights, source.dictionary)
+        save_run(target, of_new_weights(source.config), source.dictionary)
         if run_folder.resolved.is_file():
             settings = _shortened(read_yaml(run_folder.resolved))
-            for key in ("training_hash", WRITTEN):
+            for key in ("training_hash", metadata.DIGEST, WRITTEN):
                 settings.pop(key, None)
             settings.get("store", {}).pop("path", None)
             write_text(target.resolved, yaml.safe_dump(settings, sort_keys=False))
         if source.results:
             made = source.results.get("made_from", {}) | {"weights": weights_identity(target)}
-            write_json(target.eval_results, {**source.results, "made_from": made})
+            metadata.write(target.eval_results, {**source.results, "made_from": made})
             figure = run_folder.result("eval_results", "png")
             if figure.is_file():
                 target.result("eval_results", "png").write_bytes(figure.read_bytes())

@@ -10,6 +10,7 @@ from tsae.checkpoint import RunFolder
 from tsae.config.run import RunConfig
 from tsae.interop.place import Place, find_place, lens_hook, lens_name, module_path
 from tsae.runtime.errors import TsaeError
+from tsae.store.binding import written_of
 
 UNKNOWN = "unknown"
 """The model of a file that names none."""
@@ -63,7 +64,7 @@ def origin_of(config: dict[str, Any], folder: Path) -> Origin:
     Raises TsaeError if it contradicts itself or names a place that is the output of no module.
     """
     trainer, buffer = config.get("trainer", {}), config.get("buffer") or {}
-    record = read_json(RunFolder(folder).provenance) if RunFolder(folder).provenance.is_file() else {}
+    record = written_of(RunFolder(folder))
     place = _place(trainer, buffer, str(RunFolder(folder).config_json))
     return Origin(
         model=place.model or UNKNOWN,

@@ -13,13 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tsae.checkpoint import RunFolder, save_dictionary
+from tsae.checkpoint import RunFolder, save_run
 from tsae.interop.folders import new_folder
 from tsae.interop.origin import UNKNOWN, Origin, read_json
 from tsae.interop.place import Place, find_place, hub_name
 from tsae.interop.portable import Portable, has_unit_rows, portable, recentred, state_dict, with_unit_rows
+from tsae.runtime import metadata as records
 from tsae.runtime.errors import SLIP, TsaeError, suggestion
 from tsae.runtime.files import write_json
+from tsae.runtime.metadata import COUNT
 from tsae.sae.dictionary import Dictionary, ThresholdDictionary
 from tsae.sae.kinds import AutoEncoderTopK, TemporalMatryoshkaBatchTopKSAE, classes, from_state
 
@@ -61,6 +63,21 @@ LOADING = (
     *("trust_remote_code", "cache_dir", "local_files_only"),
 )
 """Arguments that a language model is loaded with and that leave the places that are read here as they are."""
+
+
+_ABOUT = {
+    **dict.fromkeys(("model_name?", "hook_name?", "hook_point?", "hf_hook_name?", "hook_name_out?"), (None, str)),
+    **dict.fromkeys(("dataset_path?", "tsae_dict_class?", "tsae_temporal?", "hf_hook_name_out?"), (None, str)),
+    **dict.fromkeys(("context_size?", "tsae_k?"), (None, COUNT)),
+    **{"prepend_bos?": (None, bool), "tsae_group_sizes?": (None, [COUNT]), "sae_lens_version?": (None, str)},
+    "model_from_pretrained_kwargs?": (None, dict),
+}
+SHAPE = {
+    **_ABOUT,
+    **{"d_in": COUNT, "d_sae": COUNT, "metadata?": (None, _ABOUT), "activation_fn_kwargs?": (None, dict)},
+    "apply_b_dec_to_input?": (None, bool, float),
+}
+"""What is relied on of a cfg.json of any version."""
 
 
 def write(folder: Path, dictionary: Dictionary, origin: Origin, notes: dict[str, Any], where: str) -> None:
@@ -120,9 +137,7 @@ def load(folder: str | Path) -> tuple[Dictionary, dict[str, Any]]:
     Raises TsaeError for architectures, normalisations and tensors that have no exact counterpart here.
     """
     folder = Path(folder)
-    config = read_json(folder / CONFIG)
-    if not isinstance(config.get("metadata") or {}, dict):
-        raise TsaeError(f"{folder / CONFIG}: metadata: a JSON object is expected")
+    config = records.read(folder / CONFIG, SHAPE)
     modern = _is_modern(config)
     if not modern:
         config = _modernised(config, str(folder / CONFIG))
@@ -155,8 +170,7 @@ def import_folder(source: str | Path, out: str | Path) -> Path:
     with new_folder(out) as folder:
         # A run's files lie in trainer_0/ below its name.
         run = RunFolder(folder / "trainer_0")
-        write_json(run.config_json, config)
-        save_dictionary(run.weights, dictionary)
+        save_run(run, config, dictionary)
     return Path(out)
 
 

@@ -16,7 +16,7 @@ from tsae.config import run as configuration
 from tsae.config import schema
 from tsae.config.paths import restored
 from tsae.config.run import RunConfig
-from tsae.interop.origin import origin_of, read_json
+from tsae.interop.origin import origin_of
 from tsae.interop.place import Place
 from tsae.runtime.errors import TsaeError, suggestion
 from tsae.store.layout import StoreLayout
@@ -71,7 +71,7 @@ def settings_of(
     )
     ours = run.resolved.exists()
     config = configuration.load_resolved(run.resolved, used) if ours else None
-    trained = Place.of(config) if config else origin_of(read_json(run.config_json), run.path).place
+    trained = Place.of(config) if config else origin_of(run.read_config(), run.path).place
     part = trained.difference(asked)
     if part is not None:
         given = asked.model if part == "model" else asked.block
@@ -96,7 +96,7 @@ def _told(run: RunFolder, trained: Place, asked: Place, extra: Mapping[str, Any]
         return _of_store(
             StoreLayout(extra["store.path"]), run, Place(model, layer, None if layer is not None else trained.module)
         )
-    written = read_json(run.config_json)
+    written = run.read_config()
     origin = origin_of(written, run.path)
     prepended = (written.get("sae_lens") or {}).get("prepend_bos")
     data = {

@@ -54,10 +54,15 @@ def head_of(path: Path) -> dict[str, Any]:
 
 
 def config_of(path: Path) -> dict[str, Any]:
-    """What a config.json would say of the model: `model_type` and, where they are told, `num_hidden_layers` and `vocab_size`."""
+    """What a config.json would say of the model: `model_type` and, where they are told, its sizes."""
     head = head_of(path)
     name = head["general.architecture"]
-    told = {"num_hidden_layers": head.get(f"{name}.block_count"), "vocab_size": head.get("tokenizer.ggml.tokens")}
+    told = {
+        "num_hidden_layers": head.get(f"{name}.block_count"),
+        "hidden_size": head.get(f"{name}.embedding_length"),
+        "intermediate_size": head.get(f"{name}.feed_forward_length"),
+        "vocab_size": head.get("tokenizer.ggml.tokens"),
+    }
     return {"model_type": MODEL_TYPES.get(name, name), **{key: said for key, said in told.items() if said is not None}}
 
 

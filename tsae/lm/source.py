@@ -42,9 +42,11 @@ def local_path(model: ModelConfig) -> Path | None:
     path = Path(model.name).expanduser()
     if path.is_dir():
         # Folders that a GGUF was downloaded into may hold a config.json beside it, and nothing that it configures.
-        whole = (path / "config.json").is_file() and (_weights_in(path) or not any(path.glob(f"*{SUFFIX}")))
+        whole = (path / "config.json").is_file() and (weights_in(path) or not any(path.glob(f"*{SUFFIX}")))
         return path if whole else _only_gguf(path)
     if path.exists():
+        if not path.is_file():
+            raise TsaeError(f"model.name: {path} is neither a folder nor a file; name a model folder or a GGUF file")
         head_of(path)
         return path
     if model.name.startswith(("/", ".", "~")) or model.name.count("/") > 1 or model.name.endswith(SUFFIX):
@@ -77,10 +79,10 @@ def check_model(model: ModelConfig, where: str, exclude_tokens: Sequence[int] = 
         config = known_config(model)
         if config is None:
             return
-        check_tokens(model, exclude_tokens, _number(config, ("vocab_size",)))
+        check_tokens(model, exclude_tokens, number_in(config, ("vocab_size",)))
     except TsaeError as error:
         raise TsaeError(f"{where}: {error}") from None
-    depth = _number(config, DEPTH_KEYS)
+    depth = number_in(config, DEPTH_KEYS)
     if model.hook_point is None and depth is not None and model.layer >= depth:
         raise TsaeError(f"{where}: model.layer: {model.layer} is impossible; {model.name} has blocks 0 to {depth - 1}")
 
@@ -103,7 +105,7 @@ def known_config(model: ModelConfig) -> dict[str, Any] | None:
     place = local_path(model)
     if place is not None and place.is_file():
         return config_of(place)
-    path = place / "config.json" if place is not None else _in_cache(model)
+    path = place / "config.json" if place is not None else in_cache(model)
     if path is None:
         return None
     try:
@@ -112,7 +114,7 @@ def known_config(model: ModelConfig) -> dict[str, Any] | None:
         raise TsaeError(f"model.name: {path} is not the configuration of a model: {error}") from None
 
 
-def _in_cache(model: ModelConfig) -> Path | None:
+def in_cache(model: ModelConfig) -> Path | None:
     """config.json of a hub model in the local cache, below the folder of its commit."""
     from huggingface_hub import try_to_load_from_cache
 
@@ -120,7 +122,7 @@ def _in_cache(model: ModelConfig) -> Path | None:
     return Path(found) if isinstance(found, str) else None
 
 
-def _number(config: dict[str, Any], keys: Sequence[str]) -> int | None:
+def number_in(config: dict[str, Any], keys: Sequence[str]) -> int | None:
     """The first of `keys` that tells a number, of the language model in a model of several parts before the whole's."""
     part = config.get("text_config")
     for tree in (part if isinstance(part, dict) else {}, config):
@@ -151,7 +153,7 @@ def fingerprint_before(model: ModelConfig) -> str:
     if place is None or place.is_file() or model.name == EMBEDDED:
         return weights_fingerprint(model)
     digest = hashlib.sha256()
-    for path in _weights_in(place):
+    for path in weights_in(place):
         size = path.stat().st_size
         digest.update(f"{path.name} {size}\n".encode())
         with open(path, "rb") as stream:
@@ -168,16 +170,17 @@ def model_files(model: ModelConfig) -> list[Path]:
         return []
     if place.is_file():
         return [place]
-    return [*_weights_in(place), *(path for pattern in DECIDING for path in sorted(place.glob(pattern)))]
+    return [*weights_in(place), *(path for pattern in DECIDING for path in sorted(place.glob(pattern)))]
 
 
-def _weights_in(folder: Path) -> list[Path]:
+def weights_in(folder: Path) -> list[Path]:
+    """The files that hold the weights of a model folder."""
     return sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
 
 
 def cached_commit(model: ModelConfig) -> str | None:
     """The commit of a hub model that the local cache has for its revision; None for others, and where there is none."""
-    found = _in_cache(model) if local_path(model) is None else None
+    found = in_cache(model) if local_path(model) is None else None
     return found.parent.name if found else None
 
 

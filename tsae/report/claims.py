@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from tsae.evaluation.measures import FVE
 from tsae.report.compared import Compared
-from tsae.runtime import files
+from tsae.runtime import files, metadata
 from tsae.runtime.errors import TsaeError
 
 if TYPE_CHECKING:
@@ -180,6 +180,6 @@ def write_claims(compared: Compared) -> list[Verdict]:
     plain = [
         {name: None if value != value else value for name, value in asdict(verdict).items()} for verdict in verdicts
     ]
-    files.write_json(folder / "claims.json", {"sweep": compared.name, "claims": plain})
+    metadata.write(folder / "claims.json", {"sweep": compared.name, "claims": plain})
     files.write_text(folder / "claims.md", as_text(compared, verdicts))
     return verdicts

@@ -9,7 +9,7 @@ from typing import Any
 from tsae.checkpoint import RunFolder
 from tsae.config import schema
 from tsae.config.points import Point
-from tsae.runtime import files
+from tsae.runtime import metadata
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +58,7 @@ class Compared:
 
     def is_current(self) -> bool:
         """Whether the report on disk shows the results that are there now."""
-        made = files.read_whole_json(self.record).get("made_from")
+        made = metadata.whole(self.record).get("made_from")
         return self.page.exists() and bool(made == self.hash_of_results())
 
     def anything(self) -> bool:

@@ -8,6 +8,7 @@ import math
 import os
 import time
 import urllib.parse
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,8 @@ from tsae.evaluation.measures import REGISTRY, Chart, Measure, label, shown_in
 from tsae.experiments.driver import draw_again, files_of
 from tsae.experiments.registry import EXPERIMENTS
 from tsae.pages import render
-from tsae.report.summary import Group, Summary, compare
-from tsae.report.text import figures, sentences
+from tsae.report.summary import Summary, compare
+from tsae.report.text import figures, sentences, with_interval
 
 LONG_TABLE = 40
 """Rows above which a table scrolls in a box of its own."""
@@ -33,19 +34,30 @@ MOST_BYTES = 24_000_000
 """Pictures of experiments that a page carries; beyond that it tells where they are."""
 
 
-def as_page(summary: Summary, charts: list[tuple[Chart, Path]], claims: dict[str, Any] | None = None) -> str:
-    """The whole page; `claims` are those of `claims.section`."""
+def as_page(
+    summary: Summary,
+    charts: list[tuple[Chart, Path]],
+    claims: dict[str, Any] | None = None,
+    apart: Mapping[str, Summary] | None = None,
+    notes: Sequence[tuple[str, str]] = (),
+) -> str:
+    """The whole page; `claims` are those of `claims.section`, `notes` further warnings.
+
+    `apart` are the points by what they were measured on, in words, where that is not the same: nothing is said across them.
+    """
     compared, rows = summary.compared, [row for row in summary.rows if not row.missing]
     swept = short_names([key for row in rows for key in row.point.axes])
     return render(
         "report/page.html",
         title=compared.name,
-        lead=_lead(summary),
-        warnings=_warnings(summary),
-        sentences=sentences(summary),
+        lead=_lead(summary, len(apart or ())),
+        warnings=[*notes, *_warnings(summary)],
+        sentences=[f"{name}: {text}" for name, own in apart.items() for text in sentences(own)]
+        if apart
+        else sentences(summary),
         claims=claims,
         summary=_summary_table(summary),
-        differences=_differences(summary),
+        differences={"rows": []} if apart else _differences(summary),
         figures=[(_picture(path, chart.title), chart.caption) for chart, path in charts],
         experiments=_experiments(summary),
         points=rows,
@@ -60,13 +72,15 @@ def as_page(summary: Summary, charts: list[tuple[Chart, Path]], claims: dict[str
     )
 
 
-def _lead(summary: Summary) -> str:
+def _lead(summary: Summary, apart: int) -> str:
     """How many points over what, of which model, when."""
     config = summary.compared.points[0].config
     axes = short_names([key for point in summary.compared.points for key in point.axes])
     done = len(summary.rows) - len(summary.missing)
     parts = [f"{done} of {len(summary.rows)} points over {', '.join(axes.values())}"]
-    if config.is_synthetic:
+    if apart:
+        parts.append(f"measured on {apart} different things")
+    elif config.is_synthetic:
         parts.append(f"synthetic world ({config.synthetic.preset})")
     else:
         parts.append(f"{config.model.name}, {config.model.hook_point or f'layer {config.model.layer}'}")
@@ -121,7 +135,7 @@ def _summary_table(summary: Summary) -> dict[str, Any]:
             {
                 "settings": [shown(group.value(key)) for key in keys],
                 "seeds": sum(not row.missing for row in group.rows),
-                "cells": [_cell(group, name) for name in names],
+                "cells": [with_interval(*group.interval(name)) for name in names],
             }
             for group in summary.groups
         ],
@@ -132,18 +146,6 @@ def _summary_table(summary: Summary) -> dict[str, Any]:
 def _members(measures: list[Measure]) -> list[str]:
     """What tells measures of a family apart; the one that is alone needs nothing."""
     return [measure.member or ("all" if len(measures) > 1 else "") for measure in measures]
-
-
-def _cell(group: Group, measure: str) -> tuple[str, str]:
-    """A mean and its interval as text, the latter empty where it is not known."""
-    mean, half = group.interval(measure)
-    if half != half:
-        return figures(mean, 3), ""
-    # As many decimals as the value deserves, and enough to show the first digit of its interval.
-    # What is left of a difference of equal numbers is rounding.
-    first_digit = -math.floor(math.log10(half)) if half > 1e-9 * abs(mean) else 0
-    decimals = min(max(len(figures(mean, 3).partition(".")[2]), first_digit), 5)
-    return f"{mean:.{decimals}f}", f"{half:.{decimals}f}"
 
 
 def _words(name: str) -> str:

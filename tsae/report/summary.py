@@ -8,16 +8,17 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from tsae.checkpoint import RunFolder
+from tsae.checkpoint import RESULTS, RunFolder
 from tsae.config.points import Point, short_names, shown
 from tsae.evaluation.identity import is_evaluated
 from tsae.evaluation.measures import in_order, scalars, shown_in
 from tsae.experiments.driver import headlines
 from tsae.experiments.registry import declare_measures
 from tsae.report.compared import Compared
+from tsae.runtime import metadata
 from tsae.runtime.errors import TsaeError
 from tsae.store.binding import difference
-from tsae.training.splits import last_line, trouble
+from tsae.training.splits import damaged_end, last_line, trouble
 
 declare_measures()
 
@@ -171,14 +172,29 @@ def summarise(compared: Compared) -> Summary:
 
 
 def _row(compared: Compared, point: Point, run: RunFolder) -> Row:
+    try:
+        return _row_of_sound(compared, point, run)
+    except TsaeError as error:
+        return Row(point, {}, {}, f"damaged: {error}")
+
+
+def _row_of_sound(compared: Compared, point: Point, run: RunFolder) -> Row:
     experiments = headlines(run, point.config)
     if is_evaluated(point.config, run):
         results = run.read_results()
-        found = trouble(last_line(run.metrics), point.config)
+        found = damaged_end(run.metrics) or trouble(last_line(run.metrics), point.config)
         return Row(point, results, experiments, "", _changed(run, point, results), str(found or ""))
     if experiments and not compared.evaluated:
         return Row(point, {}, experiments, "")
-    return Row(point, {}, {}, "trained, not evaluated" if run.is_trained(point.config) else "not trained")
+    return Row(point, {}, {}, _missing(run, point))
+
+
+def _missing(run: RunFolder, point: Point) -> str:
+    """Why a point has no results."""
+    wrong = metadata.damage(run.eval_results, RESULTS)
+    if wrong:
+        return f"{run.eval_results}: {wrong}"
+    return "trained, not evaluated" if run.is_trained(point.config) else "not trained"
 
 
 def _changed(run: RunFolder, point: Point, results: dict[str, Any]) -> str:

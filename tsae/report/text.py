@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 from tsae.config.points import short_names, shown
 from tsae.evaluation.measures import label, shown_in
@@ -99,16 +100,27 @@ def short_table(summary: Summary) -> list[str]:
     for row in summary.rows:
         values = [figures(row.values.get(name, float("nan")), 3) for name in columns]
         cells.append([row.point.name, *values] if not row.missing else [row.point.name, f"({row.missing})"])
-    widths = [max(len(line[i]) for line in cells if len(line) == len(cells[0]) or not i) for i in range(len(cells[0]))]
-    return ["  ".join(_aligned(line, widths)).rstrip() for line in cells]
+    return aligned(cells)
 
 
-def _aligned(line: list[str], widths: list[int]) -> list[str]:
-    # The remark on a missing point stands in the place of all its figures, and there may be no column of figures.
-    return [
-        line[0].ljust(widths[0]),
-        *(cell.rjust(width) for cell, width in zip(line[1:], [*widths[1:], 0], strict=False)),
+def aligned(cells: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of a table whose first row is its head: names to the left, figures to the right.
+
+    A shorter row ends in a remark, which stands in the place of all its figures; there may be no column of figures.
+    """
+    whole = [line for line in cells if len(line) == len(cells[0])]
+    widths = [
+        max(len(line[0]) for line in cells),
+        *(max(map(len, column)) for column in list(zip(*whole, strict=True))[1:]),
     ]
+    padded = (
+        [
+            line[0].ljust(widths[0]),
+            *(cell.rjust(width) for cell, width in zip(line[1:], [*widths[1:], 0], strict=False)),
+        ]
+        for line in cells
+    )
+    return ["  ".join(line).rstrip() for line in padded]
 
 
 def as_csv(summary: Summary) -> str:
@@ -143,3 +155,14 @@ def figures(value: float, digits: int = 4) -> str:
     before_point = len(str(int(magnitude))) if magnitude >= 1 else 0
     decimals = max(0, digits - before_point)
     return f"{value:.{decimals}f}"
+
+
+def with_interval(mean: float, half: float) -> tuple[str, str]:
+    """A mean and the half-width of its interval as text, the latter empty where it is not known."""
+    if half != half:
+        return figures(mean, 3), ""
+    # As many decimals as the value deserves, and enough to show the first digit of its interval.
+    # What is left of a difference of equal numbers is rounding.
+    first_digit = -math.floor(math.log10(half)) if half > 1e-9 * abs(mean) else 0
+    decimals = min(max(len(figures(mean, 3).partition(".")[2]), first_digit), 5)
+    return f"{mean:.{decimals}f}", f"{half:.{decimals}f}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,7 +10,8 @@ from tsae import plotting
 from tsae.config.run import RunConfig
 from tsae.evaluation.measures import Chart
 from tsae.report.summary import Summary
-from tsae.training.splits import ALIVE
+from tsae.runtime import metadata
+from tsae.training.splits import ALIVE, LINE
 
 if TYPE_CHECKING:
     from matplotlib.artist import Artist
@@ -73,11 +73,10 @@ def draw_training(summary: Summary, folder: Path) -> list[tuple[Chart, Path]]:
 
 
 def _read(path: Path) -> Curve:
-    """Lines of a metrics.jsonl, the last among them."""
-    if not path.exists():
-        return []
-    lines = path.read_text().splitlines()
-    return [json.loads(line) for line in lines[-1 :: -(len(lines) // MOST_LINES + 1)]][::-1]
+    """Lines of a metrics.jsonl, the last among them, without those that are damaged."""
+    lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
+    drawn = [metadata.record(line, LINE) for line in lines[-1 :: -(len(lines) // MOST_LINES + 1)]][::-1]
+    return [line for line in drawn if line is not None]
 
 
 def _draw(axes: Axes, config: RunConfig, curve: Curve, measure: str) -> None:

@@ -6,15 +6,16 @@ May be run at any time, also while the sweep runs: points without results are na
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from tsae.report import text
 from tsae.report.claims import section, write_claims
 from tsae.report.compared import Compared
 from tsae.report.figures import draw_figures
 from tsae.report.page import as_page
-from tsae.report.summary import summarise
+from tsae.report.summary import Summary, summarise
 from tsae.report.training import draw_training
-from tsae.runtime import files
+from tsae.runtime import files, metadata
 
 
 def write_report(compared: Compared) -> Path:
@@ -28,7 +29,13 @@ def write_report(compared: Compared) -> Path:
     drawn = [*draw_figures(summary, page.parent), *draw_training(summary, page.parent)]
     judged = section(compared, write_claims(compared)) if compared.settings.claims else None
     files.write_text(page, as_page(summary, drawn, judged))
-    points = [
+    metadata.write(compared.record, {"sweep": compared.name, "made_from": state, "points": points_of(summary)})
+    return page
+
+
+def points_of(summary: Summary) -> list[dict[str, Any]]:
+    """The points with all that is known of them, for results.json."""
+    return [
         {
             "name": row.point.name,
             "axes": row.point.axes,
@@ -38,8 +45,6 @@ def write_report(compared: Compared) -> Path:
         }
         for row in summary.rows
     ]
-    files.write_json(compared.record, {"sweep": compared.name, "made_from": state, "points": points})
-    return page
 
 
 def short_table(compared: Compared) -> list[str]:

@@ -15,7 +15,7 @@ from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
-from tsae.runtime import files
+from tsae.runtime import metadata
 from tsae.runtime.environment import home
 from tsae.runtime.errors import TsaeError
 
@@ -37,7 +37,7 @@ def sha256_of(path: Path) -> str:
         if name in _known and _known[name][0] == stamp:
             return _known[name][1]
         record = home() / "contents" / f"{hashlib.sha256(name.encode()).hexdigest()[:32]}.json"
-        found = files.read_whole_json(record)
+        found = metadata.whole(record)
         if found.get("path") == name and found.get("stamp") == stamp and isinstance(found.get("sha256"), str):
             _known[name] = stamp, found["sha256"]
             return found["sha256"]
@@ -49,7 +49,7 @@ def sha256_of(path: Path) -> str:
     if time.time() - stamp[2] / 1e9 > RECENT_SECONDS:
         _known[name] = stamp, digest
         with suppress(OSError):  # a home that may not be written costs time, and nothing else
-            files.write_json(record, {"path": name, "stamp": stamp, "sha256": digest})
+            metadata.write(record, {"path": name, "stamp": stamp, "sha256": digest})
     return digest
 
 

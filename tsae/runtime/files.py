@@ -42,17 +42,8 @@ def write_text(path: str | Path, text: str) -> None:
 
 
 def write_json(path: str | Path, value: Any) -> None:
-    """Write `value` as indented JSON, atomically."""
+    """Write `value` as indented JSON, atomically; what we read again goes through `metadata.write`."""
     write_atomically(path, lambda stream: stream.write((json.dumps(value, indent=2) + "\n").encode()))
-
-
-def read_whole_json(path: str | Path) -> dict[str, Any]:
-    """The mapping in a JSON file that can be made again; empty where there is none or it is damaged."""
-    try:
-        found = json.loads(Path(path).read_bytes())
-    except (FileNotFoundError, NotADirectoryError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
 
 
 @contextmanager

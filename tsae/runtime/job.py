@@ -6,7 +6,6 @@ Schedulers are asked only whether a job lives; what became of it is what it wrot
 from __future__ import annotations
 
 import importlib
-import json
 import os
 import socket
 import sys
@@ -17,15 +16,22 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tsae.runtime import files, preemption
+from tsae.runtime import metadata, preemption
 from tsae.runtime.environment import process_count, process_rank
 from tsae.runtime.errors import TsaeError
 from tsae.runtime.locks import LockHeld
+from tsae.runtime.metadata import COUNT
 from tsae.runtime.state import Record, State
 
 MOST_RESTARTS = "TSAE_MOST_RESTARTS"
 """Names the variable that bounds how often one job may be started again."""
 WAIT_SECONDS = 5.0
+
+
+CALL = {
+    **{"record": str, "function": str, "arguments": list, "label": str, "attempt?": str, "executor?": str},
+    **{"processes?": COUNT, "log?": (None, str)},
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,12 +56,12 @@ class Call:
 
     def save(self, path: Path) -> None:
         """Write it as JSON, for `python -m tsae.runtime.job`."""
-        files.write_json(path, asdict(self))
+        metadata.write(path, asdict(self))
 
     @classmethod
     def load(cls, path: str | Path) -> Call:
         """The call in a JSON file."""
-        return cls(**json.loads(Path(path).read_text()))
+        return cls(**metadata.read(Path(path), CALL, "launch the sweep again"))
 
 
 @dataclass(frozen=True, kw_only=True)

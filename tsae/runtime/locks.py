@@ -12,7 +12,6 @@ can make the file that names the heir of exactly that owner; the heir counts as 
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import socket
 import sys
@@ -25,7 +24,7 @@ from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
 
-from tsae.runtime import files, preemption
+from tsae.runtime import files, metadata, preemption
 from tsae.runtime.errors import TsaeError
 
 HEARTBEAT_SECONDS = 15.0
@@ -60,6 +59,9 @@ class Owner:
 
     def __str__(self) -> str:
         return f"process {self.pid} on {self.host} since {time.strftime('%H:%M:%S', time.localtime(self.since))}"
+
+
+OWNER = {"host": str, "pid": metadata.COUNT, "started": str, "since": float, "table?": str}
 
 
 class LockHeld(TsaeError):
@@ -168,7 +170,7 @@ class Lock:
         return found is not None and found.text == self._text()
 
     def _text(self) -> str:
-        return json.dumps(asdict(self._owner), indent=2) + "\n"
+        return metadata.text_of(asdict(self._owner))
 
     def _remove_leftovers(self) -> None:
         """Remove what dead processes left when they took this lock; for its owner."""
@@ -243,10 +245,8 @@ class _Found:
     @property
     def owner(self) -> Owner | None:
         """Whom it names; None for what is not whole."""
-        try:
-            return Owner(**json.loads(self.text))
-        except (ValueError, TypeError):
-            return None
+        told = metadata.record(self.text.encode(), OWNER)
+        return None if told is None else Owner(**{name: told[name] for name in told if name in Owner.__annotations__})
 
     @property
     def token(self) -> str:

@@ -6,10 +6,16 @@ import sys
 import time
 from pathlib import Path
 
+from tsae.runtime import metadata
 from tsae.runtime.environment import process_rank
-from tsae.runtime.files import write_json
+from tsae.runtime.metadata import NATURAL
 
 LINE_SECONDS = 2.0
+SHAPE = {
+    **{"stage": str, "done": NATURAL, "total": (None, NATURAL), "unit": str, "rate": float, "message?": str},
+    "time": float,
+}
+"""What the file holds."""
 
 
 class Progress:
@@ -49,7 +55,7 @@ class Progress:
                 "message": message,
                 "time": time.time(),
             }
-            write_json(self.path, record)
+            metadata.write(self.path, record)
 
     def rate(self, done: int) -> float:
         """Units per second since this process began."""

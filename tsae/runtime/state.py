@@ -13,7 +13,8 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-from tsae.runtime import files
+from tsae.runtime import metadata
+from tsae.runtime.metadata import NATURAL
 
 
 class State(StrEnum):
@@ -51,6 +52,15 @@ IN_FILE = (
 """What state.json holds."""
 IN_QUEUE = ("state", "error", "cpus", "gpus", "started", "ended", "log", "pid", "pid_started", "elsewhere", "restarts")
 """What queue.json holds of each stage, where it is not at its default."""
+SHAPE = {
+    **dict.fromkeys(("stage?", "executor?", "job?", "attempt?", "host?", "error?", "pid_started?", "elsewhere?"), str),
+    **dict.fromkeys(("cluster?", "gpus?", "log?"), (None, str)),
+    **dict.fromkeys(("started?", "ended?", "began?"), (None, float)),
+    **dict.fromkeys(("restarts?", "preemptions?", "pid?", "cpus?"), (None, NATURAL)),
+}
+"""What records hold beside `state`."""
+QUEUE = {str: {"state?": set(State), **SHAPE}}
+"""What queue.json holds, by the stages' keys."""
 QUEUE_WORDS = {"started": "began", "restarts": "preemptions"}
 """What queue.json calls them."""
 
@@ -89,18 +99,13 @@ class Record:
     @classmethod
     def of(cls, folder: Path) -> Record | None:
         """What the last job said of itself in `folder`; None if none has started, or what it said cannot be read."""
-        found = files.read_whole_json(state_path(folder))
+        found = metadata.whole(state_path(folder), {"state": set(State), **SHAPE})
         known = {name: value for name, value in found.items() if name in IN_FILE and value is not None}
-        try:
-            return cls(**{**known, "state": State(known["state"])}) if known else None
-        except (KeyError, ValueError):  # of another version
-            return None
+        return cls(**{**known, "state": State(known["state"])}) if known else None
 
     def save(self, folder: Path) -> None:
         """Write state.json in `folder`."""
-        files.write_json(
-            state_path(folder), {name: getattr(self, name) for name in IN_FILE} | {"log": self.log or None}
-        )
+        metadata.write(state_path(folder), {name: getattr(self, name) for name in IN_FILE} | {"log": self.log or None})
 
     def enter(self, folder: Path, state: State, error: str = "") -> None:
         """Save this with `state`. Of several processes of one run that fail the first one tells why."""

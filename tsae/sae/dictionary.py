@@ -6,7 +6,7 @@ Legend of shapes: B batch, D activation_dim, F dict_size, G groups, K active per
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
@@ -68,6 +68,13 @@ class Dictionary(nn.Module, ABC):
         """One of these sizes, of which each class takes those that it has; its weights are not set yet."""
         del k, group_sizes
         return cls(activation_dim, dict_size)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Dictionary:
+        """Whole numbers (k, sizes) are asked for by the host alone, in every step: they stay with it."""
+        kept = {name: buffer for name, buffer in self._buffers.items() if _is_whole(buffer)}
+        super()._apply(fn, recurse)
+        self._buffers.update(kept)
+        return self
 
     @property
     def activation_dim(self) -> int:
@@ -189,6 +196,10 @@ class Dictionary(nn.Module, ABC):
                 f"{where}: not a {cls.__name__}: missing tensors {missing or 'none'}, "
                 f"unexpected tensors {extra or 'none'}; does dict_class in config.json match the weights?"
             )
+
+
+def _is_whole(buffer: Tensor | None) -> bool:
+    return buffer is not None and not buffer.is_floating_point()
 
 
 def is_finite(tensor: Tensor) -> bool:

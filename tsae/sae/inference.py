@@ -35,8 +35,7 @@ def in_units_written(code: SparseCode, row_norms: Tensor) -> SparseCode:
 @torch.no_grad()
 def decode_latents(dictionary: Dictionary, code: SparseCode, latents: slice) -> Tensor:
     """What a run of latents alone writes, [N, D]; without the bias."""
-    part, _ = code.within(latents)
-    return weighted_rows(part, dictionary.W_dec[latents])
+    return weighted_rows(code.within(latents).code, dictionary.W_dec[latents])
 
 
 @torch.no_grad()

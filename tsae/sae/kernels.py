@@ -3,6 +3,8 @@
 Sums over the entries of sparse codes (decode, sampled products, weight gradients), rounding to bfloat16, and the list of
 pre-activations above guesses. Imported by `tsae.sae.sparse.kernels_for` alone, and only where they run.
 
+An entry whose column, or target, is −1 is empty: nothing is read for it, and what is computed for it is 0.
+
 Every sum but `add_rows` has a fixed order, so results are the same bits in every run. Tile sizes are fixed as well:
 tuning them at run time would change the order.
 Shapes: N rows, D activation_dim, F dict_size, n entries or candidates, R rows or segments of entries.
@@ -66,7 +68,8 @@ def _weighted_rows(
     for first in range(start, stop, BLOCK_E):
         entry = first + tl.arange(0, BLOCK_E)
         live = entry < stop
-        column = tl.load(columns + entry, mask=live, other=0)
+        column = tl.load(columns + entry, mask=live, other=-1)
+        live = column >= 0
         value = tl.load(values + entry, mask=live, other=0.0)
         tile = tl.load(
             matrix + column[:, None] * matrix_stride + d[None, :], mask=live[:, None] & (d < width)[None, :], other=0.0
@@ -90,9 +93,10 @@ def _sampled_products(
     BLOCK_D: tl.constexpr,
 ):
     entry = tl.program_id(0).to(tl.int64) * BLOCK_E + tl.arange(0, BLOCK_E)
-    live = entry < count
+    column = tl.load(columns + entry, mask=entry < count, other=-1)
+    live = column >= 0
     x_row = x + tl.load(rows + entry, mask=live, other=0) * x_stride
-    matrix_row = matrix + tl.load(columns + entry, mask=live, other=0) * matrix_stride
+    matrix_row = matrix + column * matrix_stride
     total = tl.zeros((BLOCK_E, BLOCK_D), tl.float32)
     for first in range(0, width, BLOCK_D):
         d = first + tl.arange(0, BLOCK_D)
@@ -100,7 +104,7 @@ def _sampled_products(
         one = tl.load(x_row[:, None] + d[None, :], mask=inside, other=0.0)
         other = tl.load(matrix_row[:, None] + d[None, :], mask=inside, other=0.0)
         total += one * other
-    tl.store(out + entry, tl.sum(total, axis=1), mask=live)
+    tl.store(out + entry, tl.sum(total, axis=1), mask=entry < count)
 
 
 @triton.jit
@@ -131,10 +135,10 @@ def _add_rows(
 ):
     entry = tl.program_id(0).to(tl.int64) * BLOCK_E + tl.arange(0, BLOCK_E)
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-    live = entry < count
+    target = tl.load(targets + entry, mask=entry < count, other=-1)
+    live = target >= 0
     inside = live[:, None] & (d < width)[None, :]
     row = tl.load(rows + entry, mask=live, other=0)
-    target = tl.load(targets + entry, mask=live, other=0)
     value = tl.load(values + entry, mask=live, other=0.0)
     tile = tl.load(matrix + row[:, None] * matrix_stride + d[None, :], mask=inside, other=0.0)
     tl.atomic_add(out + target[:, None] * out_stride + d[None, :], value[:, None] * tile, mask=inside)
@@ -320,27 +324,38 @@ class Candidates:
         row's guess may still change until its block is there. With a margin the blocks are products without bias, and
         what may be above the guess is listed with its product plus bias.
         """
-        self._capacity = max(self._capacity, FIRST_ROOM * len(guesses))
         while True:
-            listed = _List(self._capacity, guesses)
-            for block in blocks():
-                listed.add(block, width, margin)
+            listed = self.list(guesses, blocks(), width, margin)
             # The only place that waits for the GPU.
             count = int(listed.found)
-            if count <= self._capacity:
+            if count <= listed.capacity:
                 return listed.rows[:count], listed.latents[:count], listed.values[:count]
-            self._capacity = count + count // 4
+            self.make_room(count)
+
+    def list(
+        self, guesses: Tensor, blocks: Iterable[Tensor], width: int, margin: Margin | None = None, least: int = 0
+    ) -> List:
+        """The same, perhaps not all of them: as many as there was room for, which is `least` at least."""
+        self._capacity = max(self._capacity, FIRST_ROOM * len(guesses), least)
+        listed = List(self._capacity, guesses)
+        for block in blocks:
+            listed.add(block, width, margin)
+        return listed
+
+    def make_room(self, found: int) -> None:
+        """Have room for so many, and some more, from now on."""
+        self._capacity = max(self._capacity, found + found // 4)
 
 
-class _List:
-    """Room for `capacity` entries; what is found beyond that is counted, not kept."""
+class List:
+    """Room for `capacity` entries, empty at first; what is found beyond that is counted, not kept."""
 
     def __init__(self, capacity: int, guesses: Tensor) -> None:
         self.capacity, self.guesses, self.next_row = capacity, guesses, 0
         device = guesses.device
         self.found = torch.zeros(1, dtype=torch.int64, device=device)
-        self.rows = torch.empty(capacity, dtype=torch.int64, device=device)
-        self.latents = torch.empty_like(self.rows)
+        self.rows = torch.zeros(capacity, dtype=torch.int64, device=device)
+        self.latents = torch.full_like(self.rows, -1)
         self.values = torch.empty(capacity, device=device)
 
     def add(self, block: Tensor, width: int, margin: Margin | None) -> None:

@@ -23,6 +23,8 @@ from tsae.sae.dictionary import Dictionary, ThresholdDictionary, top_k
 
 LINEAR_LAYERS = {"encoder.weight": "W_enc.T", "encoder.bias": "b_enc", "decoder.weight": "W_dec.T"}
 FOUR_TENSORS = {"W_enc": "W_enc", "b_enc": "b_enc", "W_dec": "W_dec", "b_dec": "b_dec"}
+ALIKE = 0.3
+"""Mean cosine between what latents read and what they write from which the two belong together."""
 FIRST_THRESHOLD = 0.001
 """Where a JumpReLU begins (arXiv 2407.14435), for activations of mean squared norm 1."""
 
@@ -444,7 +446,21 @@ def from_state(name: object, state: dict[str, Tensor], k: int | None, where: str
     with torch.device("meta"):
         dictionary = cls.sized(activation_dim, dict_size, k, group_sizes)
     dictionary.from_file(state, where)
+    _require_orientation(dictionary, where)
     return dictionary
+
+
+def _require_orientation(dictionary: Dictionary, where: str) -> None:
+    """Refuse a square encoder that lies on its side: of a dictionary, what a latent reads is much like what it writes."""
+    if dictionary.dict_size != dictionary.activation_dim:
+        return
+    reads, writes = dictionary.W_enc, dictionary.W_dec
+    upright, turned = (float(torch.cosine_similarity(each, writes, dim=1).mean()) for each in (reads.T, reads))
+    if turned > ALIKE and upright < turned / 2:
+        raise TsaeError(
+            f"{where}: W_enc is transposed: its rows are like those of W_dec (mean cosine {turned:.2f}), its columns are "
+            f"not ({upright:.2f}); [activation_dim, dict_size] is expected"
+        )
 
 
 def _agreed_k(stored: Tensor, k: int | None, dict_size: int, where: str) -> int:

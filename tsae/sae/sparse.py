@@ -66,34 +66,68 @@ class SparseCode(NamedTuple):
     """Feature activation of each entry [n]."""
     dict_size: int
     """F."""
+    spare: bool = False
+    """Whether entries may be empty: latent −1 and value 0, between others or after the last row's.
+
+    Then nothing about the code has a size that the host would have to ask for. Only the kernels understand it.
+    """
 
     @property
     def rows(self) -> Tensor:
-        """Row of each entry [n]."""
+        """Row of each entry [n]; of an empty one some row."""
+        if self.spare:
+            entries = torch.arange(len(self.latents), device=self.latents.device)
+            return torch.searchsorted(self.offsets[1:], entries, right=True).clamp_max_(len(self.offsets) - 2)
         counts = self.offsets.diff()
         rows = torch.arange(len(counts), device=counts.device)
         return torch.repeat_interleave(rows, counts, output_size=len(self.latents))
 
     def dense(self) -> Tensor:
         """The [N, F] tensor."""
-        full = self.values.new_zeros(len(self.offsets) - 1, self.dict_size)
+        # Latent −1 is the last column, which is not returned.
+        full = self.values.new_zeros(len(self.offsets) - 1, self.dict_size + self.spare)
         full[self.rows, self.latents] = self.values
-        return full
+        return full[:, : self.dict_size]
 
     def dense_by_latent(self) -> Tensor:
         """The [F, N] tensor, so that one latent's values are one run of memory."""
-        full = self.values.new_zeros(self.dict_size, len(self.offsets) - 1)
+        full = self.values.new_zeros(self.dict_size + self.spare, len(self.offsets) - 1)
         full[self.latents, self.rows] = self.values
-        return full
+        return full[: self.dict_size]
 
-    def within(self, latents: slice) -> tuple[SparseCode, Tensor]:
-        """The entries of a run of latents, which are counted from 0 again; and their places among all entries."""
-        chosen = self.inside(latents).nonzero()[:, 0]
+    def within(self, latents: slice) -> Part:
+        """The entries of a run of latents, which are counted from 0 again."""
+        inside, size = self.inside(latents), latents.stop - latents.start
+        if self.spare:
+            return self._emptied(inside, self.offsets, latents.start)._replace(dict_size=size).whole()
+        chosen = inside.nonzero()[:, 0]
         offsets = torch.searchsorted(chosen, self.offsets)
-        part = SparseCode(
-            offsets, self.latents[chosen] - latents.start, self.values[chosen], latents.stop - latents.start
-        )
-        return part, chosen
+        return Part(SparseCode(offsets, self.latents[chosen] - latents.start, self.values[chosen], size), chosen)
+
+    def block(self, start: int, stop: int) -> Part:
+        """The entries of some rows, which are counted from 0 again."""
+        offsets = self.offsets[start : stop + 1]
+        if self.spare:
+            if stop - start == len(self.offsets) - 1:
+                return self.whole()
+            rows = self.rows
+            return self._emptied((rows >= start) & (rows < stop), offsets, 0).whole()
+        places = slice(int(offsets[0]), int(offsets[-1]))
+        part = SparseCode(offsets - places.start, self.latents[places], self.values[places], self.dict_size)
+        return Part(part, places)
+
+    def whole(self) -> Part:
+        """All entries, each at its place."""
+        return Part(self, slice(None))
+
+    def _emptied(self, kept: Tensor, offsets: Tensor, first: int) -> SparseCode:
+        """The same number of entries, those that are not `kept` [n] empty; latents are counted from `first`."""
+        latents, values = torch.where(kept, self.latents - first, -1), torch.where(kept, self.values, 0)
+        return self._replace(offsets=offsets, latents=latents, values=values)
+
+    def at(self, rows: Tensor, latents: Tensor) -> Tensor:
+        """The values at some places [m]; 0 where there is no entry, or the latent is −1."""
+        return self.dense_by_latent()[latents, rows].where(latents >= 0, 0)
 
     def mass(self, latents: slice) -> Tensor:
         """Sum of all entries in a run of latents, a scalar."""
@@ -103,6 +137,18 @@ class SparseCode(NamedTuple):
         """Which entries are of a run of latents [n], bool."""
         return (self.latents >= latents.start) & (self.latents < latents.stop)
 
+    def smallest(self) -> Tensor:
+        """The smallest value of each row [N]; infinite where there is none."""
+        values = self.values.where(self.latents >= 0, torch.inf) if self.spare else self.values
+        smallest = values.new_full((len(self.offsets) - 1,), torch.inf)
+        return smallest.scatter_reduce_(0, self.rows, values, "amin")
+
+    def fired(self) -> Tensor:
+        """Which latents have an entry [F], bool."""
+        fired = torch.zeros(self.dict_size + self.spare, dtype=torch.bool, device=self.latents.device)
+        fired[self.latents] = True
+        return fired[: self.dict_size]
+
     def sum_values(self, values: Tensor) -> Tensor:
         """Sum of each row's entries of `values` [n] → [N]."""
         return segment_sums(values, self.offsets)
@@ -110,6 +156,17 @@ class SparseCode(NamedTuple):
     def with_values(self, values: Tensor) -> SparseCode:
         """The same entries with other values [n]."""
         return self._replace(values=values)
+
+
+class Part(NamedTuple):
+    """Some entries of a code, and where they are among all of them."""
+
+    code: SparseCode
+    places: Tensor | slice
+
+    def add(self, values: Tensor, out: Tensor) -> None:
+        """Add to `out` [n of the whole] what belongs to the part's entries; 0 to empty ones."""
+        out[self.places] += values
 
 
 def from_entries(rows: Tensor, latents: Tensor, values: Tensor, n_rows: int, dict_size: int) -> SparseCode:
@@ -124,16 +181,20 @@ def side_by_side(codes: Sequence[SparseCode]) -> SparseCode:
     if not others:
         return first
     offsets = torch.stack([code.offsets for code in codes]).sum(dim=0)
-    latents, values = (offsets.new_empty(int(offsets[-1])), first.values.new_empty(int(offsets[-1])))
+    size = sum(len(code.latents) for code in codes)
+    # Empty entries are written to the last place, which is not returned.
+    latents, values = offsets.new_full((size + first.spare,), -1), first.values.new_zeros(size + first.spare)
     begins, before = offsets[:-1].clone(), 0
     for code in codes:
         counts = code.offsets.diff()
         rows = code.rows
         places = begins[rows] + torch.arange(len(rows), device=rows.device) - code.offsets[rows]
+        if code.spare:
+            places = torch.where(code.latents < 0, size, places)
         latents[places], values[places] = code.latents + before, code.values
         begins += counts
         before += code.dict_size
-    return SparseCode(offsets, latents, values, before)
+    return SparseCode(offsets, latents[:size], values[:size], before, first.spare)
 
 
 def from_dense(f: Tensor) -> SparseCode:

@@ -10,6 +10,7 @@ compares, and refuses by name; `--accept-new-data` records in the run that it is
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any
 
 from tsae.checkpoint import RunFolder
@@ -17,7 +18,7 @@ from tsae.config import schema
 from tsae.config.run import RunConfig
 from tsae.config.sections import ModelConfig
 from tsae.lm.source import cached_commit, fingerprint_before, weights_fingerprint
-from tsae.runtime import contents, files
+from tsae.runtime import contents, metadata
 from tsae.runtime.errors import TsaeError
 from tsae.store.layout import (
     StoreLayout,
@@ -28,6 +29,15 @@ from tsae.store.layout import (
     store_path,
     untouched_since,
 )
+
+_KNOWN = {"identity": str, "sources": (None, {str: str}), "contexts?": object, "commit?": (None, str)}
+PROVENANCE = {
+    "data?": {**_KNOWN, "accepted?": _KNOWN},
+    "store?": {"model?": dict, "contexts?": object, "config_hash?": str, "settings?": (None, dict)},
+    "norm_limit?": (None, float),
+    "tsae?": {str: str},
+}
+"""What is relied on of a provenance.json."""
 
 DECIDING = ("dict_class", "k", "activation_dim", "dict_size", "group_sizes", "group_fractions")
 """Of config.json's trainer, what decides how the weights encode."""
@@ -56,9 +66,17 @@ def data_identity(run: RunFolder, config: RunConfig) -> str:
     return schema.stable_hash([made["identity"], made.get("contexts"), made.get("commit")])
 
 
+def measured_data(run: RunFolder, config: RunConfig) -> str:
+    """The same, alike for runs of ours and from elsewhere, whichever version recorded it; what has changed since is another."""
+    with suppress(TsaeError):  # a text or a model that is gone: the run says what it was
+        if not difference(run, config):
+            return schema.stable_hash([content_hash(config), _of_store(config)])
+    return data_identity(run, config)
+
+
 def is_measured_elsewhere(run: RunFolder) -> bool:
     """Whether the run is measured on other data than it was trained on, as somebody accepted."""
-    return "accepted" in files.read_whole_json(run.provenance).get("data", {})
+    return "accepted" in _trained_on(run)
 
 
 def difference(run: RunFolder, config: RunConfig) -> str:
@@ -100,7 +118,7 @@ def require_same_model(run: RunFolder, config: RunConfig) -> None:
     if config.is_synthetic or not made:
         return
     if made["sources"] is None:
-        before = files.read_whole_json(run.provenance)["store"]["model"].get("weights")
+        before = written_of(run)["store"]["model"].get("weights")
         same = before == fingerprint_before(config.model)
     else:
         same = made["sources"].get("weights") == weights_fingerprint(config.model)
@@ -111,9 +129,16 @@ def require_same_model(run: RunFolder, config: RunConfig) -> None:
         )
 
 
+def require_sound(run: RunFolder) -> None:
+    """Refuse a run whose config.json or provenance.json is not what was written. Raises TsaeError that names the file."""
+    written_of(run)
+    if run.config_json.exists():
+        run.read_config()
+
+
 def inexact(run: RunFolder) -> dict[str, Any]:
     """What results of `run` say if its training went on with other versions of what computes it (`--inexact`)."""
-    said = files.read_whole_json(run.provenance).get("inexact")
+    said = written_of(run).get("inexact")
     return {"trained_inexactly": said} if said else {}
 
 
@@ -123,12 +148,12 @@ def accept(run: RunFolder, config: RunConfig) -> None:
         return
     if not run.weights.exists():
         require_unchanged(run, config)
-    written = files.read_whole_json(run.provenance)
-    trained = {key: value for key, value in _trained_on(written).items() if key != "accepted"}
+    written = written_of(run)
+    trained = {key: value for key, value in _trained_on(run).items() if key != "accepted"}
     now = record(config)
     same = all(trained.get(key) == value for key, value in now.items() if key != "sources")
     written["data"] = trained if same else {**trained, "accepted": now}
-    files.write_json(run.provenance, written)
+    metadata.write(run.provenance, written)
 
 
 def weights_identity(run: RunFolder, checkpoint: str | None = None) -> str:
@@ -136,9 +161,9 @@ def weights_identity(run: RunFolder, checkpoint: str | None = None) -> str:
     weights = run.weights_at(checkpoint)
     if not weights.exists():
         return ""
-    written = files.read_whole_json(run.config_json)
-    trainer, calibration = written.get("trainer"), written.get("calibration") if checkpoint is None else None
-    deciding = {name: trainer.get(name) for name in DECIDING} if isinstance(trainer, dict) else None
+    written = run.read_config()
+    trainer, calibration = written["trainer"], written.get("calibration") if checkpoint is None else None
+    deciding = {name: trainer.get(name) for name in DECIDING}
     rule = {name: calibration.get(name) for name in ("encode_rule", "threshold")} if calibration else None
     return schema.stable_hash([contents.sha256_of(weights), deciding, rule])
 
@@ -158,12 +183,18 @@ def commit_of(run: RunFolder) -> str | None:
 
 def _recorded(run: RunFolder) -> dict[str, Any]:
     """What the run is measured on by its provenance; empty for a run from elsewhere."""
-    trained = _trained_on(files.read_whole_json(run.provenance))
-    return trained.get("accepted", trained)
+    trained = _trained_on(run)
+    return dict(trained.get("accepted", trained))
 
 
-def _trained_on(written: dict[str, Any]) -> dict[str, Any]:
-    """The entry `data` of a provenance.json; of one from before there was one, made from its store."""
+def written_of(run: RunFolder) -> dict[str, Any]:
+    """The content of a run's provenance.json; empty for a run from elsewhere. Raises TsaeError if it is damaged."""
+    return metadata.present(run.provenance, PROVENANCE)
+
+
+def _trained_on(run: RunFolder) -> dict[str, Any]:
+    """The entry `data` of a run's provenance.json; of one from before there was one, made from its store."""
+    written = written_of(run)
     if "data" in written:
         return dict(written["data"])
     store = written.get("store")

@@ -23,6 +23,7 @@ from tsae.lm.source import check_tokens
 from tsae.runtime import locks, preemption
 from tsae.runtime.errors import TsaeError
 from tsae.runtime.progress import Progress
+from tsae.runtime.space import free_for, shown
 from tsae.store.layout import StoreLayout, content_hash, sources, store_path
 from tsae.store.window import Window
 
@@ -80,6 +81,7 @@ def harvest(config: RunConfig, task: int = 0, tasks: int = 1) -> Path:
     source = source_of(config, commit)
     check_tokens(config.model, config.data.exclude_tokens, source.identity.get("vocabulary"))
     _prepare_once(layout, config, source)
+    _require_room(layout, range(task, layout.geometry.shards, tasks))
     try:
         window = Window(layout, config) if layout.rolling else None
         write_missing(layout, layout.measured[task::tasks], _Reading(layout, source).activations, window)
@@ -117,6 +119,17 @@ def write_missing(
     if all(map(layout.is_settled, layout.measured)):
         finalise(layout)
         layout.progress.unlink(missing_ok=True)
+
+
+def _require_room(layout: StoreLayout, shards: range) -> None:
+    """Refuse to begin what the disk, or a quota, has no room for: now the size is exact. Raises TsaeError."""
+    missing = sum(layout.geometry.shard_bytes(shard) for shard in shards if not layout.is_written(shard))
+    free = free_for(layout.path).bytes
+    if missing > free:
+        raise TsaeError(
+            f"{layout.path}: {shown(missing)} of activations are to be written and there is room for {shown(free)}; make "
+            "room and run the same harvest again, or lower data.max_tokens"
+        )
 
 
 def _prepare_once(layout: StoreLayout, config: RunConfig, source: Source) -> None:

@@ -27,6 +27,7 @@ import base64
 import hashlib
 import json
 import re
+from dataclasses import fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -36,10 +37,11 @@ import numpy as np
 from tsae.config import run as configuration
 from tsae.config import schema
 from tsae.config.run import RunConfig
-from tsae.runtime import files
+from tsae.runtime import files, metadata
 from tsae.runtime.environment import home
 from tsae.runtime.errors import TsaeError
-from tsae.store.geometry import Geometry, crc32c
+from tsae.runtime.metadata import COUNT, NATURAL
+from tsae.store.geometry import ITEMSIZE, Geometry, crc32c
 
 FORMAT = "tsae-activations"
 VERSION = 1
@@ -144,6 +146,43 @@ def is_harvested(config: RunConfig) -> bool:
     return layout.exists() and _is_of(layout, config) and layout.is_whole()
 
 
+MANIFEST = {"shards": COUNT, "bytes": COUNT, "checksums": str}
+ATTRIBUTES = {
+    "identity": str,
+    "geometry": {
+        **dict.fromkeys(("sequences", "context_length", "activation_dim", "chunk_sequences", "shard_sequences"), COUNT),
+        "dtype": set(ITEMSIZE),
+    },
+    "heldout": NATURAL,
+    "tokens": NATURAL,
+    "label_names": [str],
+    "digests": {str: str},
+    "frames?": {str: str},
+    "complete": bool,
+    "contexts?": object,
+    "config_hash?": str,
+    "sources?": (None, {str: str}),
+    "settings?": (None, dict),
+    "model?": dict,
+    "rolling?": {"sample": COUNT},
+}
+MARKER = {
+    **{"store": str, "shard": NATURAL, "sequences": COUNT, "bytes": COUNT, "checksums": str},
+    "summary?": {"count": NATURAL, "total": str, "squares": str, "largest": str},
+}
+REMEDY = "restore this file from a copy, or remove the store and harvest it again"
+
+_attributes: dict[Path, tuple[tuple[int, int, int], dict[str, Any]]] = {}
+"""Of this process: which file the attributes were read from last, and what it held."""
+
+
+def of_complete(attributes: dict[str, Any]) -> dict[str, Any]:
+    """The shape of what a complete store's attributes hold beside those of every store."""
+    dim = attributes["geometry"]["activation_dim"]
+    vectors = {"mean": [float, dim], "variance": [float, dim], "max_abs": [float, dim]}
+    return {"statistics": {"count": NATURAL, **vectors, "mean_squared_norm": float}, "manifest": MANIFEST}
+
+
 class StoreLayout:
     """Paths and small files of one store. Creating the object touches nothing on disk."""
 
@@ -153,8 +192,6 @@ class StoreLayout:
         self.shards = self.activations / "c"
         self.progress = self.path / "progress.json"
         self._metadata = self.path / "zarr.json"
-        self._read: tuple[tuple[int, int], dict[str, Any]] | None = None
-        """Which file the attributes were read from last, and what it held."""
 
     def exists(self) -> bool:
         """Whether a store, complete or not, is here. Raises TsaeError if the folder holds something else."""
@@ -169,32 +206,36 @@ class StoreLayout:
         """The group's attributes as they are on disk now. Raises TsaeError if this is no store."""
         try:
             status = self._metadata.stat()
-            # Whoever changes attributes puts another file in the place of this one.
-            file = (status.st_ino, status.st_mtime_ns)
-            if self._read is not None and self._read[0] == file:
-                return self._read[1]
-            attributes = json.loads(self._metadata.read_text())["attributes"]
         except (FileNotFoundError, NotADirectoryError):
             raise TsaeError(
                 f"{self.path}: no activation store is here; `tsae harvest YAML` makes one (of a run: its trainer_0/resolved.yaml)"
             ) from None
-        except (OSError, ValueError, KeyError, TypeError):
-            raise TsaeError(f"{self._metadata}: the store's attributes are damaged; harvest it again") from None
-        if not isinstance(attributes, dict) or attributes.get("format") != FORMAT:
+        # Whoever changes attributes puts another file in the place of this one.
+        file = (status.st_ino, status.st_size, status.st_mtime_ns)
+        if _attributes.get(self._metadata, (None,))[0] != file:
+            _attributes[self._metadata] = file, self._read_attributes()
+        return _attributes[self._metadata][1]
+
+    def _read_attributes(self) -> dict[str, Any]:
+        where = str(self._metadata)
+        found = metadata.read(self._metadata, {"attributes": dict}, REMEDY)["attributes"]
+        if found.get("format") != FORMAT:
             raise TsaeError(f"{self.path}: is a zarr group but no activation store of tsae")
-        if attributes.get("version") != VERSION:
+        if found.get("version") != VERSION:
             raise TsaeError(
-                f"{self.path}: has store version {attributes.get('version')}, this tsae reads version {VERSION}; "
-                "harvest it again"
+                f"{self.path}: has store version {found.get('version')}, this tsae reads version {VERSION}; harvest it again"
             )
-        self._read = (file, attributes)
-        return attributes
+        found = metadata.require(found, ATTRIBUTES, where, REMEDY)
+        return metadata.require(found, of_complete(found) if found["complete"] else dict, where, REMEDY)
 
     def set_attributes(self, **values: Any) -> None:
         """Change some of the group's attributes, atomically."""
-        metadata = json.loads(self._metadata.read_text())
-        metadata["attributes"] |= values
-        files.write_json(self._metadata, metadata)
+        self.write_attributes({**self.attributes, **values})
+
+    def write_attributes(self, attributes: dict[str, Any]) -> None:
+        """Have these attributes and no others, atomically."""
+        group = json.loads(self._metadata.read_text())
+        files.write_json(self._metadata, {**group, "attributes": metadata.sealed(attributes)})
 
     @cached_property
     def identity(self) -> str:
@@ -204,7 +245,7 @@ class StoreLayout:
     @cached_property
     def geometry(self) -> Geometry:
         """Shape and cutting of the activations; fixed when the store is prepared."""
-        return Geometry(**self.attributes["geometry"])
+        return Geometry(**{field.name: self.attributes["geometry"][field.name] for field in fields(Geometry)})
 
     @cached_property
     def heldout(self) -> int:
@@ -253,6 +294,15 @@ class StoreLayout:
     def marker(self, shard: int) -> Path:
         """The marker that says a shard is finished."""
         return self.path / "checksums" / "shards" / f"{shard:06d}.json"
+
+    def check_frame(self, name: str) -> None:
+        """Raise TsaeError unless the zarr.json of an array, which other programs read first, is what was written."""
+        path = self.path / name / "zarr.json"
+        recorded = self.attributes.get("frames", {}).get(name)
+        if recorded is None:  # of an earlier version
+            metadata.read(path, {"node_type": {"array"}}, REMEDY)
+        elif not path.is_file() or file_hash(path) != recorded:
+            raise TsaeError(f"{path}: missing or damaged; copy it from a store of the same shape, or harvest again")
 
     def array(self, name: str) -> np.ndarray:
         """One of the arrays beside the activations, whole. Raises TsaeError if it is damaged."""
@@ -310,13 +360,10 @@ class StoreLayout:
 
     def read_marker(self, shard: int) -> dict[str, Any] | None:
         """The marker of a shard of this store, or None while there is none."""
-        try:
-            marker = json.loads(self.marker(shard).read_text())
-        except (FileNotFoundError, ValueError):
-            # Markers are written atomically, so a broken one was damaged later: the shard is written again.
-            return None
-        belongs = isinstance(marker, dict) and marker.get("store") == self.identity
-        return marker if belongs else None
+        # Markers are written atomically, so a broken one was damaged later: the shard is written again.
+        marker = metadata.whole(self.marker(shard), MARKER)
+        whole = "summary" in marker or not self.is_measured(shard)
+        return marker if whole and marker.get("store") == self.identity else None
 
     def is_written(self, shard: int) -> bool:
         """Whether a shard is finished: marked, and its file has the right size."""
@@ -375,6 +422,11 @@ def digest(array: np.ndarray) -> str:
     hasher = hashlib.sha256(f"{array.dtype.str}{array.shape}".encode())
     hasher.update(np.ascontiguousarray(array).data)
     return hasher.hexdigest()
+
+
+def file_hash(path: Path) -> str:
+    """sha256 of a small file."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def encode(array: np.ndarray, dtype: str) -> str:

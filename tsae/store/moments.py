@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tsae.config import schema
 from tsae.config.run import Counted
-from tsae.runtime import files, preemption
+from tsae.runtime import metadata, preemption
 from tsae.runtime.errors import TsaeError
 from tsae.runtime.progress import Progress
 from tsae.store.reader import Store
@@ -63,11 +63,11 @@ def _remaining(store: Store, counted: Counted) -> dict[str, object]:
         return Summary.of(store.attributes["statistics"]).without(_summed(store, dropped)).statistics()
     key = schema.stable_hash([store.attributes["manifest"]["checksums"], *counted])
     path = store.path / "moments" / f"{key}.json"
-    found = files.read_whole_json(path)
+    found = metadata.whole(path)
     if not found:
         found = _summed(store, kept).statistics()
         if os.access(store.path, os.W_OK):
-            files.write_json(path, found)
+            metadata.write(path, found)
     return found
 
 

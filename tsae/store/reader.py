@@ -58,6 +58,7 @@ class Store:
         self.heldout_range = range(self.n_sequences - self.heldout, self.n_sequences)
         self.label_names = tuple(self.attributes["label_names"])
         self.mean = torch.tensor(self.attributes["statistics"]["mean"], dtype=torch.float32)
+        layout.check_frame("activations")
         self._checksums = layout.read_checksums()
         self._medians: dict[int, float] = {}
         self._sound: set[int] = set()

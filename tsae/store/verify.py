@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 
@@ -24,12 +23,13 @@ def verify(path: str | Path, deep: bool = False) -> list[str]:
     """
     layout = StoreLayout(path)
     problems = [] if layout.attributes["complete"] else [f"{layout.path}: the harvest is not finished"]
-    for name in layout.attributes["digests"]:
+    arrays = list(layout.attributes["digests"])
+    checks = [(layout.array, arrays), (layout.check_frame, [*arrays, "activations", "checksums"])]
+    for check, name in ((check, name) for check, names in checks for name in names):
         try:
-            layout.array(name)
+            check(name)
         except TsaeError as error:
             problems.append(str(error))
-    problems += _metadata_problems(layout)
     checksums = None
     if layout.attributes["complete"]:
         try:
@@ -43,20 +43,6 @@ def verify(path: str | Path, deep: bool = False) -> list[str]:
         if problem:
             problems.append(layout.complaint(shard, problem))
         progress.update(done, problems=len(problems))
-    return problems
-
-
-def _metadata_problems(layout: StoreLayout) -> list[str]:
-    """The zarr metadata of each array, which other tools read first."""
-    problems = []
-    for name in ("activations", *layout.attributes["digests"]):
-        path = layout.path / name / "zarr.json"
-        try:
-            sound = json.loads(path.read_text(encoding="utf-8"))["node_type"] == "array"
-        except (OSError, ValueError, KeyError, TypeError):
-            sound = False
-        if not sound:
-            problems.append(f"{path}: missing or damaged; copy it from a store of the same shape, or harvest again")
     return problems
 
 

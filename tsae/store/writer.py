@@ -24,7 +24,7 @@ from torch import Tensor
 
 from tsae.config import schema
 from tsae.config.sections import StoreConfig
-from tsae.runtime import files
+from tsae.runtime import files, metadata
 from tsae.runtime.errors import TsaeError
 from tsae.runtime.locks import clock, process_table, started_at
 from tsae.store import geometry as cutting
@@ -222,9 +222,12 @@ def _write_draft(
         "label_names": list(contexts.label_names),
         "contexts": contexts.fingerprint,
         "digests": digests,
+        "frames": {
+            name: layouts.file_hash(path / name / "zarr.json") for name in (*arrays, "activations", "checksums")
+        },
         "complete": False,
     }
-    StoreLayout(path).set_attributes(**attributes)
+    StoreLayout(path).write_attributes(attributes)
     for folder, _, names in os.walk(path):
         for name in names:
             with open(Path(folder) / name, "rb") as stream:
@@ -270,7 +273,7 @@ def write_shard(layout: StoreLayout, shard: int, activations: Iterable[Tensor]) 
     if layout.is_measured(shard):
         norms.write(layout, shard, lengths)
         marker["summary"] = summary.to_json()
-    files.write_json(layout.marker(shard), marker)
+    metadata.write(layout.marker(shard), marker)
 
 
 def _numbered(activations: Iterable[Tensor], rows: range) -> Iterable[tuple[int, Tensor]]:

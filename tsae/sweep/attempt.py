@@ -13,7 +13,6 @@ attempts/<stamp>/
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import platform
 import re
@@ -23,13 +22,14 @@ import sys
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
-from importlib import metadata
+from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
 
 import tsae
-from tsae.runtime import files
+from tsae.runtime import files, metadata
 from tsae.runtime.errors import TsaeError
+from tsae.runtime.secrets import hide
 from tsae.sweep import schedulers
 from tsae.sweep.stage import config_file
 
@@ -78,6 +78,14 @@ class Rest:
     """Why not, in the scheduler's words."""
     job: str | None
     """The job that submits them once this launch's jobs have ended; None if there was no room for it either."""
+
+
+JOB = {
+    **dict.fromkeys(("stage", "label", "job", "executor", "log", "attempt"), str),
+    **{"cluster": (None, str), "submitted": float},
+}
+JOBS = {metadata.ENTRIES: [JOB]}
+REST = {"stages": [str], "points": [str], "limit": str, "job": (None, str)}
 
 
 @dataclass(frozen=True)
@@ -134,34 +142,28 @@ class Attempt:
     def jobs(self) -> list[Submitted]:
         """What it has submitted so far."""
         path = self.folder / "jobs.json"
-        try:
-            return [Submitted(**entry) for entry in json.loads(path.read_bytes())]
-        except FileNotFoundError:
+        if not path.exists():
             return []
-        except (ValueError, TypeError):
-            name = job_name(self.folder.parents[1])
-            ways = " and ".join(
-                f"`{known.ending(name)}` ends those on {known.title}" for known in schedulers.everyone()
-            )
-            raise TsaeError(
-                f"{path}: damaged, so nobody knows which job does what; {ways}, then remove the file"
-            ) from None
+        name = job_name(self.folder.parents[1])
+        ways = " and ".join(f"`{known.ending(name)}` ends those on {known.title}" for known in schedulers.everyone())
+        remedy = f"so nobody knows which job does what; {ways}, then remove the file"
+        found = metadata.read(path, JOBS, remedy)
+        return [Submitted(**{key: entry[key] for key in JOB}) for entry in found[metadata.ENTRIES]]
 
     def add_jobs(self, submitted: Iterable[Submitted]) -> None:
         """Remember what was submitted."""
-        files.write_json(self.folder / "jobs.json", [asdict(entry) for entry in (*self.jobs(), *submitted)])
+        metadata.write(
+            self.folder / "jobs.json", {metadata.ENTRIES: [asdict(entry) for entry in (*self.jobs(), *submitted)]}
+        )
 
     def leave(self, rest: Rest) -> None:
         """Remember what was not submitted."""
-        files.write_json(self.folder / "rest.json", asdict(rest))
+        metadata.write(self.folder / "rest.json", asdict(rest))
 
     def rest(self) -> Rest | None:
         """What was not submitted; None if all was, or what is said of it cannot be read."""
-        found = files.read_whole_json(self.folder / "rest.json")
-        try:
-            return Rest(tuple(found["stages"]), tuple(found["points"]), found["limit"], found["job"])
-        except (KeyError, TypeError):
-            return None
+        found = metadata.whole(self.folder / "rest.json", REST)
+        return Rest(tuple(found["stages"]), tuple(found["points"]), found["limit"], found["job"]) if found else None
 
     def remove(self) -> None:
         """Take it away again; for one that could submit nothing."""
@@ -210,28 +212,28 @@ def write_provenance(folder: Path, image: str | None = None) -> None:
     """Write provenance.json, and changes.diff for a checkout with changes, into `folder`; `image` is the container's."""
     record: dict[str, Any] = {
         "created": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "command": sys.argv,
+        "command": [*map(hide, sys.argv)],
         "working_directory": os.getcwd(),
         "user": os.environ.get("USER", str(os.getuid())),
         "host": platform.node(),
         "python": platform.python_version(),
-        "packages": dict(sorted((found.name, found.version) for found in metadata.distributions())),
+        "packages": dict(sorted((found.name, found.version) for found in distributions())),
         "container": None if image is None else {"image": image, "sha256": _digest(image)},
     }
     earlier = PACKAGE.parent.with_name("provenance.json")
     if PACKAGE.parent.name == "code" and earlier.exists():  # a job of an earlier launch makes this one, with its code
-        known = json.loads(earlier.read_bytes())
+        known = metadata.whole(earlier)
         record |= {name: known[name] for name in ("command", "commit", "untracked", "changes") if name in known}
         if record.get("changes"):
             shutil.copy(earlier.with_name(record["changes"]), folder)
     elif (PACKAGE.parent / ".git").exists():  # an installed wheel has no commit; its version is among the packages
         record["commit"] = _git("rev-parse", "HEAD").strip()
         record["untracked"] = _git("ls-files", "--others", "--exclude-standard").splitlines()
-        changes = _git("diff", "HEAD")
+        changes = hide(_git("diff", "HEAD", "--", ".", ":(exclude,glob)**/*.env", ":(exclude,glob)**/.env*"))
         record["changes"] = "changes.diff" if changes else None
         if changes:
             files.write_text(folder / "changes.diff", changes)
-    files.write_json(folder / "provenance.json", record)
+    metadata.write(folder / "provenance.json", record)
 
 
 def _fresh(parent: Path) -> Path:

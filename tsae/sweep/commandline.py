@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import re
 import shlex
@@ -83,15 +82,17 @@ def load_folder(folder: Path) -> Sweep:
 
 def load_launch(launch: Path, name: str, overrides: list[str] | None = None) -> Sweep:
     """The sweep as one launch copied it, by default with that launch's overrides; paths mean what they meant to it."""
-    from tsae.runtime import files
-    from tsae.sweep.plan import BASE_FILE, LAUNCH_FILE, SWEEP_FILE
+    from tsae.runtime import metadata
+    from tsae.sweep.plan import BASE_FILE, LAUNCH, LAUNCH_FILE, SWEEP_FILE
     from tsae.sweep.sweepfile import load_sweep
 
-    record = files.read_whole_json(launch / LAUNCH_FILE)
+    remedy = "give the sweep's YAML in place of its folder"
+    record = metadata.present(launch / LAUNCH_FILE, LAUNCH, remedy)
     if overrides is None:
         overrides = record["overrides"] if record else _overrides_given(launch)
     # Of a launch from before they were recorded, all paths were relative to one folder.
-    where = files.read_whole_json(launch / "provenance.json").get("working_directory", os.getcwd())
+    made = metadata.whole(launch / "provenance.json", {"working_directory?": str})
+    where = made.get("working_directory", os.getcwd())
     folders = record.get("folders", dict.fromkeys(("sweep", "base", "overrides"), where))
     return load_sweep(launch / SWEEP_FILE, str(launch / BASE_FILE), overrides, name, folders)
 
@@ -115,6 +116,9 @@ def _overrides_given(launch: Path) -> list[str]:
     """The overrides of a launch from before they were recorded: they are in the command that provenance.json keeps."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     add_sweep_arguments(parser)
-    command = json.loads((launch / "provenance.json").read_text())["command"][1:]
+    from tsae.runtime import metadata
+
+    made = metadata.read(launch / "provenance.json", {"command": [str]}, "give the sweep's YAML in place of its folder")
+    command = made["command"][1:]
     given, rest = parser.parse_known_args(command)
     return [*given.overrides, *(word for word in rest if "=" in word and not word.startswith("-"))]

@@ -1,4 +1,4 @@
-"""The commands `tsae sweep`, `status`, `report`, `claims`, `cancel` and `runs`.
+"""The commands `tsae sweep`, `status`, `report`, `compare`, `claims`, `cancel` and `runs`.
 
 A sweep is expanded into points and stages; what is complete is skipped, the rest is run, and a report ends it. Running
 the same command again is always safe: it continues what was interrupted and does exactly what is still missing.
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 CLAIMS = "claims"
 """The shipped sweep that puts the paper's claims."""
 INEXACT_HELP = "go on with trainings whose state another version of torch or tsae saved"
+PROBE_HELP = "time a few seconds of reading and of training on this machine, and say how long all will take"
 
 AddCommand = Callable[[str, Callable[[argparse.Namespace], int | None], str], argparse.ArgumentParser]
 
@@ -47,6 +48,13 @@ def add_commands(add: AddCommand) -> None:
     status.add_argument("--all", action="store_true", help="every point, however many there are")
 
     add_sweep_arguments(add("report", _report, "write the tables, figures and page of a sweep, whatever is there"))
+    compare = add("compare", _compare, "one table and page of any runs; what was measured on other texts is not ranked")
+    compare.add_argument(
+        "runs", nargs="+", metavar="RUN", help="a run's name or folder, a folder of runs, a sweep's folder or YAML"
+    )
+    compare.add_argument(
+        "--out", type=Path, metavar="DIR", help="folder of the page (default: TSAE_HOME/comparisons/…)"
+    )
     claims = add(
         "claims",
         _claims,
@@ -87,7 +95,10 @@ def _add_launch_arguments(command: argparse.ArgumentParser) -> None:
         "--inexact", action="store_true", help=f"{INEXACT_HELP}, those that failed over it among them; results say so"
     )
     command.add_argument("--detach", action="store_true", help="local: return once the queue runs, do not follow it")
-    command.add_argument("--dry-run", action="store_true", help="show points, stages and job scripts, start nothing")
+    command.add_argument(
+        "--dry-run", action="store_true", help="show points, stages, their cost and job scripts, start nothing"
+    )
+    command.add_argument("--probe", action="store_true", help=PROBE_HELP)
 
 
 def _sweep(given: argparse.Namespace) -> int:
@@ -115,12 +126,14 @@ def _launch(given: argparse.Namespace) -> int:
         retry_failed=given.retry_failed or given.inexact,
         inexact=given.inexact,
         detach=given.detach,
+        probe=given.probe,
     )
     if given.dry_run:
-        from tsae.sweep.dryrun import dry_run
+        from tsae.sweep.dryrun import REFUSED, dry_run
 
-        print("\n".join(dry_run(plan, options)))
-        return 0
+        lines = dry_run(plan, options)
+        print("\n".join(lines))
+        return 2 if lines[-1].startswith(REFUSED) else 0
     return run(plan, options, f"{given.status_command} {words_of(given)}")
 
 
@@ -150,6 +163,17 @@ def _report(given: argparse.Namespace) -> None:
     page = write_report(plan.compared)
     print("\n".join(short_table(plan.compared)))
     print(f"report: {page}")
+
+
+def _compare(given: argparse.Namespace) -> None:
+    from tsae.config.points import file_name
+    from tsae.report.side_by_side import write_comparison
+    from tsae.sweep.compare import entries_of
+
+    name = file_name(" vs ".join(Path(word).name for word in given.runs))
+    written = write_comparison(entries_of(given.runs), given.out or environment.home() / "comparisons" / name)
+    print("\n".join(written.lines))
+    print(f"report: {written.page}")
 
 
 def _claims(given: argparse.Namespace) -> int:

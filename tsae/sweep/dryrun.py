@@ -9,10 +9,14 @@ from tsae.config.points import shown
 from tsae.sweep import schedulers
 from tsae.sweep.attempt import Attempt
 from tsae.sweep.cluster import Cluster, load_cluster
-from tsae.sweep.launcher import Choice, Options, choose, container_for, resolve, submission_of
+from tsae.sweep.cost import cost_of_launch
+from tsae.sweep.launcher import Choice, Options, choose, container_for, require_packages, resolve, submission_of
 from tsae.sweep.plan import Plan
 from tsae.sweep.resources import StageResources
 from tsae.sweep.stage import Stage
+
+REFUSED = "refused: "
+"""How the line begins that says what cannot fit."""
 
 
 def dry_run(plan: Plan, options: Options) -> list[str]:
@@ -23,18 +27,26 @@ def dry_run(plan: Plan, options: Options) -> list[str]:
     site = load_cluster(options.cluster) if scheduler or options.cluster else Cluster()
     choice = choose(plan, executor, options.retry_failed)
     image = container_for(plan, options, site, executor)
+    if image is None:
+        require_packages(plan, choice.start)
     report = plan.report()
     stages = [*choice.start, *([report] if report and choice.start else [])]
     lines = [f"{plan.name}: {len(plan.points)} points", *_points(plan), ""]
     every = [*plan.stages, *([report] if report else [])]
     lines += [f"{len(every)} stages, {len(stages)} to run", *_stages(every, choice, stages), ""]
-    lines += _cost(choice.start, site)
+    cost = cost_of_launch(plan, choice.start, site if scheduler else None)
+    lines += [*cost.lines, *_gpu_hours(choice.start, site)]
+    if options.probe:
+        from tsae.sweep.probe import probe
+
+        lines += probe(cost.works)
     if scheduler and stages:
         attempt = Attempt(plan.folder / "attempts" / time.strftime("%Y%m%d-%H%M%S"))
         submission = submission_of(plan, scheduler, attempt, site, image, choice, options)
         for text in submission.texts(stages, scheduler.limits() if scheduler.answers() else None):
             lines += ["", f"----- {scheduler.command}", text.rstrip(), "-----", ""]
-    return [*lines, f"results: {plan.folder}", "dry run: nothing was started"]
+    lines += [f"results: {plan.folder}", "dry run: nothing was started", *(f"{REFUSED}{why}" for why in cost.refused)]
+    return lines
 
 
 def table(rows: Sequence[Sequence[str]]) -> list[str]:
@@ -73,7 +85,7 @@ def _stages(every: Sequence[Stage], choice: Choice, to_run: Sequence[Stage]) -> 
     return table(rows)
 
 
-def _cost(stages: Sequence[Stage], site: Cluster) -> list[str]:
+def _gpu_hours(stages: Sequence[Stage], site: Cluster) -> list[str]:
     """GPU-hours that the time limits allow at most."""
     hours, unlimited = 0.0, 0
     for stage in stages:

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from typing import Annotated, Any
 
 from tsae.config.bounds import Bound
+from tsae.runtime.secrets import is_secret_name
 
 SIGNS = "letters, digits and . , : = @ + * & | ! ? ( ) [ ] / % _ -, with no - in front"
 OPTION = f"allowed: {SIGNS}"
@@ -44,6 +45,7 @@ def _are_variables(environment: Mapping[Any, Any]) -> bool:
     return all(
         isinstance(name, str)
         and _VARIABLE.fullmatch(name)
+        and not is_secret_name(name)
         and isinstance(value, str | int | float)
         and not isinstance(value, bool)
         for name, value in environment.items()
@@ -65,7 +67,8 @@ Variables = Annotated[
     dict[str, Any],
     Bound(
         _are_variables,
-        "allowed: text or a number (true and false in quotes) for names such as NCCL_DEBUG; not BASH_ENV",
+        "allowed: text or a number (true and false in quotes) for names such as NCCL_DEBUG; not BASH_ENV, and no keys, which "
+        "scripts would show: a job has those of the shell that submits it",
     ),
 ]
 """Variables of a job."""

@@ -21,13 +21,14 @@ from tsae.sweep.cancel import undo_half_submissions
 from tsae.sweep.cluster import Cluster, load_cluster
 from tsae.sweep.container import Container
 from tsae.sweep.container import container as container_of
+from tsae.sweep.cost import cost_of_launch
 from tsae.sweep.plan import Plan
 from tsae.sweep.queue import background
 from tsae.sweep.queue.display import Terminal
 from tsae.sweep.queue.runner import Task
 from tsae.sweep.schedulers.base import Full, Scheduler
 from tsae.sweep.schedulers.submission import Submission
-from tsae.sweep.stage import Stage
+from tsae.sweep.stage import KINDS, Stage
 from tsae.sweep.survey import Survey
 from tsae.training import trackers
 
@@ -45,6 +46,8 @@ class Options:
     inexact: bool = False
     """Whether the plan's trainings go on inexactly, for the job that makes the next launch."""
     detach: bool = False
+    probe: bool = False
+    """Whether to time a few seconds of the work on this machine first."""
     rest: Rest | None = None
     """Of an earlier launch: only that is started, by the job that the launch left for it."""
 
@@ -129,7 +132,14 @@ def launch(plan: Plan, options: Options) -> Launched:
             return Launched(choice)
         image = container_for(plan, options, site, executor)
         if image is None:  # which may have other packages, and is told no keys of this machine
-            require_trackers(plan, choice.start)
+            require_packages(plan, choice.start)
+        cost = cost_of_launch(plan, choice.start, site if scheduler else None)
+        print("\n".join(cost.lines), file=sys.stderr)
+        cost.require()
+        if options.probe:
+            from tsae.sweep.probe import probe
+
+            print("\n".join(probe(cost.works)), file=sys.stderr)
         stages = [*choice.start, *(stage for stage in [plan.report()] if stage)]
         # A local queue may have to take over what another one has now.
         attempt = _begin(plan, choice.start, image)
@@ -180,10 +190,21 @@ def _launch_lock(plan: Plan) -> Iterator[None]:
         holding.__exit__(None, None, None)
 
 
-def require_trackers(plan: Plan, stages: Sequence[Stage]) -> None:
-    """Refuse trainings whose trackers are not installed, or lack a key. Raises TsaeError."""
-    trained = {name for stage in stages if stage.kind == "train" for name in stage.points}
-    trackers.require(name for point in plan.points if point.name in trained for name in point.config.training.trackers)
+def require_packages(plan: Plan, stages: Sequence[Stage]) -> None:
+    """Refuse what jobs on this machine would miss hours later: trackers, or keys of theirs, and taggers. Raises TsaeError."""
+    from tsae.experiments.shared.tags import find_tagger
+
+    points = {point.name: point.config for point in plan.points}
+    configs = {
+        kind: [points[name] for stage in stages if stage.kind == kind for name in stage.points] for kind in KINDS
+    }
+    trackers.require(name for config in configs["train"] for name in config.training.trackers)
+    named = {("tsne", config.experiments.tsne.tagger, config.experiments.tsne.dataset) for config in configs["tsne"]}
+    probes = [config.experiments.probe for config in configs["probe"]]
+    named |= {("probe", probe.tagger, probe.dataset) for probe in probes if "syntax" in probe.tasks}
+    for name, tagger, dataset in sorted(named):
+        if tagger.partition(":")[0] in ("auto", "spacy"):  # a function of the user's may be found by jobs alone
+            find_tagger(tagger, dataset, f"experiments.{name}.tagger")
 
 
 def _begin(plan: Plan, stages: Sequence[Stage], image: Container | None) -> Attempt:

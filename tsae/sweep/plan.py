@@ -23,6 +23,7 @@ from tsae.config import schema
 from tsae.config.points import Point
 from tsae.config.schema import flatten
 from tsae.report.compared import Compared
+from tsae.runtime import metadata
 from tsae.runtime.errors import TsaeError
 from tsae.sweep.chain import Chain, pack
 from tsae.sweep.points import expand
@@ -31,6 +32,7 @@ from tsae.sweep.sweepfile import Sweep
 
 SWEEP_FILE, BASE_FILE, LAUNCH_FILE = "sweep.yaml", "base.yaml", "launch.json"
 """A launch's copies of the sweep and of its base, and what its command line added."""
+LAUNCH = {"overrides": [str], "folders?": {"sweep": str, "base": str, "overrides": str}}
 FEEDING = ("harvest", "train")
 """Stages that are there for what follows them; they run on their own account only if nothing follows."""
 
@@ -141,7 +143,7 @@ class Plan:
         found = {SWEEP_FILE: self.sweep.path, BASE_FILE: self.sweep.base_path}
         texts = {name: path.read_text(encoding="utf-8") for name, path in found.items()}
         launch = {"overrides": self.sweep.overrides, "folders": self.sweep.folders}
-        return {**texts, LAUNCH_FILE: json.dumps(launch, indent=2) + "\n"}
+        return {**texts, LAUNCH_FILE: metadata.text_of(launch)}
 
     def config_texts(self, stages: list[Stage]) -> dict[str, str]:
         """The resolved configuration of each point that `stages` read, as YAML."""
@@ -176,6 +178,8 @@ def make_plan(sweep: Sweep, to_look_at: bool = False) -> Plan:
                 config = next(configuration.earlier_meanings(point.config), point.config)
                 points[number] = point = dataclasses.replace(point, config=config)
             trained_as = chain.run(point).training_hash()
+            if to_look_at:
+                stages.require_sound(chain.run(point))
         except TsaeError as error:
             if not to_look_at:
                 raise
@@ -232,7 +236,8 @@ def _refuse_another_run(chain: Chain, point: Point, trained_as: str | None) -> N
     if trained_as in (None, point.config.training_hash):
         return
     run = chain.run(point)
+    different = run.differences(point.config) or ""
     raise TsaeError(
-        f"{run.path}: holds a run of another configuration ({run.differences(point.config)}); "
-        "give this sweep another name with --name, or remove the folder"
+        f"{run.path}: holds a run of another configuration ({different}); "
+        f"give this sweep another name with --name, or remove the folder{run.onward(different)}"
     )

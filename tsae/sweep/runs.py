@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from tsae import stages
-from tsae.checkpoint import RunFolder
-from tsae.config import schema
+from tsae.checkpoint import CONFIG, RESULTS, RunFolder
+from tsae.config import run as configuration
 from tsae.config.points import short_names, shown
 from tsae.config.schema import flatten
 from tsae.evaluation.measures import FVE
-from tsae.runtime import files, locks
+from tsae.runtime import locks, metadata
 from tsae.runtime.errors import TsaeError
 from tsae.store.binding import weights_identity
+from tsae.training.splits import last_line
 
 DEEPEST = 4
 """Folders between checkpoints/ and a run's own, at most: names of runs may hold slashes."""
@@ -47,17 +46,21 @@ def _runs(checkpoints: Path) -> Iterator[RunFolder]:
 
 def _table(runs: list[RunFolder]) -> list[str]:
     """A line for each run: kind, what tells it from its neighbours, step, fraction of variance explained, state."""
-    settings = [_settings(run) for run in runs]
+    settings, damages = zip(*map(_settings, runs), strict=True)
     known = dict.fromkeys(key for own in settings for key in own)
     told = [key for key in known if len({shown(own.get(key)) for own in settings}) > 1 and key != "sae.kind"]
     names = short_names(told)
     rows = [["run", "kind", "differs in", "step", "FVE", "state"]]
-    for run, own in zip(runs, settings, strict=True):
+    for run, own, damaged in zip(runs, settings, damages, strict=True):
         differing = [f"{names[key]}={shown(own[key])}" for key in told if key in own]
         more = f" and {len(differing) - MOST_SETTINGS} more" if len(differing) > MOST_SETTINGS else ""
-        results = run.read_results()
+        results, wrong = run.read_results(), metadata.damage(run.eval_results, RESULTS)
+        damaged = damaged or (wrong and f"{run.eval_results}: {wrong}")
         made = results.get("made_from")  # older results do not say it
-        current = bool(results) and (made is None or made["weights"] == weights_identity(run))
+        try:
+            current = bool(results) and (made is None or made["weights"] == weights_identity(run))
+        except TsaeError as error:
+            current, damaged = False, str(error)
         fve = results.get(FVE) if current else None
         rows.append(
             [
@@ -66,7 +69,7 @@ def _table(runs: list[RunFolder]) -> list[str]:
                 ", ".join(differing[:MOST_SETTINGS]) + more,
                 _step(run, own),
                 f"{fve:.3f}" if isinstance(fve, float) else "",
-                _state(run, current),
+                f"damaged: {damaged}" if damaged else _state(run, current),
             ]
         )
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
@@ -75,15 +78,18 @@ def _table(runs: list[RunFolder]) -> list[str]:
     ]
 
 
-def _settings(run: RunFolder) -> dict[str, Any]:
-    """Key path → value, of resolved.yaml; of a run that came from elsewhere, its kind and k from config.json."""
+def _settings(run: RunFolder) -> tuple[dict[str, Any], str]:
+    """Key path → value, of resolved.yaml; of a run that came from elsewhere, its kind and k from config.json; and in words
+    why they cannot be told."""
     if run.resolved.exists():
-        tree = schema.read_yaml(run.resolved)
-        tree.pop("training_hash", None)
-        return {key: value for key, value in flatten(tree) if not key.startswith("experiments.")}
-    trainer = files.read_whole_json(run.config_json).get("trainer", {})
+        try:
+            flat = flatten(configuration.read(run.resolved))
+        except TsaeError as error:
+            return {}, str(error)
+        return {key: value for key, value in flat if not key.startswith(("experiments.", "training_hash"))}, ""
+    trainer = metadata.whole(run.config_json, CONFIG).get("trainer", {})
     found = {"sae.kind": trainer.get("dict_class"), "sae.k": trainer.get("k")}
-    return {key: value for key, value in found.items() if value is not None}
+    return {key: value for key, value in found.items() if value is not None}, ""
 
 
 def _step(run: RunFolder, settings: dict[str, Any]) -> str:
@@ -91,11 +97,7 @@ def _step(run: RunFolder, settings: dict[str, Any]) -> str:
     steps = settings.get("training.steps")
     if run.weights.exists() or steps is None:
         return "" if steps is None else str(steps)
-    reached = 0
-    with suppress(OSError, ValueError, KeyError, IndexError):
-        # The last line may be half written, and there may be none yet: then nothing is known of how far it is.
-        reached = json.loads(run.metrics.read_text().splitlines()[-1])["step"]
-    return f"{reached}/{steps}"
+    return f"{int(last_line(run.metrics).get('step', 0))}/{steps}"
 
 
 def _state(run: RunFolder, evaluated: bool) -> str:

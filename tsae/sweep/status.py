@@ -8,11 +8,14 @@ from __future__ import annotations
 import shutil
 import sys
 import time
+from collections.abc import Mapping, Sequence
 
+from tsae.runtime import metadata
 from tsae.runtime.errors import TsaeError, suggestion
-from tsae.runtime.state import LIVE, State
+from tsae.runtime.state import LIVE, Record, State
 from tsae.sweep.overview import counts, headline, log_texts, not_submitted, point_rows
 from tsae.sweep.plan import Plan
+from tsae.sweep.stage import Stage
 from tsae.sweep.survey import Survey
 
 WATCH_SECONDS = 3.0
@@ -39,6 +42,7 @@ def status_lines(plan: Plan, width: int, everything: bool = False) -> tuple[list
     lines = [*headline(plan, stages, standings), *_changes(plan), "", *counts(stages, standings), ""]
     for scheduler, said in survey.silence.items():
         lines[2:2] = [f"{scheduler} does not answer ({said}): what is not done stands as its job said last"]
+    lines[2:2] = [*survey.damaged, *_damaged_results(plan, stages, standings)]
     rest = survey.sweep_attempts[-1].rest() if survey.sweep_attempts else None
     left = [stage for stage in stages if rest and stage.key in rest.stages and standings[stage.key].state not in HAD]
     if rest and left:
@@ -46,6 +50,14 @@ def status_lines(plan: Plan, width: int, everything: bool = False) -> tuple[list
         lines[2:2] = [not_submitted(rest, len(left), len(points), survey.submitter())]
     lines += point_rows(plan, stages, standings, width, everything)
     return lines, any(standing.state in LIVE for standing in standings.values())
+
+
+def _damaged_results(plan: Plan, stages: Sequence[Stage], standings: Mapping[str, Record]) -> list[str]:
+    """Which results are there and not what was written, in words; they do not count, and are made again."""
+    open_points = {point for stage in stages if standings[stage.key].state != State.DONE for point in stage.points}
+    runs = [plan.run(point) for point in plan.points if point.name in open_points - plan.damaged.keys()]
+    found = [(path, metadata.damage(path)) for run in runs for path in sorted(run.measured.glob("*.json"))]
+    return [f"{path}: {wrong}; it does not count" for path, wrong in found if wrong]
 
 
 def _changes(plan: Plan) -> list[str]:

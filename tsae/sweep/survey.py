@@ -28,9 +28,12 @@ class Survey:
 
     plan: Plan
     whatever_answers: bool = False
-    """Whether to go on, and believe what the jobs said last, where a scheduler does not answer; else that is a TsaeError."""
+    """Whether to go on, and believe what the jobs said last, where a scheduler does not answer or a list of jobs is
+    damaged; else that is a TsaeError."""
     silence: dict[str, str] = field(init=False, default_factory=dict)
     """For people: scheduler → what its command said in place of an answer."""
+    damaged: list[str] = field(init=False, default_factory=list)
+    """Files that could not be read, in words, where that is to be put up with."""
     sweep_attempts: list[Attempt] = field(init=False)
     jobs: dict[str, Submitted] = field(init=False)
 
@@ -42,7 +45,7 @@ class Survey:
         self.jobs = {}
         newest: dict[tuple[str | None, str], str] = {}
         for attempt in self.sweep_attempts:
-            for entry in attempt.jobs():
+            for entry in self._jobs_of(attempt):
                 self.jobs[entry.stage] = entry
                 newest[entry.cluster, entry.job] = attempt.stamp
         # Ids begin again when a scheduler's state is wiped: the latest job with an id is the one that it means now.
@@ -51,6 +54,15 @@ class Survey:
             for key, entry in self.jobs.items()
             if entry.executor != "local" and newest[entry.cluster, entry.job] != entry.attempt
         }
+
+    def _jobs_of(self, attempt: Attempt) -> list[Submitted]:
+        try:
+            return attempt.jobs()
+        except TsaeError as error:
+            if not self.whatever_answers:
+                raise
+            self.damaged.append(str(error))
+            return []
 
     def standings(self, stages: Iterable[Stage]) -> dict[str, Record]:
         """Stage key → where it stands; `stages` come after their inputs."""

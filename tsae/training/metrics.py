@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+import google_crc32c
+
 from tsae.config.run import RunConfig
+from tsae.runtime import metadata
+from tsae.runtime.checksums import checksum_of
 from tsae.runtime.errors import TsaeError
-from tsae.training.splits import collapsed, window
+from tsae.training.splits import LINE, LONGEST_LINE, collapsed, window
 
 if TYPE_CHECKING:
     from tsae.training.trainer import Terms, Trainer
@@ -66,23 +69,30 @@ def first_fve(path: Path) -> float | None:
     """Explained variance at the first line of a metrics.jsonl; None where there is no line."""
     if not path.exists():
         return None
-    with path.open() as stream:
-        line = stream.readline()
-    return json.loads(line).get("fve") if line.endswith("\n") else None
+    with path.open("rb") as stream:
+        line = stream.readline(LONGEST_LINE)
+    return (metadata.record(line, LINE) or {}).get("fve") if line.endswith(b"\n") else None
 
 
 class Metrics:
     """The file, continued at byte `offset`: an earlier attempt's lines past its last resumable state are cut off.
 
-    Raises TsaeError if the file is shorter than that.
+    `checksum` is that of the lines before (None: an earlier version did not note it). Raises TsaeError if the file is
+    shorter than that, or they are others.
     """
 
-    def __init__(self, path: Path, offset: int) -> None:
+    def __init__(self, path: Path, offset: int, checksum: int | None = None) -> None:
         path.touch()
         if path.stat().st_size < offset:
             raise TsaeError(
                 f"{path}: has lost lines since the run was interrupted ({path.stat().st_size} bytes of {offset}); "
                 f"remove {path.with_name('resume')} to begin again"
+            )
+        self._checksum = checksum_of(path, offset)
+        if checksum not in (None, self._checksum):
+            raise TsaeError(
+                f"{path}: has changed since the run was interrupted; restore it, or remove {path.with_name('resume')} "
+                "to begin again"
             )
         self._stream = path.open("r+b")
         self._stream.truncate(offset)
@@ -90,13 +100,15 @@ class Metrics:
 
     def append(self, measures: dict[str, float]) -> None:
         """Add one line."""
-        self._stream.write((json.dumps(measures) + "\n").encode())
+        line = metadata.line(measures)
+        self._stream.write(line)
         self._stream.flush()
+        self._checksum = int(google_crc32c.extend(self._checksum, line))
 
     @property
-    def length(self) -> int:
-        """Bytes written so far."""
-        return self._stream.tell()
+    def state(self) -> dict[str, int]:
+        """Where the file is continued from here on: its length in bytes, and their checksum."""
+        return {"metrics_bytes": self._stream.tell(), "metrics_crc32c": self._checksum}
 
     def sync(self) -> None:
         """Return when every line is on the disk; any thread may call it."""

@@ -181,6 +181,9 @@ class Encoded(NamedTuple):
 class Engine(Protocol[D_contra]):
     """Encodes a batch, then differentiates the objective."""
 
+    most_dead: int | None = None
+    """How many latents may be dead in the next `backward`, where the host knows without asking the device."""
+
     def encode(self, dictionary: D_contra, current: Tensor, partner: Tensor | None) -> Encoded:
         """Batch-top-k codes of current tokens [B, D], and of their partners [B, D] where the objective needs those."""
 
@@ -198,6 +201,10 @@ class Engine(Protocol[D_contra]):
 
         `document` [B] of each pair is needed where those of one document are no negatives.
         """
+
+    def settled(self) -> bool:
+        """Whether what `encode` and `backward` have made is right; if not, both are to be done again."""
+        return True
 
     def state(self) -> dict[str, Any]:
         """What a bit-exact continuation needs of the engine."""

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from tsae.config.run import RunConfig
 from tsae.parallel.group import ALONE, Group
+from tsae.runtime.late import Late
 from tsae.sae.dictionary import Dictionary
 from tsae.sae.kinds import KINDS, Penalised, PenaltySettings
 from tsae.training.objective import Encoded, Engine, Losses, Weights
@@ -38,8 +39,9 @@ class PenaltyEngine(Engine[Dictionary]):
         warmup = objective.sparsity_warmup_steps
         self._warmup = config.training.warmup if warmup is None else warmup
         chosen = objective.sparsity_penalty
-        self.weight = kind.penalty_weight if chosen is None else chosen
-        self._adjusted = self.weight is None
+        self._weight = kind.penalty_weight if chosen is None else chosen
+        self._adjusted = self._weight is None
+        self._active: Late | None = None
         self.steps = 0
         self._watched: Dictionary | None = None
 
@@ -65,12 +67,13 @@ class PenaltyEngine(Engine[Dictionary]):
         error = current - dictionary.decode(penalised.f)
         squares = error.pow(2)
         l2_loss = squares.sum(dim=-1).mean()
-        weight = l2_loss.new_tensor(self._current_weight(dictionary, current))
+        weight = l2_loss.new_full((), self._current_weight(dictionary, current))
         sparsity = weight * penalised.penalty
         loss = loss_here = l2_loss + sparsity + penalised.auxiliary
         summed = self._group.sums(encoded.n_active[0], loss, l2_loss, penalised.auxiliary, sparsity)
         n_active, loss, l2_loss, auxiliary, sparsity = (value / self._group.world for value in summed)
-        self._advance(float(n_active) / len(current))
+        # The next step asks for it, when this one is done.
+        self._active, self._rows = Late(n_active), len(current)
         dictionary.zero_grad(set_to_none=True)
         self._sum_what_is_made(dictionary)
         (loss_here / self._group.world).backward()
@@ -94,18 +97,27 @@ class PenaltyEngine(Engine[Dictionary]):
 
             parameter.register_post_accumulate_grad_hook(begin_sum)
 
+    @property
+    def weight(self) -> float | None:
+        """The weight after the last step; none before the first, where it depends on the activations."""
+        if self._active is not None:
+            self._advance(self._active.read() / self._rows)
+            self._active = None
+        return self._weight
+
     def _current_weight(self, dictionary: Dictionary, current: Tensor) -> float:
-        if self.weight is None:
+        weight = self.weight
+        if weight is None:
             distance = (current - dictionary.b_dec.detach()).pow(2).sum(dim=-1).mean()
-            self.weight = FIRST_WEIGHT * float(self._group.mean(distance).sqrt())
-        return self.weight * min(1.0, self.steps / self._warmup if self._warmup else 1.0)
+            weight = self._weight = FIRST_WEIGHT * float(self._group.mean(distance).sqrt())
+        return weight * min(1.0, self.steps / self._warmup if self._warmup else 1.0)
 
     def _advance(self, l0: float) -> None:
         """Count a step; after the warm-up, move an adjusted weight up where too many latents are active, else down."""
         self.steps += 1
-        if self._adjusted and self.weight is not None and self.steps > self._warmup:
+        if self._adjusted and self._weight is not None and self.steps > self._warmup:
             excess = math.log(max(l0, 1e-3) / self._settings.target_l0)
-            self.weight *= math.exp(ADJUSTMENT * min(1.0, max(-1.0, excess)))
+            self._weight *= math.exp(ADJUSTMENT * min(1.0, max(-1.0, excess)))
 
     def state(self) -> dict[str, Any]:
         """The weight and the number of steps."""
@@ -113,4 +125,4 @@ class PenaltyEngine(Engine[Dictionary]):
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Continue from what `state()` returned."""
-        self.weight, self.steps = state["weight"], state["steps"]
+        self._weight, self.steps, self._active = state["weight"], state["steps"], None

@@ -9,26 +9,26 @@ A process may die anywhere in between: states after `latest`, and those that the
 
 from __future__ import annotations
 
-import json
 import logging
 import random
 import shutil
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
-import google_crc32c
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.serialization import config as torch_files
 
-from tsae.runtime import files
+from tsae.runtime import files, metadata
+from tsae.runtime.checksums import Checksum, checksum_of
 from tsae.runtime.errors import TsaeError
+from tsae.runtime.metadata import NATURAL
 
 PREFIX = "step_"
-PIECE_BYTES = 2**23
+RECORD = {"bytes": NATURAL, "crc32c": NATURAL, "belongs_to": {str: str}}
 PASSABLE = ("version of tsae", "version of torch")
 """Of what a state depends on, what may be another: the training then goes on, to rounding and other random numbers."""
 
@@ -119,12 +119,12 @@ class ResumeStates:
     def _write(self, step: int, state: dict[str, Any], first: Callable[[], object]) -> None:
         first()
         folder = self.path / f"{PREFIX}{step}"
-        checksum = _Checksum()
+        checksum = Checksum()
         # The format's own checksums would take a third of the time, and say nothing that this one does not.
         with torch_files.patch("save.compute_crc32", False):  # type: ignore[attr-defined]  # of this thread alone
             files.write_atomically(folder / "state.pt", lambda stream: torch.save(state, checksum.over(stream)))
         record = {"bytes": checksum.bytes, "crc32c": checksum.value, "belongs_to": self._belongs_to}
-        files.write_json(folder / "state.json", record)
+        metadata.write(folder / "state.json", record)
         files.sync_folder(self.path)
         files.write_text(self.path / "latest", folder.name)
         for stale in self._folders()[self._keep :]:
@@ -133,13 +133,13 @@ class ResumeStates:
     def _read(self, folder: Path, inexact: bool) -> dict[str, Any]:
         path, changes = folder / "state.pt", []
         try:
-            record = json.loads((folder / "state.json").read_text())
+            record = metadata.read(folder / "state.json", RECORD, "it does not count")
             length = path.stat().st_size
             if length != record["bytes"]:
                 raise Damaged(f"state.pt is damaged: {length} bytes instead of {record['bytes']}")
-            if _checksum_of(path) != record["crc32c"]:
+            if checksum_of(path) != record["crc32c"]:
                 raise Damaged("state.pt is damaged: its checksum does not fit")
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, TsaeError) as error:
             raise Damaged(f"not readable ({error})") from None
         for name, now in self._belongs_to.items():
             then = record["belongs_to"].get(name)
@@ -170,37 +170,6 @@ class ResumeStates:
     def _folders(self) -> list[Path]:
         """Folders of all states, newest first."""
         return sorted(filter(_is_state, self.path.glob(f"{PREFIX}*")), key=_step, reverse=True)
-
-
-class _Checksum:
-    """A stream that adds up length and CRC-32C of what passes through it."""
-
-    def __init__(self) -> None:
-        self.bytes = self.value = 0
-
-    def over(self, stream: BinaryIO) -> Any:
-        self._stream = stream
-        return self
-
-    def write(self, data: Any) -> int:
-        # In pieces, since the checksum keeps every other thread of this process waiting.
-        for first in range(0, len(data), PIECE_BYTES):
-            piece = data[first : first + PIECE_BYTES]
-            self.value = google_crc32c.extend(self.value, np.frombuffer(piece, np.uint8))
-            self._stream.write(piece)
-        self.bytes += len(data)
-        return len(data)
-
-    def flush(self) -> None:
-        self._stream.flush()
-
-
-def _checksum_of(path: Path) -> int:
-    checksum = 0
-    with path.open("rb") as stream:
-        while data := stream.read(PIECE_BYTES):
-            checksum = google_crc32c.extend(checksum, data)
-    return int(checksum)
 
 
 def _is_state(folder: Path) -> bool:

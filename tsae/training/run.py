@@ -14,13 +14,13 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from tsae.checkpoint import RunFolder, save_dictionary
+from tsae.checkpoint import CONFIG, RunFolder, save_run
 from tsae.config import run as configuration
 from tsae.config import schema
 from tsae.config.run import Counted, RunConfig, reading_settings
 from tsae.parallel.group import Group
 from tsae.parallel.rendezvous import together
-from tsae.runtime import files, preemption
+from tsae.runtime import metadata, preemption
 from tsae.runtime.errors import TsaeError
 from tsae.runtime.progress import Progress
 from tsae.runtime.provenance import provenance
@@ -33,6 +33,7 @@ from tsae.store.rolling import open_store
 from tsae.training.metrics import Metrics, first_fve, has_diverged, living, measures_of
 from tsae.training.resume import ResumeStates, random_state, set_random_state
 from tsae.training.splits import beside, of_splits, trouble
+from tsae.training.start import load_start
 from tsae.training.trackers import Trackers, require
 from tsae.training.trainer import Terms, Trainer
 
@@ -147,10 +148,13 @@ class _Training:
         self._require_agreement(origin)
         # The name of this run in the trackers, and the step that comes next there.
         self._tracking = state.get("tracking") or {"id": uuid.uuid4().hex, "step": 0}
-        self._metrics_bytes = state.get("metrics_bytes", 0)
+        self._metrics_before = state.get("metrics_bytes", 0), state.get("metrics_crc32c")
         self._device = Accelerator(cpu=config.training.device == "cpu").device
         moments = moments_of(store, config.counted)
-        self._trainer = Trainer(config, store.activation_dim, device=self._device, moments=moments, group=group)
+        start = None if state else load_start(config, store.activation_dim)
+        self._trainer = Trainer(
+            config, store.activation_dim, device=self._device, moments=moments, group=group, start=start
+        )
         self._first_fve = first_fve(run.metrics) if state else None
         if state:
             self._continue(state)
@@ -208,14 +212,18 @@ class _Training:
         run.claim(config)
         run.remove_leftovers()
         self._states.remove_leftovers()
-        sources: dict[str, Any] = {"store": store.attributes, "data": binding.record(config)}
+        about = {name: value for name, value in store.attributes.items() if name != "statistics"}  # many numbers
+        sources: dict[str, Any] = {"store": about, "data": binding.record(config)}
         if not config.counted.all_tokens:
             sources |= _left_out(config, store)
         if self._inexact:
             sources["inexact"] = self._inexact
-        files.write_json(run.provenance, provenance(config.training_hash, **sources))
-        files.write_json(run.config_json, reference_config(config, store.activation_dim, self._trainer.scale))
-        self._metrics = Metrics(run.metrics, offset=self._metrics_bytes)
+        metadata.write(run.provenance, provenance(config.training_hash, **sources))
+        # Of an earlier attempt's weights, what that noted stays.
+        noted = {name: entry for name, entry in metadata.whole(run.config_json, CONFIG).items() if name == "weights"}
+        self._written = {**reference_config(config, store.activation_dim, self._trainer.scale), **noted}
+        metadata.write(run.config_json, self._written)
+        self._metrics = Metrics(run.metrics, *self._metrics_before)
         self._trackers = Trackers(config, run, self._tracking)
 
     @property
@@ -237,7 +245,7 @@ class _Training:
             self._require_sense(terms, last)
         self._open()
         if kept is not None:
-            save_dictionary(self.run.checkpoint(step), kept, self._trainer.scale, self._trainer.shift)
+            save_run(self.run, self._written, kept, step, self._trainer.scale, self._trainer.shift)
         if logged and first:
             self._log(step, terms)
         if last:
@@ -291,7 +299,7 @@ class _Training:
         if self._group.rank == 0:
             state = {
                 "trainer": trainer,
-                "metrics_bytes": self._metrics.length,
+                **self._metrics.state,
                 "random": random,
                 "tracking": {**self._tracking, "step": self.step},
                 "inexact": self._inexact,
@@ -323,7 +331,8 @@ class _Training:
     def _finish(self) -> None:
         self.wait()
         self._metrics.close()
-        save_dictionary(self.run.weights, self._trainer.dictionary, self._trainer.scale, self._trainer.shift)
+        trainer = self._trainer
+        save_run(self.run, self._written, trainer.dictionary, None, trainer.scale, trainer.shift)
         self._states.remove()
         self._trackers.finish()  # which may wait for a server
 

@@ -12,6 +12,7 @@ Shapes: B rows, D activation_dim, F dict_size, G groups, n entries.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -23,9 +24,12 @@ from tsae.parallel.group import ALONE, Group
 from tsae.runtime.phases import phase
 from tsae.sae.dictionary import ThresholdDictionary
 from tsae.sae.selection.global_top_k import global_top_k_codes
+from tsae.sae.selection.listed import Check, Listed, batch_top_k_listed, top_k_listed
+from tsae.sae.selection.screens import products_at
 from tsae.sae.selection.top_k import GUESS_MARGIN, Encoder, batch_top_k_codes, top_k_codes
 from tsae.sae.sparse import (
     ByLatent,
+    Part,
     SparseCode,
     add_rows,
     kernels_for,
@@ -96,13 +100,20 @@ class SparseEngine(Engine[ThresholdDictionary]):
         self._deterministic = deterministic
         self._group, self._selection, self._negatives = group, selection, negatives
         self._shard = shard or Shard(group)
-        self._guesses: list[float | None] = []
+        self._guesses: list[Any] = []
+        self._checks: dict[int, Check] = {}
+        self._passes = 1
 
     @torch.no_grad()
     def encode(self, dictionary: ThresholdDictionary, current: Tensor, partner: Tensor | None) -> Encoded:
         halves = [current] if partner is None else [current, partner]
         centred = torch.stack(halves).sub_(dictionary.b_dec)
-        if dictionary.selects_per_token:
+        # One process alone can make its selection again when it has gone on: see `settled`.
+        late = self._group.world == 1 and kernels_for(current) is not None
+        select: Callable[..., Any]
+        if late:
+            select = top_k_listed if dictionary.selects_per_token else batch_top_k_listed
+        elif dictionary.selects_per_token:
             select = top_k_codes
         elif self._selection.world == 1:
             select = batch_top_k_codes
@@ -114,21 +125,20 @@ class SparseEngine(Engine[ThresholdDictionary]):
             encoder = dictionary.W_enc.T[latents].T, dictionary.b_enc[latents]
             mine = slice(2 * number, 2 * number + len(halves))
             self._guesses += [None] * (2 * number + 2 - len(self._guesses))
-            selections = select(self._encoder, list(centred), *encoder, k, self._guesses[mine])
+            if late:
+                self._guesses[mine] = [_scalar(guess, current) for guess in self._guesses[mine]]
+            selections: list[Any] = select(self._encoder, list(centred), *encoder, k, self._guesses[mine])
             self._guesses[mine] = [GUESS_MARGIN * selection.cut for selection in selections]
-            for half, selection in zip(parts, selections, strict=True):
+            for place, (half, selection) in enumerate(zip(parts, selections, strict=True), mine.start):
                 half.append(selection.code)
-            code = selections[0].code
-            smallest = code.values.new_full((len(current),), torch.inf)
-            smallest.scatter_reduce_(0, code.rows, code.values, "amin")
-            cuts.append(dictionary.cut_of(self._group.gather(smallest)))
+                if isinstance(selection, Listed):
+                    self._checks[place] = selection.check
+            cuts.append(dictionary.cut_of(self._group.gather(selections[0].code.smallest())))
         code, *others = map(side_by_side, parts)
-        fired = torch.zeros(dictionary.dict_size, dtype=torch.bool, device=current.device)
-        fired[code.latents] = True
         codes = _Codes(centred.flatten(0, 1), code, others[0] if others else None)
         mass = torch.stack([code.mass(group) for group in dictionary.group_slices])
         n_active = torch.stack([code.inside(group).sum() for group in dictionary.group_slices])
-        return Encoded(codes, self._group.any(fired), n_active, torch.stack(cuts), mass)
+        return Encoded(codes, self._group.any(code.fired()), n_active, torch.stack(cuts), mass)
 
     @torch.no_grad()
     def backward(
@@ -143,24 +153,26 @@ class SparseEngine(Engine[ThresholdDictionary]):
     ) -> tuple[Losses, Gradients]:
         codes: _Codes = encoded.codes
         n_rows, slices = len(current), weights.parts
-        divisor: float = n_rows * self._group.world
+        divisor: float | Tensor = n_rows * self._group.world
         if weights.relative:
             spread = current - self._group.mean(current.mean(dim=0))
-            divisor *= float(self._group.mean(spread.pow(2).sum(dim=-1).mean()))
+            divisor = divisor * _number(self._group.mean(spread.pow(2).sum(dim=-1).mean()))
         gradients = SparseGradients(dictionary, self._deterministic, self._group.world == 1, self._shard)
         parts = [codes.current.within(group) for group in slices]
         with phase("decode"):
             # x minus each nested reconstruction: part p's adds to that of the parts before it.
             residuals = [codes.centred[:n_rows]]
-            for (part, _), group in zip(parts, slices, strict=True):
-                residuals.append(residuals[-1] - weighted_rows(part, dictionary.W_dec[group]))
+            for part, group in zip(parts, slices, strict=True):
+                residuals.append(residuals[-1] - weighted_rows(part.code, dictionary.W_dec[group]))
         centred, *residuals = residuals
         # A group's part is what it takes from the residual before it; nothing is decoded again.
         after_groups = [centred, *(residuals[end] for end in weights.ends)]
         alone = [(centred - before + after).square().sum() for before, after in pairwise(after_groups)]
+        # A tensor in double precision, as it is on a GPU, would make the losses double.
+        single = divisor.to(centred.dtype) if isinstance(divisor, Tensor) else divisor
         group_losses = torch.stack(
             [
-                weight * residual.square().sum() / divisor
+                weight * residual.square().sum() / single
                 for weight, residual in zip(weights.group_weights, residuals, strict=True)
             ]
         )
@@ -173,20 +185,20 @@ class SparseEngine(Engine[ThresholdDictionary]):
         term, partner_high = None, None
         if weights.temporal is not None and codes.partner is not None and partner is not None:
             with phase("contrast"):
-                partner_high, _ = codes.partner.within(slices[0])
+                partner_high = codes.partner.within(slices[0]).code
                 document = None if weights.same_document else document
                 form = document, weights.similarity, weights.temperature
                 pairs = Pairs(current, partner, *form, self._group, self._negatives)
-                term = weights.temporal.sparse(parts[0][0], partner_high, pairs, weights.temporal_weight)
+                term = weights.temporal.sparse(parts[0].code, partner_high, pairs, weights.temporal_weight)
         here = term.loss if term else group_losses.new_zeros(())
         if further is not None:
-            here = further.square().sum() / divisor
+            here = further.square().sum() / single
         *summed, temporal = self._group.sums(*group_losses, here)
         # From here on nothing is exchanged but gradients: what came after them would wait for them.
         gradients.decoder(through.entries, through.back, revived)
         entries = [Entries(codes.current.rows, codes.current.latents, through.value_gradient)]
         if term is not None and partner_high is not None:
-            through.value_gradient[parts[0][1]] += weights.temporal_alpha * term.current
+            parts[0].add(weights.temporal_alpha * term.current, through.value_gradient)
             of_partner = weights.temporal_alpha * term.partner
             entries.append(Entries(partner_high.rows + n_rows, partner_high.latents, of_partner))
         gradients.encoder(entries, codes.centred, revived)
@@ -201,9 +213,23 @@ class SparseEngine(Engine[ThresholdDictionary]):
         losses = Losses(loss, l2_loss, group_losses, auxk, temporal, residuals[-1], torch.stack(alone), strongest)
         return losses, gradients.made
 
+    def settled(self) -> bool:
+        """Whether the selections, of which nothing was read back while they were made, turn out to be right.
+
+        If not, `encode` will make them with other guesses or more room. A GPU that is behind has still the backward
+        pass to do when it has told this, so that it need not wait for what comes next.
+        """
+        again = {
+            place: guess for place, check in self._checks.items() if (guess := check.again(self._passes)) is not None
+        }
+        for place, guess in again.items():
+            self._guesses[place] = guess
+        self._checks, self._passes = {}, self._passes + 1 if again else 1
+        return not again
+
     def state(self) -> dict[str, Any]:
         """The guesses: they change no result, but what it costs to get it."""
-        return {"guesses": self._guesses}
+        return {"guesses": [None if guess is None else float(guess) for guess in self._guesses]}
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Continue from what `state()` returned."""
@@ -214,14 +240,20 @@ class SparseEngine(Engine[ThresholdDictionary]):
         self, dictionary: ThresholdDictionary, weights: Weights, centred: Tensor, error: Tensor, dead: Tensor
     ) -> tuple[Tensor, Revived | None]:
         """Aux-k on the columns of the dead latents alone; `error` [B, D] is what they are to explain."""
-        latents = dead.nonzero()[:, 0]
+        most = self.most_dead
+        latents = dead.nonzero()[:, 0] if most is None else _first_set(dead, most)
         if len(latents) == 0:
             return error.new_zeros(()), None
         revived = torch.addmm(dictionary.b_enc[latents], centred, dictionary.W_enc.T[latents].T).relu_()
-        # A latent without a positive pre-activation in the batch has no part in aux-k, and is no work.
-        used = revived.amax(dim=0).nonzero()[:, 0]
-        if len(used) < len(latents):
-            revived, latents = revived[:, used], latents[used]
+        if most is None:
+            # A latent without a positive pre-activation in the batch has no part in aux-k, and is no work.
+            used = revived.amax(dim=0).nonzero()[:, 0]
+            if len(used) < len(latents):
+                revived, latents = revived[:, used], latents[used]
+        else:
+            # What is none is as a latent without a positive pre-activation.
+            revived.masked_fill_(latents < 0, 0)
+            latents = latents.clamp_min(0)
         if weights.aux_k < len(latents):
             strongest = revived.topk(weights.aux_k, dim=1, sorted=False)
             revived = revived.zero_().scatter_(1, strongest.indices, strongest.values)
@@ -232,10 +264,13 @@ class SparseEngine(Engine[ThresholdDictionary]):
             *(deviation.square().sum(dim=1).mean() / self._group.world for deviation in (difference, spread))
         )
         loss = unexplained / variance
-        if not torch.isfinite(loss):
+        factor = -2 * weights.auxk_alpha / (len(error) * self._group.world * variance)
+        if most is not None:
+            factor = factor.where(torch.isfinite(loss), 0)
+        elif not torch.isfinite(loss):
             return loss.nan_to_num(0.0), None
-        back = difference.mul_(-2 * weights.auxk_alpha / (len(error) * self._group.world * variance))
-        return loss, Revived(latents, revived.T @ back, (back @ W_dec.T).mul_(revived > 0))
+        back = difference.mul_(factor)
+        return loss.nan_to_num(0.0), Revived(latents, revived.T @ back, (back @ W_dec.T).mul_(revived > 0))
 
 
 class _Through(NamedTuple):
@@ -254,10 +289,10 @@ def _through_decoder(
     dictionary: ThresholdDictionary,
     weights: Weights,
     code: SparseCode,
-    parts: list[tuple[SparseCode, Tensor]],
+    parts: list[Part],
     residuals: list[Tensor],
     further: Tensor | None,
-    divisor: float,
+    divisor: float | Tensor,
 ) -> _Through:
     """Backward through the decoder. `divisor` is that of the sum of squared errors over all processes.
 
@@ -267,19 +302,31 @@ def _through_decoder(
     residuals r_0, r_1, r_2 a latent of the first gets −2 (w_0 r_0 + w_1 r_1 + w_2 r_2), one of the last −2 w_2 r_2.
     Going backwards over the groups each sum is the one before it and one more residual.
     """
-    value_gradient, entries = torch.empty_like(code.values), []
+    value_gradient, entries = torch.zeros_like(code.values), []
     batch = len(residuals[-1])
     backs = torch.empty(len(parts), *residuals[-1].shape, dtype=code.values.dtype, device=code.values.device)
     for g in reversed(range(len(parts))):
-        part, places = parts[g]
-        group = weights.parts[g]
         torch.mul(residuals[g], -2 * weights.part_weights[g] / divisor, out=backs[g])
         if g + 1 < len(parts):
             backs[g] += backs[g + 1]
         if g == 0 and further is not None:
-            backs[g].add_(further, alpha=-2 * weights.prediction / divisor)
-        value_gradient[places] = sampled_products(part, backs[g], dictionary.W_dec[group])
+            alpha = -2 * weights.prediction / divisor
+            if isinstance(alpha, Tensor):
+                backs[g] += further * alpha
+            else:
+                backs[g].add_(further, alpha=alpha)
+        if code.spare:
+            continue
+        part, group = parts[g].code, weights.parts[g]
+        parts[g].add(sampled_products(part, backs[g], dictionary.W_dec[group]), value_gradient)
         entries.append(Entries(part.rows + g * batch, part.latents + group.start, part.values))
+    if code.spare:
+        # Parts have as many entries as the whole: rather all at once.
+        rows = code.rows
+        for group in weights.parts[1:]:
+            rows = rows + batch * (code.latents >= group.start)
+        value_gradient = products_at(rows, code.latents, backs.flatten(0, 1), dictionary.W_dec)
+        entries = [Entries(rows, code.latents, code.values)]
     return _Through(value_gradient, entries, backs)
 
 
@@ -328,7 +375,7 @@ class SparseGradients:
         if by_latents is not None:
             by_latents.sum_values(joined.gradient, b_enc)
         else:
-            b_enc.zero_().index_add_(0, joined.latents, joined.gradient)
+            b_enc.zero_().index_add_(0, joined.latents.clamp_min(0), joined.gradient)
         if revived is not None:
             b_enc.index_add_(0, revived.latents, revived.gradient.sum(dim=0))
         # Both halves are centred by b_dec before they are encoded.
@@ -357,6 +404,23 @@ class SparseGradients:
         buffer = _buffer(parameter)
         self.made[parameter] = WholeGradient(buffer)
         return buffer
+
+
+def _number(value: Tensor) -> float | Tensor:
+    """A scalar in double precision; one on a GPU stays there."""
+    return float(value) if kernels_for(value) is None else value.double()
+
+
+def _scalar(guess: float | Tensor | None, like: Tensor) -> Tensor | None:
+    """A guess on the device, where that of a saved state is not."""
+    return like.new_full((), guess) if isinstance(guess, float) else guess
+
+
+def _first_set(flags: Tensor, most: int) -> Tensor:
+    """Where `flags` [F] are set, ascending, in a list of fixed length [most] that has room for all; then −1."""
+    places = torch.where(flags, flags.cumsum(0) - 1, most)
+    numbers = torch.arange(len(flags), device=flags.device)
+    return numbers.new_full((most + 1,), -1).scatter_(0, places, numbers)[:most]
 
 
 def _joined(entries: list[Entries]) -> Entries:

@@ -5,14 +5,16 @@ All is said of a line of metrics.jsonl, so that a training says it while it runs
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
+from numbers import Real
 from pathlib import Path
 from typing import NamedTuple
 
 from tsae.config.run import RunConfig
 from tsae.config.sections import KIND_SETTINGS
+from tsae.runtime import metadata
+from tsae.runtime.metadata import COUNT, NATURAL
 
 EXPECTED_FIRINGS = 100
 """A latent is alive if it fired within as many tokens as latents need for so many firings each, if all fired alike."""
@@ -40,6 +42,8 @@ UNHEARD = "give it more weight in objective.group_weights"
 DYING = "lower training.lr to keep latents alive, training.dead_after to let aux-k revive them"
 LONGEST_LINE = 2**16
 """Bytes that hold the last line of the file."""
+LINE = {"step": NATURAL, "tokens": COUNT, str: Real}
+"""What a line holds."""
 
 
 class Trouble(NamedTuple):
@@ -128,10 +132,20 @@ def beside(values: Sequence[float]) -> str:
 
 
 def last_line(path: Path) -> dict[str, float]:
-    """The last whole line of a metrics.jsonl; empty where there is none."""
+    """The last whole line of a metrics.jsonl; empty where there is none, or it is damaged."""
+    whole, _, _ = _end_of(path).rpartition(b"\n")
+    return metadata.record(whole.rpartition(b"\n")[2], LINE) or {}
+
+
+def damaged_end(path: Path) -> str:
+    """In words, that a finished run's metrics.jsonl does not end in a whole line; nothing if it does or is not there."""
+    sound = not path.exists() or (_end_of(path).endswith(b"\n") and last_line(path))
+    return "" if sound else f"{path}: its last line is damaged, so nothing is known of the splits in training"
+
+
+def _end_of(path: Path) -> bytes:
     if not path.exists():
-        return {}
+        return b""
     with path.open("rb") as stream:
         stream.seek(max(0, path.stat().st_size - LONGEST_LINE))
-        whole, _, _ = stream.read().rpartition(b"\n")
-    return json.loads(whole.rpartition(b"\n")[2]) if whole else {}
+        return stream.read()

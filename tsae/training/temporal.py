@@ -141,15 +141,14 @@ def _linear_dots(high: SparseCode, other: SparseCode, pairs: Pairs, scale: float
     group, n_rows = pairs.negatives, len(high.offsets) - 1
     batch, factor = n_rows * group.world, 2 * scale / pairs.temperature
     means = [group.sum(code.dense_by_latent().sum(dim=1)) / batch for code in (high, other)]
-    keys, other_keys = _keys(high), _keys(other)
-    of_partner = _values_at(keys, other_keys, other.values)
-    of_current = _values_at(other_keys, keys, high.values)
+    of_partner, of_current = _counterparts(high, other)
     together = means[0] @ means[1] / group.world
     loss = factor * (together - (high.values * of_partner).sum() / batch)
     return Differentiated(
         loss,
-        factor / batch * (means[1][high.latents] - of_partner),
-        factor / batch * (means[0][other.latents] - of_current),
+        # An empty entry has no gradient.
+        factor / batch * (means[1][high.latents] - of_partner).where(high.latents >= 0, 0),
+        factor / batch * (means[0][other.latents] - of_current).where(other.latents >= 0, 0),
     )
 
 
@@ -193,7 +192,7 @@ def _contrastive_dots(high: SparseCode, other: SparseCode, pairs: Pairs, scale: 
     top = high.values.new_full((batch,), -torch.inf)
     column_sum = high.values.new_zeros(batch)
     for start, stop in blocks:
-        logits = logits_of(_row_block(high, start, stop), start, stop)
+        logits = logits_of(high.block(start, stop).code, start, stop)
         highest = logits.amax(dim=1, keepdim=True)
         row_lse[start:stop] = highest[:, 0] + _exp_(logits - highest).sum(dim=1).log()
         diagonal[start:stop] = logits[:, shift + start : shift + stop].diagonal()
@@ -204,18 +203,17 @@ def _contrastive_dots(high: SparseCode, other: SparseCode, pairs: Pairs, scale: 
     column_lse = highest + group.sum(column_sum * (top - highest).exp()).log()
     loss = scale * (row_lse + column_lse[group.share(n_rows)] - 2 * diagonal).mean() / group.world
 
-    current = torch.empty_like(high.values)
+    current = torch.zeros_like(high.values)
     partner = torch.zeros_like(others.values)
     factor = scale / (batch * temperature)
     for start, stop in blocks:
-        block = _row_block(high, start, stop)
-        logits = logits_of(block, start, stop)
+        part = high.block(start, stop)
+        logits = logits_of(part.code, start, stop)
         gradient = _exp_(logits - row_lse[start:stop, None]).add_(_exp_(logits.sub_(column_lse)))
         gradient[:, shift + start : shift + stop].diagonal().sub_(2)
         gradient *= factor
-        first, last = int(high.offsets[start]), int(high.offsets[stop])
-        current[first:last] = sampled_products(block, gradient, columns)
-        partner += sampled_products(others, gradient.T.contiguous(), block.dense_by_latent())
+        part.add(sampled_products(part.code, gradient, columns), current)
+        partner += sampled_products(others, gradient.T.contiguous(), part.code.dense_by_latent())
     return Differentiated(loss, current, group.sum(partner)[mine])
 
 
@@ -237,12 +235,6 @@ def _exp_(exponents: Tensor) -> Tensor:
     return exponents.clamp_min_(-80).exp_()
 
 
-def _row_block(code: SparseCode, start: int, stop: int) -> SparseCode:
-    offsets = code.offsets[start : stop + 1]
-    first, last = int(offsets[0]), int(offsets[-1])
-    return SparseCode(offsets - first, code.latents[first:last], code.values[first:last], code.dict_size)
-
-
 def _with_norms(code: SparseCode) -> tuple[SparseCode, Tensor]:
     """Rows scaled to norm 1, and the norm of each entry's row [n]."""
     norms = code.sum_values(code.values.square()).sqrt().clamp_min(1e-8)[code.rows]
@@ -261,7 +253,7 @@ def sparse_weighted_l1(high: SparseCode, other: SparseCode, pairs: Pairs, weight
     cosine = cosine_similarity(pairs.current, pairs.partner, dim=-1)
     difference, reverse, alone = _differences(high, other)
     of_entries, of_others = cosine[high.rows] / batch, cosine[other.rows] / batch
-    distance = (difference.abs() * of_entries).sum() + (reverse.abs() * of_others)[alone].sum()
+    distance = (difference.abs() * of_entries).sum() + _those(reverse.abs() * of_others, alone, other).sum()
     return Differentiated(
         scale * distance, scale * (difference.sign() * of_entries), scale * (reverse.sign() * of_others)
     )
@@ -271,7 +263,7 @@ def sparse_squared_distance(high: SparseCode, other: SparseCode, pairs: Pairs, w
     """The squared distance at the entries of both codes."""
     batch, scale = len(high.offsets) - 1, weight / pairs.group.world
     difference, reverse, alone = _differences(high, other)
-    distance = difference.square().sum() + reverse[alone].square().sum()
+    distance = difference.square().sum() + _those(reverse, alone, other).square().sum()
     return Differentiated(scale * (distance / batch), scale * (2 * difference / batch), scale * (2 * reverse / batch))
 
 
@@ -280,10 +272,22 @@ def _differences(high: SparseCode, other: SparseCode) -> tuple[Tensor, Tensor, T
 
     An entry that both codes hold is in both lists; it counts once, on the current side.
     """
+    of_partner, of_current = _counterparts(high, other)
+    # Entries are positive.
+    return high.values - of_partner, other.values - of_current, of_current == 0
+
+
+def _those(values: Tensor, chosen: Tensor, code: SparseCode) -> Tensor:
+    """The chosen ones of values [n] that are to be summed; how many the host does not ask for where the code has spare entries."""
+    return values.where(chosen, 0) if code.spare else values[chosen]
+
+
+def _counterparts(high: SparseCode, other: SparseCode) -> tuple[Tensor, Tensor]:
+    """For the entries of each code the value at the same place in the other; 0 where there is none."""
+    if high.spare:
+        return other.at(high.rows, high.latents), high.at(other.rows, other.latents)
     keys, other_keys = _keys(high), _keys(other)
-    difference = high.values - _values_at(keys, other_keys, other.values)
-    reverse = other.values - _values_at(other_keys, keys, high.values)
-    return difference, reverse, ~torch.isin(other_keys, keys, assume_unique=True)
+    return _values_at(keys, other_keys, other.values), _values_at(other_keys, keys, high.values)
 
 
 def _keys(code: SparseCode) -> Tensor:

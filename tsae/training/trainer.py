@@ -10,13 +10,16 @@ from torch import Tensor
 from tsae.config.run import RunConfig, require_processes
 from tsae.parallel.group import ALONE, Group
 from tsae.runtime.errors import TsaeError
+from tsae.runtime.late import Late
 from tsae.sae.dictionary import Dictionary, ThresholdDictionary
 from tsae.sae.init import centre, geometric_median, new_dictionary
 from tsae.sae.kinds import KINDS, MatryoshkaBatchTopKSAE, from_state
+from tsae.sae.sparse import kernels_for
 from tsae.store.moments import Moments
 from tsae.training.objective import DenseEngine, Engine, Weights
 from tsae.training.penalty_engine import PenaltyEngine
 from tsae.training.sparse_engine import SparseEngine
+from tsae.training.start import begin_with
 from tsae.training.update import Adam, LatentShares, Shard, lay_out_by_latent, project_and_measure
 
 
@@ -65,7 +68,8 @@ class Trainer:
     `config` gives kind, objective and schedule. `state_dict`, in the reference's names, replaces the fresh weights.
     `step(batch)` takes pairs [B, 2, D] (slot 0 current, slot 1 partner) or single tokens [B, D], as they are: where
     the configuration says so, `shift`, their mean [D], is subtracted and they are divided by `scale`, both from the
-    store's `moments`. Weights are kept for activations so changed; `dictionary.to_file(scale, shift)` and every file
+    store's `moments`. `start`, a dictionary for raw activations that is not larger, gives the first latents of each group
+    and the decoder's bias. Weights are kept for activations so changed; `dictionary.to_file(scale, shift)` and every file
     are for raw ones.
     """
 
@@ -77,6 +81,7 @@ class Trainer:
         device: torch.device | str = "cpu",
         moments: Moments | None = None,
         group: Group = ALONE,
+        start: Dictionary | None = None,
     ) -> None:
         self.config, self.settings, self.group = config, config.training, group
         self.kind = KINDS[config.sae.kind]
@@ -87,7 +92,9 @@ class Trainer:
         dictionary = new_dictionary(config.sae, activation_dim, config.training.seed)
         if state_dict is not None:
             dictionary = _given(config, state_dict, self.scale, shift)
-        self._fresh = state_dict is None
+        if start is not None:
+            begin_with(dictionary, start, self.scale, shift)
+        self._fresh, self._started = state_dict is None, start is not None
         self.weights = Weights.of(config, activation_dim)
         if self.weights.paired and isinstance(dictionary, MatryoshkaBatchTopKSAE) and config.objective.high_share:
             dictionary.reserve(config.objective.high_share)
@@ -110,6 +117,8 @@ class Trainer:
         betas = (self.kind.first_moment, 0.999)
         self.optimizer = Adam(groups, lr=self.peak_lr, betas=betas, fused=True, shard=shard)
         self.tokens_since_fired = torch.zeros(config.sae.dict_size, dtype=torch.int64, device=device)
+        self._may_die: tuple[int, int, Late] | None
+        self._bound_dead(config.training.batch_size)
 
     def step(self, batch: Tensor, document: Tensor | None = None) -> Terms:
         """Update the weights once on this process's share of the batch.
@@ -122,22 +131,26 @@ class Trainer:
         current, partner = self._halves(self._in_units(batch))
         if 2 * self.steps_done <= self.settings.steps:  # afterwards they stay
             self.weights = self.weights.at(self.steps_done / self.settings.steps)
-        if self.steps_done == 0 and (self._fresh or self.dictionary.centre_input):
+        if self.steps_done == 0 and not self._started and (self._fresh or self.dictionary.centre_input):
             centre(self.dictionary, geometric_median(self.group.gather(current)))
-        with self._products:
-            # Only a term of codes needs the partners'.
-            coded = None if self.weights.temporal is None else partner
-            encoded = self.engine.encode(self.dictionary, current, coded)
-        self.tokens_since_fired += tokens
-        self.tokens_since_fired[encoded.fired] = 0
-        self._track_thresholds(encoded.cuts)
-        dead = self.tokens_since_fired >= self.settings.dead_after
         if not self.weights.same_document and partner is not None and document is None:
             raise TsaeError("objective.same_document: false needs the document of each pair: step(batch, document)")
-        with self._products:
-            losses, gradients = self.engine.backward(
-                self.dictionary, self.weights, encoded, current, partner, dead, document
-            )
+        # Only a term of codes needs the partners'.
+        coded = None if self.weights.temporal is None else partner
+        self.engine.most_dead = self._most_dead(tokens)
+        while True:
+            with self._products:
+                encoded = self.engine.encode(self.dictionary, current, coded)
+                silence = (self.tokens_since_fired + tokens).masked_fill_(encoded.fired, 0)
+                dead = silence >= self.settings.dead_after
+                losses, gradients = self.engine.backward(
+                    self.dictionary, self.weights, encoded, current, partner, dead, document
+                )
+            if self.engine.settled():
+                break
+        self.tokens_since_fired.copy_(silence)
+        self._track_thresholds(encoded.cuts)
+        self._bound_dead(tokens)
         must_act = self.steps_done == 0 and self.weights.paired and self.weights.temporal_alpha != 0
         # A term that is a mean over the batch has gradients of about 1/B; a millionth of that is rounding noise.
         if must_act and (float(losses.temp_loss) == 0 or float(self.group.max(losses.temp_gradient)) < 1e-6 / tokens):
@@ -218,6 +231,22 @@ class Trainer:
                 moved = torch.where(threshold < 0, cut, beta * threshold + (1 - beta) * cut)
                 threshold.copy_(torch.where(torch.isfinite(cut), moved, threshold))
 
+    def _bound_dead(self, tokens: int) -> None:
+        """Count, where the next step is not to wait for it, the latents that will be dead unless that step's `tokens` wake them."""
+        self._may_die = None
+        if self.group.world == 1 and kernels_for(self.dictionary.b_dec.detach()) is not None:
+            silence = self.tokens_since_fired + tokens
+            told = Late((silence >= self.settings.dead_after).sum())
+            self._may_die = tokens, self.tokens_since_fired._version, told
+
+    def _most_dead(self, tokens: int) -> int | None:
+        """How many latents may be dead in a step of `tokens`; none if that was not counted."""
+        if self._may_die is None:
+            return None
+        most_tokens, version, told = self._may_die
+        # Someone may have set the counters since.
+        return told.read() if tokens <= most_tokens and version == self.tokens_since_fired._version else None
+
     def _threshold(self) -> Tensor:
         threshold = getattr(self.dictionary, "threshold", self.dictionary.b_dec.new_zeros(()))
         mean = threshold.detach().mean()
@@ -244,6 +273,7 @@ class Trainer:
         self.tokens_since_fired.copy_(state["tokens_since_fired"])
         self.steps_done = int(state["steps_done"])
         self.weights = self.weights.at(self.steps_done / self.settings.steps)
+        self._bound_dead(self.settings.batch_size)
 
 
 def _engine(config: RunConfig, group: Group, shard: Shard) -> Engine[Any]:

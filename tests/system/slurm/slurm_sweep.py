@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from tsae.runtime.files import read_whole_json
+from tsae.runtime.metadata import whole as read_whole_json
 from tsae.runtime.state import state_path
 from tsae.sweep.attempt import Attempt, Submitted, job_name
 from tsae.sweep.cluster import Cluster

@@ -16,7 +16,7 @@ import yaml
 
 from tests.system.slurm.slurm_commands import CLUSTER, CommandLine
 from tests.system.slurm.slurm_sweep import SweepOnSlurm
-from tsae.runtime.files import read_whole_json
+from tsae.runtime.metadata import whole as read_whole_json
 from tsae.sweep.attempt import attempts, job_name
 from tsae.sweep.schedulers.slurm.query import run as slurm_command
 

@@ -18,13 +18,21 @@ from tsae.config.sections import ModelConfig
 from tsae.data.labelled import content_of
 from tsae.experiments.answers.prompts import Answer, Prompt, Respondent
 from tsae.lm.source import cached_commit, weights_fingerprint
-from tsae.runtime import preemption
+from tsae.runtime import metadata, preemption
 from tsae.runtime.environment import home
 from tsae.runtime.errors import TsaeError
+from tsae.runtime.metadata import NATURAL
 
 if TYPE_CHECKING:
     from tsae.config.experiments import AnswersConfig
     from tsae.runtime.progress import Progress
+
+
+ANSWER = {
+    **{"model": str, "system": str, "user": str, "max_tokens": NATURAL, "text": (None, str)},
+    "failure?": (None, str),
+}
+"""A line of recorded answers."""
 
 
 class Backend:
@@ -87,24 +95,23 @@ class AnswerFile:
             return
         self._own.parent.mkdir(parents=True, exist_ok=True)
         with open(self._own, "a", encoding="utf-8") as stream:
-            stream.write(json.dumps({"model": model, **prompt._asdict(), **answer._asdict()}) + "\n")
+            stream.write(metadata.line({"model": model, **prompt._asdict(), **answer._asdict()}).decode())
 
     def _read(self, file: Path, *, strict: bool) -> None:
         try:
-            lines = file.read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
+            lines = file.read_bytes().rstrip(b"\n").split(b"\n")
+        except OSError as error:
             raise TsaeError(f"{file}: recorded answers cannot be read: {error}") from None
         for number, line in enumerate(lines, start=1):
-            try:
-                record = json.loads(line)
+            record = metadata.record(line, ANSWER)
+            if record is not None:
                 prompt = Prompt(record["system"], record["user"], record["max_tokens"])
                 self._answers[_key(record["model"], prompt)] = Answer(record["text"], record.get("failure"))
-            except (ValueError, KeyError, TypeError):
-                # The last line of a process that was killed while it wrote is a fragment.
-                if strict or number < len(lines):
-                    raise TsaeError(
-                        f"{file}: line {number} is no recorded answer: model, system, user, max_tokens and text are expected"
-                    ) from None
+            elif strict and lines != [b""]:
+                raise TsaeError(
+                    f"{file}: line {number} is no recorded answer: model, system, user, max_tokens and text are expected"
+                )
+            # Of our own, what a killed process left half written, or what is damaged since, is asked again.
 
 
 def open_backend(settings: AnswersConfig, where: str) -> Backend:

@@ -27,10 +27,10 @@ from tsae.experiments.explain.examples import collect_examples, wanted_latents
 from tsae.experiments.explain.explainers import Explainer, ModelExplainer, Record, TokenExplainer, tasks_of
 from tsae.experiments.explain.figure import draw
 from tsae.experiments.explain.scores import balanced_accuracy, headline, summarise
-from tsae.experiments.shared.journal import Journal, read_lines
+from tsae.experiments.shared.journal import Journal
 from tsae.experiments.shared.subject import Subject
-from tsae.interop.explanations import write_explanations
-from tsae.runtime import files, preemption
+from tsae.interop.explanations import OWN, write_explanations
+from tsae.runtime import metadata, preemption
 from tsae.runtime.errors import TsaeError
 from tsae.runtime.progress import Progress
 from tsae.store.binding import data_identity, weights_identity
@@ -133,14 +133,14 @@ class _Stages:
         """Refuse, before anything is paid for, to write over explanations that were not made here."""
         if not self.target.exists():
             return
-        summary = files.read_whole_json(self._file("autointerp", "json"))
+        summary = metadata.whole(self._file("autointerp", "json"), OWN)
         recorded = summary.get("explanations", {}).get("sha256")
         made = {
             str(line["latent"]): line["explanation"]
-            for line in read_lines(self._file("autointerp_explanations"))
+            for line in metadata.records(self._file("autointerp_explanations"))[0]
             if "explanation" in line
         }
-        if _digest(self.target) != recorded and not (made and files.read_whole_json(self.target) == made):
+        if _digest(self.target) != recorded and not (made and metadata.whole(self.target) == made):
             raise TsaeError(f"{self.target}: was not made by `tsae explain` and is left as it is; move it away first")
 
     def _file(self, name: str, suffix: str = "jsonl") -> Path:

@@ -18,10 +18,10 @@ from tsae.config.experiments import FeaturesConfig
 from tsae.experiments.features import data
 from tsae.experiments.features.figure import draw
 from tsae.experiments.shared.firings import Firings, LatentStatistics, collect, latent_statistics, token_texts
-from tsae.experiments.shared.journal import read_lines
 from tsae.experiments.shared.subject import Subject
-from tsae.runtime import files
+from tsae.runtime import files, metadata
 from tsae.runtime.errors import TsaeError
+from tsae.runtime.metadata import NATURAL
 from tsae.runtime.progress import Progress
 from tsae.store.rolling import open_store
 
@@ -98,16 +98,14 @@ def _detection(subject: Subject, explanations: Mapping[int, str]) -> dict[int, f
     """Latent → detection score, of those explanations on the page that `tsae explain` made and scored."""
     suffix = "" if subject.checkpoint is None else f"_step{subject.checkpoint}"
     made, scored = (
-        read_lines(subject.run.result(f"autointerp{suffix}_{stage}", "jsonl")) for stage in ("explanations", "scores")
+        metadata.records(subject.run.result(f"autointerp{suffix}_{stage}", "jsonl"), {"latent": NATURAL, key: told})[0]
+        for stage, key, told in (("explanations", "explanation", str), ("scores", "detection", {"score": float}))
     )
-    texts = {line["latent"]: line["explanation"] for line in made if "explanation" in line}
+    texts = {line["latent"]: line["explanation"] for line in made}
     return {
         line["latent"]: line["detection"]["score"]
         for line in scored
-        if "latent" in line
-        and line["detection"]["score"] is not None
-        and line["latent"] in explanations
-        and texts.get(line["latent"]) == explanations[line["latent"]]
+        if line["latent"] in explanations and texts.get(line["latent"]) == explanations[line["latent"]]
     }
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from tsae import plotting
 from tsae.checkpoint import BASELINE
-from tsae.runtime import files
+from tsae.runtime import metadata
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -78,7 +78,7 @@ def runs_beside(results: dict[str, Any], path: Path) -> list[dict[str, Any]]:
 def _alike(results: dict[str, Any], paths: list[Path]) -> Iterator[dict[str, Any]]:
     """Results that were made on the same texts in the same way."""
     for path in paths:
-        entry = files.read_whole_json(path)
+        entry = metadata.whole(path)
         if not entry:
             continue
         alike = all(entry.get(key) == results[key] for key in ("settings", "experiment"))

@@ -2,29 +2,34 @@
 
 from __future__ import annotations
 
-import json
+import logging
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from tsae.runtime import files
+from tsae.runtime import files, metadata
 
+log = logging.getLogger("tsae")
 Record = dict[str, Any]
+RECORD = {"latent": metadata.NATURAL}
 
 
 class Journal:
     """Records by latent in a file whose first line says which settings they were made with.
 
-    A file of other settings is begun anew. The unfinished last line of a process that was killed is dropped.
+    A file of other settings is begun anew. The unfinished last line of a process that was killed is dropped, and so are
+    lines that are damaged: what they told is made again.
     """
 
     def __init__(self, path: Path, stage: str, settings_hash: str) -> None:
         self.path = path
         self._head = {"stage": stage, "hash": settings_hash}
         self.records: dict[int, Record] = {}
-        lines = read_lines(path)
+        lines, damaged = metadata.records(path)
+        if damaged:
+            log.warning("%s: damaged in lines %s; they are made again", path, ", ".join(map(str, damaged)))
         if lines and lines[0] == self._head:
-            self.records = {int(record["latent"]): record for record in lines[1:]}
+            self.records = {line["latent"]: line for line in lines[1:] if not metadata.misfit(line, RECORD)}
         if path.exists():
             self._write()
 
@@ -35,7 +40,7 @@ class Journal:
         with open(self.path, "ab") as stream:
             for record in records:
                 self.records[int(record["latent"])] = record
-                stream.write(_line(record))
+                stream.write(metadata.line(record))
             files.sync_stream(stream)
 
     def replace(self, records: Iterable[Record]) -> None:
@@ -45,23 +50,6 @@ class Journal:
 
     def _write(self) -> None:
         """The file without what does not belong to it."""
-        content = b"".join(map(_line, [self._head, *self.records.values()]))
+        content = b"".join(map(metadata.line, [self._head, *self.records.values()]))
         if not self.path.exists() or self.path.read_bytes() != content:
             files.write_atomically(self.path, lambda stream: stream.write(content))
-
-
-def read_lines(path: Path) -> list[Record]:
-    """The whole lines of a journal, its head first; none if there is no file."""
-    if not path.exists():
-        return []
-    lines = []
-    for line in path.read_bytes().splitlines():
-        try:
-            lines.append(json.loads(line))
-        except ValueError:
-            break
-    return [line for line in lines if isinstance(line, dict)]
-
-
-def _line(record: Record) -> bytes:
-    return (json.dumps(record, ensure_ascii=False) + "\n").encode()

@@ -13,14 +13,13 @@ from torch import Tensor
 
 from tsae.checkpoint import BASELINE, RunFolder, find_dictionary, load_dictionary
 from tsae.config.run import RunConfig
-from tsae.runtime import files
 from tsae.runtime.errors import TsaeError
 from tsae.sae.dictionary import Dictionary
 from tsae.sae.inference import encode_sparse, in_units_written
 from tsae.sae.selection.top_k import Encoder
 from tsae.sae.sparse import SparseCode
 from tsae.store import norms
-from tsae.store.binding import commit_of
+from tsae.store.binding import commit_of, written_of
 from tsae.store.layout import is_harvested, store_path
 from tsae.store.reader import Store
 
@@ -103,7 +102,7 @@ class Subject:
         """The largest norm of a token that counts, as in the run's training; None if neither run nor store tells it."""
         if self.config.counted.max_norm_multiple is None:
             return math.inf
-        recorded = files.read_whole_json(self.run.provenance).get("norm_limit")
+        recorded = written_of(self.run).get("norm_limit")
         if recorded is not None:
             return float(recorded)
         return Store.open(store_path(self.config)).limit(self.config.counted) if is_harvested(self.config) else None

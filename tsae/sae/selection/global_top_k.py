@@ -21,7 +21,17 @@ from torch import Tensor
 
 from tsae.parallel.group import Group
 from tsae.runtime.phases import phase
-from tsae.sae.selection.top_k import INTEGERS, Encoder, Entries, Prepared, Selection, candidates, first_guess, lowered
+from tsae.sae.selection.top_k import (
+    GUESS_MARGIN,
+    INTEGERS,
+    Encoder,
+    Entries,
+    Prepared,
+    Selection,
+    candidates,
+    first_guess,
+    lowered,
+)
 from tsae.sae.sparse import from_entries
 
 DIGIT_BITS = 11
@@ -67,7 +77,7 @@ def global_top_k_codes(
 
 def _agreed_guess(x: Tensor, prepared: Prepared, k: float, group: Group) -> float:
     """The lowest of all processes' first guesses."""
-    return -float(group.max(x.new_tensor(-first_guess(x, prepared, k))))
+    return -float(group.max(-GUESS_MARGIN * first_guess(x, prepared, k)))
 
 
 def _enough_candidates(

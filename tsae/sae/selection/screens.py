@@ -110,21 +110,12 @@ class Screen:
         """
         low = round_rows(x)
         guesses = x.new_full((len(x),), guess * (1 - SLACK))
-
-        def products() -> Iterator[Tensor]:
-            for start in range(0, len(x), block_rows):
-                rows = slice(start, start + block_rows)
-                product = _product(low.rows[rows], self._low)
-                if k is not None:
-                    guesses[rows] = self._least_of_largest(product, low.norms[rows], low.errors[rows], k)
-                yield product
-
         if listing is not None:
-            margin = (self.bias, low.norms, low.errors, self._norms, self._errors)
-            rows, latents, _ = listing.above(guesses, products, len(self.bias), margin)
+            products = functools.partial(self._products, low, guesses, k, block_rows)
+            rows, latents, _ = listing.above(guesses, products, len(self.bias), self._margin(low))
             return rows, latents
         found, start = [], 0
-        for upper in products():
+        for upper in self._products(low, guesses, k, block_rows):
             rows = slice(start, start + len(upper))
             upper.add_(self.bias)
             upper.addcmul_(low.norms[rows, None], self._errors).addcmul_(low.errors[rows, None], self._norms)
@@ -133,6 +124,33 @@ class Screen:
             start += len(upper)
         rows, latents = (torch.cat(parts) for parts in zip(*found, strict=True))
         return rows, latents
+
+    def listed(
+        self, x: Tensor, guess: Tensor, k: int | None, block_rows: int, listing: Any, least: int
+    ) -> tuple[tuple[Tensor, Tensor, Tensor], Any]:
+        """Row, latent and float32 value [c] of the same candidates; and the list, which knows how many there are.
+
+        They are in a list with room for `least` at least, whose other places have latent −1 and value −inf.
+        """
+        low = round_rows(x)
+        guesses = (guess * (1 - SLACK)).expand(len(x)).contiguous()
+        products = self._products(low, guesses, k, block_rows)
+        listed = listing.list(guesses, products, len(self.bias), self._margin(low), least)
+        values = products_at(listed.rows, listed.latents, x, self.latents) + self.bias[listed.latents]
+        values = torch.where(listed.latents < 0, -torch.inf, values)
+        return (listed.rows, listed.latents, values), listed
+
+    def _products(self, low: Rounded, guesses: Tensor, k: int | None, block_rows: int) -> Iterator[Tensor]:
+        """Blocks of rows of the screened product; with `k` each row's guess [N] is set just before."""
+        for start in range(0, len(low.rows), block_rows):
+            rows = slice(start, start + block_rows)
+            product = _product(low.rows[rows], self._low)
+            if k is not None:
+                guesses[rows] = self._least_of_largest(product, low.norms[rows], low.errors[rows], k)
+            yield product
+
+    def _margin(self, low: Rounded) -> tuple[Tensor, ...]:
+        return self.bias, low.norms, low.errors, self._norms, self._errors
 
     def _least_of_largest(self, product: Tensor, norms: Tensor, errors: Tensor, k: int) -> Tensor:
         """What each row's k-th largest pre-activation is at least, or 0 [n]; from a screened product [n, F]."""

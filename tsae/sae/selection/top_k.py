@@ -134,7 +134,7 @@ def batch_top_k_codes(
 def _largest_of_half(encoder: Encoder, x: Tensor, prepared: Prepared, k: float, guess: float | None) -> Selection:
     wanted = round(k * len(x))
     if guess is None:
-        guess = first_guess(x, prepared, k)
+        guess = GUESS_MARGIN * float(first_guess(x, prepared, k))
     passes = 1
     rows, latents, values = candidates(encoder, x, prepared, guess)
     while len(values) < wanted and guess > 0:
@@ -170,13 +170,12 @@ def _largest(values: Tensor, count: int) -> Tensor:
     return keep.nonzero()[:, 0]
 
 
-def first_guess(x: Tensor, prepared: Prepared, k: float) -> float:
-    """An estimate of the cut from a few rows of x [N, D], a little too low rather than too high."""
+def first_guess(x: Tensor, prepared: Prepared, k: float) -> Tensor:
+    """An estimate of the cut, a scalar, from a few rows of x [N, D], a little too low rather than too high."""
     sample = x[:: max(1, len(x) // SAMPLE_ROWS)][:SAMPLE_ROWS]
     product = (sample.to(prepared.weight.dtype) @ prepared.weight).to(x.dtype)
     activations = torch.relu(product + prepared.bias).flatten()
-    top = activations.topk(min(max(1, round(k * len(sample))), activations.numel()), sorted=False).values
-    return GUESS_MARGIN * float(top.min())
+    return activations.topk(min(max(1, round(k * len(sample))), activations.numel()), sorted=False).values.min()
 
 
 def entries_above(encoder: Encoder, x: Tensor, weight: Tensor, bias: Tensor, guess: float) -> Entries:

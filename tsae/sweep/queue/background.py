@@ -20,9 +20,9 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
-from tsae.runtime import files, locks
+from tsae.runtime import locks, metadata
 from tsae.runtime.errors import TsaeError
-from tsae.runtime.state import BROKEN, OPEN, Record, State
+from tsae.runtime.state import BROKEN, OPEN, QUEUE, Record, State
 from tsae.sweep.attempt import Attempt, Submitted, attempts
 from tsae.sweep.container import Container
 from tsae.sweep.plan import Plan
@@ -112,7 +112,7 @@ class QueueFile:
         if not self._stale:
             return
         plain = {task.stage.key: self._tasks.get(task.stage.key, {}) for task in tasks}
-        files.write_json(self._path, plain)
+        metadata.write(self._path, plain)
         self._stale = False
 
 
@@ -128,7 +128,7 @@ def lock_of(attempt: Attempt) -> Path:
 
 def read_queue(attempt: Attempt) -> dict[str, Record]:
     """Stage key → what the queue of `attempt` says of it; empty if it has none, or none yet."""
-    return {key: Record.from_queue(status) for key, status in files.read_whole_json(file_of(attempt)).items()}
+    return {key: Record.from_queue(status) for key, status in metadata.whole(file_of(attempt), QUEUE).items()}
 
 
 class OtherQueues:

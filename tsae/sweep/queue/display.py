@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import sys
 import time
 from typing import Any, TextIO
 
+from tsae.runtime import metadata
+from tsae.runtime.progress import SHAPE
 from tsae.runtime.state import State
 from tsae.sweep.queue.runner import Task
 from tsae.sweep.stage import Stage
@@ -99,12 +100,9 @@ def progress_line(task: Task) -> str:
 
 def read_progress(stage: Stage, began: float) -> dict[str, Any]:
     """What the stage last wrote about itself; nothing from before it began counts."""
-    try:
-        record: dict[str, Any] = json.loads(stage.progress.read_text())
-        return record if record["time"] >= began else {}
-    except (OSError, ValueError, KeyError, TypeError):
-        # Not written yet, or by another version: progress is for looking at, nothing depends on it.
-        return {}
+    # Not written yet, damaged, or by another version: progress is for looking at, nothing depends on it.
+    record = metadata.whole(stage.progress, SHAPE)
+    return record if record and record["time"] >= began else {}
 
 
 def duration(seconds: float) -> str:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import os
 import socket
 import sys
 import traceback
 from pathlib import Path
+from typing import Any
 
-from tsae.runtime import preemption
+from tsae.runtime import metadata, preemption
 from tsae.runtime.job import Call, Place, run_stage
+from tsae.runtime.metadata import COUNT
 
 ORDER_FILE = "order.json"
 RESTARTS = "TSAE_RESTARTS"
@@ -25,7 +26,7 @@ def main(arguments: list[str]) -> int:
     """0: done; 3: an input is not done; 75: asked to leave; 200: failed."""
     folder = Path(arguments[0])
     job, task = os.environ["JOB_ID"], int(os.environ["SGE_TASK_ID"])
-    order = json.loads((folder / ORDER_FILE).read_text())
+    order = read_order(folder)
     missing = [name for name in inputs_of(order["inputs"], task) if not is_done(folder.parents[1], name)]
     if missing:
         print(f"not begun: {', '.join(missing)} did not end well", file=sys.stderr)
@@ -48,6 +49,11 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
+def read_order(folder: Path) -> dict[str, Any]:
+    """What an array is. Raises TsaeError."""
+    return metadata.read(folder / ORDER_FILE, {"tasks": COUNT, "inputs": {str: [str]}}, "launch the sweep again")
+
+
 def inputs_of(inputs: dict[str, list[str]], task: int) -> list[str]:
     """The jobs that must be done before task `task` begins: `123` (a whole array) or `123_4`."""
     return [f"{array}_{task - 1}" for array in inputs.get("one_by_one", [])] + inputs.get("jobs", [])
@@ -60,7 +66,7 @@ def is_done(attempts: Path, job: str) -> bool:
     if not marks:
         return False
     folder = marks[-1].parent  # ids begin again when a qmaster's state is wiped: the latest launch means this one
-    tasks = [int(index) + 1] if index else range(1, json.loads((folder / ORDER_FILE).read_text())["tasks"] + 1)
+    tasks = [int(index) + 1] if index else range(1, read_order(folder)["tasks"] + 1)
     return all((folder / f"{array}.{task}.done").exists() for task in tasks)
 
 

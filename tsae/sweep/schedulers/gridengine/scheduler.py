@@ -12,7 +12,6 @@ Every order is an array job, one of a single task too. What it lacks beside Slur
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import re
@@ -24,6 +23,7 @@ from collections.abc import Iterable
 from datetime import datetime
 from pathlib import Path
 
+from tsae.runtime import metadata
 from tsae.runtime.errors import TsaeError
 from tsae.runtime.state import State
 from tsae.sweep.schedulers.base import Full, Inputs, Limits, Order, Seen
@@ -123,7 +123,7 @@ class GridEngine:
         batch.write_text(self.script(order))
         inputs = {"one_by_one": order.inputs.one_by_one, "jobs": order.inputs.jobs}
         must_be_done = {} if order.inputs.however_they_end else inputs
-        (order.folder / ORDER_FILE).write_text(json.dumps({"tasks": len(order.calls), "inputs": must_be_done}))
+        metadata.write(order.folder / ORDER_FILE, {"tasks": len(order.calls), "inputs": must_be_done})
         for number, call in enumerate(order.calls, 1):
             call.save(order.folder / f"call-{number}.json")
         try:

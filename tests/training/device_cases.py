@@ -1,0 +1,133 @@
+"""Steps as a GPU takes them, through the kernels' branches; `test_device_step.py` runs this file in Triton's interpreter.
+
+After the first step, which may look whether the temporal term acts at all, nothing is read back: see `device_watch.py`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.training.device_watch import Reads, Watch
+from tests.training.recorded import record_gradients
+from tsae.config import run as configuration
+from tsae.config.sections import KIND_SETTINGS
+from tsae.sae import kernels, sparse
+from tsae.sae.selection import screens
+from tsae.store.moments import Moments
+from tsae.training.trainer import Terms, Trainer
+
+DIM, BATCH, STEPS = 8, 4, 3
+SPLIT = {"group_fractions": [0.25, 0.5, 0.25]}
+TEMPORAL: list[dict[str, Any]] = [
+    {},
+    {"preset": "reference"},
+    {"preset": "scale_free"},
+    {"preset": "scale_free", "temporal": "linear"},
+    {"preset": "reference", "temporal": "l1"},
+    {"preset": "scale_free", "temporal": "l2"},
+    {"preset": "scale_free", "same_document": False},
+]
+CASES = [("temporal", objective) for objective in TEMPORAL] + [
+    (kind, {}) for kind in KIND_SETTINGS if kind != "temporal"
+]
+
+
+def trainer(kind: str, objective: dict[str, Any], **training: Any) -> Trainer:
+    sae = {"kind": kind, "dict_size": 24, "k": 3, **(SPLIT if kind in ("temporal", "matryoshka") else {})}
+    # Some latents are dead by the last step, so that aux-k works; the thresholds are tracked.
+    given = {"batch_size": BATCH, "dead_after": 2 * BATCH, "steps": 40, "threshold_start_step": 0, "warmup_steps": 1}
+    tree = {"sae": sae, "objective": objective, "training": given | {"lr": 0.003} | training}
+    moments = Moments(1, torch.zeros(DIM), torch.full((DIM,), 1 / DIM), 1.0)
+    return Trainer(configuration.from_mapping(tree, "test"), DIM, moments=moments)
+
+
+def batches(steps: int = STEPS) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    shared = torch.randn(steps, BATCH, 1, DIM, generator=generator)
+    return list(shared + torch.randn(steps, BATCH, 2, DIM, generator=generator))
+
+
+def watch(built: Trainer) -> Watch:
+    return Watch(strict=True, host=[each for each in built.dictionary.buffers() if not each.is_floating_point()])
+
+
+def assert_near(found: Terms, expected: Terms) -> None:
+    for name, value in expected._asdict().items():
+        other = torch.as_tensor(found._asdict()[name])
+        torch.testing.assert_close(other, torch.as_tensor(value), rtol=2e-4, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize(("kind", "objective"), CASES)
+def test_a_step_reads_nothing_back_and_is_that_of_a_cpu(
+    kind: str, objective: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pair = [trainer(kind, objective) for _ in range(2)]
+    gradients = [record_gradients(built) for built in pair]
+    document = torch.arange(BATCH) // 2
+    for batch in batches():
+        watched = watch(pair[0])
+        if pair[0].steps_done == 0:
+            found = pair[0].step(batch, document)
+        else:
+            with watched.watching():
+                found = pair[0].step(batch, document)
+            assert not watched.copies, watched.copies
+        with monkeypatch.context() as patched:
+            for module in (sparse, screens):
+                patched.setattr(module, "interpreted", lambda: False)
+            expected = pair[1].step(batch, document)
+        assert_near(found, expected)
+        for name, gradient in gradients[1].items():
+            assert (gradients[0][name] - gradient).norm() <= 1e-4 * gradient.norm() + 1e-6, name
+        assert torch.equal(*(built.tokens_since_fired for built in pair))
+        pair[1].dictionary.load_state_dict(pair[0].dictionary.state_dict())
+    assert found.auxk_loss > 0 or kind in ("jump_relu", "standard", "standard_april")
+
+
+def test_a_list_too_short_and_a_guess_too_high_change_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    def trained(guess: float | None, room: int) -> tuple[Trainer, int]:
+        monkeypatch.setattr(kernels, "FIRST_ROOM", room)
+        built, late = trainer("temporal", {"preset": "scale_free"}), 0
+        for batch in batches():
+            state = built.engine.state()["guesses"]
+            if guess is not None:
+                built.engine.load_state({"guesses": [guess for _ in state]})
+            watched = watch(built)
+            with watched.watching() if built.steps_done else monkeypatch.context():
+                built.step(batch)
+            late += sum(watched.late.values())
+        return built, late
+
+    plain, few = trained(None, 64)
+    for guess, room in [(30.0, 64), (0.0, 1)]:
+        other, many = trained(guess, room)
+        assert many > few
+        for name, value in plain.dictionary.state_dict().items():
+            assert torch.equal(other.dictionary.state_dict()[name], value), name
+
+
+def test_the_watch_sees_what_is_read() -> None:
+    x = torch.arange(4.0)
+    with Watch(strict=True).watching():
+        for read in (
+            lambda: float(x[0]),
+            lambda: bool(x[0] > 1),
+            lambda: x.tolist(),
+            lambda: x.nonzero(),
+            lambda: x[x > 1],
+            lambda: x.masked_select(x > 1),
+            lambda: x.unique(),
+            lambda: torch.repeat_interleave(x, torch.tensor([1, 2, 1, 0])),
+            lambda: x[: x[1].long()],
+            lambda: torch.equal(x, x),
+        ):
+            with pytest.raises(Reads):
+                read()
+    watched = Watch(strict=True)
+    with watched.watching():
+        (x.view(2, 2).T + 1).sum()
+    assert watched.launched == 2

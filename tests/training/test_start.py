@@ -1,0 +1,132 @@
+"""Training that begins with the weights of another run."""
+
+import json
+import multiprocessing
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from tsae.checkpoint import RunFolder, load_dictionary, save_dictionary
+from tsae.config import run as configuration
+from tsae.runtime.errors import TsaeError
+from tsae.sae.init import new_dictionary, random_dictionary
+from tsae.sae.kinds import KINDS
+from tsae.training.run import train
+from tsae.training.start import begin_with
+
+
+@pytest.fixture
+def trained(normalised, tmp_path: Path) -> Path:
+    """The folder of a trained run of 96 latents."""
+    run = RunFolder.of(tmp_path, "first")
+    train(normalised, run)
+    return run.path.parent
+
+
+def onwards(config, start: Path, sae=None, **training):
+    """`config` begun with the weights in `start`, as a file would say it."""
+    tree = configuration.to_yaml(config)
+    tree.pop("written", None)
+    tree["sae"] |= sae or {}
+    tree["training"] |= {"init_from": str(start), "init_sha256": None, **training}
+    return configuration.from_mapping(tree, "test")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("more", [0, 40])
+def test_a_dictionary_that_is_begun_with_gives_what_the_given_one_gives(normalised, kind, more):
+    sae = configuration.replace(normalised, sae={"kind": kind, "dict_size": 80 + more}).sae
+    start = random_dictionary(KINDS[kind].dictionary.__name__, 32, 80)
+    fresh = new_dictionary(sae, 32, seed=3)
+    before = fresh.W_dec.detach().clone()
+    scale, shift = 0.5, torch.linspace(-1, 1, 32)
+    # `scale` and `shift` lead back to raw activations, as a trainer has them.
+    begin_with(fresh, start, scale, shift)
+    at, n = [], 0
+    for old, new in zip(start.group_sizes, fresh.group_sizes, strict=True):
+        at += range(n, n + old)
+        n += new
+    x = torch.randn(50, 32)
+    codes = fresh.pre_activations((x - shift) / scale)[:, at] * scale
+    assert torch.allclose(codes, start.pre_activations(x), atol=1e-4)
+    assert torch.equal(fresh.W_dec[at], start.W_dec)
+    assert torch.allclose(fresh.b_dec * scale + shift, start.b_dec, atol=1e-5)
+    rest = [row for row in range(80 + more) if row not in set(at)]
+    assert torch.equal(fresh.W_dec[rest], before[rest])
+
+
+def test_it_goes_on_from_the_weights_and_says_so(normalised, trained, tmp_path):
+    config = onwards(normalised, trained)
+    run = RunFolder.of(tmp_path, "second")
+    train(config, run)
+    first, second = (
+        json.loads((folder / "trainer_0" / "metrics.jsonl").read_text().splitlines()[0])
+        for folder in (trained, run.path.parent)
+    )
+    assert second["fve"] > first["fve"] + 0.2
+    assert run.load_config().training.init_sha256 == config.training.init_sha256
+    (trained / "trainer_0" / "ae.pt").unlink()
+    assert run.is_trained(run.load_config())  # which needs the other run no more
+
+
+def test_more_latents_begin_where_the_given_ones_are(normalised, trained, tmp_path):
+    run = RunFolder.of(tmp_path, "wide")
+    train(onwards(normalised, trained, {"dict_size": 160}), run)
+    assert load_dictionary(run.path)[0].dict_size == 160
+
+
+def test_a_killed_run_goes_on_without_the_other(normalised, trained, tmp_path):
+    config = onwards(normalised, trained, steps=1500, resume_every=10)
+    straight, cut = RunFolder.of(tmp_path, "straight"), RunFolder.of(tmp_path, "cut")
+    train(config, straight)
+
+    victim = multiprocessing.get_context("spawn").Process(target=train, args=(config, cut))
+    victim.start()
+    while victim.is_alive() and not (cut.resume / "latest").exists():
+        time.sleep(0.01)
+    victim.kill()
+    victim.join()
+    assert not cut.weights.exists()
+    (trained / "trainer_0" / "ae.pt").rename(tmp_path / "away.pt")
+    train(config, cut)
+    one, two = (load_dictionary(run.path)[0].state_dict() for run in (straight, cut))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_the_content_of_the_weights_is_the_runs_identity(normalised, trained, tmp_path):
+    config = onwards(normalised, trained)
+    moved = trained.rename(tmp_path / "moved")
+    assert onwards(normalised, moved).training_hash == config.training_hash
+    assert config.training_hash != normalised.training_hash
+    save_dictionary(moved / "trainer_0" / "ae.pt", new_dictionary(normalised.sae, 32, seed=9))
+    assert onwards(normalised, moved).training_hash != config.training_hash
+    with pytest.raises(TsaeError, match="has other weights than"):
+        train(onwards(normalised, moved, init_sha256=config.training.init_sha256), RunFolder.of(tmp_path, "new"))
+
+
+@pytest.mark.parametrize(
+    ("sae", "training", "words"),
+    [
+        ({"dict_size": 48}, {}, r"has groups of \[19, 77\] latents, this run of \[9, 39\]"),
+        ({"kind": "jump_relu"}, {"pair_rule": "none", "threshold_start_step": None}, "sae.kind: jump_relu trains a"),
+    ],
+)
+def test_what_cannot_become_this_run_is_one_line(normalised, trained, tmp_path, sae, training, words):
+    with pytest.raises(TsaeError, match=words):
+        train(onwards(normalised, trained, sae, **training), RunFolder.of(tmp_path, "other"))
+    assert not (tmp_path / "other").exists()
+
+
+def test_a_run_that_is_not_there_is_refused_at_once(normalised, tmp_path):
+    with pytest.raises(TsaeError, match=r"init_from: .*nowhere: no ae\.pt is here"):
+        onwards(normalised, tmp_path / "nowhere")
+    with pytest.raises(TsaeError, match="init_sha256: abc is impossible"):
+        configuration.from_mapping({"training": {"init_sha256": "abc"}}, "test")
+
+
+def test_more_steps_of_a_finished_run_are_told_the_way(normalised, trained, tmp_path):
+    longer = configuration.replace(normalised, training={"steps": 120})
+    with pytest.raises(TsaeError, match=f"another name with training.init_from={trained} trains on from its weights"):
+        train(longer, RunFolder.of(tmp_path, "first"))

@@ -1,0 +1,46 @@
+"""CRC-32C of large files, in pieces."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import google_crc32c
+import numpy as np
+
+PIECE_BYTES = 2**23
+
+
+class Checksum:
+    """A stream that adds up length and CRC-32C of what passes through it."""
+
+    def __init__(self) -> None:
+        self.bytes = self.value = 0
+
+    def over(self, stream: BinaryIO) -> Any:
+        """This, writing on to `stream`."""
+        self._stream = stream
+        return self
+
+    def write(self, data: Any) -> int:
+        """Write and count."""
+        # In pieces, since the checksum keeps every other thread of this process waiting.
+        for first in range(0, len(data), PIECE_BYTES):
+            piece = data[first : first + PIECE_BYTES]
+            self.value = google_crc32c.extend(self.value, np.frombuffer(piece, np.uint8))
+            self._stream.write(piece)
+        self.bytes += len(data)
+        return len(data)
+
+    def flush(self) -> None:
+        """Flush what is below."""
+        self._stream.flush()
+
+
+def checksum_of(path: Path, length: int | None = None) -> int:
+    """CRC-32C of a file, or of its first `length` bytes."""
+    checksum, left = 0, path.stat().st_size if length is None else length
+    with path.open("rb") as stream:
+        while data := stream.read(min(PIECE_BYTES, left)):
+            checksum, left = google_crc32c.extend(checksum, data), left - len(data)
+    return int(checksum)
