@@ -80,6 +80,14 @@ class LaterTraining(TrainingConfig):
     """A setting that came later."""
 
 
+@pytest.mark.parametrize(("hook", "layer"), [("blocks.3.hook_resid_post", 3), ("blocks.3.hook_resid_pre", 2)])
+def test_a_block_is_one_place_however_it_is_called(hook, layer):
+    tree = {"data": {"source": "x.jsonl"}, "model": {"name": "gpt2"}}
+    called = configuration.from_mapping({**tree, "model": {"name": "gpt2", "hook_point": hook}}, "test")
+    counted = configuration.from_mapping({**tree, "model": {"name": "gpt2", "layer": layer}}, "test")
+    assert called.training_hash == counted.training_hash
+
+
 def test_a_setting_that_came_later_counts_only_where_it_is_not_neutral():
     config = as_before(configuration.load(SWEEPS / "bases" / "embedded.yaml"))
     own = schema.to_plain(config.training)

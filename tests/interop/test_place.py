@@ -12,8 +12,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from tsae.config import run as configuration
 from tsae.interop.formats import installed
-from tsae.interop.place import FAMILIES, LENS_NAMES, Place, find_place, hub_name, lens_hook
+from tsae.interop.place import LENS_NAMES, Place, find_place, hub_name, lens_hook
 from tsae.lm.embedded_text import train_tokenizer
+from tsae.lm.families import FAMILIES
 from tsae.lm.hook import find_blocks, hidden_of
 from tsae.runtime.errors import TsaeError
 

@@ -159,7 +159,7 @@ def test_a_place_comes_back_from_a_run(tmp_path: Path) -> None:
         ({"model_from_pretrained_kwargs": {"center_writing_weights": True}}, "center_writing_weights is True"),
         ({"model_from_pretrained_kwargs": {"checkpoint_index": 0}}, "checkpoint_index is 0"),
         ({"model_from_pretrained_kwargs": {"fold_ln": True, "revision": "step1000"}}, "revision is 'step1000'"),
-        ({"model_from_pretrained_kwargs": ["center_writing_weights"]}, "a JSON object is expected"),
+        ({"model_from_pretrained_kwargs": ["center_writing_weights"]}, "a mapping is expected"),
     ],
 )
 @pytest.mark.parametrize("nested", [{"sae_lens_version": "6.20.0"}, {}, None])

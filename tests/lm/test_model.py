@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from tsae.config.sections import ModelConfig
+from tsae.interop.place import Place, lens_hook
 from tsae.lm.model import LanguageModel, load_language_model, load_tokenizer
 from tsae.runtime.errors import TsaeError
 
@@ -61,6 +62,23 @@ def test_any_module_can_be_read(load: Load, rows: Rows, name: str, path: str, si
     lm = load(name, hook_point=path)
     assert (lm.hook_path, lm.activation_dim) == (path, size)
     assert torch.equal(lm.read(*rows), hooked(lm, rows))
+
+
+@pytest.mark.parametrize(
+    ("name", "hook", "path"),
+    [
+        ("gpt_neox", "blocks.1.hook_mlp_out", "gpt_neox.layers.1.mlp"),
+        ("gpt_neox", "blocks.2.hook_attn_out", "gpt_neox.layers.2.attention"),
+        ("gpt_neox", "blocks.0.hook_resid_pre", "gpt_neox.embed_in"),
+        ("gemma2", "blocks.1.hook_mlp_out", "model.layers.1.post_feedforward_layernorm"),
+    ],
+)
+def test_a_place_has_its_name_of_transformer_lens(load: Load, rows: Rows, name: str, hook: str, path: str) -> None:
+    lm = load(name, hook_point=hook)
+    assert lm.hook_path == path
+    assert torch.equal(lm.read(*rows), load(name, hook_point=path).read(*rows))
+    called = {"gpt_neox": "EleutherAI/pythia-1b", "gemma2": "google/gemma-2-2b"}[name]
+    assert lens_hook(Place.of_model(ModelConfig(name=called, hook_point=hook))) == hook
 
 
 @pytest.mark.parametrize("fields", [{"layer": 1}, {"layer": 2}, {"hook_point": "gpt_neox.layers.1.attention"}])

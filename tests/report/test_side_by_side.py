@@ -128,7 +128,14 @@ def test_an_experiment_that_was_made_otherwise_is_left_out(two, compared, tmp_pa
             run = plan.run(point)
             for name, stem in (("tsne", "tsne_chunk0"), ("probe", "probing_chunk0")):
                 made = driver.made_from(point.config, run, name, 0, None)
-                run.result(stem, "json").write_text(json.dumps({"made_from": made, "headline": {"semantics": 0.5}}))
+                told = {
+                    "experiment": name,
+                    "subject": {},
+                    "settings": {},
+                    "made_from": made,
+                    "headline": {"semantics": 0.5},
+                }
+                run.result(stem, "json").write_text(json.dumps(told))
     printed, record, page = compared(tmp_path / "first.yaml", tmp_path / "second.yaml")
     assert record["ranked"] is True
     assert [set(point["experiments"]) for point in record["points"]] == [{"probing_chunk0/semantics"}] * 4

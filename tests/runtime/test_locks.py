@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -14,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tsae.runtime import locks
+from tsae.runtime import locks, metadata
 
 HOLD = """
 import sys
@@ -179,8 +178,8 @@ def test_a_silent_process_of_another_host_loses_its_lock_to_one_and_ends_when_it
 
 def test_the_age_of_a_sign_of_life_is_that_of_the_file_system(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with locks.hold(place.with_name("other.lock"), "test"):
-        text = place.with_name("other.lock").read_text()
-        place.write_text(text.replace(socket.gethostname(), "another-host"))
+        held = metadata.read(place.with_name("other.lock"), locks.OWNER)
+        metadata.write(place, {**held, "host": "another-host"})
     monkeypatch.setattr(time, "time", lambda: 0.0)
     assert locks.owner(place) is not None
     past = place.stat().st_mtime - 2 * locks.SILENT_SECONDS

@@ -34,6 +34,7 @@ def test_interpreted_kernels_equal_dense_products() -> None:
     assert "skipped" not in output
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_compiled_kernels_equal_dense_products() -> None:
     run(["-m", "pytest", "-p", "no:cacheprovider", str(CASES)])

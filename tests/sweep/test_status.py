@@ -15,6 +15,7 @@ from tsae.runtime import files, locks
 from tsae.runtime.errors import TsaeError
 from tsae.runtime.state import Record, state_path
 from tsae.sweep.attempt import Attempt, Submitted
+from tsae.sweep.curves import curves, sparkline
 from tsae.sweep.dryrun import dry_run
 from tsae.sweep.launcher import Options
 from tsae.sweep.overview import counts, log_texts, point_rows
@@ -236,7 +237,7 @@ def test_a_dictionary_without_splits_shows_its_own_numbers(plan_of):
     plan = plan_of(grid={"sae.kind": ["batch_topk"]})
     metrics = plan.run(plan.points[0]).metrics
     metrics.parent.mkdir(parents=True)
-    metrics.write_text(json.dumps({"alive_0": 0.97, "fve": 0.8}) + "\n")
+    metrics.write_text(json.dumps({"step": 0, "tokens": 1, "alive_0": 0.97, "fve": 0.8}) + "\n")
     standings = {stage.key: Record("done") for stage in plan.stages}
     assert point_rows(plan, plan.stages, standings, 200)[1].split()[-2:] == ["0.97", "0.80"]
 
@@ -288,3 +289,26 @@ def test_slurm_s_times_are_understood():
         93784,
         0,
     ]
+
+
+def test_a_watch_draws_the_loss_and_the_variance_explained(plan, attempt):
+    (stage, *_) = (stage for stage in plan.stages if stage.kind == "train")
+    run = plan.run(next(point for point in plan.points if point.name in stage.points))
+    run.path.mkdir(parents=True)
+    lines = [{"step": step, "tokens": step + 1, "loss": 9.0 - step, "fve": 0.1 * step} for step in range(8)]
+    run.metrics.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert curves(run.metrics) == ("█▇▆▅▄▃▂▁ 2", "▁▂▃▄▅▆▇█ 0.7")
+    queue_says(attempt, (stage, Record("running", started=time.time())))
+    with locks.hold(lock_of(attempt), "queue"):
+        watched, plain = ("\n".join(status_lines(plan, 200, watch=watch)[0]) for watch in (True, False))
+    assert "█▇▆▅▄▃▂▁ 2" in watched
+    assert "▁▂▃▄▅▆▇█ 0.7" in watched
+    assert "█" not in plain
+    assert curves(plan.folder / "nothing") == ("", "")
+
+
+def test_a_sparkline_has_the_means_of_neighbours():
+    assert sparkline([0.0, 2.0, 7.0, 9.0], width=2) == "▁█"
+    assert sparkline([1.0, 1.0]) == "▄▄"
+    assert sparkline(list(range(1000))) == "▁▂▂▃▄▄▅▅▆▇▇█"
+    assert sparkline([]) == ""

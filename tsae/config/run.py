@@ -6,6 +6,7 @@ A run is one YAML file; the resolved file and its hash lie beside every output.
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -301,12 +302,20 @@ def refuse_without_effect(config: RunConfig, asked: Mapping[str, Any], where: st
 def from_mapping(tree: Mapping[str, Any], where: str) -> RunConfig:
     """A validated RunConfig; `where` names the source in errors."""
     config = _build(tree, where)
+    config = _by_block(config)
     _validate(config, where)
     training = config.training
     if training.init_from is not None and training.init_sha256 is None:
         weights = initial_weights(training.init_from, f"{where}: training.init_from")
         config = replace(config, training={"init_sha256": contents.sha256_of(weights)})
     return config
+
+
+def _by_block(config: RunConfig) -> RunConfig:
+    """With a residual stream that is named as TransformerLens does by its block: one place is one store, however called."""
+    hook = re.fullmatch(r"blocks\.(\d+)\.hook_resid_(post|pre)", config.model.hook_point or "")
+    block = int(hook[1]) - (hook[2] == "pre") if hook else -1
+    return config if block < 0 else replace(config, model={"layer": block, "hook_point": None})
 
 
 def initial_weights(name: str, where: str) -> Path:

@@ -44,7 +44,7 @@ class ModelConfig:
     layer: Natural = 2
     """Index of the block whose output is read: `hidden_states[layer + 1]` of the Hugging Face model."""
     hook_point: str | None = None
-    """Path of any module to read instead of a block, such as `gpt_neox.layers.3.mlp`; `layer` is then only a label."""
+    """Path of any module to read instead of a block, such as `gpt_neox.layers.3.mlp`, or a name of TransformerLens and SAELens: `blocks.N.hook_resid_post`, `hook_resid_pre`, `hook_attn_out`, `hook_mlp_out`; `layer` is then only a label."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Precision in which the language model runs."""
     attn_implementation: Literal["eager", "sdpa", "flash_attention_2"] | None = None

@@ -100,6 +100,8 @@ def read_json(path: Path) -> dict[str, Any]:
         raise TsaeError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or 'not UTF-8 text'}") from None
     except json.JSONDecodeError as error:
         raise TsaeError(f"{path}: line {error.lineno}: not valid JSON: {error.msg}") from None
+    except (ValueError, RecursionError):
+        raise TsaeError(f"{path}: not valid JSON: numbers or brackets without end") from None
     if not isinstance(value, dict):
         raise TsaeError(f"{path}: a JSON object is expected")
     return value

@@ -8,6 +8,7 @@ from typing import Literal, NamedTuple
 
 from tsae.config.run import RunConfig
 from tsae.config.sections import ModelConfig
+from tsae.lm.families import FAMILIES, LENS_HOOK, Family
 from tsae.lm.source import known_config
 from tsae.runtime.errors import TsaeError
 
@@ -15,31 +16,6 @@ LENS_PREFIXES = {"google/gemma-": "google/", "EleutherAI/pythia-": "EleutherAI/"
 """Hub ids that TransformerLens calls by their second half."""
 LENS_NAMES = {"gpt2-small": "gpt2", "mistral-7b": "mistralai/Mistral-7B-v0.1"}
 """Other names of TransformerLens, with the hub id of each. It knows further models by their hub id."""
-
-
-class Family(NamedTuple):
-    """The modules of an architecture whose outputs are what TransformerLens hooks."""
-
-    blocks: str
-    """The list of blocks."""
-    resid_pre: str
-    """What gives the residual stream before block 0: embeddings, scaled, with positions."""
-    attn_out: str
-    """Of a block, what gives the attention's addition to the residual stream: after a norm, where one stands behind it."""
-    mlp_out: str
-
-
-_GPT2 = Family("transformer.h", "transformer.drop", "attn", "mlp")
-_LLAMA = Family("model.layers", "model.embed_tokens", "self_attn", "mlp")
-_POST_NORM = _LLAMA._replace(attn_out="post_attention_layernorm", mlp_out="post_feedforward_layernorm")
-FAMILIES = {
-    **dict.fromkeys(("gpt2", "gpt_neo", "gptj"), _GPT2),
-    "gpt_neox": Family("gpt_neox.layers", "gpt_neox.embed_in", "attention", "mlp"),
-    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "phi", "phi3", "olmo", "gemma"), _LLAMA),
-    **dict.fromkeys(("olmo2", "gemma2", "gemma3_text"), _POST_NORM),
-    "gemma3": _POST_NORM._replace(blocks="model.language_model.layers", resid_pre="model.language_model.embed_tokens"),
-}
-"""By `model_type` of the Hugging Face model."""
 NAMES = {
     "pythia": "gpt_neox",
     "gpt2": "gpt2",
@@ -61,7 +37,6 @@ NAMES = {
 BLOCK = re.compile(
     r"resid_post_layer_(\d+)|(?:gpt_neox\.layers|transformer\.h|model\.(?:decoder\.|language_model\.)?layers)\.(\d+)"
 )
-LENS_HOOK = re.compile(r"blocks\.(\d+)\.hook_(resid_post|resid_pre|attn_out|mlp_out)")
 
 
 class Place(NamedTuple):
@@ -84,6 +59,8 @@ class Place(NamedTuple):
         """The place that the section `model` names."""
         if model.hook_point is None:
             return cls(model.name, model.layer)
+        if LENS_HOOK.fullmatch(model.hook_point):
+            return find_place(model.hook_point, model.name, "model.hook_point")
         block = _block(model.hook_point)
         return cls(model.name, block, model.hook_point if block is None else None)
 

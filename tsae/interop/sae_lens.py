@@ -223,8 +223,6 @@ def _refuse_unknown_keys(config: dict[str, Any], where: str) -> None:
 def _refuse_other_activations(metadata: dict[str, Any], where: str) -> None:
     """Refuse what was trained on other activations than the Hugging Face model gives at one place."""
     loading = metadata.get("model_from_pretrained_kwargs") or {}
-    if not isinstance(loading, dict):
-        raise TsaeError(f"{where}: model_from_pretrained_kwargs: a JSON object is expected")
     for key, value in loading.items():
         if key not in LOADING and not _is_off(value):
             raise TsaeError(

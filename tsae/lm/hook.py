@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from tsae.config.sections import ModelConfig
+from tsae.lm.families import module_of_lens
 from tsae.runtime.errors import TsaeError
 
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 3e-2}
@@ -23,12 +24,12 @@ def find_hook(module: nn.Module, model: ModelConfig, depth: int) -> str:
             raise TsaeError(f"model.layer: {model.layer} is impossible; {model.name} has blocks 0 to {depth - 1}")
         return f"{find_blocks(module, depth)}.{model.layer}"
     paths = [path for path, _ in module.named_modules() if path]
-    if model.hook_point not in paths:
-        near = difflib.get_close_matches(model.hook_point, paths, n=3, cutoff=0.0)
-        raise TsaeError(
-            f"model.hook_point: {model.name} has no module {model.hook_point!r}; the nearest are {', '.join(near)}"
-        )
-    return model.hook_point
+    architecture = str(getattr(getattr(module, "config", None), "model_type", ""))
+    path = module_of_lens(model.hook_point, architecture) or model.hook_point
+    if path not in paths:
+        near = difflib.get_close_matches(path, paths, n=3, cutoff=0.0)
+        raise TsaeError(f"model.hook_point: {model.name} has no module {path!r}; the nearest are {', '.join(near)}")
+    return path
 
 
 def find_blocks(module: nn.Module, depth: int) -> str:

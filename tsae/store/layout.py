@@ -164,12 +164,13 @@ ATTRIBUTES = {
     "sources?": (None, {str: str}),
     "settings?": (None, dict),
     "model?": dict,
-    "rolling?": {"sample": COUNT},
+    "rolling?": {"sample": NATURAL},
 }
 MARKER = {
     **{"store": str, "shard": NATURAL, "sequences": COUNT, "bytes": COUNT, "checksums": str},
     "summary?": {"count": NATURAL, "total": str, "squares": str, "largest": str},
 }
+MEASURED = {**MARKER, "summary": MARKER["summary?"]}
 REMEDY = "restore this file from a copy, or remove the store and harvest it again"
 
 _attributes: dict[Path, tuple[tuple[int, int, int], dict[str, Any]]] = {}
@@ -361,9 +362,8 @@ class StoreLayout:
     def read_marker(self, shard: int) -> dict[str, Any] | None:
         """The marker of a shard of this store, or None while there is none."""
         # Markers are written atomically, so a broken one was damaged later: the shard is written again.
-        marker = metadata.whole(self.marker(shard), MARKER)
-        whole = "summary" in marker or not self.is_measured(shard)
-        return marker if whole and marker.get("store") == self.identity else None
+        marker = metadata.whole(self.marker(shard), MEASURED if self.is_measured(shard) else MARKER)
+        return marker if marker.get("store") == self.identity else None
 
     def is_written(self, shard: int) -> bool:
         """Whether a shard is finished: marked, and its file has the right size."""

@@ -10,6 +10,7 @@ from pathlib import Path
 from tsae.config.points import Point
 from tsae.runtime.state import BROKEN, LIVE, Record, State
 from tsae.sweep.attempt import Rest
+from tsae.sweep.curves import curves
 from tsae.sweep.plan import Plan
 from tsae.sweep.queue.display import duration, read_progress
 from tsae.sweep.stage import KINDS, Stage
@@ -23,7 +24,20 @@ NOTABLE = (
 WITH_LOG = NOTABLE[:4]
 MOST_ROWS = 40
 LOG_LINES = 30
-COLUMNS = ("point", "stage", "state", "node", "elapsed", "progress", "rate", "alive H/L", "share H/L", "FVE H/L")
+COLUMNS = (
+    "point",
+    "stage",
+    "state",
+    "node",
+    "elapsed",
+    "progress",
+    "rate",
+    "alive H/L",
+    "share H/L",
+    "FVE H/L",
+    "loss",
+    "FVE",
+)
 BEGUN = (State.RUNNING, State.PREEMPTED, State.INTERRUPTED, State.FAILED, State.DONE)
 """States in which a point's run has lines of its own, if it has any."""
 
@@ -64,9 +78,9 @@ def counts(stages: Sequence[Stage], standings: Standings) -> list[str]:
 
 
 def point_rows(
-    plan: Plan, stages: Sequence[Stage], standings: Standings, width: int, everything: bool = False
+    plan: Plan, stages: Sequence[Stage], standings: Standings, width: int, everything: bool = False, watch: bool = False
 ) -> list[str]:
-    """One line for each point, with its log below while it runs, and its error if it has one.
+    """One line for each point, with its log below while it runs, its error if it has one, and its curves for a `watch`.
 
     Harvests, which many points share, and the report have lines of their own until they are done.
     """
@@ -79,7 +93,9 @@ def point_rows(
     rows = [list(COLUMNS)]
     for name, stage, standing in shown:
         begun = name in points and standing.state in BEGUN
-        rows.append([name, *_cells(stage, standing), *(_splits(plan, points[name]) if begun else ("", "", ""))])
+        splits = _splits(plan, points[name]) if begun else ("", "", "")
+        drawn = curves(plan.run(points[name]).metrics) if begun and watch else ("", "")
+        rows.append([name, *_cells(stage, standing), *splits, *drawn])
     table = _fitting(rows, width)
     lines = table[0]
     for below, (_, _, standing) in zip(table[1:], shown, strict=True):

@@ -34,7 +34,7 @@ def show(plan: Plan, *, logs: str | None = None, watch: bool = False, everything
         print("\n".join(status_lines(plan, _columns(), everything)[0]))
 
 
-def status_lines(plan: Plan, width: int, everything: bool = False) -> tuple[list[str], bool]:
+def status_lines(plan: Plan, width: int, everything: bool = False, watch: bool = False) -> tuple[list[str], bool]:
     """The whole picture in lines of at most `width` columns (paths and errors may be longer); whether anything lives."""
     stages = [*plan.stages, *(stage for stage in [plan.report()] if stage)]
     survey = Survey(plan, whatever_answers=True)
@@ -48,7 +48,7 @@ def status_lines(plan: Plan, width: int, everything: bool = False) -> tuple[list
     if rest and left:
         points = {point for stage in left for point in stage.points}
         lines[2:2] = [not_submitted(rest, len(left), len(points), survey.submitter())]
-    lines += point_rows(plan, stages, standings, width, everything)
+    lines += point_rows(plan, stages, standings, width, everything, watch)
     return lines, any(standing.state in LIVE for standing in standings.values())
 
 
@@ -74,7 +74,7 @@ def _watch(plan: Plan, everything: bool) -> None:
     """Draw the picture anew every few seconds until nothing lives any more."""
     alive = True
     while alive:
-        lines, alive = status_lines(plan, _columns(), everything)
+        lines, alive = status_lines(plan, _columns(), everything, watch=True)
         if sys.stdout.isatty():
             size = shutil.get_terminal_size()
             shown = [line[: size.columns] for line in lines[: size.lines - 1]]

@@ -12,7 +12,7 @@ Shapes: B rows, D activation_dim, F dict_size, G groups, n entries.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -127,7 +127,7 @@ class SparseEngine(Engine[ThresholdDictionary]):
             self._guesses += [None] * (2 * number + 2 - len(self._guesses))
             if late:
                 self._guesses[mine] = [_scalar(guess, current) for guess in self._guesses[mine]]
-            selections: list[Any] = select(self._encoder, list(centred), *encoder, k, self._guesses[mine])
+            selections: Sequence[Any] = select(self._encoder, list(centred), *encoder, k, self._guesses[mine])
             self._guesses[mine] = [GUESS_MARGIN * selection.cut for selection in selections]
             for place, (half, selection) in enumerate(zip(parts, selections, strict=True), mine.start):
                 half.append(selection.code)

@@ -75,10 +75,17 @@ def runs_beside(results: dict[str, Any], path: Path) -> list[dict[str, Any]]:
     return [entry for entry in _alike(results, others) if entry["split"] == results["split"]][:MOST_RUNS]
 
 
+ALIKE = {
+    **{"experiment": str, "split": str, "settings": (None, dict)},
+    **{"subject": {"model": object, "layer": object}, "texts": {"dataset": object, "classes": object}},
+}
+"""What is read of the results beside those that are drawn."""
+
+
 def _alike(results: dict[str, Any], paths: list[Path]) -> Iterator[dict[str, Any]]:
     """Results that were made on the same texts in the same way."""
     for path in paths:
-        entry = metadata.whole(path)
+        entry = metadata.whole(path, ALIKE)
         if not entry:
             continue
         alike = all(entry.get(key) == results[key] for key in ("settings", "experiment"))

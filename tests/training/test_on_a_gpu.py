@@ -1,0 +1,46 @@
+"""Training on a GPU: what a CPU computes, the same bits in every run, and no waiting. `pytest -m gpu` runs these."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tsae.config import run as configuration
+from tsae.config.sections import KIND_SETTINGS
+from tsae.store.moments import Moments
+from tsae.training.trainer import Trainer
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
+
+DIM, BATCH = 64, 128
+CASES = [("temporal", preset) for preset in ("predictive", "reference", "scale_free")]
+CASES += [(kind, "predictive") for kind in KIND_SETTINGS if kind != "temporal"]
+
+
+def trained(kind: str, preset: str, device: str, steps: int = 20) -> tuple[list[float], Trainer]:
+    objective = {"preset": preset} if kind == "temporal" else {}
+    training = {"batch_size": BATCH, "steps": 400, "dead_after": 5 * BATCH}
+    tree = {"sae": {"kind": kind, "dict_size": 1024, "k": 8}, "objective": objective, "training": training}
+    moments = Moments(1, torch.zeros(DIM), torch.full((DIM,), 1 / DIM), 1.0)
+    built = Trainer(configuration.from_mapping(tree, "test"), DIM, device=device, moments=moments)
+    generator, losses = torch.Generator().manual_seed(0), []
+    for step in range(steps):
+        batch = torch.randn(BATCH, 1, DIM, generator=generator) + torch.randn(BATCH, 2, DIM, generator=generator)
+        batch = batch.to(device)
+        # The first step checks that the temporal term acts, or finds the first weight of a penalty.
+        torch.cuda.set_sync_debug_mode("error" if step and device == "cuda" else "default")
+        try:
+            loss = built.step(batch).loss
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        losses.append(float(loss))
+    return losses, built
+
+
+@pytest.mark.parametrize(("kind", "preset"), CASES)
+def test_a_gpu_trains_without_waiting_as_a_cpu_does(kind: str, preset: str) -> None:
+    (expected, _), (found, one), (again, other) = (trained(kind, preset, where) for where in ("cpu", "cuda", "cuda"))
+    assert found == pytest.approx(expected, rel=2e-3)
+    assert found == again
+    for name, value in one.dictionary.state_dict().items():
+        assert torch.equal(value, other.dictionary.state_dict()[name]), name
