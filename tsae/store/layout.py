@@ -164,6 +164,7 @@ ATTRIBUTES = {
     "sources?": (None, {str: str}),
     "settings?": (None, dict),
     "model?": dict,
+    "rolling?": {"sample": NATURAL},
 }
 MARKER = {
     **{"store": str, "shard": NATURAL, "sequences": COUNT, "bytes": COUNT, "checksums": str},
