@@ -107,12 +107,17 @@ class RunFolder:
         """Hash of the settings that this folder belongs to; None while it belongs to none."""
         # A launcher asks thousands of folders, so the one line is found without reading the rest as YAML.
         try:
-            line = re.search(r"^training_hash:(.*)$", self.resolved.read_text(encoding="utf-8"), re.MULTILINE)
+            text = self.resolved.read_text(encoding="utf-8")
         except FileNotFoundError:
             return None
         except (OSError, UnicodeDecodeError) as error:
             reason = getattr(error, "strerror", None) or "not UTF-8 text"
             raise TsaeError(f"{self.resolved}: cannot be read: {reason}") from None
+        if wrong := metadata.yaml_fault(text):
+            raise TsaeError(f"{self.resolved}: {wrong}")
+        line = re.search(r"^training_hash:(.*)$", text, re.MULTILINE)
+        if line is None:  # as in what was pushed to the hub
+            schema.read_yaml(self.resolved)
         found = re.fullmatch(r"(['\"]?)(\w+)\1", line[1].strip()) if line else None
         if line and not found:
             raise TsaeError(f"{self.resolved}: training_hash: {line[1].strip()}: damaged; restore the file from a copy")
@@ -166,7 +171,7 @@ class RunFolder:
         self.require_free(config)
         if self.training_hash() is None:
             tree = {"training_hash": config.training_hash, **configuration.to_yaml(config)}
-            files.write_text(self.resolved, yaml.safe_dump(metadata.sealed(tree), sort_keys=False))
+            files.write_text(self.resolved, metadata.sealed_yaml(yaml.safe_dump(tree, sort_keys=False)))
 
     def remove_leftovers(self) -> None:
         """Remove the half-written files of killed processes; for the one that trains into this folder."""

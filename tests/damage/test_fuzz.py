@@ -104,7 +104,7 @@ READERS: dict[str, tuple[str, Reader]] = {
     "record": (f"{SWEEP}/stages/train-k=3-*/state.json", lambda path: Record.of(path.parent)),
     "queue": (f"{SWEEP}/attempts/*/queue.json", lambda path: read_queue(Attempt(path.parent))),
     "jobs": (f"{SWEEP}/attempts/*/jobs.json", lambda path: Attempt(path.parent).jobs()),
-    "call": (f"{SWEEP}/attempts/*/calls/train-k=3-*.json", Call.load),
+    "call": ("call.json", Call.load),
     "lock": ("some.lock", locks.owner),
     "journal": ("scores.jsonl", journal),
 }  # fmt: skip
@@ -177,6 +177,7 @@ def whole(made: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         (copy / "kept.lock").write_bytes((copy / "some.lock").read_bytes())
         lock.release()
         (copy / "kept.lock").rename(copy / "some.lock")
+        Call(record="here", function="a:b", arguments=[1, "x"], label="train k=3").save(copy / "call.json")
         kept = Journal(copy / "scores.jsonl", "scores", "abc")
         kept.add(*({"latent": n, "detection": {"score": n / 7}} for n in range(5)))
         state = copy / "home/checkpoints/part/trainer_0/resume/step_24/state.json"

@@ -22,7 +22,7 @@ UNFUSED = {"enable_fp_fusion": False}
 
 # Kernel, types of its arguments, its constants, options of the launch.
 KERNELS: list[tuple[Any, list[str], dict[str, Any], dict[str, Any]]] = [
-    (kernels._weighted_rows, [INT, INT, *[FLOAT] * 3, *["i32"] * 3], TILE, {}),
+    (kernels._weighted_rows, [INT, INT, *[FLOAT] * 3, *["i32"] * 5], TILE, {}),
     (kernels._sampled_products, [INT, INT, *[FLOAT] * 3, *["i32"] * 4], TILE, {}),
     (kernels._segment_sums, [INT, FLOAT, FLOAT], {"BLOCK": kernels.SCALARS}, {}),
     (kernels._add_rows, [INT, INT, *[FLOAT] * 3, *["i32"] * 4], TILE, {}),

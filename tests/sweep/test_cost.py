@@ -75,6 +75,11 @@ def test_the_papers_run_is_refused_where_it_does_not_fit_with_the_setting_that_d
     setting = re.search(r"data\.max_tokens=\d+", shown_first)[0]
     assert main([*words, setting]) == 0
     assert "\nrefused: " not in capsys.readouterr().out
+    quota("/ 0 0 9000000 0 0 0")
+    assert main([*words, "store.window=2GB", "data.holdout=0.001"]) == 0
+    assert re.search(r"harvest +\d +3.\d GB", capsys.readouterr().out)
+    assert main([*words, "store.window=200GB", "data.holdout=0.001"]) == 2
+    assert "a smaller store.window, or data.max_tokens, would fit" in capsys.readouterr().out
 
 
 def test_a_cluster_gives_stages_the_gpus_that_it_says(tmp_path, capsys):

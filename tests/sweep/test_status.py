@@ -214,7 +214,7 @@ def test_a_point_that_has_begun_shows_what_of_each_split_lives_its_activity_and_
             standings[stage.key] = Record(state)
     metrics = plan.run(point).metrics
     metrics.parent.mkdir(parents=True)
-    old = {"alive_0": 0.9, "alive_1": 0.8, "step": 1}
+    old = {"step": 1, "tokens": 1, "alive_0": 0.9, "alive_1": 0.8}
     new = {**old, "share_0": 0.214, "share_1": 0.786, "fve_0": 0.1, "fve_1": 0.2}
     lines = [new, {**new, "alive_0": 0.35, "fve_0": 0.09, "fve_1": 0.704}]
     metrics.write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"alive_0": 1.0, "al')

@@ -220,8 +220,8 @@ WRITTEN = "written"
 def read(path: str | Path, folder: Path | None = None) -> dict[str, Any]:
     """The tree of settings in a YAML file, its paths absolute; relative ones mean `folder`, by default the file's."""
     tree = schema.read_yaml(path)
-    if metadata.DIGEST in tree:
-        tree = metadata.require(tree, dict, str(path))
+    if tree.pop(metadata.DIGEST, None) is not None and (wrong := metadata.yaml_fault(Path(path).read_text("utf-8"))):
+        raise TsaeError(f"{path}: {wrong}")
     written = schema.convert(dict[str, Any], tree.pop(WRITTEN, {}), str(path), WRITTEN)
     places, folder = schema.places(RunConfig), folder or Path(path).absolute().parent
     for key, value in list(schema.flatten(tree)):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import textwrap
+from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -75,7 +76,9 @@ def draw_training(summary: Summary, folder: Path) -> list[tuple[Chart, Path]]:
 def _read(path: Path) -> Curve:
     """Lines of a metrics.jsonl, the last among them, without those that are damaged."""
     lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
-    drawn = [metadata.record(line, LINE) for line in lines[-1 :: -(len(lines) // MOST_LINES + 1)]][::-1]
+    drawn = [metadata.record(line, {"tokens": Real, **LINE}) for line in lines[-1 :: -(len(lines) // MOST_LINES + 1)]][
+        ::-1
+    ]
     return [line for line in drawn if line is not None]
 
 

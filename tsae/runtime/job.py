@@ -61,7 +61,8 @@ class Call:
     @classmethod
     def load(cls, path: str | Path) -> Call:
         """The call in a JSON file."""
-        return cls(**metadata.read(Path(path), CALL, "launch the sweep again"))
+        found = metadata.read(Path(path), CALL, "launch the sweep again")
+        return cls(**{name: value for name, value in found.items() if name in cls.__annotations__})
 
 
 @dataclass(frozen=True, kw_only=True)

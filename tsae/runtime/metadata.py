@@ -46,6 +46,7 @@ ENTRIES = "entries"
 """Where the list is that a file is about; in files of earlier versions it is all there is."""
 DIGITS = 16
 _END = re.compile(rb'"digest": "([0-9a-f]{16})"\n?\}$')
+_YAML_LINE = re.compile(rf"^{DIGEST}: '?([^'\n]*)'?\n", re.MULTILINE)
 _WORDS: dict[Any, str] = {
     **{str: "text", int: "a whole number", float: "a finite number", bool: "true or false", None: "null"},
     **{dict: "a mapping", list: "a list", Real: "a number"},
@@ -128,6 +129,19 @@ def require(value: Any, shape: Any, where: str, remedy: str = "") -> dict[str, A
     if wrong:
         raise TsaeError(f"{where}: {wrong}; {remedy or _restored(wrong)}")
     return without_digest(value)
+
+
+def sealed_yaml(text: str) -> str:
+    """The lines of a YAML file with their digest as the second one, so that no end of them can be lost unseen."""
+    first, end, rest = text.partition("\n")
+    return f"{first}{end}{DIGEST}: '{_hash(text.encode())}'\n{rest}"
+
+
+def yaml_fault(text: str) -> str:
+    """In words, why this is not what `sealed_yaml` gave; nothing if it is, or has no digest."""
+    line = _YAML_LINE.search(text)
+    fits = line is None or line[1] == _hash((text[: line.start()] + text[line.end() :]).encode())
+    return "" if fits else f"{UNFIT}; {_restored(UNFIT)}"
 
 
 def without_digest(value: Mapping[str, Any]) -> dict[str, Any]:
@@ -214,7 +228,7 @@ def _opened(text: bytes, shape: Any) -> dict[str, Any] | str:
         return f"damaged: not valid JSON in line {error.lineno}: {error.msg}"
     except (ValueError, RecursionError):
         return "damaged: not valid JSON"
-    if isinstance(value, list):
+    if isinstance(value, list) and isinstance(shape, dict) and ENTRIES in shape:
         value = {ENTRIES: value}
     end = _END.search(text)
     fits = end is not None and _hash(text[: end.start(1)] + text[end.end(1) :]) == end[1].decode()

@@ -54,6 +54,8 @@ def _weighted_rows(
     values,
     matrix,
     out,
+    first_column,
+    n_columns,
     width,
     matrix_stride,
     out_stride,
@@ -68,8 +70,8 @@ def _weighted_rows(
     for first in range(start, stop, BLOCK_E):
         entry = first + tl.arange(0, BLOCK_E)
         live = entry < stop
-        column = tl.load(columns + entry, mask=live, other=-1)
-        live = column >= 0
+        column = tl.load(columns + entry, mask=live, other=-1) - first_column
+        live &= (column >= 0) & (column < n_columns)
         value = tl.load(values + entry, mask=live, other=0.0)
         tile = tl.load(
             matrix + column[:, None] * matrix_stride + d[None, :], mask=live[:, None] & (d < width)[None, :], other=0.0
@@ -145,11 +147,11 @@ def _add_rows(
 
 
 def weighted_rows(
-    offsets: Tensor, columns: Tensor, values: Tensor, matrix: Tensor, out: Tensor | None = None
+    offsets: Tensor, columns: Tensor, values: Tensor, matrix: Tensor, out: Tensor | None = None, first: int = 0
 ) -> Tensor:
-    """Row r is the sum of values[e] · matrix[columns[e]] over e in offsets[r] … offsets[r + 1] → [R, D].
+    """Row r is the sum of values[e] · matrix[columns[e] − first] over e in offsets[r] … offsets[r + 1] → [R, D].
 
-    `columns` and `values` [n], `offsets` [R + 1]; the rows of `matrix` and of `out` are contiguous.
+    Of the entries whose column the matrix has, that is. `columns` and `values` [n], `offsets` [R + 1]; the rows of `matrix` and of `out` are contiguous.
     """
     n_rows, width = len(offsets) - 1, matrix.shape[1]
     matrix = _row_major(matrix)
@@ -159,8 +161,9 @@ def weighted_rows(
         block = _width(width)
         with on_device_of(out):
             _weighted_rows[(n_rows, triton.cdiv(width, block))](
-                offsets, columns, values, matrix, out, width, matrix.stride(0), out.stride(0), ENTRIES, block
-            )
+                offsets, columns, values, matrix, out, first, len(matrix), width, matrix.stride(0), out.stride(0),
+                ENTRIES, block,
+            )  # fmt: skip
     return out
 
 

@@ -129,9 +129,9 @@ class SparseCode(NamedTuple):
         """The values at some places [m]; 0 where there is no entry, or the latent is −1."""
         return self.dense_by_latent()[latents, rows].where(latents >= 0, 0)
 
-    def mass(self, latents: slice) -> Tensor:
-        """Sum of all entries in a run of latents, a scalar."""
-        return self.values.where(self.inside(latents), 0).sum()
+    def mass_and_number(self, chosen: Tensor) -> tuple[Tensor, Tensor]:
+        """Sum of the chosen ones [n], bool, of the entries, and how many they are: scalars."""
+        return self.values.where(chosen, 0).sum(), chosen.sum()
 
     def inside(self, latents: slice) -> Tensor:
         """Which entries are of a run of latents [n], bool."""
@@ -203,11 +203,14 @@ def from_dense(f: Tensor) -> SparseCode:
     return from_entries(rows, latents, f[rows, latents], len(f), f.shape[1])
 
 
-def weighted_rows(code: SparseCode, matrix: Tensor) -> Tensor:
-    """code [N, F] @ matrix [F, D] → [N, D]: each row sums its latents' rows of the matrix."""
+def weighted_rows(code: SparseCode, matrix: Tensor, first: int = 0) -> Tensor:
+    """code [N, F] @ matrix [F, D] → [N, D]: each row sums its latents' rows of the matrix.
+
+    Of a code with spare entries the matrix may have the rows of a run of latents alone, from `first` on.
+    """
     kernels = kernels_for(matrix)
     if kernels is not None:
-        return kernels.weighted_rows(code.offsets, code.latents, code.values, matrix)
+        return kernels.weighted_rows(code.offsets, code.latents, code.values, matrix, first=first)
     return embedding_bag(
         code.latents, matrix, code.offsets, mode="sum", per_sample_weights=code.values, include_last_offset=True
     )

@@ -13,7 +13,7 @@ from __future__ import annotations
 from contextlib import suppress
 from typing import Any
 
-from tsae.checkpoint import RunFolder
+from tsae.checkpoint import CONFIG, RunFolder
 from tsae.config import schema
 from tsae.config.run import RunConfig
 from tsae.config.sections import ModelConfig
@@ -161,9 +161,9 @@ def weights_identity(run: RunFolder, checkpoint: str | None = None) -> str:
     weights = run.weights_at(checkpoint)
     if not weights.exists():
         return ""
-    written = run.read_config()
-    trainer, calibration = written["trainer"], written.get("calibration") if checkpoint is None else None
-    deciding = {name: trainer.get(name) for name in DECIDING}
+    written = metadata.present(run.config_json, CONFIG)
+    trainer, calibration = written.get("trainer"), written.get("calibration") if checkpoint is None else None
+    deciding = None if trainer is None else {name: trainer.get(name) for name in DECIDING}
     rule = {name: calibration.get(name) for name in ("encode_rule", "threshold")} if calibration else None
     return schema.stable_hash([contents.sha256_of(weights), deciding, rule])
 

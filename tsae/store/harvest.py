@@ -81,7 +81,7 @@ def harvest(config: RunConfig, task: int = 0, tasks: int = 1) -> Path:
     source = source_of(config, commit)
     check_tokens(config.model, config.data.exclude_tokens, source.identity.get("vocabulary"))
     _prepare_once(layout, config, source)
-    _require_room(layout, range(task, layout.geometry.shards, tasks))
+    _require_room(layout, [shard for shard in layout.measured[task::tasks] if shard in layout.kept])
     try:
         window = Window(layout, config) if layout.rolling else None
         write_missing(layout, layout.measured[task::tasks], _Reading(layout, source).activations, window)
@@ -121,7 +121,7 @@ def write_missing(
         layout.progress.unlink(missing_ok=True)
 
 
-def _require_room(layout: StoreLayout, shards: range) -> None:
+def _require_room(layout: StoreLayout, shards: Sequence[int]) -> None:
     """Refuse to begin what the disk, or a quota, has no room for: now the size is exact. Raises TsaeError."""
     missing = sum(layout.geometry.shard_bytes(shard) for shard in shards if not layout.is_written(shard))
     free = free_for(layout.path).bytes

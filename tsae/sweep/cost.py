@@ -197,14 +197,24 @@ def store_of(config: RunConfig) -> Store | None:
         missing = [geometry.shard_bytes(shard) for shard in range(geometry.shards) if not layout.is_written(shard)]
         positions = geometry.sequences * geometry.context_length
         whole = positions * geometry.activation_dim * itemsize
-        return Store(whole, sum(missing), positions, geometry.activation_dim)
+        left = sum(missing)
+        if layout.rolling:
+            left = min(left, _on_disk(config, whole, geometry.activation_dim * itemsize))
+        return Store(whole, left, positions, geometry.activation_dim)
     width = _width(config)
     world = config.synthetic.sequences * config.data.context_length if config.is_synthetic else None
     tokens = world or tokens_of(config.data)
     if width is None or tokens is None:
         return None
     whole = tokens * (width * itemsize + SIBLINGS)
-    return Store(whole, whole, tokens, width)
+    return Store(whole, _on_disk(config, whole, width * itemsize), tokens, width)
+
+
+def _on_disk(config: RunConfig, whole: int, token_bytes: int) -> int:
+    """Bytes that a store of `whole` ones has on disk at a time: its window, a shard and what is held out, or all of it."""
+    window = config.store.window_bytes(token_bytes)
+    within = window + 1_000_000 * config.store.shard_mb + config.data.holdout * whole
+    return int(min(whole, within))
 
 
 def _width(config: RunConfig) -> int | None:
@@ -303,9 +313,12 @@ def _fitting(some: Sequence[tuple[Work, Need]], needed: int, free: int) -> str:
         return "make room, or name a folder on another disk in TSAE_HOME or store.path"
     share = room / taken
     config = harvests[0]
+    if config.store.window not in (None, "all"):
+        return "a smaller store.window, or data.max_tokens, would fit"
     if config.is_synthetic:
         return f"synthetic.sequences={_rounded(share * config.synthetic.sequences)} would fit"
-    return f"data.max_tokens={_rounded(share * max(store.positions for store in stores))} would fit"
+    tokens = _rounded(share * max(store.positions for store in stores))
+    return f"data.max_tokens={tokens} would fit, and store.window keeps less of a store on the disk at a time"
 
 
 def _rounded(number: float) -> int:

@@ -136,8 +136,8 @@ class SparseEngine(Engine[ThresholdDictionary]):
             cuts.append(dictionary.cut_of(self._group.gather(selections[0].code.smallest())))
         code, *others = map(side_by_side, parts)
         codes = _Codes(centred.flatten(0, 1), code, others[0] if others else None)
-        mass = torch.stack([code.mass(group) for group in dictionary.group_slices])
-        n_active = torch.stack([code.inside(group).sum() for group in dictionary.group_slices])
+        inside = [code.inside(group) for group in dictionary.group_slices]
+        mass, n_active = (torch.stack(each) for each in zip(*map(code.mass_and_number, inside), strict=True))
         return Encoded(codes, self._group.any(code.fired()), n_active, torch.stack(cuts), mass)
 
     @torch.no_grad()
@@ -158,12 +158,16 @@ class SparseEngine(Engine[ThresholdDictionary]):
             spread = current - self._group.mean(current.mean(dim=0))
             divisor = divisor * _number(self._group.mean(spread.pow(2).sum(dim=-1).mean()))
         gradients = SparseGradients(dictionary, self._deterministic, self._group.world == 1, self._shard)
-        parts = [codes.current.within(group) for group in slices]
+        code = codes.current
+        # Among spare entries parts are as long as the whole, and only a term of codes needs one.
+        parts = [code.within(group) for group in (slices[:1] if code.spare else slices)]
         with phase("decode"):
             # x minus each nested reconstruction: part p's adds to that of the parts before it.
             residuals = [codes.centred[:n_rows]]
-            for part, group in zip(parts, slices, strict=True):
-                residuals.append(residuals[-1] - weighted_rows(part.code, dictionary.W_dec[group]))
+            for p, group in enumerate(slices):
+                rows = dictionary.W_dec[group]
+                decoded = weighted_rows(code, rows, group.start) if code.spare else weighted_rows(parts[p].code, rows)
+                residuals.append(residuals[-1] - decoded)
         centred, *residuals = residuals
         # A group's part is what it takes from the residual before it; nothing is decoded again.
         after_groups = [centred, *(residuals[end] for end in weights.ends)]
@@ -304,10 +308,10 @@ def _through_decoder(
     """
     value_gradient, entries = torch.zeros_like(code.values), []
     batch = len(residuals[-1])
-    backs = torch.empty(len(parts), *residuals[-1].shape, dtype=code.values.dtype, device=code.values.device)
-    for g in reversed(range(len(parts))):
+    backs = torch.empty(len(residuals), *residuals[-1].shape, dtype=code.values.dtype, device=code.values.device)
+    for g in reversed(range(len(residuals))):
         torch.mul(residuals[g], -2 * weights.part_weights[g] / divisor, out=backs[g])
-        if g + 1 < len(parts):
+        if g + 1 < len(residuals):
             backs[g] += backs[g + 1]
         if g == 0 and further is not None:
             alpha = -2 * weights.prediction / divisor

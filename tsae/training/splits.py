@@ -14,7 +14,6 @@ from typing import NamedTuple
 from tsae.config.run import RunConfig
 from tsae.config.sections import KIND_SETTINGS
 from tsae.runtime import metadata
-from tsae.runtime.metadata import COUNT, NATURAL
 
 EXPECTED_FIRINGS = 100
 """A latent is alive if it fired within as many tokens as latents need for so many firings each, if all fired alike."""
@@ -42,7 +41,7 @@ UNHEARD = "give it more weight in objective.group_weights"
 DYING = "lower training.lr to keep latents alive, training.dead_after to let aux-k revive them"
 LONGEST_LINE = 2**16
 """Bytes that hold the last line of the file."""
-LINE = {"step": NATURAL, "tokens": COUNT, str: Real}
+LINE = {str: Real}
 """What a line holds."""
 
 
