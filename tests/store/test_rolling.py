@@ -204,7 +204,7 @@ def test_tokens_above_the_limit_are_left_out_once_they_are_known(rolling: RunCon
     [
         ("200kB", r"store.window: 200kB is impossible; one batch of the language model fills 0.27 MB"),
         ("2 gigabytes", r"store.window: 2 gigabytes is impossible; a size such as 200GB"),
-        (0, r"store.window: "),
+        (0, r"store.window: 0 is impossible; a size such as 200GB"),
     ],
 )
 def test_an_impossible_window_is_refused_before_anything_is_written(

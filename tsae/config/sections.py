@@ -100,6 +100,10 @@ WINDOW = rf"all|(\d+(?:\.\d+)?) ?({'|'.join(UNITS[1:])})"
 WINDOW_WORDS = "a size such as 200GB (kB, MB, GB, TB), a number of tokens, or all is expected"
 
 
+def _is_window(value: str | int) -> bool:
+    return value > 0 if isinstance(value, int) else re.fullmatch(WINDOW, value) is not None
+
+
 @dataclass(frozen=True, kw_only=True)
 class StoreConfig:
     """The zarr store that holds the activations."""
@@ -110,7 +114,7 @@ class StoreConfig:
     """Precision on disk."""
     shard_mb: Count = 256
     """Largest size of one shard file in MB (10^6 bytes): the unit of writing, of resuming and of sharing a harvest. A small store is cut finer, into about 16 shards."""
-    window: Annotated[Annotated[str, matching(WINDOW, WINDOW_WORDS)] | Count | None, Added(None)] = None
+    window: Annotated[str | int | None, Bound(_is_window, WINDOW_WORDS), Added(None)] = None
     """How much of the training part is on disk at a time: `200GB` (kB, MB, GB, TB: powers of ten) or a number of tokens. Activations are then harvested while training reads them and removed again for others; the held-out part is kept, beside the window. Batches are those of a full store, whatever the size. `all`: nothing is removed; none: the whole store is harvested before training."""
 
     def window_bytes(self, token_bytes: int) -> float:
