@@ -78,6 +78,7 @@ def test_runs_without_any_is_one_line(home, capsys):
 
 def test_claims_without_a_sweep_are_the_shipped_ones_on_any_base(tiny_model, text, home, capsys):
     own = [f"model.name={tiny_model}", f"data.source={text}", "model.layer=1", f"experiments.probe.dataset={text}"]
+    own += ["experiments.probe.tagger=surface"]
     for words in (["--base", "smollm2-135m", *own], [*own, "--base", "smollm2-135m"]):
         assert main(["claims", *words, "--dry-run"]) == 0
         shown = capsys.readouterr().out
