@@ -34,6 +34,7 @@ TESTS = Path(__file__).parent
 LABS = ("slurm", "gridengine", "containers")
 
 
+@pytest.hookimpl(tryfirst=True)  # xdist looks for the names in the same hook
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Name what `-n auto --dist loadgroup` keeps in one process, and start with what takes longest.
 
