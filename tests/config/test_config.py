@@ -189,7 +189,7 @@ def test_overrides_change_the_file_and_are_blamed_themselves(tmp_path: Path) -> 
     assert config.objective.similarity == "cosine"
     with pytest.raises(TsaeError, match=r"^command line: sae\.kk: unknown key; did you mean 'k'"):
         configuration.load(path, ["sae.kk=9"])
-    for empty in ("sae.k", "sae={}", "sae.k={}"):
+    for empty in ("sae.k", "sae={}", "sae.k={}", "sae={k: {}}"):
         with pytest.raises(TsaeError, match="an override has the form"):
             configuration.load(path, [empty])
 

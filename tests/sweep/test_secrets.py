@@ -72,20 +72,28 @@ def test_a_sweep_writes_down_no_key(tmp_path: Path, tiny_model: Path, text: Path
     assert done.stdout + done.stderr == hide(done.stdout + done.stderr)
 
 
-@pytest.mark.parametrize("address", ["http://me:planted-word@localhost:8000/v1", "https://planted-word@host/v1"])
-def test_an_address_with_a_password_is_refused_and_not_repeated(address: str, write_sweep, home: Path, capsys) -> None:
+@pytest.mark.parametrize(
+    "address",
+    [
+        "http://me:planted-word@localhost:8000/v1",
+        "https://planted-word@host/v1",
+        "https://host/v1?key=sk-planted-word-planted-word",
+    ],
+)
+def test_an_address_with_a_key_is_refused_and_not_repeated(address: str, write_sweep, home: Path, capsys) -> None:
     path = write_sweep(grid={"sae.k": [4]}, stages=["harvest", "train", "explain"])
     asked = [f"experiments.explain.answers.{word}" for word in ("backend=endpoint", "model=m", f"base_url={address}")]
     assert main(["sweep", str(path), "--base=embedded", *asked]) == 2
     told = capsys.readouterr().err
     assert "base_url: " in told
     assert "key_variable" in told
+    assert "planted-word" not in told
     assert not home.exists()
 
 
 def test_a_sites_variables_hold_no_keys(write_sweep, tmp_path: Path, capsys) -> None:
     site = tmp_path / "cluster.yaml"
-    site.write_text("environment: {NCCL_DEBUG: INFO, HF_TOKEN: hf_PlantedPlantedPlanted}\n")
+    site.write_text("environment: {NCCL_DEBUG: INFO, SITE_TOKEN: Planted}\n")
     path = write_sweep(grid={"sae.k": [4]}, stages=["harvest", "train"])
     assert main(["sweep", str(path), "--base=embedded", "--dry-run", "--executor=slurm", f"--cluster={site}"]) == 2
     told = capsys.readouterr().err

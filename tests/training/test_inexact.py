@@ -42,7 +42,9 @@ def train_until(step: int, config: RunConfig, run: RunFolder, inexact: bool = Fa
         patched.setattr(ResumeStates, "busy", False)  # a state is waited for, not left out, where the disk is slow
         with pytest.raises(KeyboardInterrupt):
             train(config, run, inexact)
+    deadline = time.monotonic() + 60
     while (run.resume / "latest").read_text() != f"step_{step // 7 * 7}":
+        assert time.monotonic() < deadline
         time.sleep(0.01)
 
 

@@ -18,7 +18,7 @@ from tsae.config.bounds import (
     some,
 )
 from tsae.config.paths import MODEL_FILES, Place
-from tsae.runtime.secrets import holds_password
+from tsae.runtime.secrets import holds_key
 
 Dataset = Annotated[str, Place(names=("embedded", "finefineweb", "wikipedia", "mmlu", "pile", "pile-10k", "hh-rlhf"))]
 Draws = Annotated[int, at_least(100)]
@@ -27,13 +27,11 @@ Strengths = Annotated[
     tuple[float, ...], Bound(lambda given: min(given, default=0) >= 0, "strengths of at least 0 are expected")
 ]
 PositiveShare = Annotated[float, Bound(lambda share: 0 < share <= 1, "a share above 0 and up to 1 is allowed")]
-
-
 Address = Annotated[
     str,
     Bound(
-        lambda address: not holds_password(address),
-        "it would be written down with its password; name the variable that holds the key in key_variable",
+        lambda address: not holds_key(address),
+        "an address without name, password or query is expected; key_variable names the variable that holds a key",
     ),
 ]
 

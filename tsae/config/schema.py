@@ -25,7 +25,7 @@ import yaml
 from tsae.config.bounds import Added, Bound, OneOf
 from tsae.config.paths import Located, Place, as_written
 from tsae.runtime.errors import TsaeError, suggestion
-from tsae.runtime.secrets import hide
+from tsae.runtime.secrets import hide, is_secret_name
 
 T = TypeVar("T")
 
@@ -77,9 +77,12 @@ def parse_overrides(assignments: list[str]) -> dict[str, Any]:
             value = yaml.safe_load(text) if text else None
         except (yaml.YAMLError, ValueError, RecursionError):
             raise TsaeError(f"command line: {path}: '{text[:60]}' is not a YAML value") from None
-        if value == {}:
-            raise TsaeError(f"command line: {path}: {{}} changes nothing; an override has the form section.key=value")
-        flat.update(flatten({path: value}))
+        settings = dict(flatten({path: value}))
+        if not settings:
+            raise TsaeError(
+                f"command line: {path}: {text} names no setting; an override has the form section.key=value"
+            )
+        flat.update(settings)
     return flat
 
 
@@ -168,6 +171,8 @@ def convert(hint: Any, value: Any, where: str, path: str) -> Any:
         found = convert(get_args(hint)[0], value, where, path)
         for mark in hint.__metadata__:
             if isinstance(mark, Bound) and found is not None and not mark.holds(found):
+                if isinstance(found, dict):
+                    found = {name: "***" if is_secret_name(str(name)) else entry for name, entry in found.items()}
                 shown = str(list(found) if isinstance(found, tuple) else found)
                 shown = shown if shown.isprintable() else repr(shown)
                 raise TsaeError(f"{where}: {path}: {hide(shown)} is impossible; {mark.words}")

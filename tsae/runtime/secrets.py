@@ -18,9 +18,9 @@ def is_secret_name(name: str) -> bool:
     return SECRET_NAME.fullmatch(name) is not None
 
 
-def holds_password(address: str) -> bool:
-    """Whether `address` has a user's name and password in it."""
-    return re.search(r"://[^/\s]*@", address) is not None
+def holds_key(address: str) -> bool:
+    """Whether `address` has a part that may be a key: who asks, before its host, or a query behind its path."""
+    return re.search(r"://[^/\s]*@|\?", address) is not None
 
 
 def hide(text: str) -> str:
