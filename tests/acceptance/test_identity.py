@@ -245,6 +245,11 @@ def test_weights_of_another_run_are_other_weights(place: Place) -> None:
     assert main(["train", "run.yaml", "training.seed=1", "--run-name", "other"]) == 0
     shutil.copy(place.home / "checkpoints/other/trainer_0/ae.pt", place.run.weights)
     before = place.results()
+    assert main(READERS["evaluate"]) == 2  # config.json beside them is not theirs
+    assert place.results() == before
+    # As one does who changed them on purpose.
+    written = {key: value for key, value in place.run.read_config().items() if key != "weights"}
+    place.run.config_json.write_text(json.dumps(written))
     assert main(READERS["sweep"]) == 0
     assert place.results()["made_from"]["weights"] != before["made_from"]["weights"]
     assert place.results()["frac_variance_explained"] != before["frac_variance_explained"]
@@ -275,7 +280,8 @@ def test_a_measure_that_is_new_or_mended_makes_old_results_incomplete(
     monkeypatch.setitem(registry.EXPERIMENTS, "probe", registry.EXPERIMENTS["probe"]._replace(version=99))
     assert main(READERS["dry-run"]) == 0
     shown = [line.split() for line in capsys.readouterr().out.splitlines()]
-    stages = {words[0]: " ".join(words[3:]) for words in shown if words and words[0] in ("train", "evaluate", "probe")}
+    states = [words for words in shown if words[1:2] == ["k=4"]]
+    stages = {words[0]: " ".join(words[3:]) for words in states}
     assert stages == {"train": "complete", "evaluate": "to run", "probe": "to run"}
 
 

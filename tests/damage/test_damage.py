@@ -7,6 +7,7 @@ that only look (status, report, runs) go on without it and say so; what can be m
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -69,6 +70,11 @@ def edit(key: str, value: Any, sealed: bool = True) -> Damage:
         path.write_text(json.dumps(tree, indent=2))
 
     return damage
+
+
+def edited_k(path: Path) -> None:
+    path.write_text(re.sub(r"^  k: \d$", "  k: 5", path.read_text(), count=1, flags=re.MULTILINE))
+    assert "  k: 5\n" in path.read_text()
 
 
 def replaced(before: str, after: str) -> Damage:
@@ -144,11 +150,11 @@ CONFIG = [
 ]
 RESOLVED = [
     *NO_JSON.items(),
-    ("k edited", replaced("  k: 4\n", "  k: 5\n")),
+    ("k edited", edited_k),
     ("an evaluation setting edited", replaced("batch_size: 16\n", "batch_size: 15\n")),
     (
         "k edited, of an earlier version",
-        lambda path: (replaced("  k: 4\n", "  k: 5\n")(path), replaced("digest:", "#")(path)),
+        lambda path: (edited_k(path), replaced("digest:", "#")(path)),
     ),
 ]
 CALIBRATION = [*NO_JSON.items(), ("no keys", text("{}")), ("edited", edit("tracked_threshold", 0.5))]

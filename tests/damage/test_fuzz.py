@@ -14,6 +14,7 @@ import os
 import random
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -152,20 +153,33 @@ def mutations(draw: st.DrawFn) -> Callable[[bytes], tuple[bytes, bool]]:
 
     def mutate(content: bytes) -> tuple[bytes, bool]:
         if kind in ("replace", "drop", "add"):
-            try:
+            with suppress(ValueError):
                 tree = json.loads(content)
-            except ValueError:
-                return in_bytes(content), True
-            in_tree(tree)
-            if not sealed and isinstance(tree, dict):
-                tree.pop("digest", None)
-                if isinstance(tree.get("attributes"), dict):
-                    tree["attributes"].pop("digest", None)
-            has = isinstance(tree, dict) and ("digest" in tree or "digest" in (tree.get("attributes") or {}))
-            return json.dumps(tree, indent=2).encode(), has
-        return in_bytes(content), True
+                in_tree(tree)
+                if not sealed and isinstance(tree, dict):
+                    tree.pop("digest", None)
+                    if isinstance(tree.get("attributes"), dict):
+                        tree["attributes"].pop("digest", None)
+                content = json.dumps(tree, indent=2).encode()
+                return content, has_digest(content)
+        content = in_bytes(content)
+        return content, has_digest(content)
 
     return mutate
+
+
+def has_digest(content: bytes) -> bool:
+    """False if this is JSON, or a line of it is, that one could take for an earlier version's: without a digest."""
+    for text in (content, *content.splitlines()):
+        with suppress(ValueError, RecursionError):
+            tree = json.loads(text)
+            attributes = tree.get("attributes") if isinstance(tree, dict) else None
+            if isinstance(tree, dict) and "digest" not in {
+                **tree,
+                **(attributes if isinstance(attributes, dict) else {}),
+            }:
+                return False
+    return True
 
 
 @pytest.fixture(scope="module")

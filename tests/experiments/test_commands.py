@@ -16,6 +16,7 @@ from tsae import cli
 from tsae.experiments.request import arguments_of
 from tsae.lm.hook import hidden_of
 from tsae.lm.model import load_language_model
+from tsae.runtime import metadata
 
 
 @pytest.mark.parametrize(
@@ -59,7 +60,7 @@ def theirs(checkpoints: Path, tmp_path: Path) -> Callable[..., Path]:
         folder.mkdir(parents=True)
         shutil.copy(checkpoints / "temporal" / "trainer_0" / "ae.pt", folder)
         written = json.loads((checkpoints / "temporal" / "trainer_0" / "config.json").read_text())
-        (folder / "config.json").write_text(json.dumps({**written, "trainer": {**written["trainer"], **told}}))
+        metadata.write(folder / "config.json", {**written, "trainer": {**written["trainer"], **told}})
         return tmp_path
 
     return make

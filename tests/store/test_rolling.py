@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import threading
 from collections.abc import Callable, Iterator
@@ -62,12 +63,12 @@ def hashes(config: RunConfig, steps: range = range(STEPS), **more: Any) -> list[
 
 def bytes_that_roll(layout: StoreLayout) -> int:
     """As a listing of the folder has it, files in writing too; 0 if it changed meanwhile."""
-    found, before = 0, layout.shards.stat().st_mtime_ns
+    found, before = 0, set(os.listdir(layout.shards))
     with suppress(FileNotFoundError):
         for folder in layout.shards.iterdir():
             if int(folder.name) not in layout.kept:
                 found += sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
-    return found if layout.shards.stat().st_mtime_ns == before else 0
+    return found if set(os.listdir(layout.shards)) == before else 0
 
 
 @contextmanager

@@ -7,7 +7,6 @@ import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -16,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from tsae.runtime import locks
+from tsae.runtime import locks, metadata
 from tsae.runtime.state import Record, State
 from tsae.sweep.attempt import Attempt
 from tsae.sweep.queue.executors import DebugExecutor, LocalExecutor, last_line
@@ -353,16 +352,16 @@ def test_a_lock_is_refused_to_a_second_process_and_named(tmp_path):
 def test_a_reused_process_id_does_not_hold_a_lock(tmp_path):
     path = tmp_path / "x.lock"
     with locks.hold(path, "x"):
-        stale = path.read_text().replace(locks.started_at(os.getpid()), "1")
-    path.write_text(stale)
+        stale = {**json.loads(path.read_text()), "started": "1"}
+    metadata.write(path, stale)
     assert locks.owner(path) is None
 
 
 def test_a_silent_owner_on_another_host_loses_its_lock(tmp_path):
     path = tmp_path / "x.lock"
     with locks.hold(path, "x"):
-        elsewhere = path.read_text().replace(socket.gethostname(), "another-host")
-    path.write_text(elsewhere)
+        elsewhere = {**json.loads(path.read_text()), "host": "another-host"}
+    metadata.write(path, elsewhere)
     assert locks.owner(path).host == "another-host"
     past = time.time() - 2 * locks.SILENT_SECONDS
     os.utime(path, (past, past))

@@ -14,6 +14,7 @@ from tsae.checkpoint import RunFolder
 from tsae.config import run as configuration
 from tsae.config.run import RunConfig
 from tsae.evaluation.driver import evaluate
+from tsae.runtime import metadata
 from tsae.runtime.errors import TsaeError
 from tsae.training.resume import ResumeStates
 from tsae.training.run import train
@@ -61,7 +62,7 @@ def saved_with(run: RunFolder, **versions: str) -> None:
     for path in run.resume.glob("*/state.json"):
         record = json.loads(path.read_text())
         record["belongs_to"] |= {f"version of {name}": version for name, version in versions.items()}
-        path.write_text(json.dumps(record))
+        metadata.write(path, record)
 
 
 def test_a_state_of_another_torch_is_refused_and_continued_when_asked_for(
@@ -100,6 +101,8 @@ def test_what_went_on_inexactly_says_so_after_exact_continuations_too(
 
 def test_another_configuration_or_store_is_no_matter_of_exactness(config: RunConfig, interrupted: RunFolder) -> None:
     for path in interrupted.resume.glob("*/state.json"):
-        path.write_text(path.read_text().replace('"activation store": "', '"activation store": "another '))
+        record = json.loads(path.read_text())
+        record["belongs_to"]["activation store"] = f"another {record['belongs_to']['activation store']}"
+        metadata.write(path, record)
     with pytest.raises(TsaeError, match=r"saved with another activation store .*go back to that, or remove"):
         train(config, interrupted, inexact=True)

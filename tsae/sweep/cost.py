@@ -292,7 +292,7 @@ def _disks(works: Sequence[Work], needs: Sequence[Need]) -> tuple[list[str], lis
             on[free_for(work.folder).disk].append((work, need))
     lines, refused = [], []
     for some in on.values():
-        place, free = os.path.commonpath([work.folder for work, _ in some]), free_for(some[0][0].folder)
+        place, free = os.path.commonpath([work.folder.absolute() for work, _ in some]), free_for(some[0][0].folder)
         needed = sum(need.disk or 0 for _, need in some) + max(need.passing for _, need in some)
         limit = "are left by the quota" if free.quota else "are free"
         told = f"{place}: {shown(needed)} of disk are needed, {shown(free.bytes)} {limit}"

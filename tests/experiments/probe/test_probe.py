@@ -11,7 +11,7 @@ import pytest
 import torch
 from scipy.sparse import csr_array
 
-from tsae.checkpoint import RunFolder
+from tsae.checkpoint import RunFolder, of_new_weights
 from tsae.cli import main
 from tsae.config import run as configuration
 from tsae.config.experiments import ProbeConfig, TextsConfig
@@ -20,6 +20,7 @@ from tsae.experiments import driver
 from tsae.experiments.probe import fit as probe_fit
 from tsae.experiments.probe.figure import runs_beside, splits_beside
 from tsae.experiments.probe.samples import Samples, split
+from tsae.runtime import metadata
 from tsae.runtime.errors import TsaeError
 from tsae.stages import experiment_stage
 
@@ -301,8 +302,8 @@ def test_a_figure_shows_only_what_was_probed_alike(tmp_path):
 def test_a_split_of_dead_latents_is_one_line(config, checkpoints, tmp_path):
     run, dead = RunFolder.of(checkpoints, "batch_topk"), RunFolder.of(tmp_path, "dead")
     dead.path.mkdir(parents=True)
-    for file in (run.config_json, run.resolved):
-        (dead.path / file.name).write_bytes(file.read_bytes())
+    dead.resolved.write_bytes(run.resolved.read_bytes())
+    metadata.write(dead.config_json, of_new_weights(json.loads(run.config_json.read_text())))
     state = torch.load(run.weights, weights_only=True)
     torch.save({**state, "threshold": torch.full_like(state["threshold"], 1e9)}, dead.weights)
     with pytest.raises(TsaeError, match="probe semantics: no latent of this split is active on any of"):

@@ -13,11 +13,12 @@ from sklearn.metrics import silhouette_score
 from sklearn.metrics.pairwise import cosine_similarity
 
 from tests.experiments.chromium import Browser, find_chromium
-from tsae.checkpoint import RunFolder
+from tsae.checkpoint import RunFolder, of_new_weights
 from tsae.config import run as configuration
 from tsae.config.experiments import TextsConfig, TsneConfig
 from tsae.config.run import RunConfig
 from tsae.experiments.tsne.experiment import draw_map, purity, silhouette, unit_rows, write_page
+from tsae.runtime import metadata
 from tsae.runtime.errors import TsaeError
 from tsae.stages import experiment_stage
 
@@ -129,8 +130,8 @@ def test_texts_shorter_than_asked_for_and_dead_latents_are_one_line(config, chec
         configuration.from_mapping({"experiments": {"tsne": {"seeds": 0}}}, "here.yaml")
     run, dead = RunFolder.of(checkpoints, "batch_topk"), RunFolder.of(tmp_path, "dead")
     dead.path.mkdir(parents=True)
-    for file in (run.config_json, run.resolved):
-        (dead.path / file.name).write_bytes(file.read_bytes())
+    dead.resolved.write_bytes(run.resolved.read_bytes())
+    metadata.write(dead.config_json, of_new_weights(json.loads(run.config_json.read_text())))
     state = torch.load(run.weights, weights_only=True)
     state["threshold"] = torch.full_like(state["threshold"], 1e9)
     torch.save(state, dead.weights)
