@@ -200,6 +200,7 @@ def test_an_unknown_key_of_the_experiment_that_is_run_is_not_passed_over(
     resolved = trained / "trainer_0" / "resolved.yaml"
     tree = yaml.safe_load(resolved.read_text())
     tree["experiments"]["probe"]["depth"] = 3
+    del tree["digest"]
     resolved.write_text(yaml.safe_dump(tree, sort_keys=False))
     assert "experiments.probe.depth: unknown key" in refused(capsys, "probe", "--run-name", "small")
     assert cli.main(["features", "--run-name", "small"]) == 0

@@ -134,7 +134,6 @@ def launch(plan: Plan, options: Options) -> Launched:
         if image is None:  # which may have other packages, and is told no keys of this machine
             require_packages(plan, choice.start)
         cost = cost_of_launch(plan, choice.start, site if scheduler else None)
-        print("\n".join(cost.lines), file=sys.stderr)
         cost.require()
         if options.probe:
             from tsae.sweep.probe import probe
@@ -144,7 +143,10 @@ def launch(plan: Plan, options: Options) -> Launched:
         # A local queue may have to take over what another one has now.
         attempt = _begin(plan, choice.start, image)
         if scheduler:
-            return _submit(submission_of(plan, scheduler, attempt, site, image, choice, options), stages, choice)
+            launched = _submit(submission_of(plan, scheduler, attempt, site, image, choice, options), stages, choice)
+            print("\n".join(cost.lines), file=sys.stderr)  # what the scheduler refuses is one line
+            return launched
+        print("\n".join(cost.lines), file=sys.stderr)
         own = [*choice.own, *stages[len(choice.start) :]]
         terminal = Terminal()
         if executor == "local":
