@@ -173,11 +173,15 @@ class RunFolder:
             tree = {"training_hash": config.training_hash, **configuration.to_yaml(config)}
             files.write_text(self.resolved, metadata.sealed_yaml(yaml.safe_dump(tree, sort_keys=False)))
 
-    def remove_leftovers(self) -> None:
-        """Remove the half-written files of killed processes; for the one that trains into this folder."""
-        for folder in (self.path, self.checkpoint(0).parent):
-            for leftover in folder.glob(".*.tmp"):
-                leftover.unlink(missing_ok=True)
+    def remove_leftovers(self, *names: str) -> None:
+        """Remove half-written files of killed processes, of all files or of those whose names begin so.
+
+        For the process that alone may write them: it holds the lock.
+        """
+        for folder in {self.path, self.measured, self.checkpoint(0).parent}:
+            for name in names or ("",):
+                for leftover in folder.glob(f".{name}*.tmp"):
+                    leftover.unlink(missing_ok=True)
 
     def remove_resume_states(self) -> None:
         """Remove what only an unfinished run needs."""

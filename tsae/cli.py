@@ -345,14 +345,17 @@ def _print_once(*paths: Path, said: Callable[[], list[str]]) -> None:
 
 def _calibrate(options: argparse.Namespace) -> None:
     from tsae.evaluation.calibration import calibrate, calibrate_copy, summary
-    from tsae.stages import harvest_elsewhere
+    from tsae.runtime import locks
+    from tsae.stages import harvest_elsewhere, run_lock
 
     out, options.out = options.out, None
     config, run = _measured(options, options.path)
     _accept(options, config, run)
     harvest_elsewhere(config, run, calibrated=False)
     if out is None:
-        record = calibrate(run, config, options.target_l0, keep=options.keep)
+        with locks.hold(run_lock(run, "train"), f"calibrate {run.path.parent.name}"):
+            run.remove_leftovers(run.weights.name, run.config_json.name, run.calibration.name)
+            record = calibrate(run, config, options.target_l0, keep=options.keep)
     else:
         record = calibrate_copy(run, out, config, options.target_l0, keep=options.keep)
     print(summary(record))

@@ -103,6 +103,8 @@ def evaluate_run(config: RunConfig, run: RunFolder) -> Path:
             from tsae.evaluation.driver import evaluate
 
             if not _in_any(group, is_evaluated(config, run)):  # another process may have been faster
+                if process_rank() == 0:
+                    run.remove_leftovers(run.eval_results.stem)
                 evaluate(config, run)
     return run.measured
 
@@ -127,10 +129,13 @@ def experiment_run(
 
     Results that are complete are found also where nothing may be written.
     """
+    from tsae.experiments.registry import EXPERIMENTS
+
     with ExitStack() as held:
         if run.takes_results:
             held.enter_context(locks.hold(run_lock(run, name), f"{name} {run.path.parent.name}"))
-        from tsae.experiments import driver
+            run.remove_leftovers(EXPERIMENTS[name].file)
+        from tsae.experiments import driver  # which takes long to import: the lock is held soon
 
         return driver.run(name, config, run, chunks, checkpoint, explanations)
 

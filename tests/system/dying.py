@@ -81,6 +81,23 @@ def as_rank(
     sys.exit(cli.main(arguments))
 
 
+def in_folder(
+    folder: Path, arguments: list[str], rank: int, world: int, port: int, seconds: float | None = None, number: int = 0
+) -> None:
+    """Be process `rank` of `world` that run a `tsae` command in a folder; after so many seconds it gets signal `number`.
+
+    TSAE_HOME is `home` there; what it says goes to `rank<n>.err` beside the folder.
+    """
+    _write_errors_to(folder.parent / f"rank{rank}.err")
+    os.chdir(folder)
+    os.environ.update({"TSAE_HOME": str(folder / "home")}, **(_torchrun(rank, world, port) if world > 1 else {}))
+    if seconds is not None:
+        timer = threading.Timer(seconds, os.kill, (os.getpid(), number))
+        timer.daemon = True
+        timer.start()
+    sys.exit(cli.main(arguments))
+
+
 def while_another_dies(rank: int, world: int, port: int, folder: Path, _arguments: list[str]) -> None:
     """Be one of several processes of which number 1 dies while the others work alone for long."""
     _write_errors_to(folder / f"rank{rank}.err")
