@@ -15,7 +15,7 @@ from tsae.report.figures import draw_figures
 from tsae.report.page import as_page
 from tsae.report.summary import Summary, summarise
 from tsae.report.training import draw_training
-from tsae.runtime import files, metadata
+from tsae.runtime import files, locks, metadata
 
 
 def write_report(compared: Compared) -> Path:
@@ -24,12 +24,15 @@ def write_report(compared: Compared) -> Path:
     summary = summarise(compared)
     page = compared.page
     page.parent.mkdir(parents=True, exist_ok=True)
-    files.write_text(page.with_name("table.csv"), text.as_csv(summary))
-    files.write_text(page.with_name("table.md"), text.as_markdown(summary))
-    drawn = [*draw_figures(summary, page.parent), *draw_training(summary, page.parent)]
-    judged = section(compared, write_claims(compared)) if compared.settings.claims else None
-    files.write_text(page, as_page(summary, drawn, judged))
-    metadata.write(compared.record, {"sweep": compared.name, "made_from": state, "points": points_of(summary)})
+    with locks.hold_when_free(page.with_name("report.lock"), f"report {compared.name}"):
+        for leftover in page.parent.glob(".*.tmp"):  # of one that was killed
+            leftover.unlink(missing_ok=True)
+        files.write_text(page.with_name("table.csv"), text.as_csv(summary))
+        files.write_text(page.with_name("table.md"), text.as_markdown(summary))
+        drawn = [*draw_figures(summary, page.parent), *draw_training(summary, page.parent)]
+        judged = section(compared, write_claims(compared)) if compared.settings.claims else None
+        files.write_text(page, as_page(summary, drawn, judged))
+        metadata.write(compared.record, {"sweep": compared.name, "made_from": state, "points": points_of(summary)})
     return page
 
 

@@ -29,6 +29,7 @@ from tsae.runtime.errors import TsaeError
 
 HEARTBEAT_SECONDS = 15.0
 SILENT_SECONDS = 120.0
+WAIT_SECONDS = 1.0
 MOST_ATTEMPTS = 100
 """Races that are lost before a lock counts as held; each was won by another process."""
 
@@ -78,6 +79,21 @@ def owner(path: Path) -> Owner | None:
 def hold(path: Path, what: str) -> Iterator[None]:
     """Hold the lock at `path` while the block runs; LockHeld if a live process has it."""
     lock = Lock(path, what)
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+@contextmanager
+def hold_when_free(path: Path, what: str) -> Iterator[None]:
+    """The same, once a process that has it lets go."""
+    lock = None
+    while lock is None:
+        try:
+            lock = Lock(path, what)
+        except LockHeld:
+            preemption.wait(WAIT_SECONDS)
     try:
         yield
     finally:

@@ -24,7 +24,6 @@ from tsae.store.layout import NORMS, StoreLayout, digest
 if TYPE_CHECKING:
     import zarr
 
-WAIT_SECONDS = 1.0
 READ_BYTES = 16_000_000
 PER_CENT = (0, 0.1, 1, 5, 25, 50, 75, 95, 99, 99.9, 100)
 
@@ -87,13 +86,9 @@ def add(layout: StoreLayout, activations: Callable[[np.ndarray], Tensor]) -> np.
     """
     if not os.access(layout.path, os.W_OK):
         return np.concatenate(list(_made(layout, activations)))
-    while True:
-        try:
-            with locks.hold(layout.path / "norms.lock", str(layout.path)):
-                norms = recorded(layout)
-                return _add(layout, activations) if norms is None else norms
-        except locks.LockHeld:
-            preemption.wait(WAIT_SECONDS)
+    with locks.hold_when_free(layout.path / "norms.lock", str(layout.path)):
+        norms = recorded(layout)
+        return _add(layout, activations) if norms is None else norms
 
 
 def _add(layout: StoreLayout, activations: Callable[[np.ndarray], Tensor]) -> np.ndarray:

@@ -131,7 +131,7 @@ class Line:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """Bytes of every file but those that hold a clock; of markers without who wrote them."""
+    """Bytes of every file but those that hold a clock; of markers without who wrote them, of reports without their time."""
     found = {}
     for path in folder.rglob("*"):
         name = str(path.relative_to(folder))
@@ -142,10 +142,12 @@ def contents(folder: Path) -> dict[str, bytes]:
             and not re.match("home/sweeps/[^/]*/(attempts|stages)/", name)
         ):
             found[name] = path.read_bytes()
-            if path.parent.name == "shards":
+            if path.name == "report.html":
+                found[name] = re.sub(rb"\d+ \w+ \d{4}, \d\d:\d\d|attempts/\d+-\d+", b"", found[name])
+            if path.parent.name == "shards" or name.endswith("report/results.json"):
                 marker = json.loads(found[name])
                 found[name] = json.dumps(
-                    {key: marker[key] for key in marker.keys() - {"written_by", "digest"}}, sort_keys=True
+                    {key: marker[key] for key in marker.keys() - {"written_by", "made_from", "digest"}}, sort_keys=True
                 ).encode()
     return found
 
