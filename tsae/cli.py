@@ -270,6 +270,8 @@ def _costs_first(config: RunConfig, run: RunFolder | None, options: argparse.Nam
         from tsae.sweep.cost import cost_of_run
 
         cost = cost_of_run(config, run)
+        if not options.dry_run:
+            cost.require()  # what cannot fit is one line
         out = sys.stdout if options.dry_run else sys.stderr
         if cost.notable or options.dry_run:
             print("\n".join(cost.lines) or "nothing to do", file=out)

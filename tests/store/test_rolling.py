@@ -65,9 +65,9 @@ def bytes_that_roll(layout: StoreLayout) -> int:
     """As a listing of the folder has it, files in writing too; 0 if it changed meanwhile."""
     found, before = 0, set(os.listdir(layout.shards))
     with suppress(FileNotFoundError):
-        for folder in layout.shards.iterdir():
-            if int(folder.name) not in layout.kept:
-                found += sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+        for name in before:
+            if int(name) not in layout.kept:
+                found += sum(file.stat().st_size for file in (layout.shards / name).rglob("*") if file.is_file())
     return found if set(os.listdir(layout.shards)) == before else 0
 
 

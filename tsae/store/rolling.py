@@ -95,7 +95,9 @@ class ShardMaker:
             if whole:
                 with self.window.room(whole, need):
                     for shard in whole:
-                        write_shard(self._layout, shard, pieces.pop(shard))
+                        made = pieces.pop(shard)
+                        if not self._layout.is_written(shard):  # by another one meanwhile
+                            write_shard(self._layout, shard, made)
                         there.add(shard)
                 yield from whole
 

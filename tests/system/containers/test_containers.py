@@ -129,7 +129,7 @@ def test_docker_run_alone_is_the_quickstart_and_stops_when_asked(lab: Lab, docke
         command, env=os.environ | lab.environment(), text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     )
     assert process.stdout is not None
-    assert process.stdout.readline().startswith("split_fraction-embedded: 4 points")
+    assert any(line.startswith("split_fraction-embedded: 4 points") for line in process.stdout)
     run(["podman", "stop", "--time=60", "alone"], variables=lab.environment())
     assert "the same command continues" in process.stdout.read()
     assert process.wait() == 130
@@ -188,7 +188,9 @@ def test_unknown_command_is_one_of_tsae_and_fails(lab: Lab, docker_build: str) -
 def test_hub_is_not_asked_where_offline_is_wanted(lab: Lab, docker_build: str) -> None:
     del docker_build
     options = ["--env=HF_HUB_OFFLINE=1", f"--volume={owned_folder(lab, 'offline')}:/runs"]
-    answer = lab.docker("harvest", "sweeps/bases/pythia-160m.yaml", options=options, check=False)
+    answer = lab.docker(
+        "harvest", "sweeps/bases/pythia-160m.yaml", "data.max_tokens=1000", options=options, check=False
+    )
     assert answer.returncode == 2
     assert answer.stderr.startswith("tsae: model.name: EleutherAI/pythia-160m cannot be loaded")
     assert "offline: run `hf download EleutherAI/pythia-160m`" in answer.stderr
