@@ -355,6 +355,7 @@ def _calibrate(options: argparse.Namespace) -> None:
     _accept(options, config, run)
     harvest_elsewhere(config, run, calibrated=False)
     if out is None:
+        run.require_place()
         with locks.hold(run_lock(run, "train"), f"calibrate {run.path.parent.name}"):
             run.remove_leftovers(run.weights.name, run.config_json.name, run.calibration.name)
             record = calibrate(run, config, options.target_l0, keep=options.keep)

@@ -188,7 +188,7 @@ def test_a_launcher_and_a_job_that_are_killed_are_continued(sweep_file, finished
     sweep_file.with_name("one.yaml").write_text(yaml.safe_dump(sweep))
     long = (sweep_file.with_name("one.yaml"), "training.steps=600", "training.resume_every=150")
     with subprocess.Popen(command(*long), stderr=subprocess.DEVNULL) as launcher:
-        lock = wait_for(lambda: next(iter(finished.rglob("train.lock")), None))
+        lock = wait_for(lambda: next(iter((finished / "checkpoints").rglob("train.lock")), None))
         wait_for(lambda: any((lock.parent / "resume").glob("*")) or None)
         launcher.send_signal(signal.SIGKILL)
     holder = locks.owner(lock)

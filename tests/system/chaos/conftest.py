@@ -131,7 +131,8 @@ class Line:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """Bytes of every file but those that hold a clock; of markers without who wrote them, of reports without their time."""
+    """Bytes of every file but those that hold a clock; of markers without who wrote them, of reports without their time and
+    which copy of the sweep's file they were made from."""
     found = {}
     for path in folder.rglob("*"):
         name = str(path.relative_to(folder))
@@ -143,7 +144,7 @@ def contents(folder: Path) -> dict[str, bytes]:
         ):
             found[name] = path.read_bytes()
             if path.name == "report.html":
-                found[name] = re.sub(rb"\d+ \w+ \d{4}, \d\d:\d\d|attempts/\d+-\d+", b"", found[name])
+                found[name] = re.sub(rb"\d+ \w+ \d{4}, \d\d:\d\d|Made from <code>[^<]*", b"", found[name])
             if path.parent.name == "shards" or name.endswith("report/results.json"):
                 marker = json.loads(found[name])
                 found[name] = json.dumps(
