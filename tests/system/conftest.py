@@ -86,6 +86,18 @@ def run_process() -> Callable[..., int]:
     return run
 
 
+def joined(processes: Sequence[Any]) -> list[int]:
+    """The exit codes of processes that end; the test fails where one does not."""
+    for process in processes:
+        process.join(timeout=120)
+    for process in processes:
+        if process.exitcode is None:
+            process.kill()
+            process.join()
+            pytest.fail("a process waits for ever")
+    return [process.exitcode for process in processes]
+
+
 @pytest.fixture
 def run_ranks(tmp_path: Path) -> Callable[..., list[int]]:
     """Run a `tsae` command, or `target`, in several processes at once; returns their exit codes.
@@ -104,14 +116,7 @@ def run_ranks(tmp_path: Path) -> Callable[..., list[int]]:
         ]
         for process in processes:
             process.start()
-        for process in processes:
-            process.join(timeout=120)
-        for process in processes:
-            if process.exitcode is None:
-                process.kill()
-                process.join()
-                pytest.fail("a process waits for ever")
-        return [process.exitcode or 0 for process in processes]
+        return joined(processes)
 
     return run
 

@@ -32,8 +32,6 @@ if TYPE_CHECKING:
 
     from tsae.data.contexts import Contexts
 
-WAIT_SECONDS = 1.0
-
 log = logging.getLogger("tsae")
 
 
@@ -135,13 +133,10 @@ def _require_room(layout: StoreLayout, shards: Sequence[int]) -> None:
 def _prepare_once(layout: StoreLayout, config: RunConfig, source: Source) -> None:
     """Make the store's frame if it is not there; tasks that come meanwhile wait rather than tokenise the same text."""
     lock = layout.path.with_name(f"{layout.path.name}.preparing.lock")
-    while not layout.exists():
-        try:
-            with locks.hold(lock, str(layout.path)):
-                if not layout.exists():
-                    _prepare(layout, config, source)
-        except locks.LockHeld:
-            preemption.wait(WAIT_SECONDS)
+    if not layout.exists():
+        with locks.hold_when_free(lock, str(layout.path)):
+            if not layout.exists():
+                _prepare(layout, config, source)
     layout.require(config)
     # The model may be another one all the same, such as a folder whose content was replaced.
     began, now = layout.attributes["model"], json.loads(json.dumps(source.identity))

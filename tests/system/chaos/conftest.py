@@ -19,7 +19,7 @@ import yaml
 from tests.experiments.answers.chat_server import Server
 from tests.experiments.conftest import labelled_text
 from tests.system.chaos.commands import COMMANDS, Command
-from tests.system.conftest import PRELOADED
+from tests.system.conftest import PRELOADED, joined
 from tests.system.dying import in_folder
 
 __all__ = ["labelled_text"]
@@ -106,24 +106,18 @@ class Line:
         """The exit codes of its processes; process `killed` gets signal `number` after so many seconds."""
         with socket.create_server(("127.0.0.1", 0)) as free:
             port = free.getsockname()[1]
-        processes = [
-            self.start(
-                command.arguments,
-                rank,
-                command.processes,
-                port,
-                **({"seconds": seconds, "number": number} if rank == killed else {}),
-            )
-            for rank in range(command.processes)
-        ]
-        for process in processes:
-            process.join(timeout=120)
-        for process in processes:
-            if process.exitcode is None:
-                process.kill()
-                process.join()
-                pytest.fail(f"{command.arguments}: a process waits for ever")
-        return [process.exitcode for process in processes]
+        return joined(
+            [
+                self.start(
+                    command.arguments,
+                    rank,
+                    command.processes,
+                    port,
+                    **({"seconds": seconds, "number": number} if rank == killed else {}),
+                )
+                for rank in range(command.processes)
+            ]
+        )
 
     def said(self) -> str:
         """What the last processes said on stderr."""

@@ -143,7 +143,6 @@ def _refuse_empty(
         )
 
 
-WAIT_SECONDS = 1.0
 TOKENS_AT_ONCE = 8192
 
 
@@ -322,13 +321,10 @@ def _harvest(subject: Subject, contexts: Contexts, read: _Tokenised) -> Store:
     key = _key(subject, contexts)
     layout = StoreLayout(_path(subject.config, key))
     lock = layout.path.with_name(f"{layout.path.name}.harvest.lock")
-    while not (layout.exists() and layout.is_whole()):
-        try:
-            with locks.hold(lock, str(layout.path)):
-                if not (layout.exists() and layout.is_whole()):
-                    _write(subject, layout, contexts, read, key)
-        except locks.LockHeld:
-            preemption.wait(WAIT_SECONDS)
+    if not (layout.exists() and layout.is_whole()):
+        with locks.hold_when_free(lock, str(layout.path)):
+            if not (layout.exists() and layout.is_whole()):
+                _write(subject, layout, contexts, read, key)
     return Store.open(layout.path)
 
 
