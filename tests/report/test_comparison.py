@@ -94,6 +94,21 @@ def test_sentences_follow_from_the_numbers(noisy):
     assert differences == "Compared with temporal alpha 0, seed by seed (95 %): FVE all is lower in 1."
 
 
+@pytest.mark.parametrize(
+    ("spread", "words"),
+    [
+        (0.001, "is smoother than the low-level one, with intervals that do not touch."),
+        (0.05, "is smoother than the low-level one, but the intervals overlap."),
+    ],
+)
+def test_one_setting_s_splits_are_told_apart_only_beyond_their_intervals(plan_of, spread, words):
+    def values(point):
+        return 0.5, 0.3 + spread * point.config.training.seed, 0.4
+
+    plan = measured(plan_of(grid={"sae.k": [4], "training.seed": [0, 1, 2]}, report={"x": "sae.k"}), values)
+    assert f"The high-level split {words}" in sentences(summarise(plan.compared))
+
+
 def test_the_front_holds_what_nothing_beats_in_both():
     points = [(1.0, 1.0), (2.0, 3.0), (3.0, 2.0), (2.5, 3.0), (4.0, 4.0)]
     assert set(front(points, -1)) == {(1.0, 1.0), (2.0, 3.0), (4.0, 4.0)}

@@ -59,7 +59,10 @@ def _splits(groups: list[Group]) -> str:
     if not known:
         return ""
     if known == 1:
-        return f"The high-level split {'is' if smoother else 'is not'} smoother than the low-level one."
+        if not smoother:
+            return "The high-level split is not smoother than the low-level one."
+        doubt = (", with intervals that do not touch" if certain else ", but the intervals overlap") if bounded else ""
+        return f"The high-level split is smoother than the low-level one{doubt}."
     text = f"The high-level split is smoother than the low-level one in {smoother or 'none'} of {known} settings"
     if smoother and bounded:
         text += f", in {certain or 'none'} of them with intervals that do not touch"
