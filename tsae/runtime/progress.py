@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 from tsae.runtime import metadata
@@ -55,7 +57,16 @@ class Progress:
                 "message": message,
                 "time": time.time(),
             }
-            metadata.write(self.path, record)
+            # Nothing depends on it, so it may be lost with the machine. Its draft has one name: what a kill leaves of it
+            # the next report takes over, and another command on the same run may have renamed it already.
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            draft = self.path.with_name(f".{self.path.name}.tmp")
+            try:
+                draft.write_text(metadata.text_of(record))
+                with suppress(FileNotFoundError):
+                    os.replace(draft, self.path)
+            finally:
+                draft.unlink(missing_ok=True)
 
     def rate(self, done: int) -> float:
         """Units per second since this process began."""
