@@ -82,14 +82,22 @@ def as_rank(
 
 
 def in_folder(
-    folder: Path, arguments: list[str], rank: int, world: int, port: int, seconds: float | None = None, number: int = 0
+    folder: Path,
+    arguments: list[str],
+    rank: int,
+    world: int,
+    port: int,
+    seconds: float | None = None,
+    number: int = 0,
+    place: Callable[[Path], None] = lambda _: None,
 ) -> None:
     """Be process `rank` of `world` that run a `tsae` command in a folder; after so many seconds it gets signal `number`.
 
-    TSAE_HOME is `home` there; what it says goes to `rank<n>.err` beside the folder.
+    TSAE_HOME is `home` there; what it says goes to `rank<n>.err` beside the folder. `place` is done first.
     """
     _write_errors_to(folder.parent / f"rank{rank}.err")
     os.chdir(folder)
+    place(folder)
     os.environ.update({"TSAE_HOME": str(folder / "home")}, **(_torchrun(rank, world, port) if world > 1 else {}))
     if seconds is not None:
         timer = threading.Timer(seconds, os.kill, (os.getpid(), number))

@@ -33,7 +33,7 @@ from tsae.config.sections import (
 from tsae.config.splits import check_splits, empty_split, fills_both
 from tsae.config.synthetic import SYNTHETIC_PRESETS, SyntheticConfig
 from tsae.runtime import contents, metadata
-from tsae.runtime.environment import home
+from tsae.runtime.environment import expanded, home
 from tsae.runtime.errors import TsaeError, suggestion
 
 PRESETS = {"objective": OBJECTIVE_PRESETS, "synthetic": SYNTHETIC_PRESETS}
@@ -320,7 +320,7 @@ def _by_block(config: RunConfig) -> RunConfig:
 
 def initial_weights(name: str, where: str) -> Path:
     """The weights file of the run that `training.init_from` names. Raises TsaeError if there is none."""
-    folder = Path(name).expanduser()
+    folder = expanded(name)
     for place in (folder, folder / "trainer_0", home() / "checkpoints" / name / "trainer_0"):
         if (place / "ae.pt").is_file():
             return place / "ae.pt"

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 from typing import Literal, NamedTuple
 
 from tsae.config.run import RunConfig
 from tsae.config.sections import ModelConfig
 from tsae.lm.families import FAMILIES, LENS_HOOK, Family
 from tsae.lm.source import known_config
+from tsae.runtime.environment import expanded
 from tsae.runtime.errors import TsaeError
 
 LENS_PREFIXES = {"google/gemma-": "google/", "EleutherAI/pythia-": "EleutherAI/"}
@@ -163,7 +163,7 @@ def _family(model: str | None) -> Family | None:
 def _same_model(one: str, other: str) -> bool:
     """Whether two names stand for one model: equal as hub ids or paths, or a folder named like the hub's model."""
     names = [hub_name(name.rstrip("/")).removeprefix("openai-community/") for name in (one, other)]
-    folders = [path for path in (Path(name).expanduser() for name in names) if path.is_absolute() or path.exists()]
+    folders = [path for path in (expanded(name) for name in names) if path.is_absolute() or path.exists()]
     if len(folders) == 1:
         return names[0].rpartition("/")[2] == names[1].rpartition("/")[2]
     return names[0] == names[1] or (len(folders) == 2 and folders[0].resolve() == folders[1].resolve())

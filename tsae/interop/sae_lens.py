@@ -85,13 +85,17 @@ def write(folder: Path, dictionary: Dictionary, origin: Origin, notes: dict[str,
 
     Decoder rows get norm 1, except those of a top-k dictionary. Raises TsaeError while it is not calibrated.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     form = portable(dictionary, where)
     if form.architecture != "topk":
         form = with_unit_rows(form, where)
     tensors = {name: form.tensors[name].float().contiguous() for name in TENSORS[form.architecture]}
-    save_file(tensors, folder / WEIGHTS)
+    try:
+        save_file(tensors, folder / WEIGHTS)
+    except SafetensorError as error:
+        raise TsaeError(f"{folder / WEIGHTS}: cannot be written: {error}") from None
     settings: dict[str, Any] = {
         "architecture": form.architecture,
         "d_in": dictionary.activation_dim,

@@ -11,6 +11,7 @@ from typing import Any
 from tsae.config.sections import ModelConfig
 from tsae.lm.gguf_file import SUFFIX, config_of, head_of
 from tsae.runtime import contents
+from tsae.runtime.environment import expanded
 from tsae.runtime.errors import TsaeError, suggestion
 
 EMBEDDED = "embedded"
@@ -39,7 +40,7 @@ def local_path(model: ModelConfig) -> Path | None:
     """
     if model.name == EMBEDDED:
         return FOLDER
-    path = Path(model.name).expanduser()
+    path = expanded(model.name)
     if path.is_dir():
         # Folders that a GGUF was downloaded into may hold a config.json beside it, and nothing that it configures.
         whole = (path / "config.json").is_file() and (weights_in(path) or not any(path.glob(f"*{SUFFIX}")))

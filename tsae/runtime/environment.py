@@ -27,7 +27,12 @@ def load_dotenv() -> None:
 
 def home() -> Path:
     """The folder under which stores/, checkpoints/ and sweeps/ live: `TSAE_HOME`, or `./runs`."""
-    return Path(os.environ.get("TSAE_HOME") or "runs").expanduser().absolute()
+    return expanded(os.environ.get("TSAE_HOME") or "runs").absolute()
+
+
+def expanded(name: str | Path) -> Path:
+    """The path with `~` written out; as it is where the user it means has no home: a container's may be unknown to it."""
+    return Path(os.path.expanduser(name))
 
 
 def available_cores() -> int:

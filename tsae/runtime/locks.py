@@ -170,12 +170,20 @@ class Lock:
         draft = self._path.with_name(f".{self._path.name}.{os.getpid()}-{os.urandom(4).hex()}.tmp")
         try:
             draft.write_text(self._text())
-            os.link(draft, path)
+            try:
+                os.link(draft, path)
+            except (FileExistsError, FileNotFoundError):
+                raise
+            except OSError:  # a file system without hard links
+                with open(path, "x") as stream:
+                    try:
+                        stream.write(self._text())
+                        stream.flush()
+                    except OSError:  # a full disk: a lock without an owner would hold others off
+                        path.unlink()
+                        raise
         except (FileExistsError, FileNotFoundError):
             pass
-        except OSError:  # a file system without hard links
-            with suppress(FileExistsError), open(path, "x") as stream:
-                stream.write(self._text())
         finally:
             draft.unlink(missing_ok=True)
         # Asked twice, a network file system may have done it and say that it was there.

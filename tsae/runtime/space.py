@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import getpass
 import os
 import shutil
 import subprocess
@@ -61,7 +60,7 @@ def _left_by_quotas(place: Path) -> Iterator[int]:
     """
     commands = (
         ["quota", "-ugw", "--show-mntpoint", "--hide-device"],
-        ["lfs", "quota", "-q", "-u", getpass.getuser(), str(place)],
+        ["lfs", "quota", "-q", "-u", str(os.getuid()), str(place)],
     )
     for command in commands:
         for line in _answer(command):

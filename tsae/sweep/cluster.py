@@ -9,6 +9,7 @@ from pathlib import Path
 from tsae.config import schema
 from tsae.config.bounds import Count, Natural
 from tsae.config.paths import Place, located
+from tsae.runtime.environment import expanded
 from tsae.sweep.jobscript import Variables
 from tsae.sweep.resources import Resources, StageResources, laid_over
 
@@ -51,7 +52,7 @@ def load_cluster(path: Path | None = None) -> Cluster:
 
     Raises TsaeError for a missing `path`, an unknown key and a value that cannot be.
     """
-    chosen = path or DEFAULT.expanduser()
+    chosen = path or expanded(DEFAULT)
     if path is None and not chosen.exists():
         return Cluster()
     site, folder = schema.build(Cluster, schema.read_yaml(chosen), str(chosen)), chosen.absolute().parent

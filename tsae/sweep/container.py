@@ -100,7 +100,7 @@ def _image(name: str, here: bool) -> tuple[Literal["apptainer", "docker"], str]:
         raise TsaeError(f"--container {name}: apptainer is not on PATH")
     if name.startswith("docker://"):
         return "apptainer", str(_pulled(name))
-    image = Path(os.path.abspath(Path(name).expanduser()))
+    image = Path(os.path.abspath(environment.expanded(name)))
     if not image.exists():
         raise TsaeError(
             f"--container {name}: no such file; `apptainer build {image.name} apptainer.def` makes one, and "
@@ -120,7 +120,7 @@ def _binds(places: Iterable[str | Path], asked: Sequence[str]) -> list[str]:
     # Not Path.exists, which raises for what is too long to be a path, as a text is.
     named = [environment.home(), *(place for place in places if os.path.exists(place))]
     cwd = Path.cwd()  # of what lies there a job opens only what is named
-    found = {path for place in named for path in _reached(Path(place).expanduser().absolute(), Path(place) != cwd)}
+    found = {path for place in named for path in _reached(environment.expanded(place).absolute(), Path(place) != cwd)}
     kept: list[Path] = []
     for path in sorted(found):
         if not any(path.is_relative_to(above) for above in kept):
@@ -178,7 +178,7 @@ def _spellings(path: Path) -> Iterator[Path]:
 
 
 def _hub_cache() -> Path:
-    return Path(os.environ.get("HF_HOME") or "~/.cache/huggingface").expanduser().absolute()
+    return environment.expanded(os.environ.get("HF_HOME") or "~/.cache/huggingface").absolute()
 
 
 def _pulled(name: str) -> Path:

@@ -15,7 +15,7 @@ class Command(NamedTuple):
 
 RUN = ["--run-name", "one"]
 FOLDER = "home/checkpoints/one"
-EXPERIMENTS = ("probe", "tsne", "sequences", "align", "steer", "explain", "features")
+EXPERIMENTS = ("probe", "tsne", "sequences", "align", "steer", "features", "explain")
 COMMANDS = {
     "harvest": Command(["harvest", "run.yaml"], "nothing"),
     "train": Command(["train", "run.yaml", *RUN], "harvest"),

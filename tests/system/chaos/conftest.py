@@ -102,7 +102,9 @@ class Line:
         process.start()
         return process
 
-    def run(self, command: Command, seconds: float | None = None, number: int = 0, killed: int = 0) -> list[int]:
+    def run(
+        self, command: Command, seconds: float | None = None, number: int = 0, killed: int = 0, **place: Any
+    ) -> list[int]:
         """The exit codes of its processes; process `killed` gets signal `number` after so many seconds."""
         with socket.create_server(("127.0.0.1", 0)) as free:
             port = free.getsockname()[1]
@@ -114,6 +116,7 @@ class Line:
                     command.processes,
                     port,
                     **({"seconds": seconds, "number": number} if rank == killed else {}),
+                    **place,
                 )
                 for rank in range(command.processes)
             ]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import getpass
 import os
 import socket
 import subprocess
@@ -78,5 +77,5 @@ def visible_gpus() -> tuple[str, ...]:
 
 def _lease(gpu: str) -> Path:
     """The lock on a GPU of this machine: whoever has it has the GPU. Temporary folders may be those of several machines."""
-    folder = Path(tempfile.gettempdir()) / f"tsae-gpus-{getpass.getuser()}-{socket.gethostname()}"
+    folder = Path(tempfile.gettempdir()) / f"tsae-gpus-{os.getuid()}-{socket.gethostname()}"
     return folder / f"{gpu.replace('/', '-')}.lock"
