@@ -128,6 +128,32 @@ def test_no_resource_runs_anything(
                         load_cluster(file) if name == "cluster.yaml" else load_sweep(file)
 
 
+@pytest.mark.parametrize("writer", ["group", "another owner"])
+@pytest.mark.parametrize("what", ["the folder", "a pickle"])
+def test_a_job_of_slurm_runs_no_pickle_that_others_may_write(
+    what: str, writer: str, home: Path, bash: Callable[[str], list[str]]
+) -> None:
+    if writer == "another owner" and os.getuid():
+        pytest.skip("only root gives files away")
+    script = script_of("slurm", home, Cluster())
+    folder = home / "sweeps" / "little" / "attempts" / "1" / "00-harvest"
+    pickle = folder / "7_submitted.pkl"
+    pickle.touch()
+    pickle.chmod(0o644)
+    folder.chmod(0o755)
+    (folder / "theirs.txt").touch(0o666)
+    assert bash(script)
+    changed = folder if what == "the folder" else pickle
+    os.chown(changed, 54321, -1) if writer == "another owner" else changed.chmod(0o775)
+    with pytest.raises(subprocess.CalledProcessError) as refused:
+        bash(script)
+    assert refused.value.returncode == 200
+    assert refused.value.stdout.decode().strip() == (
+        f"batch script: {changed}: others may write there, and it would be run; take their right away and launch again"
+    )
+    assert (folder / "7_exit_code").read_text() == "200\n"
+
+
 @pytest.mark.parametrize(
     "extra",
     [{"wrap": "x"}, {"export": "ALL,BASH_ENV=x"}, {"export-file": "x"}, {"S": "/x"}, {"v": "A=1"}, {"jsv": "/x"}],

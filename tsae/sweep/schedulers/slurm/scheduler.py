@@ -20,12 +20,20 @@ from tsae.runtime.errors import TsaeError
 from tsae.sweep.schedulers.base import Full, Inputs, Limits, Order, Seen
 from tsae.sweep.schedulers.slurm import job, query
 
-KEEP_SHELL = "trap : TERM  # the shell outlives its job step, to see why that ended"
-REQUEUE = """\
-code=$?
-[ $code -eq 0 ] && exit 0
+BEFORE = """\
+trap : TERM  # the shell outlives its job step, to see why that ended
 job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
 job=${job:-$SLURM_JOB_ID}
+# submitit's pickles run what they hold
+foreign=$(find {folder} -maxdepth 1 \\( -type d -o -name '*.pkl' \\) \\( ! -user "$(id -u)" -o -perm /022 \\) | head -n 1)
+if [ -n "$foreign" ]; then
+    echo "batch script: $foreign: others may write there, and it would be run; take their right away and launch again"
+    echo {failed} >{folder}/"$job"_exit_code
+    exit {failed}
+fi"""
+AFTER = """\
+code=$?
+[ $code -eq 0 ] && exit 0
 for _ in 1 2 3 4 5; do
     state=$(squeue --noheader --states=all --jobs="$job" --format='%T %r') && break
     sleep 2
@@ -82,9 +90,10 @@ class Slurm:
 
         executor = submitit.SlurmExecutor(order.folder, python=shlex.join(order.python))
         executor.update_parameters(**_parameters(order))
+        order.folder.chmod(order.folder.stat().st_mode & ~0o022)
         try:
             # submitit prints what sbatch says besides raising it.
-            with _outside_any_job(), contextlib.redirect_stderr(io.StringIO()):
+            with _for_others_to_read(), _outside_any_job(), contextlib.redirect_stderr(io.StringIO()):
                 jobs = executor.map_array(job.run, order.calls)
         except (FailedJobError, FailedSubmissionError) as error:
             said = query.complaint(str(error))
@@ -173,11 +182,27 @@ def _parameters(order: Order) -> dict[str, Any]:
         "wckey": None,  # submitit's own default would be refused where keys are checked
         "stderr_to_stdout": True,
         "additional_parameters": {**own, **extra},
-        "setup": [*order.setup, KEEP_SHELL],
+        "setup": [*order.setup, *_written(BEFORE, order)],
         # srun does not inherit the cores; a dead process must not leave the others waiting for it.
         "srun_args": ["--kill-on-bad-exit=1", *([f"--cpus-per-task={cpus}"] if cpus else [])],
-        "teardown": REQUEUE.replace("{folder}", shlex.quote(str(order.folder))).splitlines(),
+        "teardown": _written(AFTER, order),
     }
+
+
+def _written(part: str, order: Order) -> list[str]:
+    """A part of the batch script, with its values."""
+    return part.replace("{folder}", shlex.quote(str(order.folder))).replace("{failed}", str(job.FAILED)).splitlines()
+
+
+@contextlib.contextmanager
+def _for_others_to_read() -> Iterator[None]:
+    """Let nobody else write what is made in a block, whatever the umask."""
+    mask = os.umask(0o022)
+    os.umask(mask | 0o022)
+    try:
+        yield
+    finally:
+        os.umask(mask)
 
 
 @contextlib.contextmanager
