@@ -59,12 +59,12 @@ class Browser:
         os.close(self._read)
         os.close(self._write)
 
-    def open(self, path: Path, address: str = "") -> None:
-        """Open a file, and wait until it says that it is ready."""
+    def open(self, path: Path, address: str = "", ready: str = "document.documentElement?.dataset?.ready") -> None:
+        """Open a file, and wait until it says that it is ready, or `ready` is true of one that says nothing."""
         self._ask("Page.navigate", url="about:blank")
         self._ask("Page.navigate", url=f"{path.as_uri()}{address}")
         until = time.monotonic() + 60
-        while not self.run("document.documentElement?.dataset?.ready ?? ''"):
+        while not self.run(ready):
             assert time.monotonic() < until, self.run("document.body.innerText")
             time.sleep(0.02)
 
