@@ -278,6 +278,8 @@ class FeaturesConfig:
     """Tokens shown before the strongest one."""
     after: Natural = 12
     """Tokens shown after it."""
+    logits: bool = True
+    """Show the tokens whose scores each latent's direction raises and lowers most; the language model is loaded for it."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -52,7 +52,7 @@ EXPERIMENTS = {
         "autointerp", False, False, "explain latents with a language model, and score that", reads_store=True
     ),
     "features": Experiment(
-        "features", False, False, "make one page with all latents of a run", explained=True, reads_store=True
+        "features", False, False, "make one page with all latents of a run", explained=True, reads_store=True, version=2
     ),
 }
 """Command → experiment. Its settings are the section experiments.NAME, if config/experiments.py has one."""

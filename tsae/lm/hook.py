@@ -62,7 +62,7 @@ def hook_size(module: nn.Module, path: str, tokens: Tensor, name: str) -> int:
     Raises TsaeError unless the model runs, and the module once, giving a float tensor [S, L, D].
     """
     try:
-        seen, _ = _watch(module, [path], {"input_ids": tokens, "use_cache": False})
+        seen, _ = watch(module, [path], {"input_ids": tokens, "use_cache": False})
     except Exception as error:  # whatever the model's own code makes of a configuration that contradicts itself
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise TsaeError(
@@ -96,7 +96,7 @@ def first_not_finite(module: nn.Module, inputs: dict[str, Any], real: Tensor) ->
     [S, L] position.
     """
     paths = [path for path, _ in module.named_modules() if path]
-    for path, _, output in _watch(module, paths, inputs)[0]:
+    for path, _, output in watch(module, paths, inputs)[0]:
         is_stream = isinstance(output, Tensor) and output.ndim == 3 and output.shape[:2] == real.shape
         if is_stream and not output[real].isfinite().all():
             return path
@@ -112,12 +112,12 @@ def expected_reading(
     The last entry of `hidden_states` is final-normed, so there the last block's output is traced through the norm.
     """
     if layer is None:
-        seen, output = _watch(module, [path], inputs)
+        seen, output = watch(module, [path], inputs)
         return seen[0][2], "the output of that module", output.logits
     blocks = path.rpartition(".")[0]
     holder = blocks.rpartition(".")[0]
     beside = [name for name, _ in module.named_modules() if name and name.rpartition(".")[0] == holder]
-    seen, output = _watch(module, [f"{blocks}.0", *beside], {**inputs, "output_hidden_states": True})
+    seen, output = watch(module, [f"{blocks}.0", *beside], {**inputs, "output_hidden_states": True})
     states = output.hidden_states
     first = next(given for name, _, given in seen if name == f"{blocks}.0")
     # Most models begin with the embedding, some (mamba, rwkv) with what their first block gives.
@@ -146,7 +146,7 @@ def _same(one: Any, two: Tensor) -> bool:
     return isinstance(one, Tensor) and one.shape == two.shape and torch.equal(one, two)
 
 
-def _watch(module: nn.Module, paths: list[str], inputs: dict[str, Any]) -> tuple[list[tuple[str, Any, Any]], Any]:
+def watch(module: nn.Module, paths: list[str], inputs: dict[str, Any]) -> tuple[list[tuple[str, Any, Any]], Any]:
     """(path, first input, output) of the modules at `paths`, in the order in which they are done; and the model's output."""
     seen: list[tuple[str, Any, Any]] = []
 

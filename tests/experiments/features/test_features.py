@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers
 
 from tests.experiments.chromium import Browser, find_chromium
 from tsae.checkpoint import RunFolder, save_dictionary
@@ -108,6 +109,37 @@ def test_the_page_holds_the_activations_of_the_store(run: RunFolder, run_config:
     assert tops == sorted(tops, reverse=True)
     assert tops[0] == 255
     assert len(documents) == 9
+
+
+def test_the_page_holds_what_latents_write_and_which_are_alike(run: RunFolder, tiny_model: Path) -> None:
+    about, columns = unpack(run.result("features", "html"))
+    lm = transformers.AutoModelForCausalLM.from_pretrained(tiny_model)
+    words = transformers.AutoTokenizer.from_pretrained(tiny_model)
+    weights = torch.load(run.weights, weights_only=True)
+    gain = lm.gpt_neox.final_layer_norm.weight.detach()
+    rows = weights["W_dec"] - weights["W_dec"].mean(1, keepdim=True)
+    scores = (rows * gain) @ lm.get_output_embeddings().weight.detach().T
+    spoken = columns["spoken"].reshape(64, 16)
+    strings = np.array(about["strings"])
+    for latent in range(64):
+        for part, largest in ((spoken[latent, :8], True), (spoken[latent, 8:], False)):
+            told = [words.decode([int(token)]).strip() for token in scores[latent].topk(8, largest=largest).indices]
+            assert [text.strip() for text in strings[part]] == told
+    for side, vectors in (("writing", weights["W_dec"]), ("reading", weights["W_enc"].T)):
+        cosines = torch.nn.functional.cosine_similarity(vectors[:, None], vectors[None], dim=2).fill_diagonal_(-1)
+        assert np.array_equal(columns[f"near_{side}"].reshape(64, 5), cosines.topk(5).indices)
+        told = columns[f"near_{side}_cosine"].reshape(64, 5) / 255
+        np.testing.assert_allclose(told, cosines.topk(5).values.clamp(0), atol=0.002)
+
+
+def test_without_logits_no_language_model_is_loaded(
+    run_config: RunConfig, checkpoints: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tsae.lm.model.load_language_model", lambda *_: pytest.fail("was loaded"))
+    config = configuration.replace(run_config, experiments={"features": FeaturesConfig(logits=False, examples=2)})
+    driver.run("features", config, RunFolder.of(checkpoints, "temporal"))
+    _, columns = unpack(RunFolder.of(checkpoints, "temporal").result("features", "html"))
+    assert "spoken" not in columns
 
 
 def test_results_name_the_page_and_split_the_latents(run: RunFolder, run_config: RunConfig) -> None:
@@ -219,10 +251,10 @@ def test_typing_into_the_search_finds_explanations_tokens_and_numbers(browser: B
 def test_sorting_filtering_and_choosing(browser: Browser, run: RunFolder) -> None:
     _, columns = unpack(run.result("features", "html"))
     browser.open(run.result("features", "html"))
+    by_rate = sorted(columns["rate"][columns["rate"] > 0].tolist(), reverse=True)
+    assert columns["rate"][rows(browser)].tolist() == by_rate
     browser.click("th[data-key=rate] button")
-    assert columns["rate"][rows(browser)].tolist() == sorted(
-        columns["rate"][columns["rate"] > 0].tolist(), reverse=True
-    )
+    assert columns["rate"][rows(browser)].tolist() == by_rate[::-1]
     browser.click("th[data-key=smoothness] button")
     smoothness = columns["smoothness"][rows(browser)]
     assert (np.diff(smoothness[~np.isnan(smoothness)]) >= 0).all()
@@ -241,6 +273,21 @@ def test_sorting_filtering_and_choosing(browser: Browser, run: RunFolder) -> Non
     browser.press("ArrowDown")
     assert browser.run("document.querySelector('#detail h2').textContent") == f"Latent {rows(browser)[1]}"
     assert browser.run("location.hash") == f"#latent={rows(browser)[1]}"
+
+
+def test_tokens_that_a_latent_speaks_for_and_its_neighbours_are_shown(browser: Browser, run: RunFolder) -> None:
+    about, columns = unpack(run.result("features", "html"))
+    latent = int(np.argmax(columns["rate"]))
+    browser.open(run.result("features", "html"), f"#latent={latent}")
+    shown = browser.run("[...document.querySelectorAll('#detail .tokens span')].map((token) => token.textContent)")
+    assert shown == [about["strings"][token] for token in columns["spoken"].reshape(64, 16)[latent]]
+    nearest = int(columns["near_writing"].reshape(64, 5)[latent, 0])
+    links = browser.run("[...document.querySelectorAll('#detail .tokens a')].map((link) => Number(link.textContent))")
+    near = [columns[f"near_{side}"].reshape(64, 5)[latent].tolist() for side in ("writing", "reading")]
+    assert links == near[0] + near[1]
+    browser.click("#detail .tokens a")
+    assert browser.run("document.querySelector('#detail h2').textContent") == f"Latent {nearest}"
+    assert browser.run("location.hash") == f"#latent={nearest}"
 
 
 def test_examples_are_coloured_where_the_latent_fires(browser: Browser, run: RunFolder) -> None:

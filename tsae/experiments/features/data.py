@@ -14,14 +14,20 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from tsae.config.experiments import FeaturesConfig
 from tsae.experiments.shared.firings import Firings, LatentStatistics, spread, texts
+from tsae.lm.unembedding import Unembedding
 from tsae.runtime import preemption
 from tsae.runtime.progress import Progress
 
 HISTOGRAM_BINS = 16
 TOP_TOKENS = 3
+NEIGHBOURS, SPOKEN_TOKENS = 5, 8
+AT_ONCE = 256
+"""Latents whose products with all others, or with all tokens, exist at a time: 270 MB for 262,144 tokens."""
 LONGEST = 255
 """Tokens of an example at most; positions in it are bytes."""
 
@@ -93,6 +99,33 @@ def top_tokens(firings: Firings, types: np.ndarray) -> np.ndarray:
         mass = np.bincount(which, weights=values, minlength=len(kinds))
         order = np.argsort(-mass, kind="stable")[:TOP_TOKENS]
         found[latent, : len(order)] = kinds[order]
+    return found
+
+
+def neighbours(rows: Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """The nearest other rows of each of [F, D] by cosine, nearest first [F, 5] (-1: none), and the cosines in 255ths, not below 0."""
+    unit = torch.nn.functional.normalize(rows.float(), dim=1)
+    count = min(NEIGHBOURS, len(rows) - 1)
+    found = np.full((len(rows), NEIGHBOURS), -1, np.int32)
+    cosines = np.zeros((len(rows), NEIGHBOURS), np.uint8)
+    for first in preemption.polled(range(0, len(rows), AT_ONCE)):
+        part = unit[first : first + AT_ONCE] @ unit.T
+        own = torch.arange(len(part), device=part.device)
+        part[own, first + own] = -torch.inf
+        nearest = part.topk(count)
+        found[first : first + AT_ONCE, :count] = nearest.indices.cpu()
+        cosines[first : first + AT_ONCE, :count] = (255 * nearest.values).round().clamp(0, 255).cpu()
+    return found, cosines
+
+
+def spoken_tokens(rows: Tensor, head: Unembedding, progress: Progress) -> np.ndarray:
+    """The tokens whose scores each decoder row [F, D] raises most, then those it lowers most, the extreme first [F, 16]."""
+    found = np.zeros((len(rows), 2 * SPOKEN_TOKENS), np.int64)
+    for first in preemption.polled(range(0, len(rows), AT_ONCE)):
+        scores = head.scores(rows[first : first + AT_ONCE])
+        ends = [scores.topk(SPOKEN_TOKENS, largest=largest).indices for largest in (True, False)]
+        found[first : first + AT_ONCE] = torch.cat(ends, 1).cpu()
+        progress.update(min(first + AT_ONCE, len(rows)))
     return found
 
 

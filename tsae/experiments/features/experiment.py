@@ -7,11 +7,13 @@ features.png/.json  firing rates and smoothness by split
 from __future__ import annotations
 
 import base64
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from tsae import pages
 from tsae.config.experiments import FeaturesConfig
@@ -19,6 +21,7 @@ from tsae.experiments.features import data
 from tsae.experiments.features.figure import draw
 from tsae.experiments.shared.firings import Firings, LatentStatistics, collect, latent_statistics, token_texts
 from tsae.experiments.shared.subject import Subject
+from tsae.lm.unembedding import unembedding
 from tsae.runtime import files, metadata
 from tsae.runtime.errors import TsaeError
 from tsae.runtime.metadata import NATURAL
@@ -26,6 +29,8 @@ from tsae.runtime.progress import Progress
 from tsae.store.rolling import open_store
 
 __all__ = ["draw", "measure"]
+
+log = logging.getLogger(__name__)
 
 RATE_EDGES = [10 ** (power / 4) for power in range(-24, 1)]
 """Bins of firing rates: four to a factor of ten, from a millionth to 1."""
@@ -56,7 +61,12 @@ def measure(subject: Subject, settings: FeaturesConfig) -> dict[str, Any]:
 
 def write_page(subject: Subject, settings: FeaturesConfig, firings: Firings, statistics: LatentStatistics) -> Path:
     """Write the page of latents; its path."""
-    used, types = np.unique(firings.tokens.reshape(-1), return_inverse=True)
+    rows = subject.dictionary.W_dec.detach()
+    spoken = _spoken(subject, rows) if settings.logits else None
+    used = np.unique(
+        np.concatenate([firings.tokens.reshape(-1), np.zeros(0, int) if spoken is None else spoken.reshape(-1)])
+    )
+    types = np.searchsorted(used, firings.tokens.reshape(-1))
     strings = token_texts(subject.tokenizer, used.tolist())
     progress = Progress(f"features {subject.name}: examples", firings.dict_size, "latents", subject.run.progress)
     largest = np.nan_to_num(statistics.largest, nan=1.0)
@@ -72,8 +82,10 @@ def write_page(subject: Subject, settings: FeaturesConfig, firings: Firings, sta
     arrays = {
         **data.columns(statistics, subject.dictionary.group_sizes, _detection(subject, explanations)),
         "histogram": data.histograms(firings, largest),
-        "top_tokens": data.top_tokens(firings, types.reshape(-1)),
-        "text": types.reshape(-1).astype(np.uint16 if len(used) <= 1 << 16 else np.uint32),
+        "top_tokens": data.top_tokens(firings, types),
+        "text": types.astype(np.uint16 if len(used) <= 1 << 16 else np.uint32),
+        **({} if spoken is None else {"spoken": np.searchsorted(used, spoken).astype(np.uint32)}),
+        **_neighbours(writing=rows, reading=subject.dictionary.W_enc.detach().T),
         **{f"example_{name}": array for name, array in examples._asdict().items()},
     }
     suffix = "" if subject.checkpoint is None else f"_step{subject.checkpoint}"
@@ -82,6 +94,27 @@ def write_page(subject: Subject, settings: FeaturesConfig, firings: Firings, sta
     title = f"{subject.name}: latents"
     files.write_text(path, pages.render("experiments/features/page.html", title=title, name=subject.name, data=packed))
     return path
+
+
+def _spoken(subject: Subject, rows: Tensor) -> np.ndarray | None:
+    """What `spoken_tokens` gives; None, said once, where no final norm and output layer are found."""
+    head = unembedding(subject.language_model)
+    if head is None:
+        log.warning(
+            "%s: its output layer is not one that latents can be read through; none is", subject.config.model.name
+        )
+        return None
+    progress = Progress(f"features {subject.name}: logits", len(rows), "latents", subject.run.progress)
+    return data.spoken_tokens(rows.to(head.weight.device), head, progress)
+
+
+def _neighbours(**sides: Tensor) -> dict[str, np.ndarray]:
+    found = {side: data.neighbours(rows) for side, rows in sides.items()}
+    return {
+        name: array
+        for side, (latents, cosines) in found.items()
+        for name, array in ((f"near_{side}", latents), (f"near_{side}_cosine", cosines))
+    }
 
 
 def _check(subject: Subject, settings: FeaturesConfig) -> None:
