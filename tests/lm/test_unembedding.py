@@ -39,6 +39,20 @@ def test_a_direction_s_scores_are_what_the_model_adds_to_its_own(build: Build, n
     made.cache_clear()
 
 
+@pytest.mark.parametrize("name", ["gemma2", "gpt_neox", "llama", "mamba"])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_it_is_found_in_a_narrower_precision_too(build: Build, name: str, dtype: str) -> None:
+    directions = torch.randn(5, 32, generator=torch.Generator().manual_seed(0))
+    scores = []
+    for precision in ("float32", dtype):
+        made.cache_clear()
+        found = unembedding(build(name, dtype=precision))
+        assert found is not None
+        scores.append(found.scores(directions))
+    assert torch.cosine_similarity(scores[0], scores[1]).min() > 0.999
+    made.cache_clear()
+
+
 def scored(lm: Any, tokens: Tensor, direction: Tensor) -> Tensor:
     """What the output layer gives for the last token while a direction is added to what the last block gives."""
     seen: list[Tensor] = []

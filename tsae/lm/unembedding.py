@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from tsae.lm.hook import find_blocks, proof_rows, watch
 from tsae.lm.model import LanguageModel
 
-TOLERANCE = 1e-3
+TOLERANCE = {torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 3e-2}
+"""Of the norm's output, the largest share that its line may leave unexplained."""
 
 
 class Unembedding(NamedTuple):
@@ -49,20 +50,22 @@ def unembedding(model: LanguageModel) -> Unembedding | None:
     seen, _ = watch(module, [*beside, paths[id(head)]], {"input_ids": tokens, "use_cache": False})
     read = next(taken for path, taken, _ in seen if path == paths[id(head)])
     for path, stream, given in seen:
-        is_last = isinstance(given, Tensor) and given.shape == read.shape and torch.equal(given, read)
+        is_last = isinstance(given, Tensor) and given.shape == read.shape and torch.equal(given.to(read.dtype), read)
         if path != paths[id(head)] and is_last and isinstance(stream, Tensor) and stream.shape == given.shape:
-            return _folded(stream.float(), given.float(), head.weight.float())
+            return _folded(stream, given, head.weight)
     return None
 
 
 def _folded(stream: Tensor, given: Tensor, weight: Tensor) -> Unembedding | None:
     """The norm's gain, if `given` [1, L, D] is `stream` divided by its size, times a gain, plus a constant."""
+    fits = []
     for centres in (False, True):
-        flat = stream - stream.mean(-1, keepdim=True) if centres else stream
+        flat, y = stream[0].double(), given[0].double()
+        flat = flat - flat.mean(-1, keepdim=True) if centres else flat
         flat = flat / flat.square().mean(-1, keepdim=True).sqrt()
         # Two unknowns for each dimension and L positions: a least-squares line.
-        x, y = flat[0] - flat[0].mean(0), given[0] - given[0].mean(0)
+        x, y = flat - flat.mean(0), y - y.mean(0)
         gain = (x * y).sum(0) / x.square().sum(0).clamp_min(1e-12)
-        if (x * gain - y).norm() < TOLERANCE * y.norm():
-            return Unembedding(weight, gain, centres)
-    return None
+        fits.append((float((x * gain - y).norm() / y.norm()), centres, gain.float()))
+    left, centres, gain = min(fits, key=lambda fit: fit[0])
+    return Unembedding(weight.float(), gain, centres) if left < TOLERANCE[weight.dtype] else None
