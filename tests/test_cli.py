@@ -25,4 +25,7 @@ def test_an_option_is_not_taken_by_half_its_name(words: list[str], capsys: pytes
     with pytest.raises(SystemExit) as ended:
         main(words)
     assert ended.value.code == 2
-    assert "unrecognized arguments" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert said.startswith(f"tsae {words[0]}: error: unrecognized arguments: --")
+    assert f"did you mean '{'--run-name' if words[0] == 'train' else '--dry-run'}'?" in said

@@ -8,7 +8,7 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -69,25 +69,49 @@ def _parse(arguments: Sequence[str] | None, script: str) -> argparse.Namespace:
     overrides = [word for word in rest if "=" in word and not word.startswith("-")]
     if len(overrides) < len(rest) or (rest and not hasattr(options, "overrides")):
         unknown = [word for word in rest if word not in overrides] or rest
-        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+        of_command = parser.of(sys.argv[1:] if arguments is None else arguments)
+        near = suggestion(
+            unknown[0].partition("=")[0],
+            [name for name in of_command.options if name.startswith("--") and name != "--help"],
+        )
+        of_command.refuse(f"unrecognized arguments: {' '.join(unknown)}", near)
     if rest:
         options.overrides = [*options.overrides, *rest]
     return options
 
 
 class _Parser(argparse.ArgumentParser):
-    """Names the nearest of the choices where a word is none of them, and takes no option by half its name."""
+    """Says what is wrong in one line, with the nearest of the choices where a word is none, and takes no option by half its name."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(allow_abbrev=False, **options)
 
     def error(self, message: str) -> NoReturn:
         wrong = re.search(r"invalid choice: '(.*)' \(choose from (.*)\)", message)
-        near = suggestion(wrong[1], re.findall(r"[\w-]+", wrong[2])) if wrong else ""
-        super().error(f"{message} {near}".rstrip())
+        self.refuse(message, suggestion(wrong[1], re.findall(r"[\w-]+", wrong[2])) if wrong else "")
+
+    def refuse(self, message: str, near: str) -> NoReturn:
+        """End with `message`, and what may have been meant."""
+        said = f"{message}; {near.rstrip()}" if near else message
+        self.exit(2, f"{self.prog}: error: {said} (`{self.prog} --help` shows what there is)\n")
+
+    @property
+    def options(self) -> Collection[str]:
+        """What options are called."""
+        return self._option_string_actions
+
+    def of(self, words: Sequence[str]) -> _Parser:
+        """The parser of the command that `words` name, or of the command's own."""
+        for action in self._actions:
+            if isinstance(action, argparse._SubParsersAction):
+                for place, word in enumerate(words):
+                    if word in action.choices:
+                        found: _Parser = action.choices[word]
+                        return found.of(words[place + 1 :])
+        return self
 
 
-def _parser(script: str = "") -> argparse.ArgumentParser:
+def _parser(script: str = "") -> _Parser:
     parser = _Parser(prog="tsae", description="Temporal Sparse Autoencoders: harvest, train, evaluate, sweep.")
     parser.add_argument("--version", action=_Version, nargs=0, help="print the version and exit")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
