@@ -53,7 +53,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def killed(_: object) -> None:
+def killed(run: training._Training) -> None:
+    run.wait()  # for the state of the last step, which is written beside it
     raise TsaeError("killed")
 
 

@@ -278,7 +278,7 @@ class FeaturesConfig:
     """Tokens shown before the strongest one."""
     after: Natural = 12
     """Tokens shown after it."""
-    logits: bool = True
+    logits: Annotated[bool, Added(True)] = True
     """Show the tokens whose scores each latent's direction raises and lowers most; the language model is loaded for it."""
 
 
