@@ -133,14 +133,16 @@ def ended_together(processes: list[Any]) -> list[int]:
 
     Before they have met, one cannot know that the other is gone.
     """
-    failed = False
-    while not failed and any(process.exitcode is None for process in processes):
-        wait([process.sentinel for process in processes if process.exitcode is None])
-        failed = any(process.exitcode for process in processes)
-    for process in processes:
-        process.join(timeout=30 if failed else None)
-        if process.exitcode is None:
-            process.kill()
+    running = {process.sentinel for process in processes}
+    while running and not any(process.exitcode for process in processes):
+        if not (ended := wait(running, timeout=120)):
+            break  # they wait for ever, which `joined` says
+        running.difference_update(ended)
+    if any(process.exitcode for process in processes):
+        for process in processes:
+            process.join(timeout=30)
+            if process.exitcode is None:
+                process.kill()
     return joined(processes)
 
 
