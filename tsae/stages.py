@@ -8,6 +8,7 @@ load when a stage runs.
 
 from __future__ import annotations
 
+import glob
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -41,6 +42,8 @@ def harvest_stage(config: RunConfig | str, task: int = 0, tasks: int = 1) -> Pat
                 from tsae.store.harvest import harvest
 
                 harvest(config, own, all_shares)
+        if is_harvested(config):  # whoever was killed after its last shard never comes back for its lock
+            locks.clear([*path.glob("*.lock"), *path.parent.glob(f"{glob.escape(path.name)}.*.lock")])
     return path
 
 
@@ -54,6 +57,7 @@ def train_stage(config: RunConfig | str, checkpoints_path: Path | str, run_name:
     with _started_together(config) as group:
         if _in_any(group, run.is_trained(config)):
             run.remove_resume_states()
+            locks.clear([run_lock(run, "train")])
             log.info("%s: already trained", run.path)
             return run.path
         with _held_by_first(run_lock(run, "train"), f"train {run_name}", group):
@@ -96,6 +100,7 @@ def evaluate_run(config: RunConfig, run: RunFolder) -> Path:
     refuse_other_data(config, run)
     with _started_together(config) as group:
         if _in_any(group, is_evaluated(config, run)):
+            locks.clear([run_lock(run, "evaluate")])
             log.info("%s: already evaluated", run.path)
             return run.measured
         run.require_place()

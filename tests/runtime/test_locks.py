@@ -138,6 +138,16 @@ def test_a_killed_owner_is_noticed_at_once(place: Path, holder: subprocess.Popen
         assert found.pid == os.getpid()
 
 
+def test_only_what_ended_processes_left_is_cleared(place: Path, holder: subprocess.Popen[str]) -> None:
+    with locks.hold(place.with_name("own"), "test"):
+        locks.clear([place, place.with_name("own"), place.with_name("none")])
+        assert {path.name for path in place.parent.iterdir()} == {place.name, "own"}
+        holder.kill()
+        holder.wait()
+        locks.clear([place])
+        assert [path.name for path in place.parent.iterdir()] == ["own"]
+
+
 @pytest.mark.parametrize("moment", ["os.link", "os.replace"])
 def test_what_one_that_was_killed_while_taking_it_left_is_removed_by_the_next(
     place: Path, holder: subprocess.Popen[str], moment: str

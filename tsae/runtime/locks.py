@@ -18,7 +18,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from functools import cache
@@ -98,6 +98,14 @@ def hold_when_free(path: Path, what: str) -> Iterator[None]:
         yield
     finally:
         lock.release()
+
+
+def clear(paths: Iterable[Path]) -> None:
+    """Remove those of the locks at `paths` that ended processes left; others stay, and all where nothing may be written."""
+    for path in paths:
+        if path.exists():
+            with suppress(LockHeld, OSError), hold(path, "clearing"):
+                continue
 
 
 class Lock:

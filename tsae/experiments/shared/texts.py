@@ -321,7 +321,9 @@ def _harvest(subject: Subject, contexts: Contexts, read: _Tokenised) -> Store:
     key = _key(subject, contexts)
     layout = StoreLayout(_path(subject.config, key))
     lock = layout.path.with_name(f"{layout.path.name}.harvest.lock")
-    if not (layout.exists() and layout.is_whole()):
+    if layout.exists() and layout.is_whole():
+        locks.clear([lock])
+    else:
         with locks.hold_when_free(lock, str(layout.path)):
             if not (layout.exists() and layout.is_whole()):
                 _write(subject, layout, contexts, read, key)
