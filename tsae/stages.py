@@ -8,7 +8,6 @@ load when a stage runs.
 
 from __future__ import annotations
 
-import glob
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -33,18 +32,31 @@ def harvest_stage(config: RunConfig | str, task: int = 0, tasks: int = 1) -> Pat
 
     Processes that were started together divide the share among themselves.
     """
-    config = _resolved(config)
-    path = store_path(config)
-    with _started_together(config) as group:
-        if not _in_any(group, is_harvested(config)):
-            own, all_shares = task * process_count() + process_rank(), tasks * process_count()
-            with locks.hold(harvest_lock(path, own, all_shares), "harvest"):
-                from tsae.store.harvest import harvest
+    return _harvest([_resolved(config)], task, tasks)[0]
 
-                harvest(config, own, all_shares)
+
+@preemption.watched()
+def harvest_places_stage(configs: Sequence[str], task: int = 0, tasks: int = 1) -> None:
+    """The same for several runs that read one text by one language model at different places: in one forward pass."""
+    _harvest([*map(_resolved, configs)], task, tasks)
+
+
+def _harvest(configs: Sequence[RunConfig], task: int, tasks: int) -> list[Path]:
+    paths = [*map(store_path, configs)]
+    with _started_together(configs[0]) as group, ExitStack() as held:
+        missing = [config for config in configs if not _in_any(group, is_harvested(config))]
+        if missing:
+            own, all_shares = task * process_count() + process_rank(), tasks * process_count()
+            for config in missing:
+                held.enter_context(locks.hold(harvest_lock(store_path(config), own, all_shares), "harvest"))
+            from tsae.store.harvest import harvest_places
+
+            harvest_places(missing, own, all_shares)
+    for path, config in zip(paths, configs, strict=True):
         if is_harvested(config):  # whoever was killed after its last shard never comes back for its lock
-            locks.clear([*path.glob("*.lock"), *path.parent.glob(f"{glob.escape(path.name)}.*.lock")])
-    return path
+            locks.clear(path.parent, f"{path.name}.")
+            locks.clear(path)
+    return paths
 
 
 @preemption.watched()
@@ -57,7 +69,7 @@ def train_stage(config: RunConfig | str, checkpoints_path: Path | str, run_name:
     with _started_together(config) as group:
         if _in_any(group, run.is_trained(config)):
             run.remove_resume_states()
-            locks.clear([run_lock(run, "train")])
+            locks.clear(run.path, run_lock(run, "train").name)
             log.info("%s: already trained", run.path)
             return run.path
         with _held_by_first(run_lock(run, "train"), f"train {run_name}", group):
@@ -100,7 +112,7 @@ def evaluate_run(config: RunConfig, run: RunFolder) -> Path:
     refuse_other_data(config, run)
     with _started_together(config) as group:
         if _in_any(group, is_evaluated(config, run)):
-            locks.clear([run_lock(run, "evaluate")])
+            locks.clear(run_lock(run, "evaluate").parent, run_lock(run, "evaluate").name)
             log.info("%s: already evaluated", run.path)
             return run.measured
         run.require_place()

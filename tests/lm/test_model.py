@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tsae.config.sections import ModelConfig
 from tsae.interop.place import Place, lens_hook
-from tsae.lm.model import LanguageModel, load_language_model, load_tokenizer
+from tsae.lm.model import LanguageModel, load_language_model, load_tokenizer, read_places
 from tsae.runtime.errors import TsaeError
 
 Load = Callable[..., LanguageModel]
@@ -51,6 +51,24 @@ def test_a_layer_is_read_as_the_models_own_hidden_state(load: Load, rows: Rows, 
         assert torch.equal(read, states[layer + 1])
     else:
         assert torch.equal(lm.module.base_model.get_submodule(_final_norm(name))(read), states[-1])
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_several_places_are_read_by_one_forward_pass(load: Load, rows: Rows, name: str) -> None:
+    lm = load(name, layer=1)
+    paths = [path for module, path, _ in MODULES if module == name]
+    others = [
+        *(ModelConfig(name=name, layer=layer) for layer in (2, 0)),
+        *(ModelConfig(name=name, hook_point=path) for path in paths),
+    ]
+    places, passes = [lm, *map(lm.at, others), lm], []
+    alone = [place.read(*rows) for place in places]
+    handle = lm.module.get_input_embeddings().register_forward_hook(lambda *seen: passes.append(len(seen[2])))
+    together = read_places(places, *rows)
+    handle.remove()
+    assert passes.count(4) == 1  # the other one finds out in which order the places come
+    assert all(map(torch.equal, together, alone))
+    assert len({place.hook_path for place in places}) == len(places) - 1
 
 
 def _final_norm(name: str) -> str:

@@ -29,7 +29,7 @@ OWN_PROCESSES = ["unshare", "--user", "--map-root-user", "--pid", "--fork", "--m
 CONTEND = """
 import os, random, signal, sys, time
 from pathlib import Path
-from tsae.runtime import locks
+from tsae.runtime import locks, processes
 
 path, turns, seed = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
 inside, chance = path.with_name("inside"), random.Random(seed)
@@ -37,7 +37,7 @@ while turns:
     try:
         with locks.hold(path, "test"):
             before = inside.read_text() if inside.exists() else ""
-            assert not before or locks.started_at(int(before)) == "", f"{before} is inside, too"
+            assert not before or processes.started_at(int(before)) == "", f"{before} is inside, too"
             inside.write_text(str(os.getpid()))
             time.sleep(0.002 * chance.random())
             if chance.random() < 0.3:
@@ -139,13 +139,25 @@ def test_a_killed_owner_is_noticed_at_once(place: Path, holder: subprocess.Popen
 
 
 def test_only_what_ended_processes_left_is_cleared(place: Path, holder: subprocess.Popen[str]) -> None:
-    with locks.hold(place.with_name("own"), "test"):
-        locks.clear([place, place.with_name("own"), place.with_name("none")])
-        assert {path.name for path in place.parent.iterdir()} == {place.name, "own"}
+    own = place.with_name(f"own-{place.name}")
+    with locks.hold(own, "test"):
+        locks.clear(place.parent)
+        assert {path.name for path in place.parent.iterdir()} == {place.name, own.name}
         holder.kill()
         holder.wait()
-        locks.clear([place])
-        assert [path.name for path in place.parent.iterdir()] == ["own"]
+        locks.clear(place.parent, "own-")
+        assert {path.name for path in place.parent.iterdir()} == {place.name, own.name}
+        locks.clear(place.parent)
+        assert [path.name for path in place.parent.iterdir()] == [own.name]
+
+
+def test_the_draft_of_a_lock_is_cleared_too(place: Path) -> None:
+    dying = "import os, signal\nos.link = lambda *_: os.kill(os.getpid(), signal.SIGKILL)\n" + HOLD
+    with started(dying, place) as process:
+        assert process.wait() == -signal.SIGKILL
+    assert [path.suffix for path in place.parent.iterdir()] == [".tmp"]
+    locks.clear(place.parent)
+    assert not list(place.parent.iterdir())
 
 
 @pytest.mark.parametrize("moment", ["os.link", "os.replace"])

@@ -5,18 +5,24 @@ import os
 import random
 import shutil
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from tests.store.conftest import CONTEXT
 from tsae.config.run import Counted, RunConfig
+from tsae.data import contexts
+from tsae.lm import model
+from tsae.lm.hook import proof_rows
 from tsae.lm.model import load_language_model
 from tsae.runtime.errors import TsaeError
-from tsae.store.harvest import harvest
-from tsae.store.layout import StoreLayout, is_harvested
+from tsae.store.harvest import harvest, harvest_places
+from tsae.store.layout import StoreLayout, is_harvested, store_path
 from tsae.store.reader import Store
 from tsae.store.verify import verify
 
@@ -92,6 +98,48 @@ def test_harvest_killed_at_any_moment_continues_to_the_same_store(
     harvest(config)
     assert is_harvested(config)
     assert_same_store(path, harvested)
+
+
+PLACES: list[dict[str, Any]] = [
+    {"layer": 1},
+    {"layer": 0},
+    {"hook_point": "gpt_neox.layers.0.attention.query_key_value"},  # three times as wide: cut into other shards
+]
+
+
+@pytest.fixture(scope="module")
+def places_alone(tmp_path_factory: pytest.TempPathFactory, make_config: Make) -> list[Path]:
+    """A store of each place, harvested alone."""
+    folder = tmp_path_factory.mktemp("alone")
+    return [harvest(make_config(folder / str(number), model=place)) for number, place in enumerate(PLACES)]
+
+
+def test_several_places_are_read_together_and_each_store_comes_out_as_if_alone(
+    tmp_path: Path, make_config: Make, places_alone: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenised: list[int] = []
+    made = contexts.make_contexts
+    monkeypatch.setattr(contexts, "make_contexts", lambda *given: tokenised.append(1) or made(*given))
+    rows: Counter[int] = Counter()  # places of a forward pass → sequences that were read for so many
+    read = model.read_places
+    monkeypatch.setattr(
+        model, "read_places", lambda *given: rows.update({len(given[0]): len(given[1])}) or read(*given)
+    )
+    configs = [make_config(tmp_path / str(number), model=place) for number, place in enumerate(PLACES)]
+    harvest_places(configs)
+    for config, alone in zip(configs, places_alone, strict=True):
+        assert_same_store(store_path(config), alone)
+    assert len(tokenised) == 1
+    proofs = len(PLACES) * len(proof_rows(320, CONTEXT))
+    sequences = StoreLayout(places_alone[0]).geometry.sequences
+    assert rows == {2: sequences, 1: sequences + proofs}  # two that are cut alike, then the wide one
+
+    lost = StoreLayout(store_path(configs[0]))
+    lost.shard(2).unlink()
+    rows.clear()
+    harvest_places(configs)
+    assert_same_store(lost.path, places_alone[0])
+    assert rows == {1: len(lost.geometry.sequences_of(2)) + len(proof_rows(320, CONTEXT))}
 
 
 def test_two_tasks_at_once_make_the_store_of_one(

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from tsae.runtime import locks, metadata
+from tsae.runtime import locks, metadata, processes
 from tsae.runtime.state import Record, State
 from tsae.sweep.attempt import Attempt
 from tsae.sweep.queue.executors import DebugExecutor, LocalExecutor, last_line
@@ -158,7 +158,7 @@ def test_a_gpu_that_a_killed_queue_s_job_still_uses_is_given_to_nobody(monkeypat
         queue.kill()
         queue.wait()
     os.kill(job, signal.SIGKILL)
-    while locks.started_at(job):
+    while processes.started_at(job):
         time.sleep(0.01)
     share = machine.take(1, 1)
     assert share.gpus == ("0",)
@@ -236,7 +236,7 @@ def test_a_process_that_dies_takes_those_it_works_with_down(stage, queue_of, tmp
     assert states(queue) == {"pair": state}
     if state == "failed":
         assert said(queue.tasks[0].stage)[0] == "failed"
-    assert locks.started_at(int((tmp_path / "pair.out.pid").read_text())) == ""
+    assert processes.started_at(int((tmp_path / "pair.out.pid").read_text())) == ""
 
 
 def test_jobs_import_no_code_from_the_working_directory(stage, queue_of, tmp_path, monkeypatch):
@@ -335,7 +335,7 @@ def test_ending_the_queue_ends_its_jobs_and_their_children(stage, queue_of, tmp_
 
     with pytest.raises(KeyboardInterrupt):
         queue.run(sleep=stop_once_it_runs)
-    assert locks.started_at(int(child.read_text())) == ""
+    assert processes.started_at(int(child.read_text())) == ""
     assert states(queue) == {"long": "interrupted"}
 
 

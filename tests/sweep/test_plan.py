@@ -34,9 +34,25 @@ def test_one_harvest_serves_all_points_that_read_the_same_activations(plan_of):
 
 
 def test_points_that_read_other_activations_harvest_their_own(plan_of):
-    plan = plan_of(grid={"model.layer": [1, 2], "sae.k": [8, 16]})
+    plan = plan_of(grid={"data.seed": [1, 2], "sae.k": [8, 16]})
     assert kinds(plan.stages).count("harvest") == 2
     assert len({stage.key for stage in plan.stages}) == len(plan.stages) == 10
+
+
+def test_layers_of_one_text_are_one_harvest_until_only_one_is_missing(plan_of):
+    small = {"data.max_tokens": 2000, "model.layer": 1, "model.device": "cpu"}
+    asked = {"stages": ["harvest", "train"], "overrides": small}
+    places = {"zip": {"model.layer": [1, 2, 2], "model.hook_point": [None, None, "gpt_neox.layers.2.mlp"]}}
+    harvest, *trainings = plan_of(**places, **asked).stages
+    assert len(harvest.config) == len(trainings) == 3
+    assert harvest.subject.endswith(" and 2 more")
+    assert all(train.depends_on == (harvest.key,) for train in trainings)
+    harvest_stage(plan_of(grid={"sae.k": [4]}, **asked).points[0].config)
+    first, rest, *_ = plan_of(**places, **asked).stages
+    assert first.is_done()
+    assert len(rest.config) == 2
+    apart = plan_of(grid={"model.layer": [1, 2], "data.seed": [1, 2]}, resources={"harvest": {"jobs": 2}}, **asked)
+    assert [len(stage.config) for stage in apart.stages if stage.kind == "harvest"] == [2, 2, 2, 2]
 
 
 def test_two_sweeps_share_a_store_but_no_run(plan_of):

@@ -171,8 +171,7 @@ OWN_BASE_ALONE = "objective_embedded"
 def test_every_shipped_sweep_works_on_every_shipped_base(sweep, base):
     plan = make_plan(load_sweep(sweep, base))
     assert len(plan.points) >= 3
-    layers = {point.config.model.layer for point in plan.points}
-    assert sum(stage.kind == "harvest" for stage in plan.stages) == len(layers)
+    assert sum(stage.kind == "harvest" for stage in plan.stages) == 1  # of several layers, too
 
 
 def test_the_large_bases_carry_the_papers_settings():

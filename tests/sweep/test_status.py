@@ -11,7 +11,7 @@ from contextlib import contextmanager
 import pytest
 
 from tsae.cli import main
-from tsae.runtime import files, locks
+from tsae.runtime import files, locks, processes
 from tsae.runtime.errors import TsaeError
 from tsae.runtime.state import Record, state_path
 from tsae.sweep.attempt import Attempt, Submitted
@@ -80,7 +80,7 @@ def test_a_live_queue_has_what_waits_and_what_runs(plan, attempt):
 def test_a_job_outlives_its_killed_queue_until_it_ends_itself(plan, attempt):
     train = next(stage for stage in plan.stages if stage.kind == "train")
     with a_process() as process:
-        running = Record("running", started=time.time(), pid=process.pid, pid_started=locks.started_at(process.pid))
+        running = Record("running", started=time.time(), pid=process.pid, pid_started=processes.started_at(process.pid))
         queue_says(attempt, (train, running))
         record(train, attempt, state="running", started=time.time())
         assert states(plan)[train.label] == "running"

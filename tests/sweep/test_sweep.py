@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tsae.runtime import locks
+from tsae.runtime import locks, processes
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -208,7 +208,7 @@ def test_an_interrupted_launcher_leaves_no_process_behind(sweep_file, finished):
         said = launcher.stderr.read()
     assert launcher.returncode == 130
     assert "the same command continues" in said
-    assert locks.started_at(holder.pid) == ""
+    assert processes.started_at(holder.pid) == ""
     assert locks.owner(lock) is None
 
 

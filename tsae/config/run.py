@@ -516,6 +516,15 @@ def store_settings(config: RunConfig) -> dict[str, Any]:
     return plain
 
 
+def text_settings(config: RunConfig) -> dict[str, Any]:
+    """What decides a forward pass over the text: stores that agree in it can be written together."""
+    plain = store_settings(config)
+    if config.is_synthetic:
+        return {**plain, "path": str(config.store.path)}
+    plain["model"] |= {"layer": None, "hook_point": None}
+    return {**plain, "device": config.model.device, "batch_size": config.model.batch_size}
+
+
 def left_out_settings(config: RunConfig) -> dict[str, Any]:
     """Which positions do not count, as hashes and files have it: without what came later and leaves nothing out."""
     counted = config.counted

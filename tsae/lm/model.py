@@ -7,11 +7,14 @@ is read, every model proves when it is loaded.
 
 from __future__ import annotations
 
+import copy
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import cached_property
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
+import nnsight
 import torch
 from torch import Tensor
 
@@ -26,6 +29,7 @@ from tsae.lm.hook import (
     hook_size,
     largest_difference,
     proof_rows,
+    watch,
     with_hidden,
 )
 from tsae.lm.pretrained import from_pretrained, require_complete
@@ -50,8 +54,6 @@ class LanguageModel:
     def __init__(
         self, module: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, model: ModelConfig, commit: str | None = None
     ) -> None:
-        from nnsight import NNsight
-
         self.module = module.eval().requires_grad_(False)
         self.tokenizer = tokenizer
         text_config = module.config.get_text_config()
@@ -60,35 +62,48 @@ class LanguageModel:
         # Minus one is how some say that there is no limit.
         self.max_length: int | None = positions if positions is None or positions > 0 else None
         self.vocabulary = int(module.get_input_embeddings().get_parameter("weight").shape[0])
+        self._traced = nnsight.NNsight(module)
+        self._read_at(model, commit)
+
+    def _read_at(self, model: ModelConfig, commit: str | None) -> None:
         self.layer: int | None = model.layer if model.hook_point is None else None
-        self.hook_path = find_hook(module, model, self.n_layers)
+        self.hook_path = find_hook(self.module, model, self.n_layers)
         with torch.no_grad():
             tokens = proof_rows(self.vocabulary, self.max_length).to(self.device)
-            self.activation_dim = hook_size(module, self.hook_path, tokens, model.name)
-        self._traced = NNsight(module)
-        target = module.get_submodule(self.hook_path)
+            self.activation_dim = hook_size(self.module, self.hook_path, tokens, model.name)
+        target = self.module.get_submodule(self.hook_path)
         # Looked up by identity: nnsight renames modules whose name is one of its own attributes.
         self._hook = next(envoy for envoy in self._traced.modules() if envoy._module is target)
         self.identity = _identity(self, model, commit)
         self.verify_hook()
+
+    def at(self, model: ModelConfig, commit: str | None = None) -> LanguageModel:
+        """The same language model with another hook point, that of `model`; both share the weights."""
+        other = copy.copy(self)
+        other._read_at(model, commit)
+        return other
 
     @property
     def device(self) -> torch.device:
         """Where the model runs."""
         return self.module.device
 
+    @cached_property
+    def _running(self) -> dict[str, int]:
+        """Path of a module → its turn in the order in which a forward pass is done with them."""
+        tokens = proof_rows(self.vocabulary, self.max_length)
+        paths = [path for path, _ in self.module.named_modules() if path]
+        with torch.no_grad():
+            inputs = self._inputs(tokens, torch.full((len(tokens),), tokens.shape[1]))
+            seen, _ = watch(self.module, paths, inputs)
+        return {path: turn for turn, (path, _, _) in enumerate(seen)}
+
     def read(self, tokens: Tensor, lengths: Tensor) -> Tensor:
         """[S, L, D] activations at the hook point; nothing after it is computed.
 
         Raises TsaeError if any of a real token is not finite.
         """
-        inputs = self._inputs(tokens, lengths)
-        with torch.no_grad(), self._traced.trace(**inputs) as tracer:
-            output = self._hook.output.save()
-            tracer.stop()
-        hidden = hidden_of(output)
-        self._require_finite(hidden.isfinite().all(-1), inputs, lengths)
-        return hidden
+        return read_places([self], tokens, lengths)[0]
 
     def logits(self, tokens: Tensor, lengths: Tensor) -> Tensor:
         """[S, L, V] next-token scores. Raises TsaeError if those of a real token are not finite."""
@@ -200,6 +215,27 @@ class LanguageModel:
                 "the tokens come from another model's tokenizer"
             )
         return {"input_ids": ids.to(self.device), "use_cache": False}
+
+
+def read_places(places: Sequence[LanguageModel], tokens: Tensor, lengths: Tensor) -> list[Tensor]:
+    """[S, L, D] activations at each of several places of one language model (see `LanguageModel.at`), by one forward pass.
+
+    Nothing after the last place is computed. Raises TsaeError if any of a real token is not finite.
+    """
+    lm = places[0]
+    inputs = lm._inputs(tokens, lengths)
+    turns = list(range(len(places)))
+    if len(places) > 1:  # nnsight takes them in the order in which the model comes to them
+        turns.sort(key=lambda place: lm._running[places[place].hook_path])
+    hooks = [places[turn]._hook for turn in turns]
+    with torch.no_grad(), lm._traced.trace(**inputs) as tracer:
+        outputs = [hook.output for hook in hooks]
+        nnsight.save(outputs)
+        tracer.stop()
+    found = [hidden_of(outputs[turns.index(place)]) for place in range(len(places))]
+    for hidden in found:
+        lm._require_finite(hidden.isfinite().all(-1), inputs, lengths)
+    return found
 
 
 def load_language_model(model: ModelConfig, commit: str | None = None) -> LanguageModel:

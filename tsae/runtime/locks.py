@@ -13,19 +13,19 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import socket
 import sys
-import tempfile
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
-from functools import cache
 from pathlib import Path
 
 from tsae.runtime import files, metadata, preemption
 from tsae.runtime.errors import TsaeError
+from tsae.runtime.processes import clock, process_table, started_at
 
 HEARTBEAT_SECONDS = 15.0
 SILENT_SECONDS = 120.0
@@ -100,12 +100,16 @@ def hold_when_free(path: Path, what: str) -> Iterator[None]:
         lock.release()
 
 
-def clear(paths: Iterable[Path]) -> None:
-    """Remove those of the locks at `paths` that ended processes left; others stay, and all where nothing may be written."""
-    for path in paths:
-        if path.exists():
-            with suppress(LockHeld, OSError), hold(path, "clearing"):
-                continue
+def clear(folder: Path, prefix: str = "") -> None:
+    """Remove what ended processes left of those locks in `folder` whose names begin with `prefix`.
+
+    Locks of live processes stay, and all where nothing may be written.
+    """
+    traces = re.compile(rf"\.?({re.escape(prefix)}.*?\.lock)(\..*)?")
+    found = {trace[1] for trace in map(traces.fullmatch, os.listdir(folder)) if trace} if folder.is_dir() else set()
+    for name in sorted(found):
+        with suppress(LockHeld, OSError), hold(folder / name, "clearing"):
+            continue
 
 
 class Lock:
@@ -244,26 +248,6 @@ class Lock:
         return not _heir(self._path, _Found(self._path, self._text(), 0)).exists() and self._is_at(self._path)
 
 
-def started_at(pid: int) -> str:
-    """When process `pid` started, in the operating system's own words; empty if there is none.
-
-    Tells a process from a later one with the same id, where it may be seen: `alive` is one of which nothing more is known.
-    """
-    try:
-        # The name in field 2 may hold spaces and brackets; field 22 counts from behind it.
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        return "" if fields[0] == "Z" else fields[19]
-    except OSError:
-        pass
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return ""
-    except PermissionError:
-        return "alive"
-    return "alive"
-
-
 @dataclass(frozen=True)
 class _Found:
     """What lies at a lock's place, and when that was last touched."""
@@ -320,24 +304,3 @@ def _read(path: Path) -> _Found | None:
         return _Found(path, text, path.stat().st_mtime_ns)
     except FileNotFoundError:
         return None
-
-
-@cache
-def process_table() -> str:
-    """Tells the processes among which this one's id means something: those of one boot of one machine, or of a container."""
-    try:
-        table = os.readlink("/proc/self/ns/pid")
-    except OSError:
-        return ""  # no Linux; its containers are virtual machines
-    with suppress(OSError):
-        table += " " + Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    return table
-
-
-def clock(folder: Path) -> float:
-    """Now, by the clock of the file system that stamps `folder`'s files; by this machine's for who may not write there."""
-    try:
-        with tempfile.TemporaryFile(dir=folder) as probe:
-            return os.fstat(probe.fileno()).st_mtime
-    except OSError:
-        return time.time()

@@ -9,8 +9,10 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from tsae.data.contexts import Contexts
+    from tsae.lm.model import LanguageModel
 
 log = logging.getLogger("tsae")
 
@@ -67,76 +70,126 @@ def harvest(config: RunConfig, task: int = 0, tasks: int = 1) -> Path:
     Does nothing for a complete store. Raises TsaeError for a store of another configuration, a model that cannot be
     read as asked, and activations that are not finite.
     """
+    harvest_places([config], task, tasks)
+    return store_path(config)
+
+
+def harvest_places(configs: Sequence[RunConfig], task: int = 0, tasks: int = 1) -> None:
+    """The same for configurations that differ in the place that is read: one forward pass is for the stores of all.
+
+    Each store comes out as if it was harvested alone.
+    """
     if not 0 <= task < tasks:
         raise TsaeError(f"harvest: task {task} of {tasks} is impossible; tasks are counted from 0 to {tasks - 1}")
-    layout = StoreLayout(store_path(config))
-    begun = layout.exists()
-    if begun:
-        layout.require(config)
-        if layout.is_whole():
-            return layout.path
-    commit = layout.attributes["model"].get("revision") if layout.exists() else None
-    source = source_of(config, commit)
-    check_tokens(config.model, config.data.exclude_tokens, source.identity.get("vocabulary"))
-    _prepare_once(layout, config, source)
-    _require_room(layout, [shard for shard in layout.measured[task::tasks] if shard in layout.kept])
-    try:
-        window = Window(layout, config) if layout.rolling else None
-        write_missing(layout, layout.measured[task::tasks], _Reading(layout, source).activations, window)
-    except TsaeError:
-        if not begun and tasks == 1 and not any(map(layout.is_written, layout.measured)):
-            shutil.rmtree(layout.path)  # refused at the first shard: the place stays free for other settings
-        raise
-    if layout.attributes["complete"] and not config.is_synthetic:
-        from tsae.store.massive import MassiveTokens
-        from tsae.store.reader import Store
+    missing: list[tuple[RunConfig, StoreLayout]] = []
+    commits: set[str | None] = set()
+    for config in configs:
+        layout = StoreLayout(store_path(config))
+        begun = layout.exists()
+        if begun:
+            layout.require(config)
+        if not (begun and layout.is_whole()):
+            missing.append((config, layout))
+            commits.add(layout.attributes["model"].get("revision") if begun else None)
+    if len(commits) > 1:  # of one hub model, which has moved since
+        for config, _ in missing:
+            harvest_places([config], task, tasks)
+    elif missing:
+        _harvest(missing, task, tasks, commits.pop())
 
-        log.warning("%s: %s", layout.path.name, MassiveTokens.of(Store.open(layout.path), config.counted).line())
-    return layout.path
+
+def _harvest(missing: Sequence[tuple[RunConfig, StoreLayout]], task: int, tasks: int, commit: str | None) -> None:
+    sources = [source_of(missing[0][0], commit)]
+    for config, _ in missing[1:]:
+        one = sources[0]
+        sources.append(one.at(config) if isinstance(one, LanguageModelSource) else source_of(config))
+    contexts, begun = cache(sources[0].contexts), [layout.exists() for _, layout in missing]
+    for (config, layout), source in zip(missing, sources, strict=True):
+        check_tokens(config.model, config.data.exclude_tokens, source.identity.get("vocabulary"))
+        _prepare_once(layout, config, source, contexts)
+    _require_room([(layout, layout.measured[task::tasks]) for _, layout in missing])
+    # Stores of one width are cut alike, so that a batch is of one shard of each.
+    alike: dict[Any, list[int]] = defaultdict(list)
+    for number, (_, layout) in enumerate(missing):
+        alike[layout.geometry.shard_sequences, layout.measured].append(number)
+    try:
+        for (_, shards), numbers in alike.items():
+            layouts = [missing[number][1] for number in numbers]
+            windows = [
+                Window(layout, missing[n][0]) if layout.rolling else None
+                for n, layout in zip(numbers, layouts, strict=True)
+            ]
+            reading = _Reading(layouts, [sources[number] for number in numbers])
+            write_missing(layouts, shards[task::tasks], reading.activations, windows)
+    except TsaeError:
+        for (_, layout), was_there in zip(missing, begun, strict=True):
+            if not was_there and tasks == 1 and not any(map(layout.is_written, layout.measured)):
+                shutil.rmtree(layout.path)  # refused at the first shard: the place stays free for other settings
+        raise
+    for config, layout in missing:
+        if layout.attributes["complete"] and not config.is_synthetic:
+            from tsae.store.massive import MassiveTokens
+            from tsae.store.reader import Store
+
+            log.warning("%s: %s", layout.path.name, MassiveTokens.of(Store.open(layout.path), config.counted).line())
 
 
 def write_missing(
-    layout: StoreLayout,
+    layouts: Sequence[StoreLayout],
     shards: Sequence[int],
-    activations: Callable[[int], Iterator[Tensor]],
-    window: Window | None = None,
+    activations: Callable[[int, Sequence[int]], Iterator[Sequence[Tensor]]],
+    windows: Sequence[Window | None] | None = None,
 ) -> None:
-    """Write those of `shards` that are not there, and finish the store once all are; `activations` gives a shard's, in order.
+    """Write those of `shards` that are not there, and finish each store, all cut alike, once all of its are.
 
-    Of a rolling store, those that come and go are kept within its `window`.
+    `activations(shard, numbers)` gives a shard's batches in order, a tensor for each of the stores that lack it. Of a
+    rolling store, shards that come and go are kept within its window.
     """
-    from tsae.store.writer import finalise, write_shard
+    from tsae.store.writer import finalise, writing
 
-    if layout.attributes["complete"]:
-        # A shard was lost since; until it is back nobody may take the store for whole.
-        layout.set_attributes(complete=False)
+    for layout in layouts:
+        if layout.attributes["complete"]:
+            # A shard was lost since; until it is back nobody may take the store for whole.
+            layout.set_attributes(complete=False)
     for shard in shards:
-        if not layout.is_settled(shard):
-            with nullcontext() if window is None or shard in layout.kept else window.room([shard]):
-                write_shard(layout, shard, activations(shard))
-    if all(map(layout.is_settled, layout.measured)):
-        finalise(layout)
-        layout.progress.unlink(missing_ok=True)
+        lacking = [number for number, layout in enumerate(layouts) if not layout.is_settled(shard)]
+        if not lacking:
+            continue
+        with ExitStack() as held:
+            for number in lacking:
+                if windows is not None and (window := windows[number]) and shard not in layouts[number].kept:
+                    held.enter_context(window.room([shard]))
+            writers = [held.enter_context(writing(layouts[number], shard)) for number in lacking]
+            for blocks in activations(shard, lacking):
+                for write, block in zip(writers, blocks, strict=True):
+                    write(block)
+    for layout in layouts:
+        if all(map(layout.is_settled, layout.measured)):
+            finalise(layout)
+            layout.progress.unlink(missing_ok=True)
 
 
-def _require_room(layout: StoreLayout, shards: Sequence[int]) -> None:
+def _require_room(wanted: Sequence[tuple[StoreLayout, Sequence[int]]]) -> None:
     """Refuse to begin what the disk, or a quota, has no room for: now the size is exact. Raises TsaeError."""
-    missing = sum(layout.geometry.shard_bytes(shard) for shard in shards if not layout.is_written(shard))
-    free = free_for(layout.path).bytes
-    if missing > free:
-        raise TsaeError(
-            f"{layout.path}: {shown(missing)} of activations are to be written and there is room for {shown(free)}; make "
-            "room and run the same harvest again, or lower data.max_tokens"
-        )
+    missing: dict[int, int] = defaultdict(int)
+    for layout, shards in wanted:
+        free = free_for(layout.path)
+        lacking = (shard for shard in shards if shard in layout.kept and not layout.is_written(shard))
+        missing[free.disk] += sum(map(layout.geometry.shard_bytes, lacking))
+        if missing[free.disk] > free.bytes:
+            raise TsaeError(
+                f"{layout.path}: {shown(missing[free.disk])} of activations are to be written and there is room for "
+                f"{shown(free.bytes)}; make room and run the same harvest again, or lower data.max_tokens"
+            )
 
 
-def _prepare_once(layout: StoreLayout, config: RunConfig, source: Source) -> None:
+def _prepare_once(layout: StoreLayout, config: RunConfig, source: Source, contexts: Callable[[], Contexts]) -> None:
     """Make the store's frame if it is not there; tasks that come meanwhile wait rather than tokenise the same text."""
     lock = layout.path.with_name(f"{layout.path.name}.preparing.lock")
     if not layout.exists():
         with locks.hold_when_free(lock, str(layout.path)):
             if not layout.exists():
-                _prepare(layout, config, source)
+                _prepare(layout, config, source, contexts())
     layout.require(config)
     # The model may be another one all the same, such as a folder whose content was replaced.
     began, now = layout.attributes["model"], json.loads(json.dumps(source.identity))
@@ -151,7 +204,7 @@ def _prepare_once(layout: StoreLayout, config: RunConfig, source: Source) -> Non
         )
 
 
-def _prepare(layout: StoreLayout, config: RunConfig, source: Source) -> None:
+def _prepare(layout: StoreLayout, config: RunConfig, source: Source, contexts: Contexts) -> None:
     from tsae.store.writer import prepare
 
     attributes = {
@@ -162,34 +215,40 @@ def _prepare(layout: StoreLayout, config: RunConfig, source: Source) -> None:
         "model": source.identity,
         "packages": {name: version(name) for name in ("tsae", "zarr", *source.packages)},
     }
-    extras, contexts = source.extras(), source.contexts()
-    prepare(layout.path, contexts, source.activation_dim, store=config.store, attributes=attributes, extras=extras)
+    dim, extras = source.activation_dim, source.extras()
+    prepare(layout.path, contexts, dim, store=config.store, attributes=attributes, extras=extras)
 
 
 class _Reading:
-    """The activations of the store's sequences, with progress over the whole store."""
+    """The activations of the sequences of stores that are cut alike, with progress over the whole text."""
 
-    def __init__(self, layout: StoreLayout, source: Source) -> None:
-        self._layout, self._source = layout, source
+    def __init__(self, layouts: Sequence[StoreLayout], sources: Sequence[Source]) -> None:
+        self._layouts, self._layout, self._sources = layouts, layouts[0], sources
         self._progress = Progress(
-            "harvest", self._tokens(layout.measured), "tokens", layout.progress, start=self._finished_tokens()
+            "harvest",
+            self._tokens(self._layout.measured),
+            "tokens",
+            self._layout.progress,
+            start=self._finished_tokens(),
         )
 
-    def activations(self, shard: int) -> Iterator[Tensor]:
-        """The activations [S, L, D] of the sequences of one shard, batch by batch.
+    def activations(self, shard: int, numbers: Sequence[int]) -> Iterator[list[Tensor]]:
+        """The activations [S, L, D] of the sequences of one shard, batch by batch, for each of the stores `numbers`.
 
         Batches begin with the shard, so that a shard does not depend on which were written before it.
         """
+        sources = [self._sources[number] for number in numbers]
         finished, rows = self._finished_tokens(), self._layout.geometry.sequences_of(shard)
-        for first in preemption.polled(range(rows.start, rows.stop, self._source.batch_size)):
-            batch = range(first, min(first + self._source.batch_size, rows.stop))
-            yield self._source.read(self._layout, np.array(batch))
+        for begin in preemption.polled(range(rows.start, rows.stop, sources[0].batch_size)):
+            batch = range(begin, min(begin + sources[0].batch_size, rows.stop))
+            yield _read_all(sources, self._layout, np.array(batch))
             finished += int(self._layout.lengths[batch.start : batch.stop].sum())
             self._progress.update(finished, shard=f"{shard + 1}/{self._layout.geometry.shards}")
 
     def _finished_tokens(self) -> int:
-        """Tokens in finished shards, whoever wrote them."""
-        return self._tokens(shard for shard in self._layout.measured if self._layout.marker(shard).exists())
+        """Tokens in shards that are finished in every store, whoever wrote them."""
+        markers = lambda shard: (layout.marker(shard) for layout in self._layouts)  # noqa: E731
+        return self._tokens(s for s in self._layout.measured if all(marker.exists() for marker in markers(s)))
 
     def _tokens(self, shards: Iterable[int]) -> int:
         rows = map(self._layout.geometry.sequences_of, shards)
@@ -201,20 +260,25 @@ class LanguageModelSource:
 
     packages: tuple[str, ...] = ("torch", "transformers", "tokenizers", "nnsight")
 
-    def __init__(self, config: RunConfig, commit: str | None = None) -> None:
-        """`commit` is the one of a hub model with which the store was begun."""
+    def __init__(self, config: RunConfig, commit: str | None = None, lm: LanguageModel | None = None) -> None:
+        """`commit` is the one of a hub model with which the store was begun; `lm` the model itself if it is loaded."""
         from tsae.lm.model import load_language_model
 
-        self._lm, self._data = load_language_model(config.model, commit), config.data
-        self.activation_dim, self.identity = self._lm.activation_dim, self._lm.identity
+        self.lm = load_language_model(config.model, commit) if lm is None else lm
+        self._data, self._commit = config.data, commit
+        self.activation_dim, self.identity = self.lm.activation_dim, self.lm.identity
         self.batch_size = config.model.batch_size
+
+    def at(self, config: RunConfig) -> LanguageModelSource:
+        """The same text and language model, read at the place of another configuration."""
+        return LanguageModelSource(config, self._commit, self.lm.at(config.model, self._commit))
 
     def contexts(self) -> Contexts:
         """The text, cut into contexts."""
         from tsae.data.contexts import make_contexts
         from tsae.data.documents import read_documents
 
-        tokenizer = self._lm.tokenizer
+        tokenizer = self.lm.tokenizer
         return make_contexts(read_documents(self._data, tokenizer), tokenizer, self._data)
 
     def extras(self) -> dict[str, np.ndarray]:
@@ -223,11 +287,7 @@ class LanguageModelSource:
 
     def read(self, layout: StoreLayout, sequences: np.ndarray) -> Tensor:
         """Activations [S, L, D]."""
-        import torch
-
-        tokens = torch.from_numpy(layout.tokens[sequences]).long()
-        lengths = torch.from_numpy(layout.lengths[sequences]).long()
-        return self._lm.read(tokens, lengths)
+        return self.lm.read(*_rows(layout, sequences))
 
 
 class SyntheticSource:
@@ -266,3 +326,20 @@ class SyntheticSource:
         breaks = np.flatnonzero(np.diff(sequences) != 1) + 1
         runs = [range(run[0], run[-1] + 1) for run in np.split(sequences, breaks)]
         return torch.from_numpy(np.concatenate([self._world.read(run)[1] for run in runs]))
+
+
+def _read_all(sources: Sequence[Source], layout: StoreLayout, sequences: np.ndarray) -> list[Tensor]:
+    """What each of the sources gives; places of one language model are read by one forward pass."""
+    models = [source.lm for source in sources if isinstance(source, LanguageModelSource)]
+    if len(models) < len(sources):
+        return [source.read(layout, sequences) for source in sources]
+    from tsae.lm.model import read_places
+
+    return read_places(models, *_rows(layout, sequences))
+
+
+def _rows(layout: StoreLayout, sequences: np.ndarray) -> tuple[Tensor, Tensor]:
+    """Tokens [S, L] and lengths [S] of sequences."""
+    import torch
+
+    return torch.from_numpy(layout.tokens[sequences]).long(), torch.from_numpy(layout.lengths[sequences]).long()

@@ -13,8 +13,8 @@ import dataclasses
 import os
 import shutil
 import socket
-import uuid
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -26,7 +26,6 @@ from tsae.config import schema
 from tsae.config.sections import StoreConfig
 from tsae.runtime import files, metadata
 from tsae.runtime.errors import TsaeError
-from tsae.runtime.locks import clock, process_table, started_at
 from tsae.store import geometry as cutting
 from tsae.store import layout as layouts
 from tsae.store import norms
@@ -36,7 +35,6 @@ from tsae.store.layout import StoreLayout, decode, digest, encode
 if TYPE_CHECKING:
     from tsae.data.contexts import Contexts
 
-STALE_SECONDS = 3600.0
 SAMPLE_TOKENS = 2**18
 """Positions at the beginning of a rolling store that its statistics are of, whatever the window: 2,048 contexts of 128."""
 TORCH_DTYPE = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -142,8 +140,8 @@ def prepare(
     if layout.exists():
         return layout
     layout.path.parent.mkdir(parents=True, exist_ok=True)
-    discard_leftovers(layout.path.parent, f".{layout.path.name}.")
-    draft = layout.path.with_name(_temporary_name(layout.path.name))
+    files.discard_drafts(layout.path.parent, layout.path.name)
+    draft = files.draft_of(layout.path)
     try:
         _write_draft(draft, contexts, activation_dim, store, dict(attributes or {}), dict(extras or {}))
         os.rename(draft, layout.path)
@@ -238,23 +236,45 @@ def _write_draft(
 def write_shard(layout: StoreLayout, shard: int, activations: Iterable[Tensor]) -> None:
     """Write one shard and its marker from its sequences' activations, given in order as tensors [S, L, D].
 
+    Raises what `writing` does.
+    """
+    with writing(layout, shard) as write:
+        for block in activations:
+            write(block)
+
+
+@contextmanager
+def writing(layout: StoreLayout, shard: int) -> Iterator[Callable[[Tensor], None]]:
+    """Take the activations of one shard's sequences, in order as tensors [S, L, D]; it and its marker are written at the end.
+
     Padding is stored as zeros. A process that dies leaves the shard as it was: the file is renamed into place when it
-    is whole, and the marker follows. Raises TsaeError for NaN or infinite activations.
+    is whole, and the marker follows. Raises TsaeError for NaN or infinite activations, ValueError for another number of
+    sequences than the shard has.
     """
     geometry, rows = layout.geometry, layout.geometry.sequences_of(shard)
     path = layout.shard(shard)
     path.parent.mkdir(parents=True, exist_ok=True)
-    discard_leftovers(path.parent, ".")
-    temporary = path.with_name(_temporary_name(path.name))
-    summary, lengths = Summary.empty(geometry.activation_dim), []
+    files.discard_drafts(path.parent)
+    files.discard_drafts(layout.marker(shard).parent)
+    temporary = files.draft_of(path)
+    summary, lengths, given = Summary.empty(geometry.activation_dim), [], 0
     try:
         with open(temporary, "wb", buffering=0) as stream:
             chunks = _ChunkStream(stream, geometry)
-            for first, block in _numbered(activations, rows):
-                values = _storable(layout, first, block, summary)
+
+            def write(block: Tensor) -> None:
+                nonlocal given
+                if given + len(block) > len(rows):
+                    raise ValueError(f"more sequences were given than the {len(rows)} of the shard")
+                values = _storable(layout, rows.start + given, block, summary)
                 if layout.is_measured(shard):
                     lengths.append(norms.of(values))
                 chunks.append(values.cpu().view(torch.uint8).numpy().reshape(len(values), -1))
+                given += len(block)
+
+            yield write
+            if given != len(rows):
+                raise ValueError(f"only {given} sequences were given for a shard of {len(rows)}")
             chunks.finish(geometry.index(shard))
             os.fsync(stream.fileno())
         os.replace(temporary, path)
@@ -274,17 +294,6 @@ def write_shard(layout: StoreLayout, shard: int, activations: Iterable[Tensor]) 
         norms.write(layout, shard, lengths)
         marker["summary"] = summary.to_json()
     metadata.write(layout.marker(shard), marker)
-
-
-def _numbered(activations: Iterable[Tensor], rows: range) -> Iterable[tuple[int, Tensor]]:
-    first = rows.start
-    for block in activations:
-        if first + len(block) > rows.stop:
-            raise ValueError(f"more sequences were given than the {len(rows)} of the shard")
-        yield first, block
-        first += len(block)
-    if first != rows.stop:
-        raise ValueError(f"only {first - rows.start} sequences were given for a shard of {len(rows)}")
 
 
 def _storable(layout: StoreLayout, first: int, block: Tensor, summary: Summary) -> Tensor:
@@ -376,24 +385,3 @@ def finalise(layout: StoreLayout) -> None:
         norms.record(layout, lengths)
         statistics["norm_quantiles"] = norms.quantiles(layout, lengths)
     layout.set_attributes(statistics=statistics, manifest=manifest, complete=True)
-
-
-def _temporary_name(name: str) -> str:
-    return f".{name}.{_host()}.{os.getpid()}.{uuid.uuid4().hex[:8]}.tmp"
-
-
-def _host() -> str:
-    return f"{socket.gethostname().replace('.', '-')}-{schema.stable_hash(process_table(), 8)}"
-
-
-def discard_leftovers(folder: Path, prefix: str) -> None:
-    """Remove what killed processes left in `folder`: of this host and no longer alive, or untouched for an hour."""
-    for leftover in folder.glob(f"{prefix}*.tmp"):
-        host, pid = leftover.name.rsplit(".", 4)[1:3]
-        is_here = host in (_host(), _host().rpartition("-")[0])  # earlier versions wrote the host's name alone
-        try:
-            silent = clock(folder) - leftover.stat().st_mtime
-        except FileNotFoundError:
-            continue
-        if silent > STALE_SECONDS or (is_here and not started_at(int(pid))):
-            shutil.rmtree(leftover, ignore_errors=True) if leftover.is_dir() else leftover.unlink(missing_ok=True)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Container, Iterable
 from contextlib import suppress
 from pathlib import Path
 
-from tsae.runtime import locks
+from tsae.runtime import locks, processes
 from tsae.runtime.state import State
 from tsae.sweep import schedulers
 from tsae.sweep.attempt import Attempt, attempts, job_name
@@ -32,7 +32,7 @@ def cancel(sweep_folder: Path) -> list[str]:
         if owner is not None:
             waiting = sum(task.state == State.WAITING for task in tasks)
             os.kill(owner.pid, signal.SIGTERM)
-            _wait_until(lambda pid=owner.pid, started=owner.started: locks.started_at(pid) != started)  # type: ignore[misc]
+            _wait_until(lambda pid=owner.pid, started=owner.started: processes.started_at(pid) != started)  # type: ignore[misc]
             lines.append(f"ended a local queue with {len(groups)} running and {waiting} waiting stages")
         lines += [f"ended process {pid}" for pid, started in groups.items() if _end_orphans(pid, started)]
     for scheduler in _schedulers_of(attempts(sweep_folder)):
@@ -79,12 +79,12 @@ def _end_jobs(scheduler: Scheduler, sweep_folder: Path, but: Container[str] = ()
 
 def _end_orphans(pid: int, started: str) -> bool:
     """End the processes of a job whose queue is gone; whether there were any."""
-    if locks.started_at(pid) != started:
+    if processes.started_at(pid) != started:
         return False
     for number in (signal.SIGTERM, signal.SIGKILL):
         with suppress(ProcessLookupError):
             os.killpg(pid, number)
-        if _wait_until(lambda: locks.started_at(pid) != started):
+        if _wait_until(lambda: processes.started_at(pid) != started):
             break
     return True
 

@@ -1,6 +1,7 @@
-"""The stages of one point, in the order harvest → train → evaluate and experiments; and those of a sweep, packed.
+"""The stages of one point, in the order harvest → train → evaluate and experiments; and those of a sweep, merged.
 
-Trainings that read the same batches become one job, which reads them once (`training.pack`).
+Trainings that read the same batches become one job, which reads them once (`training.pack`); so do harvests of several
+layers.
 """
 
 from __future__ import annotations
@@ -196,36 +197,53 @@ def _share_is_harvested(config: RunConfig, store: Path, job: int, jobs: int) -> 
     return all(written[job::jobs]) and not all(written)
 
 
-def pack(points: Iterable[Point], plan: Sequence[Stage]) -> list[Stage]:
-    """The stages with unfinished trainings merged, at most `training.pack` in one; what follows waits for the pack."""
+def merge(points: Iterable[Point], plan: Sequence[Stage]) -> list[Stage]:
+    """The stages with those merged that read the same; what follows waits for all of them.
+
+    Unfinished trainings on the same batches, at most `training.pack` in one, and unfinished harvests that read one text
+    by one language model at different places.
+    """
     configs = {point.name: point.config for point in points}
     groups: dict[str, list[Stage]] = defaultdict(list)
     for stage in plan:
-        if stage.kind == "train" and configs[stage.subject].training.pack > 1 and not stage.is_done():
-            groups[schema.stable_hash(configuration.reading_settings(configs[stage.subject]))].append(stage)
-    pack_of: dict[str, Stage] = {}
+        if stage.kind not in TOGETHER or stage.is_done():
+            continue
+        config = configs[str(stage.config)]
+        if stage.kind == "harvest" or config.training.pack > 1:
+            share = stage.arguments if stage.kind == "harvest" else ()
+            groups[schema.stable_hash([stage.kind, TOGETHER[stage.kind][1](config), share])].append(stage)
+    merged: dict[str, Stage] = {}
     for members in groups.values():
-        size = min(configs[stage.subject].training.pack for stage in members)
+        size = len(members)
+        if members[0].kind == "train":
+            size = min(configs[stage.subject].training.pack for stage in members)
         for first in range(0, len(members), size):
             part = members[first : first + size]
             if len(part) > 1:
-                pack_of |= dict.fromkeys((stage.key for stage in part), _merged(part))
-    packed = [pack_of.get(stage.key, stage) for stage in plan]
-    return [_after_packs(stage, pack_of) for stage in {stage.key: stage for stage in packed}.values()]
+                merged |= dict.fromkeys((stage.key for stage in part), _merged(part))
+    changed = [merged.get(stage.key, stage) for stage in plan]
+    return [_after(stage, merged) for stage in {stage.key: stage for stage in changed}.values()]
+
+
+TOGETHER = {
+    "harvest": ("tsae.stages:harvest_places_stage", configuration.text_settings),
+    "train": ("tsae.stages:train_pack_stage", configuration.reading_settings),
+}
+"""Kind of stage → what makes several of it, and what they must have in common."""
 
 
 def _merged(members: Sequence[Stage]) -> Stage:
-    """One stage that trains all of `members`; it shows the progress of the first."""
-    names = tuple(stage.subject for stage in members)
+    """One stage that does the work of all of `members`; it shows the progress of the first."""
+    one, names = members[0], tuple(str(stage.config) for stage in members)
     key = schema.stable_hash([stage.key for stage in members])
     return dataclasses.replace(
-        members[0],
+        one,
         key=key,
-        subject=f"{names[0]} and {len(members) - 1} more",
-        function="tsae.stages:train_pack_stage",
+        subject=f"{one.subject} and {len(members) - 1} more",
+        function=TOGETHER[one.kind][0],
         config=names,
-        arguments=(members[0].arguments[0], names),
-        record=members[0].record.with_name(f"train-pack-{key}"),
+        arguments=one.arguments if one.kind == "harvest" else (one.arguments[0], names),
+        record=one.record.with_name(f"{one.kind}-pack-{key}"),
         points=tuple(dict.fromkeys(name for stage in members for name in stage.points)),
         is_done=partial(_all_done, members),
     )
@@ -235,6 +253,6 @@ def _all_done(members: Sequence[Stage]) -> bool:
     return all(stage.is_done() for stage in members)
 
 
-def _after_packs(stage: Stage, pack_of: dict[str, Stage]) -> Stage:
-    inputs = tuple(pack_of[key].key if key in pack_of else key for key in stage.depends_on)
-    return dataclasses.replace(stage, depends_on=inputs)
+def _after(stage: Stage, merged: dict[str, Stage]) -> Stage:
+    inputs = dict.fromkeys(merged[key].key if key in merged else key for key in stage.depends_on)
+    return dataclasses.replace(stage, depends_on=tuple(inputs))

@@ -25,7 +25,7 @@ from tsae.config.schema import flatten
 from tsae.report.compared import Compared
 from tsae.runtime import metadata
 from tsae.runtime.errors import TsaeError
-from tsae.sweep.chain import Chain, pack
+from tsae.sweep.chain import Chain, merge
 from tsae.sweep.points import expand
 from tsae.sweep.stage import KINDS, Stage
 from tsae.sweep.sweepfile import Sweep
@@ -202,7 +202,7 @@ def make_plan(sweep: Sweep, to_look_at: bool = False) -> Plan:
         else stage
         for stage in ordered
     ]
-    return Plan(sweep, tuple(points), tuple(pack(points, readable)), damaged)
+    return Plan(sweep, tuple(points), tuple(merge(points, readable)), damaged)
 
 
 def _as_yaml(config: configuration.RunConfig) -> str:

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from tsae.runtime import locks
+from tsae.runtime import locks, processes
 from tsae.runtime.errors import TsaeError
 from tsae.runtime.state import Record, State
 from tsae.sweep import schedulers
@@ -175,7 +175,7 @@ class Survey:
 
 def _lives(task: Record, host: str) -> bool:
     here = host in ("", socket.gethostname())
-    return here and bool(task.pid) and locks.started_at(task.pid) == task.pid_started
+    return here and bool(task.pid) and processes.started_at(task.pid) == task.pid_started
 
 
 def _ended_without_a_word(own: Record, seen: Seen | None, begun: bool) -> Record:

@@ -322,7 +322,7 @@ def _harvest(subject: Subject, contexts: Contexts, read: _Tokenised) -> Store:
     layout = StoreLayout(_path(subject.config, key))
     lock = layout.path.with_name(f"{layout.path.name}.harvest.lock")
     if layout.exists() and layout.is_whole():
-        locks.clear([lock])
+        locks.clear(lock.parent, lock.name)
     else:
         with locks.hold_when_free(lock, str(layout.path)):
             if not (layout.exists() and layout.is_whole()):
@@ -346,10 +346,11 @@ def _write(subject: Subject, layout: StoreLayout, contexts: Contexts, read: _Tok
     }
     prepare(layout.path, contexts, lm.activation_dim, store=subject.config.store, attributes=attributes)
     progress = Progress("harvest of labelled texts", len(contexts.lengths), "texts", layout.progress)
+    rows = layout.geometry.sequences_of
     write_missing(
-        layout,
+        [layout],
         range(layout.geometry.shards),
-        lambda shard: _activations(subject, read, contexts, layout.geometry.sequences_of(shard), progress),
+        lambda shard, _: ([x] for x in _activations(subject, read, contexts, rows(shard), progress)),
     )
 
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
-from tsae.runtime import locks, metadata
+from tsae.runtime import locks, metadata, processes
 from tsae.runtime.errors import TsaeError
 from tsae.runtime.state import BROKEN, OPEN, QUEUE, Record, State
 from tsae.sweep.attempt import Attempt, Submitted, attempts
@@ -210,7 +210,7 @@ def _become_the_queue(attempt: Attempt, make: Callable[[QueueFile], Queue]) -> N
 
 
 def _has_ended(child: int) -> bool:
-    return locks.started_at(child) == ""
+    return processes.started_at(child) == ""
 
 
 def _stop(_number: int, _frame: FrameType | None) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from tsae.runtime import locks
+from tsae.runtime import locks, processes
 from tsae.runtime.state import BROKEN, OPEN, Record, State, mark_failed
 from tsae.sweep.queue.executors import Executor, Job
 from tsae.sweep.queue.machine import Machine, Share
@@ -171,7 +171,7 @@ class Queue:
             started=task.job.started,
             log=str(task.job.log),
             pid=task.job.pid,
-            pid_started=locks.started_at(task.job.pid),
+            pid_started=processes.started_at(task.job.pid),
             restarts=task.status.restarts,
         )
         self._enter(task, State.RUNNING)
