@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from tsae.lm.model import load_language_model
     from tsae.runtime.errors import TsaeError
     from tsae.store.harvest import harvest
+    from tsae.store.importing import import_arrays
     from tsae.store.pairs import PairStream
     from tsae.store.reader import Store
     from tsae.training.run import train
@@ -30,6 +31,7 @@ _HOMES = {
     "attach": "tsae.interop.attach",
     "evaluate": "tsae.evaluation.driver",
     "harvest": "tsae.store.harvest",
+    "import_arrays": "tsae.store.importing",
     "load": "tsae.interop.attach",
     "load_dictionary": "tsae.checkpoint",
     "load_language_model": "tsae.lm.model",
@@ -45,6 +47,7 @@ __all__ = [
     "attach",
     "evaluate",
     "harvest",
+    "import_arrays",
     "load",
     "load_dictionary",
     "load_language_model",

@@ -19,6 +19,7 @@ from tsae.interop.commands import add_commands
 from tsae.runtime import preemption
 from tsae.runtime.environment import home, load_dotenv, process_count, process_rank
 from tsae.runtime.errors import TsaeError, os_error_line, suggestion
+from tsae.store.commands import add_commands as add_store_commands
 from tsae.sweep.commands import INEXACT_HELP, PROBE_HELP
 from tsae.sweep.commands import add_commands as add_sweep_commands
 from tsae.sweep.schedulers import adopt_place
@@ -156,15 +157,10 @@ def _parser(script: str = "") -> _Parser:
     )
     measures.add_argument("--markdown", action="store_true", help="print the table of docs/measures.md")
 
-    store = commands.add_parser("store", help="inspect an activation store").add_subparsers(
+    store = commands.add_parser("store", help="inspect, check and make activation stores").add_subparsers(
         required=True, metavar="COMMAND"
     )
-    verify = _command(store, "verify", _verify, "check every shard of a store")
-    verify.add_argument("path", type=Path)
-    verify.add_argument("--deep", action="store_true", help="read every byte and check its checksum")
-
-    show = _command(store, "show", _show, "print what a store holds: its shape, the norms of its tokens, massive ones")
-    show.add_argument("path", type=Path)
+    add_store_commands(store)
 
     add_commands(functools.partial(_command, commands))
 
@@ -422,24 +418,6 @@ def _measures(options: argparse.Namespace) -> None:
     from tsae.evaluation import measures
 
     print(measures.markdown() if options.markdown else measures.help_text())
-
-
-def _verify(options: argparse.Namespace) -> int:
-    from tsae.store.verify import verify
-
-    problems = verify(options.path, deep=options.deep)
-    for problem in problems:
-        print(problem, file=sys.stderr)
-    if not problems:
-        print(f"{options.path}: every shard is whole")
-    return 2 if problems else 0
-
-
-def _show(options: argparse.Namespace) -> None:
-    from tsae.store.massive import describe
-    from tsae.store.reader import Store
-
-    print(describe(Store.open(options.path)))
 
 
 def _bench(options: argparse.Namespace) -> None:

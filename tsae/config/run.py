@@ -52,6 +52,8 @@ Two sections take the name of a preset in place of their keys, such as `objectiv
 
 SYNTHETIC = "synthetic"
 """The value of `data.source` that stands for a synthetic world."""
+STORED = "store"
+"""The value of `data.source` that stands for the activations in the store that is at `store.path`, whatever made them."""
 
 
 MAX_NORM_MULTIPLE = 6.0
@@ -144,6 +146,16 @@ class RunConfig:
     def is_synthetic(self) -> bool:
         """Whether the activations are those of a synthetic world: no language model is read."""
         return self.data.source == SYNTHETIC
+
+    @property
+    def is_stored(self) -> bool:
+        """Whether the activations are those of a store from elsewhere: no language model is read."""
+        return self.data.source == STORED
+
+    @property
+    def without_text(self) -> str:
+        """In words, what a run without text and language model is trained on; nothing of one that has them."""
+        return "a synthetic world" if self.is_synthetic else "stored activations" if self.is_stored else ""
 
     @cached_property
     def training_hash(self) -> str:
@@ -452,6 +464,10 @@ def _validate(config: RunConfig, where: str) -> None:
     )
     check("data.min_length", data.min_length <= length, f"it may be at most data.context_length ({length})")
 
+    if config.is_stored and config.store.path is None:
+        raise TsaeError(f"{where}: store.path: missing; data.source: {STORED} trains on the store that it names")
+    check("store.window", not (config.is_stored and config.store.window), "nothing can make what has left it again")
+
     world = config.synthetic
     scales = len(world.switch)
     for name in ("n_slow", "k_slow"):
@@ -502,6 +518,8 @@ def group_weights(config: RunConfig) -> tuple[float, ...]:
 
 def store_settings(config: RunConfig) -> dict[str, Any]:
     """The part of a configuration that decides the content of the activation store."""
+    if config.is_stored:  # which of them, a run's binding to its data says
+        return {"data": {"source": STORED}, "store": {}}
     world = config.is_synthetic
     plain = _plain(config, ("data", "store", "synthetic" if world else "model"))
     del plain["store"]["path"]
@@ -519,7 +537,7 @@ def store_settings(config: RunConfig) -> dict[str, Any]:
 def text_settings(config: RunConfig) -> dict[str, Any]:
     """What decides a forward pass over the text: stores that agree in it can be written together."""
     plain = store_settings(config)
-    if config.is_synthetic:
+    if config.without_text:
         return {**plain, "path": str(config.store.path)}
     plain["model"] |= {"layer": None, "hook_point": None}
     return {**plain, "device": config.model.device, "batch_size": config.model.batch_size}

@@ -59,8 +59,8 @@ class ModelConfig:
 class DataConfig:
     """The text, and how it is cut into contexts."""
 
-    source: Annotated[str, Place(names=("embedded", "synthetic"))] = "embedded"
-    """Hub dataset id, a local file or folder (jsonl, json, csv, tsv, parquet, arrow, txt, md; all but parquet and arrow also as .gz, .zst; what `datasets` wrote with `save_to_disk`), `embedded` (English documentation found on this machine), or `synthetic` (no text and no language model: the world of the section `synthetic`)."""
+    source: Annotated[str, Place(names=("embedded", "synthetic", "store"))] = "embedded"
+    """Hub dataset id, a local file or folder (jsonl, json, csv, tsv, parquet, arrow, txt, md; all but parquet and arrow also as .gz, .zst; what `datasets` wrote with `save_to_disk`), `embedded` (English documentation found on this machine), `synthetic` (no text and no language model: the world of the section `synthetic`), or `store` (nor here: the activations that lie at `store.path`, such as those that `tsae store import` wrote)."""
     subset: str | None = None
     """Configuration name of a hub dataset."""
     revision: str | None = None

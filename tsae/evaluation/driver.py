@@ -53,7 +53,7 @@ def evaluate(config: RunConfig, run: RunFolder) -> dict[str, Any]:
             )
         scores, with_all = _score(config, run, dictionary, store, group)
         losses = None
-        if config.evaluation.loss_recovered and not config.is_synthetic:
+        if config.evaluation.loss_recovered and not config.without_text:
             losses = _loss_recovered(config, run, dictionary, store, group)
         group.on_first(lambda: _write(config, run, dictionary, store, scores, with_all, losses))
     return run.read_results()

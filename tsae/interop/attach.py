@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from tsae.checkpoint import RunFolder, find_dictionary, load_dictionary
+from tsae.config.run import STORED, SYNTHETIC
 from tsae.config.sections import ModelConfig
 from tsae.data.contexts import starts_with_bos
 from tsae.interop.origin import origin_of
@@ -55,9 +56,9 @@ def _reads(run: RunFolder, written: dict[str, Any]) -> ModelConfig | None:
     if run.resolved.is_file():
         config = run.load_config()
         revision = commit_of(run) or config.model.revision
-        return None if config.is_synthetic else dataclasses.replace(config.model, revision=revision)
+        return None if config.without_text else dataclasses.replace(config.model, revision=revision)
     origin = origin_of(written, run.path)
-    if origin.model == "synthetic" or (origin.layer is None and origin.module is None):
+    if origin.model in (SYNTHETIC, STORED) or (origin.layer is None and origin.module is None):
         return None
     if origin.layer is None:
         return ModelConfig(name=origin.model, hook_point=origin.module)

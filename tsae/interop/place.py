@@ -50,7 +50,7 @@ class Place(NamedTuple):
     @classmethod
     def of(cls, config: RunConfig) -> Place:
         """The place that a configuration reads."""
-        if config.is_synthetic:
+        if config.without_text:
             return cls(config.data.source, None)
         return cls.of_model(config.model)
 

@@ -82,6 +82,8 @@ def _lead(summary: Summary, apart: int) -> str:
         parts.append(f"measured on {apart} different things")
     elif config.is_synthetic:
         parts.append(f"synthetic world ({config.synthetic.preset})")
+    elif config.is_stored:
+        parts.append(f"stored activations: {config.store.path}")
     else:
         parts.append(f"{config.model.name}, {config.model.hook_point or f'layer {config.model.layer}'}")
         parts.append(f"text: {config.data.source}")

@@ -40,7 +40,7 @@ def _common_keys(config: RunConfig, activation_dim: int) -> dict[str, Any]:
         "dict_size": sae.dict_size,
         "device": "cpu",
         "layer": config.model.layer,
-        "lm_name": config.data.source if config.is_synthetic else config.model.name,
+        "lm_name": config.data.source if config.without_text else config.model.name,
         "wandb_name": kind.dictionary.__name__,
         "submodule_name": config.model.hook_point or f"resid_post_layer_{config.model.layer}",
         # The reference leaves these out although they decide the result.

@@ -115,7 +115,7 @@ def require_unchanged(run: RunFolder, config: RunConfig) -> None:
 def require_same_model(run: RunFolder, config: RunConfig) -> None:
     """Refuse a run whose language model is not the one it was trained on, whatever became of its text. Raises TsaeError."""
     made = _recorded(run)
-    if config.is_synthetic or not made:
+    if config.without_text or not made:
         return
     if made["sources"] is None:
         before = written_of(run)["store"]["model"].get("weights")

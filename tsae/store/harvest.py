@@ -86,6 +86,8 @@ def harvest_places(configs: Sequence[RunConfig], task: int = 0, tasks: int = 1) 
     for config in configs:
         layout = StoreLayout(store_path(config))
         begun = layout.exists()
+        if config.is_stored:
+            sources(config)  # which must be there, whole
         if begun:
             layout.require(config)
         if not (begun and layout.is_whole()):
@@ -107,7 +109,7 @@ def _harvest(missing: Sequence[tuple[RunConfig, StoreLayout]], task: int, tasks:
     for (config, layout), source in zip(missing, sources, strict=True):
         check_tokens(config.model, config.data.exclude_tokens, source.identity.get("vocabulary"))
         _prepare_once(layout, config, source, contexts)
-    _require_room([(layout, layout.measured[task::tasks]) for _, layout in missing])
+    require_room([(layout, layout.measured[task::tasks]) for _, layout in missing])
     # Stores of one width are cut alike, so that a batch is of one shard of each.
     alike: dict[Any, list[int]] = defaultdict(list)
     for number, (_, layout) in enumerate(missing):
@@ -169,7 +171,7 @@ def write_missing(
             layout.progress.unlink(missing_ok=True)
 
 
-def _require_room(wanted: Sequence[tuple[StoreLayout, Sequence[int]]]) -> None:
+def require_room(wanted: Sequence[tuple[StoreLayout, Sequence[int]]]) -> None:
     """Refuse to begin what the disk, or a quota, has no room for: now the size is exact. Raises TsaeError."""
     missing: dict[int, int] = defaultdict(int)
     for layout, shards in wanted:

@@ -76,6 +76,13 @@ def sources(config: RunConfig) -> dict[str, str]:
     """
     if config.is_synthetic:
         return {}
+    if config.is_stored:
+        layout = StoreLayout(store_path(config))
+        if not layout.exists():
+            raise TsaeError(f"{layout.path}: no activation store is here; `tsae store import` makes one of arrays")
+        if not layout.is_whole():
+            raise TsaeError(f"{layout.path}: the store is not finished; give the command again that began it")
+        return {"activations": schema.stable_hash([layout.identity, layout.attributes["manifest"]["checksums"]])}
     from tsae.data.contexts import HELD_OUT_BY
     from tsae.data.documents import fingerprint
     from tsae.lm.source import weights_fingerprint
@@ -86,7 +93,7 @@ def sources(config: RunConfig) -> dict[str, str]:
 
 def hash_before(config: RunConfig) -> str:
     """The hash that stores were named and known by before contents decided it."""
-    if config.is_synthetic:
+    if config.without_text:
         return content_hash(config)
     from tsae.data.documents import fingerprint_before as text_before
     from tsae.lm.source import fingerprint_before as weights_before
@@ -122,8 +129,11 @@ def store_path(config: RunConfig) -> Path:
 def _is_of(layout: StoreLayout, config: RunConfig) -> bool:
     """Whether a store was made from exactly this configuration, text and model.
 
-    One from before contents were recorded knows names and sizes alone; it counts while no file is newer than it.
+    One from before contents were recorded knows names and sizes alone; it counts while no file is newer than it. A
+    configuration that only names a store takes what is there.
     """
+    if config.is_stored:
+        return True
     recorded = layout.attributes.get("config_hash")
     if recorded == content_hash(config):
         return True
@@ -409,7 +419,9 @@ def changed(recorded: dict[str, str] | None, config: RunConfig) -> str:
     """In words, what has another content now than `recorded` says (what `sources` gave; None if it was not recorded)."""
     now, names = (
         sources(config),
-        {"text": f"data.source: {config.data.source}", "weights": f"model.name: {config.model.name}"},
+        {"text": f"data.source: {config.data.source}", "weights": f"model.name: {config.model.name}"}
+        if not config.is_stored
+        else {"activations": f"store.path: {config.store.path}"},
     )
     if recorded is None:
         return f"its text or its language model has changed since ({' or '.join(names.values())})"

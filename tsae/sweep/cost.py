@@ -138,7 +138,7 @@ def _need(work: Work) -> Need:
 def _harvest(config: RunConfig) -> Need:
     store, size = store_of(config), _size_of(config.model)
     batch = config.model.batch_size * config.data.context_length
-    if config.is_synthetic:
+    if config.without_text:
         return Need(disk=store and store.missing)
     tokens = tokens_of(config.data)
     device = None if size is None else (size.parameters + 16 * batch * size.width) * ITEMSIZE[config.model.dtype]
@@ -183,7 +183,7 @@ def _reading(work: Work) -> Need:
 
 def reads_model(work: Work) -> bool:
     """Whether a stage runs the language model."""
-    if work.config.is_synthetic or work.kind == "train":
+    if work.config.without_text or work.kind == "train":
         return False
     return work.kind != "evaluate" or work.config.evaluation.loss_recovered
 
@@ -220,6 +220,8 @@ def _on_disk(config: RunConfig, whole: int, token_bytes: int) -> int:
 def _width(config: RunConfig) -> int | None:
     if config.is_synthetic:
         return config.synthetic.activation_dim
+    if config.is_stored:
+        return StoreLayout(store_path(config)).geometry.activation_dim
     size = _size_of(config.model)
     return None if size is None else size.width
 
@@ -263,7 +265,7 @@ def _without_gpu(works: Sequence[Work]) -> Iterable[str]:
     """Warnings of stages of a large model that have no GPU."""
     told: dict[str, str] = {}
     for work in works:
-        size = None if work.config.is_synthetic else _size_of(work.config.model)
+        size = None if work.config.without_text else _size_of(work.config.model)
         if size is not None and size.parameters >= LARGE and not work.gpus:
             told[work.kind] = (
                 f"warning: {work.kind}: no GPU, and {work.config.model.name} has {size.parameters / 1e9:.1f} G parameters"

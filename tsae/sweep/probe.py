@@ -27,7 +27,7 @@ def probe(works: Sequence[Work]) -> list[str]:
     lines, rates, total = [], dict[str, float](), 0.0
     for work in works:
         config = work.config
-        if work.kind == "harvest" and not config.is_synthetic:
+        if work.kind == "harvest" and not config.without_text:
             store, key = store_of(config), schema.stable_hash(schema.to_plain(config.model))
             rates[key] = rates.get(key) or _tokens_per_second(config)
             share = store.missing / max(1, store.bytes) if store else 1

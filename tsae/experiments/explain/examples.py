@@ -92,8 +92,8 @@ def collect_examples(subject: Subject, settings: ExplainConfig) -> list[dict[str
 
 def _read(subject: Subject, settings: ExplainConfig) -> tuple[_Part, _Part, dict[int, str]]:
     """The texts to explain from, those to score on, and what tokens look like."""
-    if subject.config.is_synthetic:
-        raise TsaeError(f"{subject.run.path}: was trained on a synthetic world, which has no text to explain with")
+    if without := subject.config.without_text:
+        raise TsaeError(f"{subject.run.path}: was trained on {without}, without text to explain with")
     store = open_store(subject.config)
     if not len(store.heldout_range):
         raise TsaeError(f"{store.path}: nothing is held out to score explanations on; harvest with data.holdout")

@@ -118,8 +118,8 @@ def _neighbours(**sides: Tensor) -> dict[str, np.ndarray]:
 
 
 def _check(subject: Subject, settings: FeaturesConfig) -> None:
-    if subject.config.is_synthetic:
-        raise TsaeError(f"{subject.run.path}: was trained on a synthetic world, which has no text to show")
+    if without := subject.config.without_text:
+        raise TsaeError(f"{subject.run.path}: was trained on {without}, without text to show")
     if settings.before + settings.after >= data.LONGEST:
         raise TsaeError(
             f"experiments.features.before and after: {settings.before} and {settings.after} are impossible; "

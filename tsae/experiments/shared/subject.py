@@ -76,8 +76,8 @@ class Subject:
     @cached_property
     def language_model(self) -> LanguageModel:
         """The language model that the dictionary was trained on. Raises TsaeError if it reads another width."""
-        if self.config.is_synthetic:
-            raise TsaeError(f"{self.run.path}: was trained on a synthetic world, which has no text to experiment with")
+        if without := self.config.without_text:
+            raise TsaeError(f"{self.run.path}: was trained on {without}, without text to experiment with")
         from tsae.lm.model import load_language_model
 
         model = load_language_model(self.config.model, commit_of(self.run))

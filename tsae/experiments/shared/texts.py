@@ -245,8 +245,8 @@ def harvest_texts(
     config = subject.config
     if not texts:
         raise TsaeError("labelled texts: none were given")
-    if config.is_synthetic:
-        raise TsaeError(f"{subject.run.path}: was trained on a synthetic world, which has no text to experiment with")
+    if config.without_text:
+        raise TsaeError(f"{subject.run.path}: was trained on {config.without_text}, without text to experiment with")
     texts = [text._replace(text=encodable(text.text)) for text in texts]
     read = _tokenise(texts, subject, context_length, "never" if last else config.data.bos)
     tokens, lengths, offsets = kept = read if last is None else _ends(read, last)
