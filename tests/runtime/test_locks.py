@@ -147,7 +147,7 @@ def test_only_what_ended_processes_left_is_cleared(place: Path, holder: subproce
         holder.wait()
         locks.clear(place.parent, "own-")
         assert {path.name for path in place.parent.iterdir()} == {place.name, own.name}
-        locks.clear(place.parent)
+        locks.clear(place.parent, place.name)
         assert [path.name for path in place.parent.iterdir()] == [own.name]
 
 

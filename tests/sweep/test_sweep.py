@@ -259,3 +259,18 @@ def wait_for(look):
         assert time.monotonic() < deadline, "waited in vain"
         time.sleep(0.05)
     return found
+
+
+def test_what_a_job_that_was_killed_after_its_work_left_is_cleared_by_the_next_launch(sweep_file, finished):
+    folders = sorted((finished / "checkpoints").rglob("trainer_0"))
+    for folder in folders:
+        (folder / "resume" / "step_39").mkdir(parents=True)
+        (folder / "eval_results.json").unlink()
+        hold = f"import pathlib, os\nfrom tsae.runtime import locks\nlocks.Lock(pathlib.Path({str(folder / 'train.lock')!r}), 'x')"
+        subprocess.run([sys.executable, "-c", hold + "\nos._exit(0)"], check=True)
+        assert (folder / "train.lock").exists()
+    run(sweep_file)
+    for folder in folders:
+        assert (folder / "eval_results.json").exists()
+        assert not (folder / "resume").exists()
+        assert not (folder / "train.lock").exists()

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from tsae.runtime.errors import TsaeError
-from tsae.runtime.files import sync_folder, tentative_folder
+from tsae.runtime.files import discard_drafts, draft_of, sync_folder, tentative_folder
 
 
 @contextmanager
@@ -20,9 +20,9 @@ def new_folder(path: str | Path) -> Iterator[Path]:
     """
     path = Path(path)
     refuse_used(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = draft_of(path)
     with tentative_folder(path.parent):
-        shutil.rmtree(temporary, ignore_errors=True)
+        discard_drafts(path.parent, path.name)
         temporary.mkdir()
         try:
             yield temporary

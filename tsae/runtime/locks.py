@@ -105,7 +105,7 @@ def clear(folder: Path, prefix: str = "") -> None:
 
     Locks of live processes stay, and all where nothing may be written.
     """
-    traces = re.compile(rf"\.?({re.escape(prefix)}.*?\.lock)(\..*)?")
+    traces = re.compile(rf"\.?((?={re.escape(prefix)}).*?\.lock)(\..*)?")
     found = {trace[1] for trace in map(traces.fullmatch, os.listdir(folder)) if trace} if folder.is_dir() else set()
     for name in sorted(found):
         with suppress(LockHeld, OSError), hold(folder / name, "clearing"):

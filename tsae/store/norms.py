@@ -130,8 +130,8 @@ def _create_beside(layout: StoreLayout) -> None:
     """The array's frame in a store that was prepared without."""
     import zarr
 
-    draft = layout.path / f".{NORMS}.{os.getpid()}.tmp"
-    shutil.rmtree(draft, ignore_errors=True)
+    files.discard_drafts(layout.path, NORMS)
+    draft = files.draft_of(layout.path / NORMS)
     create(zarr.create_group(draft), layout.geometry)
     shutil.rmtree(layout.path / NORMS, ignore_errors=True)
     os.rename(draft / NORMS, layout.path / NORMS)

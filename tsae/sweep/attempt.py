@@ -104,7 +104,8 @@ class Attempt:
         """
         parent = sweep_folder / "attempts"
         parent.mkdir(parents=True, exist_ok=True)
-        made = parent / f".{os.getpid()}.tmp"
+        files.discard_drafts(parent)
+        made = files.draft_of(parent / "attempt")
         try:
             (made / "points").mkdir(parents=True)
             for name, text in sources.items():

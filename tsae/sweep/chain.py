@@ -69,7 +69,9 @@ class Chain:
         """Everything after the harvest; what the sweep does not list is left out and must be done already."""
         config, run = point.config, self.run(point)
         read = tuple(stage.key for stage in harvests)
-        train = self._on_run(point, "train", config.training_hash, read, lambda: run.is_trained(config))
+        # One that was killed while it cleared up is given again, and does nothing else.
+        is_trained = lambda: run.is_trained(config) and not run.resume.exists()  # noqa: E731
+        train = self._on_run(point, "train", config.training_hash, read, is_trained)
         inputs = (*read, train.key)
         evaluate = self._on_run(
             point, "evaluate", config.evaluation_hash, inputs, partial(stages.is_evaluated, config, run)

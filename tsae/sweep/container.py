@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from tsae.runtime import environment
+from tsae.runtime import environment, files
 from tsae.runtime.errors import TsaeError
 
 PYTHON = "python3"
@@ -187,7 +187,8 @@ def _pulled(name: str) -> Path:
     if image.exists():
         return image
     image.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = image.with_name(f".{image.name}.{os.getpid()}.tmp")
+    files.discard_drafts(image.parent, image.name)
+    unfinished = files.draft_of(image)
     pull = ["apptainer", "pull", str(unfinished), name]
     if why := _complaint(pull):
         unfinished.unlink(missing_ok=True)

@@ -128,6 +128,9 @@ def launch(plan: Plan, options: Options) -> Launched:
     with _launch_lock(plan):
         undo_half_submissions(plan.folder)
         choice = choose(plan, executor, options.retry_failed, options.rest)
+        for stage in plan.stages:
+            if stage.lock.exists():  # of one that was killed after its work, and is not given again
+                locks.clear(stage.lock.parent, stage.lock.name)
         if not choice.start:
             return Launched(choice)
         image = container_for(plan, options, site, executor)
