@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,7 @@ from torch import Tensor
 from tsae.config.sections import ModelConfig
 from tsae.interop.place import Place, lens_hook
 from tsae.lm.model import LanguageModel, load_language_model, load_tokenizer, read_places
+from tsae.lm.unembedding import unembedding
 from tsae.runtime.errors import TsaeError
 
 Load = Callable[..., LanguageModel]
@@ -69,6 +71,41 @@ def test_several_places_are_read_by_one_forward_pass(load: Load, rows: Rows, nam
     assert passes.count(4) == 1  # the other one finds out in which order the places come
     assert all(map(torch.equal, together, alone))
     assert len({place.hook_path for place in places}) == len(places) - 1
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_a_model_that_is_spread_over_memory_and_disk_gives_the_same_bits(
+    load: Load, folders: dict[str, Path], rows: Rows, name: str
+) -> None:
+    whole, room = load(name, layer=1), {"gpt_neox": "cpu=130kB", "gemma2": "cpu=200kB"}[name]
+    spread = load(name, layer=1, device_map="auto", max_memory=room)
+    where = spread.module.hf_device_map
+    assert set(where.values()) == {"cpu", "disk"}, where
+    assert any(values.is_meta for values in spread.module.parameters())
+    assert torch.equal(spread.read(*rows), whole.read(*rows))
+    assert torch.equal(spread.logits(*rows), whole.logits(*rows))
+    assert torch.equal(spread.splice(*rows, lambda x: x / 2), whole.splice(*rows, lambda x: x / 2))
+    heads = [unembedding(lm) for lm in (spread, whole)]
+    assert all(torch.equal(*parts) for parts in zip(*(head[:2] for head in heads if head), strict=True))
+    prompt = rows[0][:1, :4]
+    greedy = {"do_sample": False}
+    assert torch.equal(
+        spread.generate(prompt, 5, lambda x: x, **greedy), whole.generate(prompt, 5, lambda x: x, **greedy)
+    )
+
+    model = ModelConfig(name=str(folders[name]), layer=1, device="cpu", device_map="auto")
+    read = load_language_model(model, read_at=[model, dataclasses.replace(model, layer=0)])
+    blocks, depth = BLOCKS[name]
+    above = {f"{blocks}.{layer}": "disk" for layer in range(2, depth)}
+    assert {path: place for path, place in read.module.hf_device_map.items() if place == "disk"} == above
+    assert torch.equal(read.read(*rows), whole.read(*rows))
+
+
+def test_a_model_that_no_device_can_hold_is_one_line(load: Load) -> None:
+    with pytest.raises(TsaeError, match="no device has room for a block"):
+        load("gpt_neox", device_map="auto", max_memory="cpu=1kB")
+    with pytest.raises(TsaeError, match="there is no device 7 here; there are cpu"):
+        load("gpt_neox", device_map="auto", max_memory="7=1GB")
 
 
 def _final_norm(name: str) -> str:

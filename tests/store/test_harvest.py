@@ -142,6 +142,14 @@ def test_several_places_are_read_together_and_each_store_comes_out_as_if_alone(
     assert rows == {1: len(lost.geometry.sequences_of(2)) + len(proof_rows(320, CONTEXT))}
 
 
+def test_a_model_that_is_spread_over_memory_and_disk_makes_the_same_store(
+    tmp_path: Path, harvested: Path, make_config: Make
+) -> None:
+    spread = make_config(tmp_path / "store", model={"device_map": "auto", "max_memory": "cpu=300kB"})
+    assert "disk" in load_language_model(spread.model).module.hf_device_map.values()
+    assert_same_store(harvest(spread), harvested)
+
+
 def test_two_tasks_at_once_make_the_store_of_one(
     tmp_path: Path, harvested: Path, make_config: Make, start_harvest: Start
 ) -> None:

@@ -375,7 +375,10 @@ def _validate(config: RunConfig, where: str) -> None:
             shown = list(value) if isinstance(value, tuple) else value
             raise TsaeError(f"{where}: {path}: {shown} is impossible; {allowed}")
 
-    sae, objective, training, data = config.sae, config.objective, config.training, config.data
+    model, sae, objective, training, data = config.model, config.sae, config.objective, config.training, config.data
+    check(
+        "model.max_memory", model.max_memory is None or model.device_map is not None, "it needs model.device_map: auto"
+    )
     check("sae.k", sae.k <= sae.dict_size, f"at most sae.dict_size ({sae.dict_size}) latents can be active")
     shares = sae.group_fractions
     check(
@@ -528,7 +531,8 @@ def store_settings(config: RunConfig) -> dict[str, Any]:
     if world:
         plain["data"] = {name: plain["data"][name] for name in ("source", "context_length", "holdout", "seed")}
         return plain
-    del plain["model"]["device"], plain["model"]["batch_size"]
+    for name in ("device", "device_map", "max_memory", "batch_size"):
+        plain["model"].pop(name, None)
     for name in Counted._fields:
         plain["data"].pop(name, None)
     return plain
@@ -540,7 +544,8 @@ def text_settings(config: RunConfig) -> dict[str, Any]:
     if config.without_text:
         return {**plain, "path": str(config.store.path)}
     plain["model"] |= {"layer": None, "hook_point": None}
-    return {**plain, "device": config.model.device, "batch_size": config.model.batch_size}
+    model = config.model
+    return {**plain, "on": [model.device, model.device_map, model.max_memory], "batch_size": model.batch_size}
 
 
 def left_out_settings(config: RunConfig) -> dict[str, Any]:

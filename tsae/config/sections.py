@@ -28,6 +28,11 @@ from tsae.config.bounds import (
 from tsae.config.paths import MODEL_FILES, Place
 from tsae.runtime.errors import TsaeError, suggestion
 
+UNITS = ("B", "kB", "MB", "GB", "TB")
+SIZE = rf"(\d+(?:\.\d+)?) ?({'|'.join(UNITS[1:])})"
+MEMORY = rf"(\d+|cpu)={SIZE}(, ?(\d+|cpu)={SIZE})*"
+MEMORY_WORDS = "sizes of devices such as 0=20GB,1=20GB,cpu=60GB are expected"
+
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
@@ -51,6 +56,10 @@ class ModelConfig:
     """Attention kernel, where the model's own choice should be overruled."""
     device: Device = "auto"
     """`auto` (CUDA where there is one), `cpu`, `cuda` or `cuda:N`."""
+    device_map: Annotated[Literal["auto"] | None, Added(None)] = None
+    """`auto`: the model is spread over all GPUs, then the CPU's memory, then the disk, as accelerate does it, and of a harvest what comes after the last place that is read stays on the disk; none: all of it is on `device`. With `device: cpu` no GPU is used."""
+    max_memory: Annotated[Annotated[str, matching(MEMORY, MEMORY_WORDS)] | None, Added(None)] = None
+    """How much of each device `device_map` may fill, such as `0=20GB,1=20GB,cpu=60GB` (GPUs by number; kB, MB, GB, TB: powers of ten); none: what is free."""
     batch_size: Count = 64
     """Sequences per forward pass."""
 
@@ -95,8 +104,7 @@ class DataConfig:
     """Seed of the order of contexts and of the held-out choice; of everything in a synthetic world."""
 
 
-UNITS = ("B", "kB", "MB", "GB", "TB")
-WINDOW = rf"all|(\d+(?:\.\d+)?) ?({'|'.join(UNITS[1:])})"
+WINDOW = rf"all|{SIZE}"
 WINDOW_WORDS = "a size such as 200GB (kB, MB, GB, TB), a number of tokens, or all is expected"
 
 

@@ -138,6 +138,7 @@ def largest_difference(found: Tensor, expected: Tensor) -> float:
 
 def differences(found: Tensor, expected: Tensor) -> Tensor:
     """[S, L] norms of the differences of [S, L, D], relative to those of the expected vectors."""
+    expected = expected.to(found.device)
     difference = (found.float() - expected.float()).norm(dim=-1)
     return difference / expected.float().norm(dim=-1).clamp_min(1e-12)
 

@@ -7,8 +7,11 @@ is read, every model proves when it is loaded.
 
 from __future__ import annotations
 
+import atexit
 import copy
 import hashlib
+import shutil
+import tempfile
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from importlib.metadata import version
@@ -32,6 +35,7 @@ from tsae.lm.hook import (
     watch,
     with_hidden,
 )
+from tsae.lm.placement import place
 from tsae.lm.pretrained import from_pretrained, require_complete
 from tsae.lm.source import cached_commit, local_path, weights_fingerprint
 from tsae.runtime.environment import own_device
@@ -85,8 +89,10 @@ class LanguageModel:
 
     @property
     def device(self) -> torch.device:
-        """Where the model runs."""
-        return self.module.device
+        """Where the model takes its tokens: of one that is spread over several devices, the first that computes."""
+        spread = getattr(self.module, "hf_device_map", None) or {}
+        computing = [where for where in spread.values() if where != "disk"]
+        return torch.device(computing[0]) if computing else self.module.device
 
     @cached_property
     def _running(self) -> dict[str, int]:
@@ -171,9 +177,9 @@ class LanguageModel:
             inputs = self._inputs(tokens, lengths)
             expected, what, logits = expected_reading(self.module, self.hook_path, self.layer, inputs)
         tolerance = TOLERANCE[self.module.dtype]
-        earlier = (tokens == tokens[0]).to(self.device)
+        earlier = tokens == tokens[0]
         for given, values in ((f"read at {self.hook_path}", found), ("predicted", logits)):
-            change = differences(values, values[:1])[earlier]
+            change = differences(values, values[:1])[earlier.to(values.device)]
             if float((change > tolerance).float().mean()) > FEW:
                 raise TsaeError(
                     f"model.name: {self.identity['name']} looks ahead: a later token changes what is {given} before it "
@@ -196,7 +202,8 @@ class LanguageModel:
         dtype = str(self.module.dtype).removeprefix("torch.")
         wider = {"float16": "set model.dtype to bfloat16 or float32", "bfloat16": "set model.dtype to float32"}
         remedy = wider.get(dtype, "float32 is the widest precision there is, so look for damage")
-        bad = next((name for name, values in self.module.named_parameters() if not values.isfinite().all()), None)
+        loaded = ((name, values) for name, values in self.module.named_parameters() if not values.is_meta)
+        bad = next((name for name, values in loaded if not values.isfinite().all()), None)
         if bad is not None:
             remedy += f"; the weights {bad} are not finite"
         raise TsaeError(f"model: the values at {place} are not finite in {dtype}; {remedy}")
@@ -238,11 +245,13 @@ def read_places(places: Sequence[LanguageModel], tokens: Tensor, lengths: Tensor
     return found
 
 
-def load_language_model(model: ModelConfig, commit: str | None = None) -> LanguageModel:
-    """The language model of a configuration, in its precision, on its device.
+def load_language_model(
+    model: ModelConfig, commit: str | None = None, read_at: Sequence[ModelConfig] = ()
+) -> LanguageModel:
+    """The language model of a configuration, in its precision, on its device or spread over several.
 
-    Of a hub model, `commit` is the one that a store or a run was made with, whatever the branch means by now. Raises
-    TsaeError.
+    Of a hub model, `commit` is the one that a store or a run was made with, whatever the branch means by now. `read_at`
+    says that it is only read, and at which places. Raises TsaeError.
     """
     from transformers import AutoModelForCausalLM, GgufConfig
     from transformers.utils import logging as hf_logging
@@ -258,9 +267,14 @@ def load_language_model(model: ModelConfig, commit: str | None = None) -> Langua
     local = local_path(model)
     if local is not None and local.is_file():  # else whether weights stay packed depends on what else is installed
         options["quantization_config"] = GgufConfig(dequantize=True)
+    elif model.device_map:
+        # What lies in safetensors in the same precision is read from there; only the rest takes room.
+        atexit.register(shutil.rmtree, folder := tempfile.mkdtemp(prefix="tsae-offload-"), ignore_errors=True)
+        options |= {"device_map": place(model, options["dtype"], commit, read_at), "offload_folder": folder}
     module, info = from_pretrained(AutoModelForCausalLM, model, needed, commit, **told, **options)
     require_complete(model, info)
-    return LanguageModel(module.to(device), load_tokenizer(model, commit), model, commit)
+    module = module if "device_map" in options else module.to(device)
+    return LanguageModel(module, load_tokenizer(model, commit), model, commit)
 
 
 def load_tokenizer(model: ModelConfig, commit: str | None = None) -> PreTrainedTokenizerFast:

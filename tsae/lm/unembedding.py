@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+from accelerate.utils import align_module_device
 from torch import Tensor, nn
 
 from tsae.lm.hook import find_blocks, proof_rows, watch
@@ -52,7 +53,8 @@ def unembedding(model: LanguageModel) -> Unembedding | None:
     for path, stream, given in seen:
         is_last = isinstance(given, Tensor) and given.shape == read.shape and torch.equal(given.to(read.dtype), read)
         if path != paths[id(head)] and is_last and isinstance(stream, Tensor) and stream.shape == given.shape:
-            return _folded(stream, given, head.weight)
+            with align_module_device(head):  # which may lie on the disk
+                return _folded(stream, given, head.weight)
     return None
 
 
@@ -66,6 +68,6 @@ def _folded(stream: Tensor, given: Tensor, weight: Tensor) -> Unembedding | None
         # Two unknowns for each dimension and L positions: a least-squares line.
         x, y = flat - flat.mean(0), y - y.mean(0)
         gain = (x * y).sum(0) / x.square().sum(0).clamp_min(1e-12)
-        fits.append((float((x * gain - y).norm() / y.norm()), centres, gain.float()))
+        fits.append((float((x * gain - y).norm() / y.norm()), centres, gain.float().to(weight.device)))
     left, centres, gain = min(fits, key=lambda fit: fit[0])
     return Unembedding(weight.float(), gain, centres) if left < TOLERANCE[weight.dtype] else None

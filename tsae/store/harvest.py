@@ -59,9 +59,17 @@ class Source(Protocol):
         """Activations [S, L, D] of sequences of the store."""
 
 
-def source_of(config: RunConfig, commit: str | None = None) -> Source:
-    """What the store of `config` is made from; `commit` is the one of a hub model with which it was begun."""
-    return SyntheticSource(config) if config.is_synthetic else LanguageModelSource(config, commit)
+def source_of(config: RunConfig, commit: str | None = None, others: Sequence[RunConfig] = ()) -> Source:
+    """What the store of `config` is made from; `commit` is the one of a hub model with which it was begun.
+
+    `others` are read at the same time (see `LanguageModelSource.at`).
+    """
+    if config.is_synthetic:
+        return SyntheticSource(config)
+    from tsae.lm.model import load_language_model
+
+    places = [config.model, *(other.model for other in others)]
+    return LanguageModelSource(config, load_language_model(config.model, commit, places), commit)
 
 
 def harvest(config: RunConfig, task: int = 0, tasks: int = 1) -> Path:
@@ -101,10 +109,11 @@ def harvest_places(configs: Sequence[RunConfig], task: int = 0, tasks: int = 1) 
 
 
 def _harvest(missing: Sequence[tuple[RunConfig, StoreLayout]], task: int, tasks: int, commit: str | None) -> None:
-    sources = [source_of(missing[0][0], commit)]
-    for config, _ in missing[1:]:
-        one = sources[0]
-        sources.append(one.at(config) if isinstance(one, LanguageModelSource) else source_of(config))
+    one, *others = (config for config, _ in missing)
+    sources = [source_of(one, commit, others)]
+    for config in others:
+        first = sources[0]
+        sources.append(first.at(config) if isinstance(first, LanguageModelSource) else source_of(config))
     contexts, begun = cache(sources[0].contexts), [layout.exists() for _, layout in missing]
     for (config, layout), source in zip(missing, sources, strict=True):
         check_tokens(config.model, config.data.exclude_tokens, source.identity.get("vocabulary"))
@@ -262,18 +271,16 @@ class LanguageModelSource:
 
     packages: tuple[str, ...] = ("torch", "transformers", "tokenizers", "nnsight")
 
-    def __init__(self, config: RunConfig, commit: str | None = None, lm: LanguageModel | None = None) -> None:
-        """`commit` is the one of a hub model with which the store was begun; `lm` the model itself if it is loaded."""
-        from tsae.lm.model import load_language_model
-
-        self.lm = load_language_model(config.model, commit) if lm is None else lm
+    def __init__(self, config: RunConfig, lm: LanguageModel, commit: str | None = None) -> None:
+        """`commit` is the one of a hub model with which the store was begun."""
+        self.lm = lm
         self._data, self._commit = config.data, commit
         self.activation_dim, self.identity = self.lm.activation_dim, self.lm.identity
         self.batch_size = config.model.batch_size
 
     def at(self, config: RunConfig) -> LanguageModelSource:
         """The same text and language model, read at the place of another configuration."""
-        return LanguageModelSource(config, self._commit, self.lm.at(config.model, self._commit))
+        return LanguageModelSource(config, self.lm.at(config.model, self._commit), self._commit)
 
     def contexts(self) -> Contexts:
         """The text, cut into contexts."""
