@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,10 +20,16 @@ PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#4
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 """One marker for each colour, so that series stay apart without it."""
 
+PRINT = ("pdf", "svg")
+"""What a figure for a paper is also saved as, a panel as wide as a column."""
+
 STYLE: Any = {
     "figure.dpi": 100,
     "figure.facecolor": "white",
     "savefig.dpi": 200,
+    "pdf.fonttype": 42,
+    "svg.fonttype": "none",
+    "svg.hashsalt": "tsae",
     "font.family": "DejaVu Sans",
     "font.size": 8.5,
     "axes.titlesize": 9.5,
@@ -51,11 +58,17 @@ STYLE: Any = {
 
 @contextmanager
 def figure(
-    path: str | Path, rows: int = 1, columns: int = 1, size: tuple[float, float] | None = None, **subplots: Any
+    path: str | Path,
+    rows: int = 1,
+    columns: int = 1,
+    size: tuple[float, float] | None = None,
+    also: Sequence[str] = (),
+    **subplots: Any,
 ) -> Iterator[tuple[Figure, list[Axes]]]:
     """A figure in the common look and its axes in reading order, saved to `path` (whole or not at all) on leaving.
 
-    `size` is in inches, by default 3.3 x 2.6 for each panel; `subplots` goes to `Figure.subplots`.
+    `size` is in inches, by default 3.3 x 2.6 for each panel; `also` names further formats, saved beside it; `subplots` goes
+    to `Figure.subplots`.
     """
     import matplotlib
     from matplotlib.figure import Figure
@@ -64,8 +77,10 @@ def figure(
         drawn = Figure(figsize=size or (3.3 * columns, 2.6 * rows), layout="constrained")
         grid = drawn.subplots(rows, columns, squeeze=False, **subplots)
         yield drawn, [axes for row in grid for axes in row]
-        suffix = Path(path).suffix.lstrip(".")
-        files.write_atomically(path, lambda stream: drawn.savefig(stream, format=suffix))
+        for suffix in (Path(path).suffix.lstrip("."), *also):
+            undated = {"pdf": {"CreationDate": None}, "svg": {"Date": None}}.get(suffix)
+            saved = partial(drawn.savefig, format=suffix, metadata=undated)
+            files.write_atomically(Path(path).with_suffix(f".{suffix}"), saved)
 
 
 def draw_interval(

@@ -76,7 +76,11 @@ def test_one_seed_keeps_the_interval_over_documents(plan_of):
 def test_the_page_is_one_file_that_loads_nothing_else(seeded):
     page = report.write_report(seeded.compared).read_text()
     assert page.count("data:image/png;base64,") == 3
-    assert not re.search(r"""(src|href)=["'](?!data:)""", page)
+    assert not re.search(r"""src=["'](?!data:)""", page)
+    assert set(re.findall(r'href="(.*?)"', page)) == {
+        f"{name}.{suffix}" for name in ("fve", "loss_recovered", "smoothness") for suffix in ("pdf", "svg")
+    }
+    assert not re.search(r"<link|fetch\(|import\(", page)
     assert "url(" not in page
     assert "@import" not in page
 
@@ -200,7 +204,7 @@ def test_a_new_measure_is_declared_once_and_is_everywhere(seeded, monkeypatch):
     assert float(rows[1]["sharpness"]) == 0.26
     assert page.with_name("sharpness.png").read_bytes().startswith(b"\x89PNG")
     text = page.read_text()
-    assert "<figcaption>How sharp the latents are.</figcaption>" in text
+    assert "<figcaption>How sharp the latents are. <a" in text
     assert re.search(r"<th( rowspan=.2.| class=.family. colspan=.1.)>Sharpness</th>", text)
     assert "Sharpness of all goes from 0.260 (split fraction 0.2) to 0.290 (split fraction 0.5)" in text
     assert "<th>Sharpness of all</th>" in text  # among the differences seed by seed

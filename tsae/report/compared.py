@@ -43,6 +43,8 @@ class Compared:
     """The settings that all points share, as a tree."""
     drawn: tuple[str, ...] = ()
     """Key paths of settings that were drawn at random."""
+    command: str = ""
+    """The command line that makes the runs and the report again, where one does."""
     evaluated: bool = True
     """Whether the points are evaluated at all; else their experiments are all there is."""
 

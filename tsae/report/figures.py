@@ -113,7 +113,7 @@ def _draw_lines(
     below = len(labels) > 1 and max(map(len, labels)) > LONG_LABEL
     width = 4.4 if len(panels) == 1 else 3.4 * len(panels)
     size = (width, 2.9 + (0.19 * len(labels) if below else 0.0))
-    with plotting.figure(path, columns=len(panels), size=size, sharey=True) as (drawn, all_axes):
+    with plotting.figure(path, columns=len(panels), size=size, sharey=True, also=plotting.PRINT) as (drawn, all_axes):
         for axes, (title, curves) in zip(all_axes, panels, strict=True):
             for number, (label, groups, measure) in enumerate(curves):
                 _curve(axes, axis, groups, measure, number, len(curves), label)
@@ -158,7 +158,10 @@ def draw_trade_offs(summary: Summary, folder: Path) -> list[tuple[Chart, Path]]:
     path = folder / "trade_offs.png"
     axis = SweptAxis(summary.x, [group.value(summary.x) for group in summary.groups])
     named = len(known[0][1]) <= MOST_NAMED_MARKS
-    with plotting.figure(path, columns=len(known), size=(4.6 * len(known), 3.5)) as (drawn, panels):
+    with plotting.figure(path, columns=len(known), size=(4.6 * len(known), 3.5), also=plotting.PRINT) as (
+        drawn,
+        panels,
+    ):
         for axes, (x, groups) in zip(panels, known, strict=True):
             _draw_trade_off(axes, summary, x, y, groups, axis)
         if axis.is_ordered and _is_crowded(axis):

@@ -88,7 +88,7 @@ def draw_heat_map(
     width, height = max(3.4, 0.5 * len(x.values) + 1.6), max(2.8, 0.34 * len(y.values) + 1.3)
     size = (min(width, widest) * len(lines), min(height, highest))
     cells = _by_values(summary, keys)
-    with plotting.figure(path, columns=len(lines), size=size) as (_, panels):
+    with plotting.figure(path, columns=len(lines), size=size, also=plotting.PRINT) as (_, panels):
         for axes, (measure, name) in zip(panels, lines, strict=True):
             _heat_map(axes, cells, measure, x, y)
             axes.set_title(f"{title}: {name}" if len(lines) > 1 and title else title or name)
@@ -120,7 +120,7 @@ def draw_effects(summary: Summary, path: Path) -> None:
     measures = shown_in("effects", summary.measures)[:MOST_EFFECTS]
     keys = summary.telling[:MOST_SETTINGS]
     size = (2.6 * len(keys) + 0.6, 2.1 * len(measures) + 0.4)
-    with plotting.figure(path, len(measures), len(keys), size=size, sharey="row") as (_, panels):
+    with plotting.figure(path, len(measures), len(keys), size=size, sharey="row", also=plotting.PRINT) as (_, panels):
         for index, axes in enumerate(panels):
             row, column = divmod(index, len(keys))
             _effect(axes, summary, measures[row], keys[column])
@@ -197,7 +197,7 @@ def draw_rows(summary: Summary, series: dict[str, list[Group]], path: Path) -> s
     rows = sorted(series.values(), key=lambda members: first not in members)
     axis = SweptAxis(summary.x, [group.value(summary.x) for group in summary.groups])
     size = (2.5 * len(measures) + 2.6, 0.24 * len(rows) + 1.2)
-    with plotting.figure(path, columns=len(measures), size=size, sharey=True) as (drawn, panels):
+    with plotting.figure(path, columns=len(measures), size=size, sharey=True, also=plotting.PRINT) as (drawn, panels):
         for axes, measure in zip(panels, measures, strict=True):
             _row_panel(axes, rows, axis, measure)
             axes.set_xlabel(label(measure))

@@ -22,6 +22,8 @@ from tsae.pages import render
 from tsae.report.summary import Summary, compare
 from tsae.report.text import figures, sentences, with_interval
 
+FEW_ROWS = 8
+"""Rows of the summary from which on they can be filtered."""
 LONG_TABLE = 40
 """Rows above which a table scrolls in a box of its own."""
 WIDE = 600
@@ -58,14 +60,16 @@ def as_page(
         claims=claims,
         summary=_summary_table(summary),
         differences={"rows": []} if apart else _differences(summary),
-        figures=[(_picture(path, chart.title), chart.caption) for chart, path in charts],
+        figures=[(_picture(path, chart.title), chart.caption, path.stem) for chart, path in charts],
         experiments=_experiments(summary),
         points=rows,
         axes=[(_words(name), [shown(row.point.value(key)) for row in rows]) for key, name in swept.items()],
         measures=[(name, [figures(row.values.get(name, math.nan)) for row in rows]) for name in summary.measures],
+        command=compared.command,
         origin=compared.origin,
         file=compared.origin.read_text(encoding="utf-8"),
         common=yaml.safe_dump(compared.common, sort_keys=False),
+        few=FEW_ROWS,
         long=LONG_TABLE,
         wide=WIDE,
         most_columns=MOST_COLUMNS,

@@ -51,7 +51,10 @@ def draw_training(summary: Summary, folder: Path) -> list[tuple[Chart, Path]]:
     if len(columns) > MOST_COLUMNS:
         columns = {f"all {len(columns)} settings": [run for runs in columns.values() for run in runs]}
     path, size = folder / "training.png", (1.6 + 2.2 * len(columns), 5.4)
-    with plotting.figure(path, len(PANELS), len(columns), size, sharex="col", sharey="row") as (drawn, panels):
+    with plotting.figure(path, len(PANELS), len(columns), size, sharex="col", sharey="row", also=plotting.PRINT) as (
+        drawn,
+        panels,
+    ):
         labelled: dict[str, Artist] = {}
         for place, axes in enumerate(panels):
             measure, (name, runs) = list(PANELS)[place // len(columns)], list(columns.items())[place % len(columns)]

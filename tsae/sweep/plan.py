@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache, cached_property
@@ -135,6 +136,7 @@ class Plan:
             base=sweep.base_path,
             common=sweep.settings,
             drawn=tuple(sorted(drawn)),
+            command=shlex.join(["tsae", "sweep", str(sweep.path), "--base", str(sweep.base_path), *sweep.overrides]),
             evaluated="evaluate" in sweep.config.stages,
         )
 

@@ -1,0 +1,90 @@
+"""What a reader does with a report: order and filter its summary, take its figures into a paper, make it again."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.conftest import Require
+from tests.experiments.chromium import Browser, find_chromium
+from tests.report.test_foreign_text import LOADED
+from tests.report.test_report import measured
+from tsae.report import write as report
+from tsae.sweep.sweepfile import load_sweep
+
+VALUES = [0.5, 0.1, 0.9, 0.7, 0.3]
+
+
+@pytest.fixture
+def browser(require: Require, tmp_path: Path) -> Iterator[Browser]:
+    program = find_chromium()
+    require("chromium", program is not None, "apt-get install chromium")
+    with Browser(str(program), tmp_path / "profile") as running:
+        yield running
+
+
+@pytest.fixture
+def plan(plan_of: Callable[..., Any]) -> Any:
+    """Ten points, of which the last has no results of its splits."""
+    made = plan_of(name="little", grid={"sae.split_fraction": VALUES, "sae.k": [8, 16]})
+    for number, point in enumerate(made.points):
+        measured(made, point, point.config.sae.split_fraction / 2 + point.config.sae.k / 100, splits=number != 9)
+    return made
+
+
+def test_the_summary_is_ordered_by_its_headings_and_filtered_by_words(plan: Any, browser: Browser) -> None:
+    browser.open(report.write_report(plan.compared), ready=LOADED)
+
+    def column(name: str) -> list[str]:
+        place = f"headings.findIndex((cell) => cell.textContent.trim() === {name!r})"
+        rows = "[...body.rows].filter((row) => !row.hidden)"
+        return browser.run(f"{rows}.map((row) => row.cells[{place}].firstChild.textContent.trim())")
+
+    def press(name: str) -> str:
+        heading = f"headings.find((cell) => cell.textContent.trim() === {name!r})"
+        browser.run(f"{heading}.querySelector('button').click()")
+        return str(browser.run(f"{heading}.ariaSort"))
+
+    given = [f"{value:g}" for value in VALUES for _ in range(2)]
+    assert column("split fraction") == given
+    assert press("k") == "ascending"
+    assert column("k") == ["8"] * 5 + ["16"] * 5
+    assert column("split fraction") == [f"{value:g}" for value in VALUES] * 2
+    assert press("split fraction") == "ascending"
+    assert column("split fraction") == sorted(given, key=float)
+    assert press("split fraction") == "descending"
+    assert column("split fraction") == sorted(given, key=float, reverse=True)
+    # What is missing stays last either way.
+    assert press("high") == "ascending"
+    assert column("high")[-1] == "–"
+    assert press("high") == "descending"
+    assert column("high")[-1] == "–"
+    browser.run(
+        "const box = document.getElementById('filter'); box.value = '0.9 16'; box.dispatchEvent(new Event('input'))"
+    )
+    assert (column("split fraction"), column("k")) == (["0.9"], ["16"])
+
+
+def test_figures_are_vector_graphics_too_and_the_same_every_time(plan: Any) -> None:
+    folder = report.write_report(plan.compared).parent
+    names = [path.stem for path in folder.glob("*.png")]
+    assert len(names) >= 3
+    first = {path: path.read_bytes() for path in folder.iterdir() if path.suffix in (".pdf", ".svg")}
+    assert {path.name for path in first} == {f"{name}.{suffix}" for name in names for suffix in ("pdf", "svg")}
+    assert all(content.startswith((b"%PDF", b"<?xml")) for content in first.values())
+    report.write_report(plan.compared)
+    assert {path: path.read_bytes() for path in first} == first
+
+
+def test_the_page_tells_the_command_that_makes_it_again(plan_of: Callable[..., Any]) -> None:
+    plan = plan_of(command_line=("sae.k=9",), grid={"sae.split_fraction": [0.2]})
+    measured(plan, plan.points[0], 0.5)
+    told, *words = shlex.split(plan.compared.command)
+    assert shlex.join([told, *words]) in report.write_report(plan.compared).read_text()
+    assert (told, words[0], words[2]) == ("tsae", "sweep", "--base")
+    again = load_sweep(Path(words[1]), words[3], words[4:])
+    assert again.folder_name == plan.name
