@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import re
 import shlex
+import urllib.parse
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +16,7 @@ from tests.conftest import Require
 from tests.experiments.chromium import Browser, find_chromium
 from tests.report.test_foreign_text import LOADED
 from tests.report.test_report import measured
+from tsae.experiments import driver
 from tsae.report import write as report
 from tsae.sweep.sweepfile import load_sweep
 
@@ -88,3 +92,32 @@ def test_the_page_tells_the_command_that_makes_it_again(plan_of: Callable[..., A
     assert (told, words[0], words[2]) == ("tsae", "sweep", "--base")
     again = load_sweep(Path(words[1]), words[3], words[4:])
     assert again.folder_name == plan.name
+
+
+def test_the_latents_that_an_experiment_speaks_of_lead_to_the_page_of_latents(plan_of: Callable[..., Any]) -> None:
+    plan = plan_of(grid={"sae.k": [8]})
+    (point,) = plan.points
+    measured(plan, point, 0.5)
+    run = plan.run(point)
+    told = {
+        "alignment_chunk0": (
+            "align",
+            {"rows": [{"latent": 7, "label": "concept", "explanation": "<b>"}, {"latent": 3}]},
+        ),
+        "steering_chunk0": ("steer", {"concepts": [{"concept": "weather", "latent": 5, "explanation": None}]}),
+        "sequences_chunk0": ("sequences", {"contexts": [{"top": [9, 7], "explanations": {"9": "rain"}}]}),
+    }
+    for stem, (name, results) in told.items():
+        about = {"made_from": driver.made_from(point.config, run, name, 0, None), "subject": {}, "settings": {}}
+        run.result(stem, "json").write_text(json.dumps({"experiment": name, **about, **results}))
+        run.result(stem, "png").write_bytes(bytes(40))
+
+    def links() -> dict[str, str]:
+        page = report.write_report(plan.compared)
+        found = re.findall(r'<a href="([^"]*)#latent=(\d+)" title="([^"]*)">\2</a>', page.read_text())
+        assert all((page.parent / urllib.parse.unquote(address)).exists() for address, _, _ in found)
+        return {latent: name for _, latent, name in found if name or latent == "3"}
+
+    assert links() == {}
+    run.result("features", "html").write_text("a page")
+    assert links() == {"7": "concept: &lt;b&gt;", "3": "", "5": "weather", "9": "rain"}

@@ -16,7 +16,7 @@ import yaml
 
 from tsae.config.points import short_names, shown
 from tsae.evaluation.measures import REGISTRY, Chart, Measure, label, shown_in
-from tsae.experiments.driver import draw_again, files_of
+from tsae.experiments.driver import draw_again, files_of, read_results
 from tsae.experiments.registry import EXPERIMENTS
 from tsae.pages import render
 from tsae.report.summary import Summary, compare
@@ -32,6 +32,8 @@ MOST_MISSING = 12
 """Points with a trouble that are named."""
 MOST_COLUMNS = 60
 """Points whose every measure fits into one table that a person would read."""
+MOST_LATENTS = 12
+"""Latents of an experiment that a page links to the page of latents."""
 MOST_BYTES = 24_000_000
 """Pictures of experiments that a page carries; beyond that it tells where they are."""
 
@@ -207,7 +209,28 @@ def _experiments(summary: Summary) -> list[tuple[str, list[dict[str, Any]]]]:
                 room -= drawn.stat().st_size
                 image = _picture(drawn, title) if room > 0 else None
                 address = urllib.parse.quote(os.path.relpath(page, folder)) if page.exists() else ""
-                results.append({"title": title, "image": image, "path": drawn, "page": address})
+                latents = _latents(path, run.result("features", "html"), folder)
+                results.append({"title": title, "image": image, "path": drawn, "page": address, "latents": latents})
         if results:
             found.append((experiment.help, results))
     return found
+
+
+def _latents(path: Path, features: Path, folder: Path) -> list[tuple[int, str, str]]:
+    """The first latents that results speak of, what they are called there, and where the page of latents shows them."""
+    if path.stem == features.stem or not features.exists():
+        return []
+    found: dict[int, str] = {}
+    open_: list[Any] = [read_results(path)]
+    while open_ and len(found) < MOST_LATENTS:
+        node = open_.pop(0)
+        if isinstance(node, dict):
+            latent, explained = node.get("latent"), node.get("explanations")
+            if isinstance(latent, int):
+                words = [str(node[key]) for key in ("concept", "label", "explanation") if node.get(key)]
+                found.setdefault(latent, ": ".join(words))
+            if isinstance(explained, dict) and isinstance(node.get("top"), list):  # of a spliced context
+                found |= {latent: str(explained.get(str(latent), "")) for latent in node["top"] if latent not in found}
+        open_ += [part for part in (node.values() if isinstance(node, dict) else node) if isinstance(part, dict | list)]
+    page = urllib.parse.quote(os.path.relpath(features, folder))
+    return [(latent, name, f"{page}#latent={latent}") for latent, name in [*found.items()][:MOST_LATENTS]]
