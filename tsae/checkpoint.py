@@ -323,18 +323,23 @@ def find_dictionary(path: str | Path) -> Path:
         raise TsaeError(
             f"{path}: no config.json here nor in trainer_0/; a run folder or a hub id owner/name is expected"
         )
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        snapshot = Path(snapshot_download(str(path), allow_patterns=["*.json", "*.pt"]))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).splitlines()[0]
-        raise TsaeError(f"{path}: neither a folder here nor reachable on the hub: {reason}") from None
+    snapshot = fetch(str(path), ["*.json", "*.pt"])
     for folder in (snapshot, snapshot / "trainer_0"):
         if (folder / "config.json").is_file():
             return folder
     raise TsaeError(f"{path}: the hub repository holds no config.json and no trainer_0/config.json")
+
+
+def fetch(repo_id: str, patterns: list[str], revision: str | None = None) -> Path:
+    """The folder in the hub's cache with the files of a repository that match. Raises TsaeError."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(repo_id, revision=revision, allow_patterns=patterns))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise TsaeError(f"{repo_id}: neither a folder here nor reachable on the hub: {reason}") from None
 
 
 def _read_weights(path: Path, checksums: list[int]) -> dict[str, torch.Tensor]:

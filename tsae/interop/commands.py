@@ -1,4 +1,4 @@
-"""The commands `tsae export`, `import`, `explanations`, `push` and `formats`: parse, call one function, print."""
+"""The commands `tsae export`, `import`, `pull`, `explanations`, `push` and `formats`: parse, call one function, print."""
 
 from __future__ import annotations
 
@@ -30,6 +30,11 @@ def add_commands(add: AddCommand) -> None:
     take.add_argument("folder", type=Path, metavar="DIR", help="folder with cfg.json and sae_weights.safetensors")
     take.add_argument("--out", type=Path, required=True, help="new run folder")
 
+    pull = add("pull", _pull, "fetch a dictionary from the Hugging Face hub as a run: ours, the authors' or SAELens'")
+    pull.add_argument("source", metavar="REPO_ID", help="owner/name, or owner/name/FOLDER where it holds several")
+    pull.add_argument("--out", type=Path, default=None, help="new run folder (default: NAME in TSAE_HOME/checkpoints)")
+    pull.add_argument("--revision", default=None, help="branch, tag or commit")
+
     explanations = add(
         "explanations", _explanations, "take a run's explanations.json from SAEBench's autointerp result"
     )
@@ -59,6 +64,14 @@ def _import(options: argparse.Namespace) -> None:
     from tsae.interop.sae_lens import import_folder
 
     print(import_folder(options.folder, options.out))
+
+
+def _pull(options: argparse.Namespace) -> None:
+    from tsae.interop.hub import pull
+
+    run = pull(options.source, options.out, options.revision)
+    print(run)
+    print(f"measure it: tsae evaluate {run} data.source=TEXT, or tsae probe --run-name {run.name}", file=sys.stderr)
 
 
 def _explanations(options: argparse.Namespace) -> None:

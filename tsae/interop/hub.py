@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,19 +11,24 @@ from typing import Any
 import yaml
 
 import tsae.evaluation.results  # noqa: F401  (declares what the table may hold)
-from tsae.checkpoint import RunFolder, find_dictionary, of_new_weights, save_run
+from tsae.checkpoint import RunFolder, fetch, find_dictionary, load_dictionary, of_new_weights, save_run
 from tsae.config.run import WRITTEN
 from tsae.config.schema import read_yaml
 from tsae.evaluation.measures import REGISTRY
 from tsae.interop.explanations import write_explanations
 from tsae.interop.export import Source, open_source, write
-from tsae.interop.folders import new_folder
+from tsae.interop.folders import new_folder, refuse_used
+from tsae.interop.sae_lens import import_folder
 from tsae.runtime import metadata
+from tsae.runtime.environment import home
 from tsae.runtime.errors import TsaeError
 from tsae.runtime.files import write_text
 from tsae.store.binding import weights_identity
 
 EXTRA_FORMATS = ("sae_lens", "sae_bench")
+RUN_FILES, LENS_FILES = (".json", ".yaml", ".pt", ".png"), (".json", ".safetensors")
+"""Endings of the files of a dictionary on the hub."""
+MOST_LISTED = 8
 TITLES = {
     "TemporalMatryoshkaBatchTopKSAE": "Temporal Sparse Autoencoder ([arXiv 2511.05541](https://arxiv.org/abs/2511.05541))",
     "MatryoshkaBatchTopKSAE": "Matryoshka BatchTopK sparse autoencoder ([arXiv 2503.17547](https://arxiv.org/abs/2503.17547))",
@@ -82,6 +88,44 @@ def prepare(
             write(form, folder / form, source)
         write_text(folder / "README.md", card(source, repo_id, licence, list(formats)))
     return Path(out)
+
+
+def pull(source: str, out: Path | None = None, revision: str | None = None) -> Path:
+    """Fetch a dictionary, `owner/name` or `owner/name/FOLDER`, into the new run folder `out`; returns it.
+
+    Read are this package's layout, which is the authors', and SAELens'. Nothing is left of one that cannot be loaded.
+    Raises TsaeError as `load_dictionary` does, and for a place that holds no dictionary or several.
+    """
+    repo_id, inner = "/".join(source.split("/")[:2]), "/".join(source.split("/")[2:]).strip("/")
+    _check_repo_id(repo_id)
+    out = out or home() / "checkpoints" / Path(source).name
+    refuse_used(out)
+    # What is small tells where a dictionary is, before anything large is asked for.
+    snapshot = fetch(repo_id, [f"{inner}/*.json".lstrip("/")], revision)
+    place = snapshot / inner
+    folders = [each for each in (place, place / "trainer_0") if (each / "config.json").is_file()]
+    found = place if (place / "cfg.json").is_file() else next(iter(folders), None)
+    if found is None:
+        inside = sorted({str(path.parent.relative_to(snapshot)) for path in place.rglob("*.json") if _tells(path)})
+        listed = f"; it holds {', '.join(f'{repo_id}/{each}' for each in inside[:MOST_LISTED])}" if inside else ""
+        more = f" and {len(inside) - MOST_LISTED} more" if len(inside) > MOST_LISTED else ""
+        raise TsaeError(f"{source}: no dictionary is here (config.json and ae.pt, or SAELens' cfg.json){listed}{more}")
+    below = str(found.relative_to(snapshot)).removeprefix(".")
+    endings = LENS_FILES if (found / "cfg.json").is_file() else RUN_FILES
+    fetch(repo_id, [f"{below}/*{ending}".lstrip("/") for ending in endings], revision)
+    if endings is LENS_FILES:
+        return import_folder(found, out)
+    with new_folder(out) as folder:
+        shutil.copytree(found, folder / "trainer_0", ignore=shutil.ignore_patterns("*.safetensors", "trainer_*"))
+        if (place / "explanations.json").is_file() and found != place:
+            shutil.copy(place / "explanations.json", folder)
+        load_dictionary(folder, calibrated=False)
+    return out
+
+
+def _tells(path: Path) -> bool:
+    """Whether a JSON file is one that lies beside a dictionary."""
+    return path.name == "cfg.json" or (path.name == "config.json" and "trainer" in metadata.whole(path))
 
 
 def upload(folder: Path, repo_id: str, *, private: bool = False) -> str:
