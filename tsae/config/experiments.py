@@ -280,6 +280,8 @@ class FeaturesConfig:
     """Tokens shown after it."""
     logits: Annotated[bool, Added(True)] = True
     """Show the tokens whose scores each latent's direction raises and lowers most; the language model is loaded for it."""
+    beside: Annotated[str | None, Place(holds=("ae.pt", "trainer_0/ae.pt")), Added(None)] = None
+    """Another run, by its folder or its name, whose latents are matched with those of the page by the cosine of their decoder rows."""
 
 
 @dataclass(frozen=True, kw_only=True)

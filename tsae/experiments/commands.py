@@ -34,6 +34,8 @@ def add_commands(add: AddCommand, run: Callable[[str, argparse.Namespace], None]
             )
         if name == "probe":
             _option(parser, "protocol", choices=("disjoint", "reference"), help="reference: that of the released code")
+        if name == "features":
+            _option(parser, "beside", help="another run, whose latents are matched with this one's")
         if experiment.explained:
             _option(
                 parser,

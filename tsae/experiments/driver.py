@@ -13,6 +13,7 @@ import dataclasses
 import logging
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +25,7 @@ from tsae.data.labelled import content_of
 from tsae.evaluation.measures import versions
 from tsae.experiments.answers.ask import content_of_answers
 from tsae.experiments.registry import EXPERIMENTS, declare_measures, module_of, settings_of
+from tsae.interop.settings import find_beside
 from tsae.runtime import metadata, preemption
 from tsae.runtime.errors import TsaeError
 from tsae.store import binding
@@ -125,7 +127,13 @@ def made_from(
     passages = own.texts if name == "sequences" else ()
     asked = {"explain": "answers", "steer": "judge"}.get(name)
     named = [getattr(own, "dataset", None), config.experiments.texts.categories, *passages]
+    beside, matched = getattr(own, "beside", None), {}
+    if beside is not None:
+        matched["beside"] = ""
+        with suppress(TsaeError):  # of one that is gone: these are not the results that would be made now
+            matched["beside"] = binding.weights_identity(find_beside(run, beside))
     return {
+        **matched,
         "weights": "" if dense else binding.weights_identity(run, checkpoint),
         "model": binding.model_identity(config.model, run),
         "data": "" if dense else binding.data_identity(run, config),

@@ -19,8 +19,9 @@ from tsae.runtime.errors import TsaeError
 def arguments_of(name: str, options: argparse.Namespace) -> dict[str, Any]:
     """What `stages.experiment_run` is called with. Raises TsaeError."""
     checkpoints = options.checkpoints_path or environment.home() / "checkpoints"
-    if getattr(options, "protocol", None) is not None:
-        options.overrides = [*options.overrides, f"experiments.{name}.protocol={options.protocol}"]
+    for key in ("protocol", "beside"):
+        if getattr(options, key, None) is not None:
+            options.overrides = [*options.overrides, f"experiments.{name}.{key}={getattr(options, key)}"]
     if options.run_name == BASELINE:
         config, run = _baseline(options), RunFolder(RunFolder.of(checkpoints, BASELINE).path, options.out)
     else:

@@ -18,6 +18,7 @@ from tsae.config.paths import restored
 from tsae.config.run import RunConfig
 from tsae.interop.origin import origin_of
 from tsae.interop.place import Place
+from tsae.runtime.environment import home
 from tsae.runtime.errors import TsaeError, suggestion
 from tsae.store.layout import StoreLayout
 
@@ -52,6 +53,12 @@ def find_run(name: str | Path, checkpoints: Path, out: Path | None = None) -> Ru
         f"{name}: neither a folder nor a run in {checkpoints}; {suggestion(name, runs)}runs found: "
         f"{', '.join(runs) or 'none'}"
     )
+
+
+def find_beside(run: RunFolder, name: str) -> RunFolder:
+    """The run that is called `name` beside `run`, or anywhere, or the one in that folder. Raises TsaeError."""
+    places = (run.path.parents[1], home() / "checkpoints")
+    return find_run(name, next((place for place in places if (place / name).is_dir()), places[-1]))
 
 
 def settings_of(

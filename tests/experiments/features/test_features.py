@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import multiprocessing
 import random
 import re
+import shutil
+import urllib.parse
 import zlib
 from base64 import b64decode
 from collections.abc import Callable, Iterator
@@ -109,6 +112,64 @@ def test_the_page_holds_the_activations_of_the_store(run: RunFolder, run_config:
     assert tops == sorted(tops, reverse=True)
     assert tops[0] == 255
     assert len(documents) == 9
+
+
+@pytest.fixture(scope="module")
+def turned(run: RunFolder, checkpoints: Path) -> RunFolder:
+    """A run with the latents of `run` in another order, a third of them others, explained and with a page of its own."""
+    own = RunFolder.of(checkpoints, "turned")
+    files.write_atomically(own.config_json, lambda stream: stream.write(run.config_json.read_bytes()))
+    config = json.loads(own.config_json.read_text())
+    del config["weights"], config["digest"]
+    own.config_json.write_text(json.dumps(config))
+    state = torch.load(run.weights, weights_only=True)
+    state["W_dec"] = state["W_dec"].flip(0)
+    state["W_dec"][:20] = torch.nn.functional.normalize(torch.randn(20, state["W_dec"].shape[1]), dim=1)
+    torch.save(state, own.weights)
+    write_explanations(own.result("explanations", "json"), {60: "what latent 3 is over there"})
+    own.result("features", "html").write_text("a page")
+    return own
+
+
+@pytest.fixture(scope="module")
+def matched(run_config: RunConfig, run: RunFolder, turned: RunFolder, checkpoints: Path) -> tuple[RunConfig, RunFolder]:
+    """A copy of `run` with a page that matches its latents with those of `turned`."""
+    beside = dataclasses.replace(run_config.experiments.features, beside=turned.path.parent.name)
+    config = configuration.replace(run_config, experiments={"features": beside})
+    own = RunFolder.of(checkpoints, "matched")
+    shutil.copytree(run.path, own.path, ignore=shutil.ignore_patterns("features*"))
+    experiment_stage(config, checkpoints, "matched", "features")
+    return config, own
+
+
+def test_latents_are_matched_with_those_of_another_run(matched: tuple[RunConfig, RunFolder], turned: RunFolder) -> None:
+    config, run = matched
+    about, columns = unpack(run.result("features", "html"))
+    ours, theirs = (torch.load(each.weights, weights_only=True)["W_dec"] for each in (run, turned))
+    cosines = torch.nn.functional.cosine_similarity(ours[:, None], theirs[None], dim=2)
+    assert np.array_equal(columns["near_beside"].reshape(64, 5), cosines.topk(5).indices)
+    assert columns["near_beside"].reshape(64, 5)[:44, 0].tolist() == list(range(63, 19, -1))
+    assert (columns["near_beside_cosine"].reshape(64, 5)[:44, 0] == 255).all()
+    page = run.measured / urllib.parse.unquote(about["beside"]["page"])
+    assert page.read_text() == "a page"
+    assert about["beside"]["name"] == "turned"
+    assert about["beside"]["explanations"] == {"60": "what latent 3 is over there"}
+    assert driver.is_done(config, run, "features")
+    gone = configuration.replace(config, experiments={"features": FeaturesConfig(beside="none")})
+    assert not driver.is_done(gone, run, "features")
+    with pytest.raises(TsaeError, match="none: neither a folder nor a run"):
+        driver.run("features", gone, run)
+
+
+def test_a_match_is_made_again_when_the_other_run_has_other_weights(
+    matched: tuple[RunConfig, RunFolder], turned: RunFolder
+) -> None:
+    config, run = matched
+    before = turned.weights.read_bytes()
+    files.write_atomically(turned.weights, lambda stream: stream.write(run.weights.read_bytes()))
+    assert not driver.is_done(config, run, "features")
+    files.write_atomically(turned.weights, lambda stream: stream.write(before))
+    assert driver.is_done(config, run, "features")
 
 
 def test_the_page_holds_what_latents_write_and_which_are_alike(run: RunFolder, tiny_model: Path) -> None:
@@ -273,6 +334,23 @@ def test_sorting_filtering_and_choosing(browser: Browser, run: RunFolder) -> Non
     browser.press("ArrowDown")
     assert browser.run("document.querySelector('#detail h2').textContent") == f"Latent {rows(browser)[1]}"
     assert browser.run("location.hash") == f"#latent={rows(browser)[1]}"
+
+
+def test_matched_latents_are_ordered_by_their_match_and_lead_to_the_other_page(
+    browser: Browser, matched: tuple[RunConfig, RunFolder]
+) -> None:
+    page = matched[1].result("features", "html")
+    _, columns = unpack(page)
+    browser.open(page, "#latent=3")
+    links = "document.querySelectorAll('#detail .tokens')[4].querySelectorAll('a')"
+    found = browser.run(f"[...{links}].map((link) => [link.getAttribute('href'), link.title])")
+    assert found[0] == ["../../turned/trainer_0/features.html#latent=60", "what latent 3 is over there"]
+    assert [int(link.rpartition("=")[2]) for link, _ in found] == columns["near_beside"].reshape(64, 5)[3].tolist()
+    assert "In turned 60 1.00" in browser.run("document.getElementById('detail').textContent")
+    browser.click("th[data-key=match] button")
+    largest = columns["near_beside_cosine"].reshape(64, 5)[:, 0][rows(browser)].astype(int)
+    assert (np.diff(largest) >= 0).all()
+    assert largest[0] < largest[-1] == 255
 
 
 def test_tokens_that_a_latent_speaks_for_and_its_neighbours_are_shown(browser: Browser, run: RunFolder) -> None:

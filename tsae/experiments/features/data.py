@@ -102,16 +102,21 @@ def top_tokens(firings: Firings, types: np.ndarray) -> np.ndarray:
     return found
 
 
-def neighbours(rows: Tensor) -> tuple[np.ndarray, np.ndarray]:
-    """The nearest other rows of each of [F, D] by cosine, nearest first [F, 5] (-1: none), and the cosines in 255ths, not below 0."""
+def neighbours(rows: Tensor, others: Tensor | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """The nearest other rows of each of [F, D] by cosine, nearest first [F, 5] (-1: none), and the cosines in 255ths, not below 0.
+
+    With `others` [G, D], the nearest of those.
+    """
     unit = torch.nn.functional.normalize(rows.float(), dim=1)
-    count = min(NEIGHBOURS, len(rows) - 1)
+    among = unit if others is None else torch.nn.functional.normalize(others.to(rows.device).float(), dim=1)
+    count = min(NEIGHBOURS, len(among) - (others is None))
     found = np.full((len(rows), NEIGHBOURS), -1, np.int32)
     cosines = np.zeros((len(rows), NEIGHBOURS), np.uint8)
     for first in preemption.polled(range(0, len(rows), AT_ONCE)):
-        part = unit[first : first + AT_ONCE] @ unit.T
-        own = torch.arange(len(part), device=part.device)
-        part[own, first + own] = -torch.inf
+        part = unit[first : first + AT_ONCE] @ among.T
+        if others is None:
+            own = torch.arange(len(part), device=part.device)
+            part[own, first + own] = -torch.inf
         nearest = part.topk(count)
         found[first : first + AT_ONCE, :count] = nearest.indices.cpu()
         cosines[first : first + AT_ONCE, :count] = (255 * nearest.values).round().clamp(0, 255).cpu()

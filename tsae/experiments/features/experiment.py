@@ -8,19 +8,24 @@ from __future__ import annotations
 
 import base64
 import logging
+import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+from urllib.parse import quote
 
 import numpy as np
 from torch import Tensor
 
 from tsae import pages
+from tsae.checkpoint import load_dictionary
 from tsae.config.experiments import FeaturesConfig
 from tsae.experiments.features import data
 from tsae.experiments.features.figure import draw
 from tsae.experiments.shared.firings import Firings, LatentStatistics, collect, latent_statistics, token_texts
 from tsae.experiments.shared.subject import Subject
+from tsae.interop.explanations import find_explanations, read_explanations
+from tsae.interop.settings import find_beside
 from tsae.lm.unembedding import unembedding
 from tsae.runtime import files, metadata
 from tsae.runtime.errors import TsaeError
@@ -61,7 +66,7 @@ def measure(subject: Subject, settings: FeaturesConfig) -> dict[str, Any]:
 
 def write_page(subject: Subject, settings: FeaturesConfig, firings: Firings, statistics: LatentStatistics) -> Path:
     """Write the page of latents; its path."""
-    rows = subject.dictionary.W_dec.detach()
+    rows, beside = subject.dictionary.W_dec.detach(), _beside(subject, settings.beside)
     spoken = _spoken(subject, rows) if settings.logits else None
     used = np.unique(
         np.concatenate([firings.tokens.reshape(-1), np.zeros(0, int) if spoken is None else spoken.reshape(-1)])
@@ -78,6 +83,7 @@ def write_page(subject: Subject, settings: FeaturesConfig, firings: Firings, sta
         "strings": [strings[token] for token in used.tolist()],
         "explanations": [explanations.get(latent) for latent in range(firings.dict_size)],
         "rate_edges": RATE_EDGES,
+        **({} if beside is None else {"beside": beside.about}),
     }
     arrays = {
         **data.columns(statistics, subject.dictionary.group_sizes, _detection(subject, explanations)),
@@ -85,7 +91,8 @@ def write_page(subject: Subject, settings: FeaturesConfig, firings: Firings, sta
         "top_tokens": data.top_tokens(firings, types),
         "text": types.astype(np.uint16 if len(used) <= 1 << 16 else np.uint32),
         **({} if spoken is None else {"spoken": np.searchsorted(used, spoken).astype(np.uint32)}),
-        **_neighbours(writing=rows, reading=subject.dictionary.W_enc.detach().T),
+        **_neighbours(writing=(rows, None), reading=(subject.dictionary.W_enc.detach().T, None)),
+        **({} if beside is None else _neighbours(beside=(rows, beside.rows))),
         **{f"example_{name}": array for name, array in examples._asdict().items()},
     }
     suffix = "" if subject.checkpoint is None else f"_step{subject.checkpoint}"
@@ -108,8 +115,37 @@ def _spoken(subject: Subject, rows: Tensor) -> np.ndarray | None:
     return data.spoken_tokens(rows.to(head.weight.device), head, progress)
 
 
-def _neighbours(**sides: Tensor) -> dict[str, np.ndarray]:
-    found = {side: data.neighbours(rows) for side, rows in sides.items()}
+class _Beside(NamedTuple):
+    """Another dictionary, whose latents are matched with those of the page."""
+
+    rows: Tensor
+    """[G, D] its decoder's."""
+    about: dict[str, Any]
+    """Its name, its own page from here (empty: it has none), and what its latents are said to be."""
+
+
+def _beside(subject: Subject, name: str | None) -> _Beside | None:
+    """The run `name`. Raises TsaeError for what cannot be compared."""
+    if name is None:
+        return None
+    other = find_beside(subject.run, name)
+    dictionary, _ = load_dictionary(other.path, calibrated=False)
+    if dictionary.activation_dim != subject.dictionary.activation_dim:
+        raise TsaeError(
+            f"experiments.features.beside: {name} reads activations of {dictionary.activation_dim} dimensions, "
+            f"{subject.name} those of {subject.dictionary.activation_dim}"
+        )
+    found, page = find_explanations(other), other.result("features", "html")
+    about = {
+        "name": other.path.parent.name,
+        "page": quote(os.path.relpath(page, subject.run.measured)) if page.exists() else "",
+        "explanations": {} if found is None else read_explanations(found),
+    }
+    return _Beside(dictionary.W_dec.detach(), about)
+
+
+def _neighbours(**sides: tuple[Tensor, Tensor | None]) -> dict[str, np.ndarray]:
+    found = {side: data.neighbours(rows, others) for side, (rows, others) in sides.items()}
     return {
         name: array
         for side, (latents, cosines) in found.items()
