@@ -162,7 +162,7 @@ def _parser(script: str = "") -> _Parser:
     )
     add_store_commands(store)
 
-    add_commands(functools.partial(_command, commands))
+    add_commands(functools.partial(_command, commands), _export_latents)
 
     bench = _command(commands, "bench", _bench, "time a training step against the dense path, the floor and others")
     add_bench_arguments(bench)
@@ -418,6 +418,16 @@ def _measures(options: argparse.Namespace) -> None:
     from tsae.evaluation import measures
 
     print(measures.markdown() if options.markdown else measures.help_text())
+
+
+def _export_latents(options: argparse.Namespace) -> Path:
+    from tsae.experiments.features.neuronpedia import export
+    from tsae.interop.settings import find_run
+
+    for name in ("chunk", "checkpoint"):
+        if getattr(options, name) is not None:
+            raise TsaeError(f"--{name}: a page of latents is of the whole dictionary at its end; leave it out")
+    return export(find_run(options.source, home() / "checkpoints"), options.out)
 
 
 def _bench(options: argparse.Namespace) -> None:

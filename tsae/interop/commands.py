@@ -5,9 +5,10 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
-FORMATS = ("sae_lens", "sae_bench", "reference")
+FORMATS = ("sae_lens", "sae_bench", "reference", "neuronpedia")
 EXTRA_FORMATS = ("sae_lens", "sae_bench")
 
 READERS = {"sae_lens": "'tsae[sae-lens]'", "dictionary_learning": "--no-deps dictionary-learning==0.1.0"}
@@ -17,9 +18,12 @@ AddCommand = Callable[[str, object, str], argparse.ArgumentParser]
 """Makes the parser of a command from its name, its function and its help."""
 
 
-def add_commands(add: AddCommand) -> None:
-    """Declare the commands; nothing heavy is imported before one runs."""
-    export = add("export", _export, "write a trained dictionary in another library's format")
+def add_commands(add: AddCommand, write_latents: Callable[[argparse.Namespace], Path]) -> None:
+    """Declare the commands; nothing heavy is imported before one runs.
+
+    `write_latents` exports what is no dictionary but its latents, which this room knows nothing of.
+    """
+    export = add("export", partial(_export, write_latents), "write a trained dictionary in another library's format")
     export.add_argument("source", metavar="RUN", help="run folder or hub id owner/name")
     export.add_argument("--format", required=True, choices=FORMATS)
     export.add_argument("--out", type=Path, required=True, help="new folder to write")
@@ -54,9 +58,12 @@ def add_commands(add: AddCommand) -> None:
     add("formats", _formats, "list what a trip through each format changes, per class of dictionary")
 
 
-def _export(options: argparse.Namespace) -> None:
+def _export(write_latents: Callable[[argparse.Namespace], Path], options: argparse.Namespace) -> None:
     from tsae.interop.export import export
 
+    if options.format == "neuronpedia":
+        print(write_latents(options))
+        return
     print(export(options.source, options.format, options.out, chunk=options.chunk, checkpoint=options.checkpoint))
 
 

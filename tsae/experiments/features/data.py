@@ -8,9 +8,12 @@ activations in it are bytes in units of 1/255 of the latent's largest.
 
 from __future__ import annotations
 
+import base64
 import json
+import re
 import zlib
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,6 +24,7 @@ from tsae.config.experiments import FeaturesConfig
 from tsae.experiments.shared.firings import Firings, LatentStatistics, spread, texts
 from tsae.lm.unembedding import Unembedding
 from tsae.runtime import preemption
+from tsae.runtime.errors import TsaeError
 from tsae.runtime.progress import Progress
 
 HISTOGRAM_BINS = 16
@@ -123,15 +127,20 @@ def neighbours(rows: Tensor, others: Tensor | None = None) -> tuple[np.ndarray, 
     return found, cosines
 
 
-def spoken_tokens(rows: Tensor, head: Unembedding, progress: Progress) -> np.ndarray:
-    """The tokens whose scores each decoder row [F, D] raises most, then those it lowers most, the extreme first [F, 16]."""
+def spoken(rows: Tensor, head: Unembedding, progress: Progress) -> tuple[np.ndarray, np.ndarray]:
+    """The tokens whose scores each decoder row [F, D] raises most, then those it lowers most, the extreme first [F, 16].
+
+    And by how much, up to a factor.
+    """
     found = np.zeros((len(rows), 2 * SPOKEN_TOKENS), np.int64)
+    by = np.zeros(found.shape, np.float32)
     for first in preemption.polled(range(0, len(rows), AT_ONCE)):
         scores = head.scores(rows[first : first + AT_ONCE])
-        ends = [scores.topk(SPOKEN_TOKENS, largest=largest).indices for largest in (True, False)]
-        found[first : first + AT_ONCE] = torch.cat(ends, 1).cpu()
+        ends = [scores.topk(SPOKEN_TOKENS, largest=largest) for largest in (True, False)]
+        found[first : first + AT_ONCE] = torch.cat([end.indices for end in ends], 1).cpu()
+        by[first : first + AT_ONCE] = torch.cat([end.values for end in ends], 1).cpu()
         progress.update(min(first + AT_ONCE, len(rows)))
-    return found
+    return found, by
 
 
 def columns(
@@ -161,6 +170,24 @@ def pack(about: dict[str, Any], arrays: Mapping[str, np.ndarray]) -> bytes:
     text = json.dumps({**about, "arrays": places}, ensure_ascii=False, separators=(",", ":")).encode()
     head = len(text).to_bytes(4, "little") + text
     return zlib.compress(head + bytes(-len(head) % 4) + b"".join(pieces), 6)
+
+
+def unpack(page: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """What `pack` put into a page. Raises TsaeError for another one."""
+    packed = re.search(r'<script type="text/plain" id="data">(.*?)</script>', page.read_text(encoding="utf-8"))
+    try:
+        block = zlib.decompress(base64.b64decode(packed[1] if packed else ""))
+        length = int.from_bytes(block[:4], "little")
+        about = json.loads(block[4 : 4 + length])
+        base = -(-(4 + length) // 4) * 4
+        return about, {
+            name: np.frombuffer(block, np.dtype(kind).newbyteorder("<"), count, base + offset)
+            for name, (kind, offset, count) in about["arrays"].items()
+        }
+    except (ValueError, KeyError, zlib.error) as error:
+        raise TsaeError(
+            f"{page}: is not a page of latents, or damaged ({error}); `tsae features` makes it again"
+        ) from None
 
 
 def _text_bounds(firings: Firings) -> np.ndarray:

@@ -104,7 +104,7 @@ def write_page(subject: Subject, settings: FeaturesConfig, firings: Firings, sta
 
 
 def _spoken(subject: Subject, rows: Tensor) -> np.ndarray | None:
-    """What `spoken_tokens` gives; None, said once, where no final norm and output layer are found."""
+    """The tokens that `data.spoken` gives; None, said once, where no final norm and output layer are found."""
     head = unembedding(subject.language_model)
     if head is None:
         log.warning(
@@ -112,7 +112,7 @@ def _spoken(subject: Subject, rows: Tensor) -> np.ndarray | None:
         )
         return None
     progress = Progress(f"features {subject.name}: logits", len(rows), "latents", subject.run.progress)
-    return data.spoken_tokens(rows.to(head.weight.device), head, progress)
+    return data.spoken(rows.to(head.weight.device), head, progress)[0]
 
 
 class _Beside(NamedTuple):
