@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import shlex
 import urllib.parse
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,7 +17,6 @@ from tests.report.test_foreign_text import LOADED
 from tests.report.test_report import measured
 from tsae.experiments import driver
 from tsae.report import write as report
-from tsae.sweep.sweepfile import load_sweep
 
 VALUES = [0.5, 0.1, 0.9, 0.7, 0.3]
 
@@ -87,11 +85,7 @@ def test_figures_are_vector_graphics_too_and_the_same_every_time(plan: Any) -> N
 def test_the_page_tells_the_command_that_makes_it_again(plan_of: Callable[..., Any]) -> None:
     plan = plan_of(command_line=("sae.k=9",), grid={"sae.split_fraction": [0.2]})
     measured(plan, plan.points[0], 0.5)
-    told, *words = shlex.split(plan.compared.command)
-    assert shlex.join([told, *words]) in report.write_report(plan.compared).read_text()
-    assert (told, words[0], words[2]) == ("tsae", "sweep", "--base")
-    again = load_sweep(Path(words[1]), words[3], words[4:])
-    assert again.folder_name == plan.name
+    assert f"<pre>tsae sweep {plan.folder}</pre>" in report.write_report(plan.compared).read_text()
 
 
 def test_the_latents_that_an_experiment_speaks_of_lead_to_the_page_of_latents(plan_of: Callable[..., Any]) -> None:

@@ -75,12 +75,12 @@ def test_a_preempted_evaluation_is_done_again(
     assert is_evaluated(config, run)
 
 
-@pytest.mark.parametrize("at", ["tsae.lm.model:LanguageModel.read", "tsae.data.contexts:make_contexts"])
+@pytest.mark.parametrize("at", ["tsae.lm.model:read_places", "tsae.data.contexts:make_contexts"])
 def test_a_preempted_harvest_keeps_its_finished_shards(
     unharvested: RunConfig, tmp_path: Path, run_process: Callable[..., int], at: str
 ) -> None:
     config = configuration.replace(unharvested, store={"path": str(tmp_path / "store")})
-    count = 4 if at.endswith("read") else 1
+    count = 1 if at.endswith("make_contexts") else 4
     assert run_process(signalled, "harvest_stage", (config,), at, count, signal.SIGUSR2) == preemption.REQUEUE
     assert not stages.is_harvested(config)
     assert run_process(signalled, "harvest_stage", (config,), at, 0, signal.SIGUSR2) == 0

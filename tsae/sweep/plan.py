@@ -136,7 +136,7 @@ class Plan:
             base=sweep.base_path,
             common=sweep.settings,
             drawn=tuple(sorted(drawn)),
-            command=shlex.join(["tsae", "sweep", str(sweep.path), "--base", str(sweep.base_path), *sweep.overrides]),
+            command=shlex.join(["tsae", "sweep", str(self.folder)]),
             evaluated="evaluate" in sweep.config.stages,
         )
 

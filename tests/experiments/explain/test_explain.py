@@ -366,7 +366,7 @@ def test_without_a_store_the_command_that_makes_one_is_named_and_nothing_is_left
 def test_a_synthetic_world_has_no_text(run_config: RunConfig, run: RunFolder) -> None:
     config = configuration.replace(run_config, data={"source": "synthetic"})
     for name in ("explain", "features"):
-        with pytest.raises(TsaeError, match="synthetic world, which has no text"):
+        with pytest.raises(TsaeError, match="synthetic world, without text"):
             driver.run(name, config, run)
 
 

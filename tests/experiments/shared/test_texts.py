@@ -184,7 +184,7 @@ def test_a_text_without_tokens_and_a_synthetic_run_are_refused(subject, run_conf
     with pytest.raises(TsaeError, match="has no tokens"):
         harvest_texts(subject, [LabelledText(" ", "a", 0)], 8)
     synthetic = configuration.replace(run_config, data={"source": "synthetic"})
-    with pytest.raises(TsaeError, match="synthetic world, which has no text"):
+    with pytest.raises(TsaeError, match="synthetic world, without text"):
         harvest_texts(Subject(synthetic, RunFolder.of(checkpoints, "temporal")), TEXTS, 8)
 
 
