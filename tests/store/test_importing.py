@@ -40,6 +40,11 @@ def zarr_group(path: Path) -> Path:
     return path
 
 
+def zarr_array(path: Path, values: np.ndarray) -> Path:
+    zarr.create_array(path, data=values, chunks=(500, D), overwrite=True)
+    return path
+
+
 def saved(path: Path, array: np.ndarray) -> Path:
     np.save(path, array)
     return path
@@ -124,8 +129,28 @@ def test_an_import_that_broke_off_goes_on_and_a_complete_one_is_left_alone(
     del written[:]
     import_arrays([large], tmp_path / "store", store=FLOAT32)
     assert written == []
-    with pytest.raises(TsaeError, match="holds other activations"):
-        import_arrays([large[:-1]], tmp_path / "store", store=FLOAT32)
+    changed = large.copy()
+    changed[-1, -1] += 1
+    others = [{"arrays": [changed]}, {"context_length": 64}, {"holdout": 0.5}, {"seed": 1}, {"store": StoreConfig()}]
+    for other in [*others, {"documents": np.arange(len(large)) // 100}, {"arrays": [large[:-1]]}]:
+        with pytest.raises(TsaeError, match="holds other activations"):
+            import_arrays(**{"arrays": [large], "path": tmp_path / "store", "store": FLOAT32, **other})
+
+
+def test_a_file_is_known_by_its_content(tmp_path: Path) -> None:
+    for make in (
+        lambda values: saved(tmp_path / "a.npy", values),
+        lambda values: zarr_array(tmp_path / "a.zarr", values),
+    ):
+        place = tmp_path / "store"
+        path = make(VECTORS)
+        import_arrays([open_array(path)], place)
+        stamp = path.stat()
+        make(VECTORS + 1)
+        os.utime(path, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
+        with pytest.raises(TsaeError, match="holds other activations"):
+            import_arrays([open_array(path)], place)
+        shutil.rmtree(place)
 
 
 def test_a_run_on_imported_activations_from_the_command_line_to_a_report(
@@ -194,11 +219,20 @@ BAD: dict[str, tuple[Callable[[Path], dict[str, Any]], str]] = {
         lambda folder: {"arrays": [open_array(cut(in_safetensors(folder / "a.safetensors")))]},
         "a.safetensors: cannot be read as an array",
     ),
+    "a pickle": (
+        lambda folder: {"arrays": [open_array(pickled(folder / "a.npy"))]},
+        "a.npy: cannot be read as an array: .*Python objects",
+    ),
     "a key": (
         lambda folder: {"arrays": [open_array(zarr_group(folder / "a.zarr"), "act")]},
         "has acts, other; name one with --key",
     ),
 }
+
+
+def pickled(path: Path) -> Path:
+    np.save(path, np.array([{"runs": "code"}], object), allow_pickle=True)
+    return path
 
 
 def cut(path: Path) -> Path:

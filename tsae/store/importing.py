@@ -9,6 +9,7 @@ the first document and 5 · 128 + 60 of the second. One document is held out, so
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import shutil
 from collections.abc import Iterator, Sequence
@@ -20,25 +21,28 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tsae.config import schema
 from tsae.config.sections import StoreConfig
 from tsae.data.contexts import Contexts
-from tsae.runtime import locks, preemption
+from tsae.runtime import contents, locks, preemption
 from tsae.runtime.errors import TsaeError
 from tsae.runtime.progress import Progress
 from tsae.store.harvest import require_room, write_missing
-from tsae.store.layout import StoreLayout
+from tsae.store.layout import StoreLayout, digest
 from tsae.store.writer import prepare
 
 AT_ONCE = 64
 """Sequences that are read at a time."""
+HASHED = 4096
+"""Rows of an array in memory that are hashed at a time."""
 FLOATS = ("bfloat16", "float16", "float32", "float64")
 
 
 class Array:
     """Rows of an array [N, D] or [S, L, D]: of numpy, torch or zarr, or in a file, of which only what is asked for is read."""
 
-    def __init__(self, array: Any, name: str, stamp: int = 0) -> None:
-        """`array` has a shape, a dtype and slices; `stamp` tells a file from a later one. Raises TsaeError."""
+    def __init__(self, array: Any, name: str, content: str = "") -> None:
+        """`array` has a shape, a dtype and slices; `content` is the hash of the file that holds it. Raises TsaeError."""
         self._array, self.name, self.shape = array, name, tuple(array.shape)
         self.dtype = str(array.dtype).removeprefix("torch.")
         if len(self.shape) not in (2, 3) or self.dtype not in FLOATS or 0 in self.shape:
@@ -48,10 +52,20 @@ class Array:
             )
         if self.shape[1] == 1 and len(self.shape) == 3:
             raise TsaeError(f"{name}: has sequences of one position; give it as [vectors, dimensions]")
-        self.about = {"name": Path(name).name, "shape": list(self.shape), "dtype": self.dtype, "stamp": stamp}
         # A compressed array is read chunk by chunk, so rows of a chunk stay together.
         self.chunk = int((getattr(array, "chunks", None) or (1,))[0])
         self._kept: tuple[int, Tensor] = (-1, torch.empty(0))
+        self._content = content
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """What tells it from any other array; of one that is in no file its values are read for it."""
+        if not self._content:
+            hasher = hashlib.sha256()
+            for start in preemption.polled(range(0, self.shape[0], HASHED)):
+                hasher.update(self.read(start, min(start + HASHED, self.shape[0])).contiguous().numpy().data)
+            self._content = hasher.hexdigest()
+        return {"name": Path(self.name).name, "shape": list(self.shape), "dtype": self.dtype, "content": self._content}
 
     def read(self, start: int, stop: int) -> Tensor:
         """Rows `start` to `stop` [n, …] as float32."""
@@ -74,7 +88,7 @@ def open_array(path: Path, key: str | None = None) -> Array:
     """The array in a .npy or .safetensors file or a zarr folder; `key` names one of several. Raises TsaeError."""
     try:
         if path.suffix == ".npy":
-            found: Any = np.load(path, mmap_mode="r")
+            found: Any = np.load(path, mmap_mode="r", allow_pickle=False)
         elif path.suffix == ".safetensors":
             found = _of_safetensors(path, key)
         elif path.is_dir():
@@ -83,7 +97,8 @@ def open_array(path: Path, key: str | None = None) -> Array:
             raise TsaeError(f"{path}: a .npy or .safetensors file, or a zarr folder, is expected")
     except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
         raise TsaeError(f"{path}: cannot be read as an array: {error}") from None
-    return Array(found, str(path), path.stat().st_mtime_ns)
+    files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
+    return Array(found, str(path), contents.sha256_of_all(files, path))
 
 
 def _of_safetensors(path: Path, key: str | None) -> Any:
@@ -131,7 +146,7 @@ def read_column(path: Path) -> np.ndarray:
     """[n] numbers or words, from a .npy file or the lines of a text file. Raises TsaeError."""
     try:
         if path.suffix == ".npy":
-            return np.load(path)
+            return np.load(path, allow_pickle=False)
         return np.array(path.read_text(encoding="utf-8").splitlines())
     except (OSError, ValueError) as error:
         raise TsaeError(
@@ -169,13 +184,20 @@ def import_arrays(
         raise TsaeError(f"arrays of one shape but for their first size are expected, not {told or 'none'}")
     rows = _rows(opened, lengths, documents, context_length)
     contexts = _contexts(rows, opened, labels, holdout, seed)
-    about = {"name": name, "arrays": [one.about for one in opened], "holdout": holdout, "seed": seed}
+    made = contexts.made
+    cut = [digest(array) for array in (made.lengths, made.document, made.label)]
+    about = {
+        "name": name,
+        "arrays": [one.about for one in opened],
+        "cut": schema.stable_hash([cut, made.label_names, made.heldout, seed]),
+        "dtype": settings.dtype,
+    }
     if layout.exists() and layout.attributes["model"] != about:
         raise TsaeError(f"{layout.path}: holds other activations; choose another place, or remove the folder")
     attributes = {"model": about, "packages": {package: version(package) for package in ("tsae", "zarr", "torch")}}
     begun = layout.exists()
     with locks.hold(layout.path.with_name(f"{layout.path.name}.harvest_0of1.lock"), "import"):
-        prepare(layout.path, contexts.made, opened[0].shape[-1], store=settings, attributes=attributes)
+        prepare(layout.path, made, opened[0].shape[-1], store=settings, attributes=attributes)
         if not layout.is_whole():
             require_room([(layout, layout.measured)])
             reading = _Reading(opened, rows, contexts.order, layout)
