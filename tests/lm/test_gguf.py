@@ -116,6 +116,13 @@ def test_a_relative_path_means_the_yamls_folder(project: Path, tmp_path: Path, m
     assert configuration.store_settings(config)["model"]["name"] == name
 
 
+def test_a_file_is_not_spread_over_devices(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["harvest", str(project / "run.yaml"), "model.device_map=auto"]) == 2
+    shown = capsys.readouterr().err
+    assert "model.device_map: " in shown
+    assert "is a GGUF file, which is read as a whole" in shown
+
+
 def test_a_harvest_by_the_command_line_holds_the_folders_activations(
     project: Path, folder: Path, tmp_path: Path, monkeypatch
 ) -> None:

@@ -265,7 +265,12 @@ def load_language_model(
     told = {"output_loading_info": True, "ignore_mismatched_sizes": True}
     needed = "a config.json and a model.safetensors that fit together"
     local = local_path(model)
-    if local is not None and local.is_file():  # else whether weights stay packed depends on what else is installed
+    if local is not None and local.is_file():
+        if model.device_map:
+            raise TsaeError(
+                f"model.device_map: {model.name} is a GGUF file, which is read as a whole; name a model's folder"
+            )
+        # Whether weights stay packed would else depend on what is installed.
         options["quantization_config"] = GgufConfig(dequantize=True)
     elif model.device_map:
         # What lies in safetensors in the same precision is read from there; only the rest takes room.

@@ -30,9 +30,13 @@ def place(model: ModelConfig, dtype: Any, commit: str | None, read_at: Sequence[
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = from_pretrained(AutoConfig, model, "a config.json", commit)
-    with init_empty_weights():
-        module = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    module.tie_weights()
+    try:
+        with init_empty_weights():
+            module = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        module.tie_weights()
+    except Exception as error:  # whatever the model's own code makes of a configuration that contradicts itself
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise TsaeError(f"model.name: {model.name} cannot be spread over devices: {reason[:300]}") from error
     above, blocks = list[str](), ""
     depth = config.get_text_config().num_hidden_layers
     if read_at:
