@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Callable
@@ -12,12 +11,13 @@ import pytest
 import torch
 from huggingface_hub import constants
 
-from tests.interop.test_authors_layout import BUFFER, TRAINER
+from tests.interop.test_authors_layout import release
 from tsae.checkpoint import load_dictionary
 from tsae.cli import main
 from tsae.interop import hub
 from tsae.interop.explanations import read_explanations
-from tsae.sae.init import random_dictionary
+
+__all__ = ["release"]
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -42,18 +42,6 @@ def on_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, Pa
             link.symlink_to(os.path.relpath(place / f"blobs/{number}", link.parent))
 
     return put
-
-
-@pytest.fixture
-def release(tmp_path: Path) -> Path:
-    """The authors' layout: trainer_0/{config.json, ae.pt, checkpoints/ae_1000.pt} and explanations.json above it."""
-    root = tmp_path / "release"
-    (root / "trainer_0/checkpoints").mkdir(parents=True)
-    (root / "trainer_0/config.json").write_text(json.dumps({"trainer": TRAINER, "buffer": BUFFER}))
-    for name, seed in (("ae.pt", 0), ("checkpoints/ae_1000.pt", 1)):
-        torch.save(random_dictionary(TRAINER["dict_class"], 16, 80, seed=seed).to_file(), root / "trainer_0" / name)
-    (root / "explanations.json").write_text(json.dumps({"70": "years", "3": "plants"}))
-    return root
 
 
 def test_the_authors_release_becomes_a_run_in_one_line(
@@ -107,6 +95,7 @@ def test_what_cannot_be_had_is_one_line_and_leaves_nothing(
         ("someone/broken", "cut off or damaged"),
         ("someone/none", "neither a folder here nor reachable on the hub"),
         ("some one/none", "some one/none"),
+        ("someone/many/../broken", "a folder inside the repository is expected"),
     ):
         assert main(["pull", source]) == 2, source
         shown = capsys.readouterr().err

@@ -5,28 +5,20 @@ from __future__ import annotations
 import json
 import re
 import urllib.parse
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 
-from tests.conftest import Require
-from tests.experiments.chromium import Browser, find_chromium
-from tests.report.test_foreign_text import LOADED
+from tests.experiments.chromium import Browser
+from tests.report.test_foreign_text import LOADED, browser
 from tests.report.test_report import measured
 from tsae.experiments import driver
 from tsae.report import write as report
 
+__all__ = ["browser"]
+
 VALUES = [0.5, 0.1, 0.9, 0.7, 0.3]
-
-
-@pytest.fixture
-def browser(require: Require, tmp_path: Path) -> Iterator[Browser]:
-    program = find_chromium()
-    require("chromium", program is not None, "apt-get install chromium")
-    with Browser(str(program), tmp_path / "profile") as running:
-        yield running
 
 
 @pytest.fixture

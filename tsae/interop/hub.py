@@ -98,6 +98,8 @@ def pull(source: str, out: Path | None = None, revision: str | None = None) -> P
     """
     repo_id, inner = "/".join(source.split("/")[:2]), "/".join(source.split("/")[2:]).strip("/")
     _check_repo_id(repo_id)
+    if ".." in inner.split("/"):
+        raise TsaeError(f"{source}: a folder inside the repository is expected")
     out = out or home() / "checkpoints" / Path(source).name
     refuse_used(out)
     # What is small tells where a dictionary is, before anything large is asked for.

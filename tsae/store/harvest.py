@@ -258,8 +258,9 @@ class _Reading:
 
     def _finished_tokens(self) -> int:
         """Tokens in shards that are finished in every store, whoever wrote them."""
-        markers = lambda shard: (layout.marker(shard) for layout in self._layouts)  # noqa: E731
-        return self._tokens(s for s in self._layout.measured if all(marker.exists() for marker in markers(s)))
+        return self._tokens(
+            shard for shard in self._layout.measured if all(layout.marker(shard).exists() for layout in self._layouts)
+        )
 
     def _tokens(self, shards: Iterable[int]) -> int:
         rows = map(self._layout.geometry.sequences_of, shards)

@@ -9,11 +9,8 @@ import random
 import re
 import shutil
 import urllib.parse
-import zlib
-from base64 import b64decode
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -27,6 +24,7 @@ from tsae.config import run as configuration
 from tsae.config.experiments import FeaturesConfig
 from tsae.config.run import Counted, RunConfig
 from tsae.experiments import driver
+from tsae.experiments.features.data import unpack
 from tsae.interop.explanations import write_explanations
 from tsae.runtime import files
 from tsae.runtime.errors import TsaeError
@@ -36,20 +34,6 @@ from tsae.stages import experiment_stage, harvest_stage
 from tsae.store.reader import Store
 
 BIG = 16_384
-
-
-def unpack(page: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """What is inside a page, read as its script reads it."""
-    packed = re.search(r'<script type="text/plain" id="data">(.*?)</script>', page.read_text())
-    assert packed is not None
-    block = zlib.decompress(b64decode(packed[1]))
-    length = int.from_bytes(block[:4], "little")
-    about = json.loads(block[4 : 4 + length])
-    base = -(-(4 + length) // 4) * 4
-    return about, {
-        name: np.frombuffer(block, np.dtype(kind).newbyteorder("<"), count, base + offset)
-        for name, (kind, offset, count) in about["arrays"].items()
-    }
 
 
 @pytest.fixture(scope="module")

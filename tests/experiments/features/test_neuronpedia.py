@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.experiments.features.test_features import run, unpack
+from tests.experiments.features.test_features import run
 from tsae.checkpoint import RunFolder
 from tsae.cli import main
 from tsae.experiments.features import neuronpedia
+from tsae.experiments.features.data import unpack
 
 __all__ = ["run"]
 
