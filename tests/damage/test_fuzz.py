@@ -60,7 +60,7 @@ def weights(path: Path) -> Any:
 
 def store(path: Path) -> Any:
     opened = Store.open(path.parent)
-    return opened.attributes, moments_of(opened, Counted(1)), opened.tokens.tolist(), repr(opened)
+    return opened.attributes, moments_of(opened, Counted(1)), opened.tokens[:].tolist(), repr(opened)
 
 
 def resumed(path: Path) -> Any:

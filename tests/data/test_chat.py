@@ -10,8 +10,8 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from tests.data.test_contexts import make_contexts
 from tsae.config.sections import DataConfig
-from tsae.data.contexts import make_contexts
 from tsae.data.documents import Document, read_documents
 from tsae.data.labelled import ResponsePair, labelled_texts, response_pairs
 from tsae.runtime.errors import TsaeError

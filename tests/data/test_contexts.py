@@ -1,10 +1,15 @@
 from __future__ import annotations
 
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+
 import numpy as np
 import pytest
 
 from tsae.config.sections import DataConfig
-from tsae.data.contexts import Contexts, make_contexts
+from tsae.data import contexts as cutting
+from tsae.data.contexts import Contexts
 from tsae.data.documents import Document
 from tsae.runtime.errors import TsaeError
 
@@ -23,6 +28,13 @@ def corpus(count: int = 40, seed: int = 0) -> list[Document]:
 
 def settings(**changes: object) -> DataConfig:
     return DataConfig(**{"context_length": 16, "min_length": 4, "holdout": 0.25, "source": "texts.jsonl", **changes})  # type: ignore[arg-type]
+
+
+def make_contexts(documents: Iterable[Document], tokenizer: object, data: DataConfig) -> Contexts:
+    """Contexts in memory."""
+    with tempfile.TemporaryDirectory() as folder:
+        made = cutting.make_contexts(documents, tokenizer, data, Path(folder))
+        return made._replace(tokens=made.tokens[:], document=made.document[:])
 
 
 def text_tokens(contexts: Contexts, row: int) -> list[int]:
@@ -173,7 +185,7 @@ def test_max_tokens_is_a_random_sample_of_whole_contexts_of_both_parts(make_toke
 
 @pytest.mark.parametrize("packing", PACKINGS)
 def test_a_streamed_source_is_read_only_until_there_is_enough(make_tokenizer, monkeypatch, packing):
-    monkeypatch.setattr("tsae.data.contexts.BATCH_CHARACTERS", 1000)
+    monkeypatch.setattr("tsae.data.tokenized.BATCH_CHARACTERS", 1000)
     read = []
 
     def endless():

@@ -126,7 +126,7 @@ def test_labelled_texts_are_read_by_the_limit_of_the_run(
     texts = [LabelledText(" ".join(["kaba", "lodo", "mife"] * 5), "one", number) for number in range(3)]
     every = harvest_texts(Subject(config, run), texts, 16)
     np.testing.assert_array_equal(every.valid[:, 1:15], True)
-    norms = every.store.norms
+    norms = np.asarray(every.store.norms)
     files.write_json(run.provenance, {"norm_limit": float(np.median(norms[norms > 0]))})
     some = harvest_texts(Subject(config, run), texts, 16)
     np.testing.assert_array_equal(some.valid, every.valid & (norms <= np.median(norms[norms > 0])))

@@ -16,11 +16,13 @@ import torch
 
 from tests.store.conftest import CONTEXT
 from tsae.config.run import Counted, RunConfig
-from tsae.data import contexts
+from tsae.data import contexts, tokenized
 from tsae.lm import model
 from tsae.lm.hook import proof_rows
 from tsae.lm.model import load_language_model
+from tsae.runtime import preemption
 from tsae.runtime.errors import TsaeError
+from tsae.store import writer
 from tsae.store.harvest import harvest, harvest_places
 from tsae.store.layout import StoreLayout, is_harvested, store_path
 from tsae.store.reader import Store
@@ -261,3 +263,49 @@ def test_a_harvest_ends_with_what_it_found_of_massive_tokens(
     with pytest.raises(TsaeError, match=r"exclude_tokens: 320 is no token"):
         harvest(fresh)
     assert not (tmp_path / "fresh").exists()
+
+
+def test_ids_lie_beside_a_store_until_it_has_its_frame(
+    tmp_path: Path, make_config: Make, harvested: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def texts() -> list[Path]:
+        return [path for path in tmp_path.iterdir() if ".text-" in path.name]
+
+    def stopped(*_: object, **__: object) -> None:
+        raise error
+
+    config, prepare = make_config(tmp_path / "store"), writer.prepare
+    monkeypatch.setattr(writer, "prepare", stopped)
+    for error in (preemption.Preempted(), KeyboardInterrupt()):
+        with pytest.raises(type(error)):
+            harvest(config)
+        (folder,) = texts()
+    begun = (folder / "tokens").stat()
+    monkeypatch.setattr(writer, "prepare", prepare)
+    made = tokenized._written
+    monkeypatch.setattr(tokenized, "_written", lambda *_: pytest.fail("tokenised again"))
+    harvest(config)
+    assert begun.st_size > 0
+    assert not texts()
+    assert_same_store(store_path(config), harvested)
+
+    monkeypatch.setattr(tokenized, "_written", made)
+    monkeypatch.setattr(writer, "prepare", stopped)
+    for error in (TsaeError("refused"), OSError("disk is full")):
+        with pytest.raises(type(error)):
+            harvest(make_config(tmp_path / "other"))
+        assert not texts()
+
+
+def test_ids_that_a_killed_process_left_beside_a_store_with_a_frame_go(
+    tmp_path: Path, make_config: Make, harvested: Path
+) -> None:
+    config = make_config(tmp_path / "store")
+    harvest(config)
+    StoreLayout(store_path(config)).shard(0).unlink()
+    left = tmp_path / "store.text-0123"
+    left.mkdir()
+    (left / "tokens").write_bytes(b"1234")
+    harvest(config)
+    assert not left.exists()
+    assert_same_store(store_path(config), harvested)

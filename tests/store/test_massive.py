@@ -190,3 +190,20 @@ def test_what_a_store_tells_of_its_massive_tokens(planted: Path, capsys: pytest.
     shown = capsys.readouterr().out
     assert f"{statistics['gamma']:.3g} (norm of the mean" in shown
     assert "5 of 22,500 tokens" in shown
+
+
+@pytest.mark.parametrize("count", [1, 2, 7, 1000, 1001])
+def test_quantiles_of_blocks_are_those_of_all_values(count: int) -> None:
+    random = np.random.default_rng(count)
+    values = (random.lognormal(size=count) * random.choice([0, 1, 1000], count)).astype(np.float32)
+    blocks = np.array_split(values, 3)
+    shares = np.array([0, 0.001, 0.01, 0.25, 0.5, 0.77, 0.999, 1])
+    pairs, between = norms.neighbours(lambda: iter(blocks), shares)
+    found = [np.quantile(pair, share) for pair, share in zip(pairs, between, strict=True)]
+    np.testing.assert_array_equal(found, np.quantile(values, shares))
+    assert np.median(pairs[4]) == np.median(values)
+
+
+def test_quantiles_of_no_values_are_zero() -> None:
+    pairs, _ = norms.neighbours(lambda: iter([np.zeros(0, np.float32)]), np.array([0, 0.5, 1]))
+    assert not pairs.any()

@@ -11,8 +11,8 @@ import logging
 import shutil
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack
-from functools import cache
+from contextlib import ExitStack, contextmanager
+from glob import escape
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -49,8 +49,8 @@ class Source(Protocol):
     batch_size: int
     """Sequences read at a time."""
 
-    def contexts(self) -> Contexts:
-        """All sequences."""
+    def contexts(self, folder: Path) -> Contexts:
+        """All sequences; what need not be made again after a kill may be kept in `folder`."""
 
     def extras(self) -> dict[str, np.ndarray]:
         """Arrays kept beside the activations, by the names of `layout.EXTRAS`."""
@@ -114,10 +114,10 @@ def _harvest(missing: Sequence[tuple[RunConfig, StoreLayout]], task: int, tasks:
     for config in others:
         first = sources[0]
         sources.append(first.at(config) if isinstance(first, LanguageModelSource) else source_of(config))
-    contexts, begun = cache(sources[0].contexts), [layout.exists() for _, layout in missing]
-    for (config, layout), source in zip(missing, sources, strict=True):
+    begun = [layout.exists() for _, layout in missing]
+    for (config, _), source in zip(missing, sources, strict=True):
         check_tokens(config.model, config.data.exclude_tokens, source.identity.get("vocabulary"))
-        _prepare_once(layout, config, source, contexts)
+    _prepare_once(missing, sources)
     require_room([(layout, layout.measured[task::tasks]) for _, layout in missing])
     # Stores of one width are cut alike, so that a batch is of one shard of each.
     alike: dict[Any, list[int]] = defaultdict(list)
@@ -194,25 +194,55 @@ def require_room(wanted: Sequence[tuple[StoreLayout, Sequence[int]]]) -> None:
             )
 
 
-def _prepare_once(layout: StoreLayout, config: RunConfig, source: Source, contexts: Callable[[], Contexts]) -> None:
-    """Make the store's frame if it is not there; tasks that come meanwhile wait rather than tokenise the same text."""
-    lock = layout.path.with_name(f"{layout.path.name}.preparing.lock")
-    if not layout.exists():
-        with locks.hold_when_free(lock, str(layout.path)):
+def _prepare_once(missing: Sequence[tuple[RunConfig, StoreLayout]], sources: Sequence[Source]) -> None:
+    """Make the frames of stores that have none; tasks that come meanwhile wait rather than tokenise the same text.
+
+    The text's ids lie beside the first of them until all are there; a process that goes on after a kill finds them.
+    """
+    order = sorted(range(len(missing)), key=lambda number: missing[number][1].path)  # all wait for locks in one order
+    contexts: Contexts | None = None
+    with ExitStack() as held:
+        for (config, layout), source in ((missing[number], sources[number]) for number in order):
+            if layout.exists() and not _texts(layout):
+                continue
+            folder = held.enter_context(_text_beside(layout, content_hash(config)))
             if not layout.exists():
-                _prepare(layout, config, source, contexts())
-    layout.require(config)
-    # The model may be another one all the same, such as a folder whose content was replaced.
-    began, now = layout.attributes["model"], json.loads(json.dumps(source.identity))
-    # Of an older store `require` has compared the weights in the way of its time.
-    passed = {"weights"} if "sources" not in layout.attributes else set()
-    different = [key for key in sorted({*began, *now} - passed) if began.get(key) != now.get(key)]
-    if different:
-        key = different[0]
-        raise TsaeError(
-            f"{layout.path}: was begun with another language model ({key} was {began.get(key)!r} and is now "
-            f"{now.get(key)!r}); remove the store to harvest anew"
-        )
+                contexts = contexts or source.contexts(folder)
+                _prepare(layout, config, source, contexts)
+    for (config, layout), source in zip(missing, sources, strict=True):
+        layout.require(config)
+        # The model may be another one all the same, such as a folder whose content was replaced.
+        began, now = layout.attributes["model"], json.loads(json.dumps(source.identity))
+        # Of an older store `require` has compared the weights in the way of its time.
+        passed = {"weights"} if "sources" not in layout.attributes else set()
+        different = [key for key in sorted({*began, *now} - passed) if began.get(key) != now.get(key)]
+        if different:
+            key = different[0]
+            raise TsaeError(
+                f"{layout.path}: was begun with another language model ({key} was {began.get(key)!r} and is now "
+                f"{now.get(key)!r}); remove the store to harvest anew"
+            )
+
+
+@contextmanager
+def _text_beside(layout: StoreLayout, name: str) -> Iterator[Path]:
+    """Hold a store that has no frame yet; gives a folder for its text's ids, which goes unless the process is stopped."""
+    with locks.hold_when_free(layout.path.with_name(f"{layout.path.name}.preparing.lock"), str(layout.path)):
+        stopped = True
+        try:
+            yield layout.path.with_name(f"{layout.path.name}.text-{name}")
+            stopped = False
+        except Exception:
+            stopped = False
+            raise
+        finally:
+            for folder in [] if stopped else _texts(layout):
+                shutil.rmtree(folder)
+
+
+def _texts(layout: StoreLayout) -> list[Path]:
+    """The folders of ids beside a store, also of a process that was killed."""
+    return list(layout.path.parent.glob(f"{escape(layout.path.name)}.text-*"))
 
 
 def _prepare(layout: StoreLayout, config: RunConfig, source: Source, contexts: Contexts) -> None:
@@ -283,13 +313,13 @@ class LanguageModelSource:
         """The same text and language model, read at the place of another configuration."""
         return LanguageModelSource(config, self.lm.at(config.model, self._commit), self._commit)
 
-    def contexts(self) -> Contexts:
+    def contexts(self, folder: Path) -> Contexts:
         """The text, cut into contexts."""
         from tsae.data.contexts import make_contexts
         from tsae.data.documents import read_documents
 
         tokenizer = self.lm.tokenizer
-        return make_contexts(read_documents(self._data, tokenizer), tokenizer, self._data)
+        return make_contexts(read_documents(self._data, tokenizer), tokenizer, self._data, folder)
 
     def extras(self) -> dict[str, np.ndarray]:
         """Nothing more is known of a language model."""
@@ -314,7 +344,7 @@ class SyntheticSource:
         self.identity = {"name": "synthetic", "version": synthetic.VERSION, "feature_kinds": kinds}
         self.batch_size = synthetic.BLOCK
 
-    def contexts(self) -> Contexts:
+    def contexts(self, folder: Path) -> Contexts:  # noqa: ARG002
         """Sequences without text."""
         return self._world.contexts()
 

@@ -26,7 +26,9 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import math
 import re
+from collections.abc import Callable
 from dataclasses import fields
 from functools import cached_property
 from pathlib import Path
@@ -41,6 +43,7 @@ from tsae.runtime import files, metadata
 from tsae.runtime.environment import home
 from tsae.runtime.errors import TsaeError
 from tsae.runtime.metadata import COUNT, NATURAL
+from tsae.runtime.rows import Rows, RowsOnDisk
 from tsae.store.geometry import ITEMSIZE, Geometry, crc32c
 
 FORMAT = "tsae-activations"
@@ -52,6 +55,9 @@ SIBLINGS = {
     "label": ("document",),
 }
 """Arrays beside the activations, with the names of their dimensions."""
+
+ON_DISK = ("tokens", "document")
+"""Those that are as long as the text: kept as plain numbers and a checksum for each chunk, and never whole in memory."""
 
 NORMS = "norms"
 """The array of norms, which can be made again (see `tsae.store.norms`)."""
@@ -317,24 +323,42 @@ class StoreLayout:
 
     def array(self, name: str) -> np.ndarray:
         """One of the arrays beside the activations, whole. Raises TsaeError if it is damaged."""
+        blocks: list[np.ndarray] = []
+        found = self.check_array(name, lambda _, block: blocks.append(block))
+        return np.concatenate(blocks) if blocks else np.zeros(found.shape, found.dtype)
+
+    def check_array(self, name: str, each: Callable[[slice, np.ndarray], object] = lambda _, __: None) -> Any:
+        """The zarr array of that name, which has been read and is as it was harvested; `each` is given its blocks.
+
+        Raises TsaeError if it is damaged.
+        """
         import zarr
 
         try:
             found = zarr.open_array(self.path / name, mode="r")
-            if name == NORMS and self.rolling:
-                array = np.asarray(found.oindex[self.measured_sequences])
-            else:
-                array = np.asarray(found[:])
+            measured = name == NORMS and self.rolling
+            rows: Any = found.oindex[self.measured_sequences] if measured else found
+            whole = digest(rows, found.chunks[0], each) == self.attributes["digests"][name]
         except (OSError, ValueError, RuntimeError) as error:
             raise TsaeError(f"{self.path / name}: has changed since the harvest ({error}); {_remedy(name)}") from None
-        if digest(array) != self.attributes["digests"][name]:
+        if not whole:
             raise TsaeError(f"{self.path / name}: has changed since the harvest; {_remedy(name)}")
-        return array
+        return found
+
+    def _as_long_as_the_text(self, name: str) -> Rows:
+        """One of the arrays [N, L] int32 of `ON_DISK`; whole in memory where an earlier version compressed it."""
+        found = self.check_array(name)
+        if [type(codec).__name__ for codec in found.compressors] != ["Crc32cCodec"]:
+            return self.array(name)
+        folder = self.path / name / "c"
+        return RowsOnDisk(
+            found.shape, "<i4", lambda file: folder / str(file) / "0", found.chunks[0], remedy=_remedy(name)
+        )
 
     @cached_property
-    def tokens(self) -> np.ndarray:
+    def tokens(self) -> Rows:
         """[N, L] int32."""
-        return self.array("tokens")
+        return self._as_long_as_the_text("tokens")
 
     @cached_property
     def lengths(self) -> np.ndarray:
@@ -342,9 +366,9 @@ class StoreLayout:
         return self.array("lengths")
 
     @cached_property
-    def document(self) -> np.ndarray:
+    def document(self) -> Rows:
         """[N, L] int32."""
-        return self.array("document")
+        return self._as_long_as_the_text("document")
 
     def read_checksums(self) -> np.ndarray:
         """[chunks] uint32: the crc32c of every chunk of a complete store. Raises TsaeError if it is damaged."""
@@ -429,10 +453,24 @@ def changed(recorded: dict[str, str] | None, config: RunConfig) -> str:
     return f"{' and '.join(different)} has another content now" if different else "made by another version of tsae"
 
 
-def digest(array: np.ndarray) -> str:
-    """sha256 of an array's type, shape and content."""
-    hasher = hashlib.sha256(f"{array.dtype.str}{array.shape}".encode())
-    hasher.update(np.ascontiguousarray(array).data)
+def chunk_of(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """How an array beside the activations is cut: rows of 4 MB or, of those that stay on disk, 16 MB and at most 256 files."""
+    size = math.prod(shape[1:])
+    most = max(2**22 // size, -(-shape[0] // 256)) if name in ON_DISK else 2**20 // size
+    return (max(1, min(shape[0], most)), *shape[1:])
+
+
+def digest(
+    rows: Rows, step: int | None = None, each: Callable[[slice, np.ndarray], object] = lambda _, __: None
+) -> str:
+    """sha256 of an array's type, shape and content, read `step` rows at a time; `each` is given what was read."""
+    hasher = hashlib.sha256(f"{rows.dtype.str}{rows.shape}".encode())
+    step = step or rows.shape[0] or 1
+    for first in range(0, rows.shape[0], step):
+        part = slice(first, first + step)
+        block = np.ascontiguousarray(rows[part])
+        hasher.update(block.data)
+        each(part, block)
     return hasher.hexdigest()
 
 

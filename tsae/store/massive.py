@@ -39,18 +39,24 @@ class MassiveTokens(NamedTuple):
         """Those above the multiple that leaves tokens out or, where none does, above the one that does by default."""
         multiple = counted.max_norm_multiple or MAX_NORM_MULTIPLE
         limit = store.limit(Counted(counted.skip_positions, multiple))
-        rows = store.layout.measured_sequences
-        valid = store.valid(Counted(counted.skip_positions), rows)
-        lengths = store.norms[rows][valid]
-        squares, massive = np.square(lengths, dtype=np.float64), lengths > limit
+        tokens, largest, all_squares, their_squares, positions = 0, 0.0, 0.0, 0.0, [np.zeros(0, np.int64)]
+        measured = store.layout.measured_sequences
+        for part in norms.row_blocks(len(measured), store.context_length):
+            rows = measured[part]
+            valid = store.valid(Counted(counted.skip_positions), rows)
+            lengths = store.norms[rows][valid]
+            squares, massive = np.square(lengths, dtype=np.float64), lengths > limit
+            tokens, largest = tokens + len(lengths), max(largest, float(lengths.max(initial=0)))
+            all_squares, their_squares = all_squares + squares.sum(), their_squares + squares[massive].sum()
+            positions.append(np.nonzero(valid)[1][massive])
         return cls(
             counted,
-            tokens=len(lengths),
+            tokens=tokens,
             multiple=multiple,
             median=limit / multiple,
-            largest=float(lengths.max(initial=0)),
-            positions=np.nonzero(valid)[1][massive],
-            share_of_squares=float(squares[massive].sum() / max(squares.sum(), np.finfo(float).tiny)),
+            largest=largest,
+            positions=np.concatenate(positions),
+            share_of_squares=float(their_squares / max(all_squares, np.finfo(float).tiny)),
         )
 
     def line(self) -> str:

@@ -7,6 +7,7 @@ one in 5,000 holds three quarters of the squared norm. Where tokens are left out
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -18,6 +19,7 @@ from tsae.config.run import Counted
 from tsae.runtime import metadata, preemption
 from tsae.runtime.errors import TsaeError
 from tsae.runtime.progress import Progress
+from tsae.store import norms
 from tsae.store.reader import Store
 from tsae.store.writer import Summary
 
@@ -51,33 +53,41 @@ def moments_of(store: Store, counted: Counted) -> Moments:
 
 
 def _remaining(store: Store, counted: Counted) -> dict[str, object]:
-    rows = slice(len(store.sample))
-    kept, summed = store.valid(counted, rows), store.valid(Counted(1), rows)
-    kept &= summed
-    if not kept.any():
+    def kept(rows: np.ndarray) -> np.ndarray:
+        return store.valid(counted, rows) & store.valid(Counted(1), rows)
+
+    def dropped(rows: np.ndarray) -> np.ndarray:
+        return store.valid(Counted(1), rows) & ~store.valid(counted, rows)
+
+    sequences = np.arange(len(store.sample))
+    parts = [sequences[part] for part in norms.row_blocks(len(sequences), store.context_length)]
+    keeping, dropping = (
+        np.concatenate([part[which(part).any(1)] for part in parts] or [sequences]) for which in (kept, dropped)
+    )
+    if not len(keeping):
         raise TsaeError(
             f"{store.path}: no training token counts; a larger data.max_norm_multiple or fewer data.exclude_tokens are needed"
         )
-    dropped = summed & ~kept
-    if dropped.any(1).mean() <= FEW:
-        return Summary.of(store.attributes["statistics"]).without(_summed(store, dropped)).statistics()
+    if len(dropping) <= FEW * len(sequences):
+        less = _summed(store, dropping, dropped)
+        return Summary.of(store.attributes["statistics"]).without(less).statistics()
     key = schema.stable_hash([store.attributes["manifest"]["checksums"], *counted])
     path = store.path / "moments" / f"{key}.json"
     found = metadata.whole(path)
     if not found:
-        found = _summed(store, kept).statistics()
+        found = _summed(store, keeping, kept).statistics()
         if os.access(store.path, os.W_OK):
             metadata.write(path, found)
     return found
 
 
-def _summed(store: Store, which: np.ndarray) -> Summary:
-    """Sums over the tokens `which` [n, L] of the first n sequences."""
-    summary, sequences = Summary.empty(store.activation_dim), np.flatnonzero(which.any(1))
+def _summed(store: Store, sequences: np.ndarray, which: Callable[[np.ndarray], np.ndarray]) -> Summary:
+    """Sums over those tokens of `sequences` that `which` tells, [n, L] of n sequences."""
+    summary = Summary.empty(store.activation_dim)
     step = max(1, READ_BYTES // store.layout.geometry.sequence_bytes)
     progress = Progress("moments of activations", len(sequences), "sequences")
     for first in preemption.polled(range(0, len(sequences), step)):
         part = sequences[first : first + step]
-        summary.add(store.read(part)[torch.from_numpy(which[part])])
+        summary.add(store.read(part)[torch.from_numpy(which(part))])
         progress.update(first + len(part))
     return summary

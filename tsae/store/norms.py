@@ -18,6 +18,7 @@ from torch import Tensor
 
 from tsae.runtime import files, locks, preemption
 from tsae.runtime.progress import Progress
+from tsae.runtime.rows import Rows, RowsOnDisk
 from tsae.store.geometry import CRC_BYTES, Geometry, crc32c
 from tsae.store.layout import NORMS, StoreLayout, digest
 
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     import zarr
 
 READ_BYTES = 16_000_000
+POSITIONS_AT_ONCE = 2**22
 PER_CENT = (0, 0.1, 1, 5, 25, 50, 75, 95, 99, 99.9, 100)
 
 
@@ -65,55 +67,111 @@ def write(layout: StoreLayout, shard: int, norms: Iterable[np.ndarray]) -> None:
     files.write_atomically(_chunk(layout, shard), lambda stream: stream.write(chunk.tobytes() + crc32c(chunk)))
 
 
-def read(layout: StoreLayout) -> np.ndarray | None:
-    """[N, L] float32 of the measured shards' sequences, or None if any of it is missing or damaged: it can be made again."""
-    found = [_read_chunk(layout, shard) for shard in layout.measured]
-    whole = [chunk for chunk in found if chunk is not None]
-    return np.concatenate(whole) if len(whole) == len(found) else None
+def read(layout: StoreLayout) -> Rows | None:
+    """[N, L] float32, NaN in shards that are not measured; None if any that is is missing or damaged: it can be made again."""
+    if not all(_is_sound(layout, shard) for shard in layout.measured):
+        return None
+    geometry = layout.geometry
+    return RowsOnDisk(
+        (geometry.sequences, geometry.context_length),
+        "<f4",
+        lambda shard: _chunk(layout, shard),
+        geometry.shard_sequences,
+        remedy="remove this folder, and it is made from the activations when it is needed",
+        absent=float("nan"),
+    )
 
 
-def recorded(layout: StoreLayout) -> np.ndarray | None:
+def recorded(layout: StoreLayout) -> Rows | None:
     """The same as the store's digest has it, or None where it has none or they are damaged."""
     wanted = layout.attributes["digests"].get(NORMS)
     norms = read(layout) if wanted is not None else None
-    return norms if norms is not None and digest(norms) == wanted else None
+    return norms if norms is not None and digest(_measured(layout, norms)) == wanted else None
 
 
-def add(layout: StoreLayout, activations: Callable[[np.ndarray], Tensor]) -> np.ndarray:
+def _measured(layout: StoreLayout, norms: Rows) -> Rows:
+    """Those that the digest is of."""
+    return norms[layout.measured_sequences] if layout.rolling else norms
+
+
+def add(layout: StoreLayout, activations: Callable[[np.ndarray], Tensor]) -> Rows:
     """The same of a complete store that has none, made from its activations [S, L, D] and kept beside them.
 
     What another process is making is waited for; where nothing may be written, they are only made.
     """
     if not os.access(layout.path, os.W_OK):
-        return np.concatenate(list(_made(layout, activations)))
+        norms = np.full((layout.geometry.sequences, layout.geometry.context_length), np.nan, np.float32)
+        norms[layout.measured_sequences] = np.concatenate(list(_made(layout, activations)))
+        return norms
     with locks.hold_when_free(layout.path / "norms.lock", str(layout.path)):
-        norms = recorded(layout)
-        return _add(layout, activations) if norms is None else norms
+        return recorded(layout) or _add(layout, activations)
 
 
-def _add(layout: StoreLayout, activations: Callable[[np.ndarray], Tensor]) -> np.ndarray:
-    norms = np.concatenate(list(_made(layout, activations)))
+def _add(layout: StoreLayout, activations: Callable[[np.ndarray], Tensor]) -> Rows:
+    made = np.concatenate(list(_made(layout, activations)))
     if not _metadata(layout).exists():
         _create_beside(layout)
     first = 0
     for shard in layout.measured:
         rows = len(layout.geometry.sequences_of(shard))
-        write(layout, shard, [norms[first : first + rows]])
+        write(layout, shard, [made[first : first + rows]])
         first += rows
+    norms = read(layout)
+    assert norms is not None
     record(layout, norms)
     return norms
 
 
-def quantiles(layout: StoreLayout, norms: np.ndarray) -> dict[str, float]:
+def quantiles(layout: StoreLayout, norms: Rows) -> dict[str, float]:
     """Per cent → quantile of the norms of the sample's tokens after the first position that belong to a document."""
-    found = norms[: layout.sample, 1:][layout.document[: layout.sample, 1:] >= 0]
-    values = np.quantile(found, np.array(PER_CENT) / 100) if len(found) else np.zeros(len(PER_CENT))
-    return {f"{share:g}": float(value) for share, value in zip(PER_CENT, values, strict=True)}
+
+    def values() -> Iterator[np.ndarray]:
+        for rows in row_blocks(layout.sample, layout.geometry.context_length):
+            yield norms[rows][:, 1:][layout.document[rows][:, 1:] >= 0]
+
+    # Between two neighbours, as `numpy.quantile` of all values has it.
+    pairs, between = neighbours(values, np.array(PER_CENT) / 100)
+    found = [float(np.quantile(pair, share)) for pair, share in zip(pairs, between, strict=True)]
+    return {f"{share:g}": value for share, value in zip(PER_CENT, found, strict=True)}
 
 
-def record(layout: StoreLayout, norms: np.ndarray) -> None:
+def row_blocks(rows: int, length: int) -> Iterator[slice]:
+    """All rows of `length` positions, some at a time."""
+    step = max(1, POSITIONS_AT_ONCE // length)
+    return (slice(first, min(first + step, rows)) for first in range(0, rows, step))
+
+
+def neighbours(values: Callable[[], Iterator[np.ndarray]], shares: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """[n, 2] float32: of all values the two between which each quantile lies, and [n] how far from the first of them.
+
+    `values` gives the same blocks of float32 from 0 up twice. Such numbers are in the order of their bits, so that two
+    counts of 65,536 entries find any of them exactly: of the upper halves of all, then of the lower ones of a few.
+    """
+    upper = np.zeros(2**16, np.int64)
+    for block in values():
+        upper += np.bincount(block.view(np.uint32) >> 16, minlength=2**16)
+    ends, place = np.cumsum(upper), shares * max(int(upper.sum()) - 1, 0)
+    ranks = np.stack([np.floor(place), np.ceil(place)], axis=1).astype(np.int64)
+    if not ends[-1]:
+        return np.zeros(ranks.shape, np.float32), place
+    half = np.searchsorted(ends, ranks, side="right")
+    lower = {int(number): np.zeros(2**16, np.int64) for number in np.unique(half)}
+    for block in values():
+        bits = block.view(np.uint32)
+        for number, counts in lower.items():
+            counts += np.bincount(bits[bits >> 16 == number] & 0xFFFF, minlength=2**16)
+    found = np.zeros(ranks.shape, np.uint32)
+    for number, counts in lower.items():
+        here = half == number
+        within = ranks[here] - (ends[number] - upper[number])
+        found[here] = (number << 16) + np.searchsorted(np.cumsum(counts), within, side="right")
+    return found.view(np.float32), place - np.floor(place)
+
+
+def record(layout: StoreLayout, norms: Rows) -> None:
     """Keep the digest of the norms with those of the other arrays."""
-    layout.set_attributes(digests={**layout.attributes["digests"], NORMS: digest(norms)})
+    digests = {**layout.attributes["digests"], NORMS: digest(_measured(layout, norms))}
+    layout.set_attributes(digests=digests)
 
 
 def _made(layout: StoreLayout, activations: Callable[[np.ndarray], Tensor]) -> Iterator[np.ndarray]:
@@ -147,12 +205,9 @@ def _chunk(layout: StoreLayout, shard: int) -> Path:
     return layout.path / NORMS / "c" / str(shard) / "0"
 
 
-def _read_chunk(layout: StoreLayout, shard: int) -> np.ndarray | None:
-    """[S, L] of one shard; None if it is missing or damaged."""
+def _is_sound(layout: StoreLayout, shard: int) -> bool:
+    """Whether the norms of one shard are there and fit their checksum."""
     geometry, path = layout.geometry, _chunk(layout, shard)
     data = path.read_bytes() if path.exists() else b""
     size = geometry.shard_sequences * geometry.context_length * 4
-    if len(data) != size + CRC_BYTES or crc32c(data[:size]) != data[size:]:
-        return None
-    chunk = np.frombuffer(data[:size], "<f4").reshape(geometry.shard_sequences, geometry.context_length)
-    return chunk[: len(geometry.sequences_of(shard))]
+    return len(data) == size + CRC_BYTES and crc32c(data[:size]) == data[size:]

@@ -89,6 +89,7 @@ class Pool(NamedTuple):
     buffer: Tensor  # [sequences, L, D]: the blocks, one after the other
     scratch: Tensor  # [rows, D]
     norms: np.ndarray | None  # [sequences, L], where they decide which pairs are left out
+    document: np.ndarray  # [sequences, L]
     pairs: Tensor  # [lanes, n, 2 or 1] rows of the buffer seen as [sequences·L, D]: current, partner
 
 
@@ -253,8 +254,7 @@ class PairStream:
     def _documents(self, pool: Pool, offset: int) -> Tensor:
         """[B / world]: document of each pair."""
         place, position = np.divmod(self._rows(pool, offset)[:, 0].numpy(), pool.buffer.shape[1])
-        block, within = np.divmod(place, self._block)
-        return torch.from_numpy(self._store.document[pool.blocks[block] * self._block + within, position])
+        return torch.from_numpy(pool.document[place, position])
 
     def _load(
         self,
@@ -267,14 +267,15 @@ class PairStream:
         part = self._part(key)
         blocks = np.sort(part.order[part.first : part.last])
         if resident is not None and np.array_equal(resident.blocks, blocks):
-            buffer, norms = resident.buffer, resident.norms
+            buffer, norms, document = resident.buffer, resident.norms, resident.document
         else:
             buffer, norms = self._read(key, part, blocks, spare, leaving)
+            document = self._store.document[self._sequences(blocks)]
         pairs = self._pairs_of(key, part, blocks, norms)
         dim, dtype = self._store.activation_dim, self._store.dtype
         scratch = uninitialised((max(1, SCRATCH_BYTES // (dim * dtype.itemsize)), dim), dtype)
         self.waits.ready = time.monotonic()
-        return Pool(key, blocks, buffer, scratch, norms, torch.from_numpy(pairs))
+        return Pool(key, blocks, buffer, scratch, norms, document, torch.from_numpy(pairs))
 
     def _order(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """All blocks in the order of an epoch, and the place of each in it."""

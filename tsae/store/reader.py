@@ -16,6 +16,7 @@ from torch import Tensor
 
 from tsae.config.run import Counted, RunConfig
 from tsae.runtime.errors import TsaeError
+from tsae.runtime.rows import Rows
 from tsae.store import norms
 from tsae.store.geometry import CRC_BYTES, crc32c
 from tsae.store.layout import StoreLayout, decode
@@ -89,10 +90,10 @@ class Store:
             )
         return cls(layout)
 
-    @cached_property
-    def tokens(self) -> np.ndarray:
+    @property
+    def tokens(self) -> Rows:
         """[N, L] int32, right-padded."""
-        return self.layout.array("tokens")
+        return self.layout.tokens
 
     @property
     def lengths(self) -> np.ndarray:
@@ -100,7 +101,7 @@ class Store:
         return self.layout.lengths
 
     @property
-    def document(self) -> np.ndarray:
+    def document(self) -> Rows:
         """[N, L] int32: document of each position, -1 at padding, BOS and other special tokens."""
         return self.layout.document
 
@@ -121,15 +122,9 @@ class Store:
         return Truth(directions, group, tuple(self.attributes["model"]["feature_kinds"]), features)
 
     @cached_property
-    def norms(self) -> np.ndarray:
+    def norms(self) -> Rows:
         """[N, L] float32: norm of each position's activation as it is stored, 0 at padding; NaN where a rolling store has none."""
-        found = norms.recorded(self.layout)
-        found = norms.add(self.layout, self.read) if found is None else found
-        if not self.layout.rolling:
-            return found
-        every = np.full((self.n_sequences, self.context_length), np.nan, np.float32)
-        every[self.layout.measured_sequences] = found
-        return every
+        return norms.recorded(self.layout) or norms.add(self.layout, self.read)
 
     def norms_of(self, rows: np.ndarray | slice) -> np.ndarray:
         """[n, L] float32: the same of sequences `rows`; those of a rolling store are read for it where need be."""
@@ -172,9 +167,14 @@ class Store:
             return math.inf
         if counted.skip_positions not in self._medians:
             # Where nothing is trained on, as with labelled texts, the median is of all.
-            rows = slice(len(self.sample) or None)
-            valid = self.valid(Counted(counted.skip_positions), rows)
-            self._medians[counted.skip_positions] = float(np.median(self.norms[rows][valid])) if valid.any() else 0.0
+            rows = len(self.sample) or self.n_sequences
+
+            def values() -> Iterator[np.ndarray]:
+                for part in norms.row_blocks(rows, self.context_length):
+                    yield self.norms[part][self.valid(Counted(counted.skip_positions), part)]
+
+            pairs, _ = norms.neighbours(values, np.array([0.5]))
+            self._medians[counted.skip_positions] = float(np.median(pairs[0]))
         return counted.max_norm_multiple * self._medians[counted.skip_positions]
 
     def read(self, sequences: Sequence[int] | np.ndarray, out: Tensor | None = None) -> Tensor:

@@ -24,7 +24,7 @@ def verify(path: str | Path, deep: bool = False) -> list[str]:
     layout = StoreLayout(path)
     problems = [] if layout.attributes["complete"] else [f"{layout.path}: the harvest is not finished"]
     arrays = list(layout.attributes["digests"])
-    checks = [(layout.array, arrays), (layout.check_frame, [*arrays, "activations", "checksums"])]
+    checks = [(layout.check_array, arrays), (layout.check_frame, [*arrays, "activations", "checksums"])]
     for check, name in ((check, name) for check, names in checks for name in names):
         try:
             check(name)

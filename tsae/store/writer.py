@@ -26,6 +26,7 @@ from tsae.config import schema
 from tsae.config.sections import StoreConfig
 from tsae.runtime import files, metadata
 from tsae.runtime.errors import TsaeError
+from tsae.runtime.rows import Rows
 from tsae.store import geometry as cutting
 from tsae.store import layout as layouts
 from tsae.store import norms
@@ -171,17 +172,19 @@ def _write_draft(
         train = sequences - int(contexts.heldout)
         geometry = dataclasses.replace(geometry, shard_sequences=cutting.block_sequences(geometry, train))
         attributes["rolling"] = {"sample": min(train, -(-SAMPLE_TOKENS // length))}
-    arrays = {name: getattr(contexts, name) for name in layouts.SIBLINGS} | extras
-    arrays = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
-    group = zarr.create_group(path)
-    for name, array in arrays.items():
-        group.create_array(
+    arrays: dict[str, Rows] = {name: getattr(contexts, name) for name in layouts.SIBLINGS} | extras
+    group, digests = zarr.create_group(path), {}
+    for name, rows in arrays.items():
+        array = group.create_array(
             name,
-            data=array,
-            chunks=(max(1, min(len(array), 2**20 // array[:1].size if array.size else 1)), *array.shape[1:]),
-            compressors=[ZstdCodec(level=3), Crc32cCodec()],
+            shape=rows.shape,
+            dtype=rows.dtype,
+            chunks=layouts.chunk_of(name, rows.shape),
+            compressors=[Crc32cCodec()] if name in layouts.ON_DISK else [ZstdCodec(level=3), Crc32cCodec()],
+            config={"write_empty_chunks": True},  # zarr leaves out the file of a chunk of zeros
             dimension_names={**layouts.SIBLINGS, **layouts.EXTRAS}[name],
         )
+        digests[name] = digest(rows, array.chunks[0], array.__setitem__)
     group.create_array(
         "activations",
         shape=(sequences, length, activation_dim),
@@ -207,7 +210,6 @@ def _write_draft(
         dimension_names=("chunk",),
     )
     described = dataclasses.asdict(geometry)
-    digests = {name: digest(array) for name, array in arrays.items()}
     attributes = {
         "format": layouts.FORMAT,
         "version": layouts.VERSION,

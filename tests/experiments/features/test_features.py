@@ -78,7 +78,7 @@ def test_the_page_holds_the_activations_of_the_store(run: RunFolder, run_config:
     words = [about["strings"][token].strip() for token in columns["text"]]
     assert set(words) <= {"<unk>", "<eos>", *json.loads((tiny_model / "tokenizer.json").read_text())["model"]["vocab"]}
 
-    document = store.document.reshape(-1)
+    document = store.document[:].reshape(-1)
     latent = int(np.argmax(columns["rate"]))
     examples = range(columns["example_offsets"][latent], columns["example_offsets"][latent + 1])
     assert len(examples) == 9

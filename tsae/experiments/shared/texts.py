@@ -27,8 +27,9 @@ from torch import Tensor
 from tsae.config import schema
 from tsae.config.experiments import TextsConfig
 from tsae.config.run import RunConfig
-from tsae.data.contexts import Contexts, encodable, starts_with_bos
+from tsae.data.contexts import Contexts, starts_with_bos
 from tsae.data.labelled import EMBEDDED, LabelledText, default_classes, labelled_texts
+from tsae.data.tokenized import encodable
 from tsae.experiments.shared.subject import Subject
 from tsae.runtime import locks, preemption
 from tsae.runtime.environment import home
