@@ -340,9 +340,9 @@ class StoreLayout:
             rows: Any = found.oindex[self.measured_sequences] if measured else found
             whole = digest(rows, found.chunks[0], each) == self.attributes["digests"][name]
         except (OSError, ValueError, RuntimeError) as error:
-            raise TsaeError(f"{self.path / name}: has changed since the harvest ({error}); {_remedy(name)}") from None
+            raise TsaeError(f"{self.path / name}: has changed since the harvest ({error}); {remedy_of(name)}") from None
         if not whole:
-            raise TsaeError(f"{self.path / name}: has changed since the harvest; {_remedy(name)}")
+            raise TsaeError(f"{self.path / name}: has changed since the harvest; {remedy_of(name)}")
         return found
 
     def _as_long_as_the_text(self, name: str) -> Rows:
@@ -352,7 +352,7 @@ class StoreLayout:
             return self.array(name)
         folder = self.path / name / "c"
         return RowsOnDisk(
-            found.shape, "<i4", lambda file: folder / str(file) / "0", found.chunks[0], remedy=_remedy(name)
+            found.shape, "<i4", lambda file: folder / str(file) / "0", found.chunks[0], remedy=remedy_of(name)
         )
 
     @cached_property
@@ -433,7 +433,7 @@ class StoreLayout:
         )
 
 
-def _remedy(name: str) -> str:
+def remedy_of(name: str) -> str:
     """What mends an array beside the activations."""
     made_again = "remove this folder, and it is made from the activations when it is needed"
     return made_again if name == NORMS else "remove the store and harvest again"

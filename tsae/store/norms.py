@@ -20,7 +20,7 @@ from tsae.runtime import files, locks, preemption
 from tsae.runtime.progress import Progress
 from tsae.runtime.rows import Rows, RowsOnDisk
 from tsae.store.geometry import CRC_BYTES, Geometry, crc32c
-from tsae.store.layout import NORMS, StoreLayout, digest
+from tsae.store.layout import NORMS, StoreLayout, digest, remedy_of
 
 if TYPE_CHECKING:
     import zarr
@@ -77,7 +77,7 @@ def read(layout: StoreLayout) -> Rows | None:
         "<f4",
         lambda shard: _chunk(layout, shard),
         geometry.shard_sequences,
-        remedy="remove this folder, and it is made from the activations when it is needed",
+        remedy=remedy_of(NORMS),
         absent=float("nan"),
     )
 

@@ -212,8 +212,8 @@ def store_of(config: RunConfig) -> Store | None:
         return None
     whole = tokens * (width * itemsize + SIBLINGS)
     # Of a rolling store, too, tokens and documents are there for good.
-    missing = min(whole, _on_disk(config, whole, width * itemsize) + 2 * IDS * tokens)
-    return Store(whole, missing, tokens, width)
+    left = min(whole, _on_disk(config, whole, width * itemsize) + 2 * IDS * tokens)
+    return Store(whole, left, tokens, width)
 
 
 def _on_disk(config: RunConfig, whole: int, token_bytes: int) -> int:
