@@ -2,7 +2,7 @@
 
     <checkpoints_path>/<run_name>/trainer_0/
         config.json  ae.pt  checkpoints/ae_<step>.pt        what the reference's scripts read
-        resolved.yaml  provenance.json  metrics.jsonl  calibration.json  eval_results.json  resume/  ...
+        resolved.yaml  provenance.json  metrics.jsonl  calibration.json  eval_results.json  resume/  kept/  ...
 
 Nothing else in the package builds a path into a run folder.
 """
@@ -71,6 +71,7 @@ class RunFolder:
         self.eval_results = self.measured / "eval_results.json"
         self.calibration = self.path / "calibration.json"
         self.resume = self.path / "resume"
+        self.kept = self.path / "kept"
 
     @classmethod
     def of(cls, checkpoints_path: str | Path, run_name: str) -> RunFolder:
@@ -144,7 +145,20 @@ class RunFolder:
         """How to train on from this folder's weights, where the steps are all that is `different`; else nothing."""
         if not self.weights.exists() or ";" in different or not different.startswith("training.steps is "):
             return ""
-        return f"; another name with training.init_from={self.path.parent} trains on from its weights"
+        return (
+            f"; another name with training.init_from={self.path.parent} trains on from its weights, and with "
+            "training.keep_state=true from the start a run goes on when its steps are raised"
+        )
+
+    def shorter(self, config: RunConfig) -> RunConfig | None:
+        """The same configuration with as many steps as those after which this folder keeps a state, if it has more."""
+        steps = [
+            int(found[1]) for found in (re.fullmatch(r"step_(\d+)", path.name) for path in self.kept.glob("*")) if found
+        ]
+        if not steps or steps[0] >= config.training.steps:
+            return None
+        shorter = configuration.replace(config, training={"steps": steps[0]})
+        return shorter if self.training_hash() in (shorter.training_hash, config.training_hash) else None
 
     def require_same_training(self, config: RunConfig) -> None:
         """Refuse a run that was trained with other settings; files that came from elsewhere state none."""
@@ -156,9 +170,9 @@ class RunFolder:
             )
 
     def require_free(self, config: RunConfig) -> None:
-        """Refuse a folder that belongs to another training configuration."""
+        """Refuse a folder that belongs to another training configuration, unless it is to go on with more steps."""
         different = self.differences(config)
-        if different is not None:
+        if different is not None and self.shorter(config) is None:
             raise TsaeError(
                 f"{self.path}: holds a run of another configuration ({different}); "
                 f"choose another run name or remove the folder{self.onward(different)}"
@@ -169,7 +183,7 @@ class RunFolder:
     def claim(self, config: RunConfig) -> None:
         """Write resolved.yaml, or refuse a folder that belongs to another training configuration."""
         self.require_free(config)
-        if self.training_hash() is None:
+        if self.training_hash() != config.training_hash:
             tree = {"training_hash": config.training_hash, **configuration.to_yaml(config)}
             files.write_text(self.resolved, metadata.sealed_yaml(yaml.safe_dump(tree, sort_keys=False)))
 
@@ -183,8 +197,16 @@ class RunFolder:
                 for leftover in folder.glob(f".{name}*.tmp"):
                     leftover.unlink(missing_ok=True)
 
-    def remove_resume_states(self) -> None:
-        """Remove what only an unfinished run needs."""
+    def end(self, config: RunConfig) -> None:
+        """Remove what only an unfinished run needs; the state after its last step stays, if it is to be kept."""
+        last = self.resume / f"step_{config.training.steps}"
+        if self.resume.exists():
+            shutil.rmtree(self.kept, ignore_errors=True)
+        if config.training.keep_state and last.exists():
+            for other in self.resume.glob("step_*"):
+                if other != last:
+                    shutil.rmtree(other)
+            os.replace(self.resume, self.kept)
         shutil.rmtree(self.resume, ignore_errors=True)
 
     def load_config(self) -> RunConfig:

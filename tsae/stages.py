@@ -68,7 +68,7 @@ def train_stage(config: RunConfig | str, checkpoints_path: Path | str, run_name:
     refuse_other_data(config, run)
     with _started_together(config) as group:
         if _in_any(group, run.is_trained(config)):
-            run.remove_resume_states()
+            run.end(config)
             locks.clear(run.path, run_lock(run, "train").name)
             log.info("%s: already trained", run.path)
             return run.path

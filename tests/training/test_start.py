@@ -10,9 +10,11 @@ import torch
 
 from tsae.checkpoint import RunFolder, load_dictionary, save_dictionary
 from tsae.config import run as configuration
+from tsae.runtime import metadata
 from tsae.runtime.errors import TsaeError
 from tsae.sae.init import new_dictionary, random_dictionary
 from tsae.sae.kinds import KINDS
+from tsae.training.resume import ResumeStates
 from tsae.training.run import train
 from tsae.training.start import begin_with
 
@@ -130,3 +132,96 @@ def test_more_steps_of_a_finished_run_are_told_the_way(normalised, trained, tmp_
     longer = configuration.replace(normalised, training={"steps": 120})
     with pytest.raises(TsaeError, match=f"another name with training.init_from={trained} trains on from its weights"):
         train(longer, RunFolder.of(tmp_path, "first"))
+
+
+@pytest.fixture
+def short(normalised):
+    """A configuration whose schedules do not depend on how many steps there are, and whose last state is kept."""
+    return configuration.replace(
+        normalised,
+        objective={"temporal_anneal": 1.0},
+        training={"warmup_steps": 5, "threshold_start_step": 10, "steps": 30, "resume_every": 7, "keep_state": True},
+    )
+
+
+def grown(config, steps: int = 50, **training):
+    return configuration.replace(config, training={"steps": steps, **training})
+
+
+def test_a_finished_run_goes_on_when_its_steps_are_raised_to_what_it_would_have_been(short, tmp_path):
+    run, whole = RunFolder.of(tmp_path, "grown"), RunFolder.of(tmp_path, "whole")
+    train(short, run)
+    before, first = run.weights.read_bytes(), run.metrics.read_text().splitlines()
+    assert sorted(path.name for path in run.kept.iterdir()) == ["latest", "step_30"]
+    train(short, run)  # does nothing
+    for steps in (40, 50):
+        train(grown(short, steps), run)
+    train(grown(short), whole)
+    assert run.weights.read_bytes() == whole.weights.read_bytes()
+    assert run.checkpoint(30).read_bytes() == before
+    assert run.checkpoint(40).exists()
+    assert load_dictionary(run.path, checkpoint=30)[0].dict_size == 96
+    assert run.training_hash() == grown(short).training_hash
+    assert not run.resume.exists()
+    assert sorted(path.name for path in run.kept.iterdir()) == ["latest", "step_50"]
+    logged = run.metrics.read_text().splitlines()
+    assert logged[: len(first)] == first
+    assert [json.loads(line)["step"] for line in logged][-1] == 49
+    assert "inexact" not in json.loads(run.provenance.read_text())
+
+
+def test_without_a_state_it_is_refused_and_told_how(short, tmp_path):
+    run = RunFolder.of(tmp_path, "run")
+    train(configuration.replace(short, training={"keep_state": False}), run)
+    assert not run.kept.exists()
+    with pytest.raises(TsaeError, match=r"training\.steps is 30.*training\.keep_state=true from the start"):
+        train(grown(short), run)
+    train(short, run)
+    with pytest.raises(TsaeError, match=r"training\.lr"):
+        train(grown(short, lr=0.1), run)
+
+
+def test_a_state_is_not_kept_longer_than_it_is_asked_for(short, tmp_path):
+    run = RunFolder.of(tmp_path, "run")
+    train(short, run)
+    train(grown(short, keep_state=False), run)
+    assert run.is_trained(grown(short))
+    assert not run.kept.exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"training": {"warmup_steps": None}}, "warm-up went"),
+        ({"training": {"threshold_start_step": None}}, "threshold went"),
+        ({"training": {"decay_start": 20}}, "decay went"),
+        ({"objective": {"temporal_anneal": 4.0}}, "weight of the temporal term went"),
+    ],
+)
+def test_what_went_by_the_number_of_steps_is_said_in_provenance(short, tmp_path, changes, told):
+    short, run = configuration.replace(short, **changes), RunFolder.of(tmp_path, "run")
+    train(short, run)
+    train(grown(short), run)
+    (inexact,) = json.loads(run.provenance.read_text())["inexact"]
+    assert inexact.startswith(f"from step 30, the last of a run whose {told} by its 30 steps")
+
+
+@pytest.mark.parametrize("at", range(4))
+def test_growing_survives_a_kill_anywhere(short, tmp_path, monkeypatch, at):
+    run, whole = RunFolder.of(tmp_path, "grown"), RunFolder.of(tmp_path, "whole")
+    train(short, run)
+    train(grown(short), whole)
+    places = [(RunFolder, "claim"), (metadata, "write"), (ResumeStates, "save"), (RunFolder, "end")]
+    owner, name = places[at]
+
+    def killed(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(owner, name, killed)
+        with pytest.raises(KeyboardInterrupt):
+            train(grown(short), run)
+    train(grown(short), run)
+    assert run.weights.read_bytes() == whole.weights.read_bytes()
+    assert sorted(path.name for path in run.kept.iterdir()) == ["latest", "step_50"]
+    assert run.checkpoint(30).exists()

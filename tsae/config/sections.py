@@ -359,6 +359,8 @@ class TrainingConfig:
     """Minutes after which a resumable state is written, however few steps were done."""
     resume_keep: Count = 2
     """Resumable states that are kept: should the newest be damaged, the one before it serves."""
+    keep_state: bool = False
+    """Keep the state after the last step, three times the size of the weights: a finished run whose `steps` are raised then goes on from there. Its weights until then become a checkpoint of their step."""
     pack: Count = 1
     """Up to so many points of a sweep that read the same batches are trained in one process; results do not change."""
     trackers: tuple[Literal["tensorboard", "wandb"], ...] = ()

@@ -165,7 +165,7 @@ def _train(config: RunConfig) -> Need:
         pools = min(2 * training.pool_sequences * config.data.context_length, store.positions)
         memory = pools * (store.width * ITEMSIZE[config.store.dtype] + SIBLINGS)
     return Need(
-        disk=4 * parameters * (1 + len(training.save_steps)),
+        disk=4 * parameters * (1 + len(training.save_steps) + 3 * training.keep_state),
         passing=12 * parameters * (training.resume_keep + 1),
         memory=memory,
         device=STATE * parameters + 4 * encoded * (config.sae.dict_size + 3 * width),

@@ -238,6 +238,8 @@ def _refuse_another_run(chain: Chain, point: Point, trained_as: str | None) -> N
     if trained_as in (None, point.config.training_hash):
         return
     run = chain.run(point)
+    if run.shorter(point.config) is not None:
+        return
     different = run.differences(point.config) or ""
     raise TsaeError(
         f"{run.path}: holds a run of another configuration ({different}); "

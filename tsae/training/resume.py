@@ -110,11 +110,10 @@ class ResumeStates:
         if not self.busy:
             self.wait()
 
-    def remove(self) -> None:
-        """Forget all states: the run is complete."""
+    def close(self) -> None:
+        """No more states will be written."""
         self.wait()
         self._writer.shutdown()
-        shutil.rmtree(self.path, ignore_errors=True)
 
     def _write(self, step: int, state: dict[str, Any], first: Callable[[], object]) -> None:
         first()

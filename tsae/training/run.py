@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import os
 import time
 import uuid
 from collections.abc import Sequence
@@ -18,6 +19,7 @@ from tsae.checkpoint import CONFIG, RunFolder, save_run
 from tsae.config import run as configuration
 from tsae.config import schema
 from tsae.config.run import Counted, RunConfig, reading_settings
+from tsae.config.sections import KIND_SETTINGS
 from tsae.parallel.group import Group
 from tsae.parallel.rendezvous import together
 from tsae.runtime import metadata, preemption
@@ -63,7 +65,7 @@ def train_together(runs: Sequence[tuple[RunConfig, RunFolder]], inexact: bool = 
     pending = []
     for config, run in runs:
         if run.is_trained(config):
-            run.remove_resume_states()  # a process killed right after the final weights has left them
+            run.end(config)  # a process killed right after the final weights has left states
         else:
             pending.append((config, run))
     if not pending:
@@ -139,6 +141,7 @@ class _Training:
         self.config, self.run, self._group = config, run, group
         self.steps = config.training.steps
         self.finished, self._told = False, set[str]()
+        self._shorter = run.shorter(config)
         origin = _origin(config, store)
         self._store, self._opened = store, False
         self._states = ResumeStates(run.resume, origin, config.training.resume_keep)
@@ -167,14 +170,28 @@ class _Training:
 
         def begin() -> None:
             self.run.require_free(self.config)
-            state.update(self._states.load(inexact) or {})
+            state.update(self._load(inexact))
             for change in state.get("inexact", []):
                 log.warning("%s: goes on inexactly %s", self.run.path.parent.name, change)
 
         self._group.on_first(begin)
         if self._group.rank > 0:
-            state.update(self._states.load(inexact) or {})
+            state.update(self._load(inexact))
         return state
+
+    def _load(self, inexact: bool) -> dict[str, Any]:
+        """The newest state of this run or, where there is none yet, that of the shorter run which it goes on from."""
+        state = self._states.load(inexact)
+        if state is None and self._shorter is not None:
+            kept = ResumeStates(self.run.kept, _origin(self._shorter, self._store), keep=1)
+            state, self._states.newest = kept.load(inexact), kept.newest
+            if state is None:
+                raise TsaeError(f"{self.run.kept}: the state is damaged; remove it, and this run begins again")
+            end = self._shorter.training.steps
+            if other := _other_schedules(self._shorter, self.config):
+                change = f"from step {end}, the last of a run whose {other} went by its {end} steps"
+                state["inexact"] = [*state.get("inexact", []), change]
+        return state or {}
 
     def _continue(self, state: dict[str, Any]) -> None:
         try:
@@ -209,6 +226,10 @@ class _Training:
 
     def _open_files(self) -> None:
         config, run, store = self.config, self.run, self._store
+        if self._shorter is not None and run.weights.exists():  # before they could pass for those of this run
+            aside = run.checkpoint(self._shorter.training.steps)
+            aside.parent.mkdir(exist_ok=True)
+            os.replace(run.weights, aside)
         run.claim(config)
         run.remove_leftovers()
         self._states.remove_leftovers()
@@ -221,6 +242,8 @@ class _Training:
         metadata.write(run.provenance, provenance(config.training_hash, **sources))
         # Of an earlier attempt's weights, what that noted stays.
         noted = {name: entry for name, entry in metadata.whole(run.config_json, CONFIG).items() if name == "weights"}
+        if self._shorter is not None and (last := noted.get("weights", {}).pop(run.weights.name, None)):
+            noted["weights"][run.checkpoint(self._shorter.training.steps).relative_to(run.path).as_posix()] = last
         self._written = {**reference_config(config, store.activation_dim, self._trainer.scale), **noted}
         metadata.write(run.config_json, self._written)
         self._metrics = Metrics(run.metrics, *self._metrics_before)
@@ -249,6 +272,8 @@ class _Training:
         if logged and first:
             self._log(step, terms)
         if last:
+            if settings.keep_state:
+                self.save()
             self._group.on_first(self._finish)
             self.finished = True
 
@@ -333,8 +358,22 @@ class _Training:
         self._metrics.close()
         trainer = self._trainer
         save_run(self.run, self._written, trainer.dictionary, None, trainer.scale, trainer.shift)
-        self._states.remove()
+        self._states.close()
+        self.run.end(self.config)
         self._trackers.finish()  # which may wait for a server
+
+
+def _other_schedules(shorter: RunConfig, longer: RunConfig) -> str:
+    """In words, what up to the end of the shorter run went otherwise than it would have gone in the longer one."""
+    one, other = shorter.training, longer.training
+    found = {
+        "warm-up": one.warmup != other.warmup,
+        "threshold": KIND_SETTINGS[longer.sae.kind].needs_threshold and one.threshold_start != other.threshold_start,
+        "decay": one.decay_start is not None and one.decay_start < one.steps,
+        "weight of the temporal term": KIND_SETTINGS[longer.sae.kind].temporal
+        and longer.objective.temporal_anneal != 1,
+    }
+    return ", ".join(name for name, differs in found.items() if differs)
 
 
 def _left_out(config: RunConfig, store: Store) -> dict[str, Any]:
