@@ -23,7 +23,6 @@ from tsae.config.run import RunConfig
 from tsae.parallel import liveness
 from tsae.parallel.rendezvous import together
 from tsae.runtime import preemption
-from tsae.training.resume import ResumeStates
 from tsae.training.run import train
 from tsae.training.trainer import Trainer
 
@@ -51,7 +50,7 @@ def _die_at(moment: str, count: int) -> None:
     elif moment == "before a rename":
         _at(os, "replace", count, before=_die)
     elif moment == "before the states are removed":
-        _at(ResumeStates, "remove", count, before=_die)
+        _at(RunFolder, "end", count, before=_die)
     else:
         _at(os, "replace", count, after=_die)
 
