@@ -23,6 +23,7 @@ from tsae.config.run import RunConfig
 from tsae.parallel import liveness
 from tsae.parallel.rendezvous import together
 from tsae.runtime import preemption
+from tsae.training.resume import ResumeStates
 from tsae.training.run import train
 from tsae.training.trainer import Trainer
 
