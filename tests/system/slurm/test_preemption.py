@@ -15,6 +15,8 @@ from tests.system.slurm.slurm_sweep import SweepOnSlurm, tiny_run
 from tsae.checkpoint import RunFolder
 from tsae.config import run as configuration
 from tsae.stages import harvest_stage
+from tsae.store.layout import StoreLayout
+from tsae.store.window import held
 from tsae.sweep.schedulers.slurm.query import run
 
 
@@ -70,6 +72,37 @@ def test_a_preempted_training_ends_with_the_bits_of_one_that_was_left_alone(
         assert (sweep.home / f"{name} is evaluated").exists()  # what waited for it was not given up
         assert "state saved before step 101" in Path(jobs[name].log).read_text()
     assert "step ended with code 75" in Path(jobs["grace"].log).read_text()
+
+
+def test_a_preempted_training_on_a_window_harvests_on_and_ends_with_the_same_bits(
+    sweep: SweepOnSlurm, tmp_path: Path
+) -> None:
+    """Of five shards the window holds two: the world, which stands for a language model, is asked again and again."""
+    tree = tiny_run(tmp_path / "rolling", steps=200, resume_every=0, pool_sequences=128)
+    tree["store"]["window"] = "600kB"
+    harvest_stage(configuration.from_mapping(tree, "test"))
+    layout, checkpoints = StoreLayout(tmp_path / "rolling"), str(sweep.home / "checkpoints")
+    under_way = sweep.home / "under way"
+    alone = {"cpus": 1, "mem": "2G", "partition": "main"}
+    stages = [
+        sweep.stage(
+            "w", "tests.system.slurm.errands:train", checkpoints, "w", str(under_way), config="w",
+            **{**alone, "gpus": 4, "tasks": 1, "extra": {"nodelist": "n1"}},
+        ),
+        sweep.stage("undisturbed", "tsae.stages:train_stage", checkpoints, "undisturbed", config="w", after=("w",), **alone),
+    ]  # fmt: skip
+    jobs = {entry.stage: entry for entry in sweep.submission(configs={"w": tree}).submit(stages)}
+    sweep.wait(under_way.exists)
+    urgent("n1")
+    sweep.wait_until_over()
+    assert (sweep.state("w")["state"], sweep.state("w")["restarts"]) == ("done", 1)
+    both = [RunFolder.of(checkpoints, name).weights.read_bytes() for name in ("w", "undisturbed")]
+    assert both[0] == both[1]
+    assert layout.kept.start == 5
+    assert len(held(layout)) <= 2
+    log = Path(jobs["w"].log).read_text()
+    assert "state saved before step 101" in log
+    assert "training waited" in log
 
 
 @pytest.fixture
