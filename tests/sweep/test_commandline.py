@@ -55,6 +55,13 @@ def test_every_command_takes_a_folder(launched, capsys):
     assert "nothing is running or queued" in capsys.readouterr().out
 
 
+def test_a_folder_below_the_home_goes_by_its_name_and_a_near_one_is_told(launched, capsys):
+    assert main(["status", launched.name]) == 0
+    assert "k=4" in capsys.readouterr().out
+    assert main(["status", launched.name[:-1]]) == 2
+    assert f"did you mean '{launched.name}'?" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("more", ["training.steps=3", "--name=other", "--base=embedded"])
 def test_a_folder_keeps_its_settings(launched, capsys, more):
     assert main(["status", str(launched), more]) == 2

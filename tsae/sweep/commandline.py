@@ -9,7 +9,7 @@ import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tsae.runtime.environment import SWEEPS
+from tsae.runtime.environment import SWEEPS, home
 from tsae.runtime.errors import TsaeError, suggestion
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ def add_sweep_arguments(parser: argparse.ArgumentParser) -> None:
         "file",
         nargs="?",
         metavar="SWEEP",
-        help="a sweep's YAML such as sweeps/split_fraction.yaml, the name of a shipped one, or a sweep's folder",
+        help="a sweep's YAML such as sweeps/split_fraction.yaml, the name of a shipped one, or a sweep's folder or its name below TSAE_HOME/sweeps",
     )
     parser.add_argument(
         "overrides",
@@ -44,13 +44,15 @@ def part_words(given: argparse.Namespace) -> None:
 
 
 def sweep_of(given: argparse.Namespace) -> Sweep:
-    """The sweep that is named by its YAML, by the name of a shipped one, or by its folder. Raises TsaeError."""
+    """The sweep that is named by its YAML, by the name of a shipped one, or by its folder, also below TSAE_HOME/sweeps. Raises TsaeError."""
     part_words(given)
     if given.file is None:
         raise TsaeError("command line: SWEEP: the sweep's YAML is missing; for example sweeps/split_fraction.yaml")
     from tsae.sweep.sweepfile import load_sweep
 
-    path = Path(given.file)
+    path, shipped = Path(given.file), {found.stem: found for found in SWEEPS.glob("*.yaml")}
+    if not path.exists() and given.file not in shipped and (home() / "sweeps" / path / "attempts").is_dir():
+        path = home() / "sweeps" / path
     if (path / "attempts").is_dir():
         changed = [*given.overrides, *(f"--{name}" for name in ("base", "name") if getattr(given, name))]
         if changed:
@@ -61,12 +63,12 @@ def sweep_of(given: argparse.Namespace) -> Sweep:
         return load_folder(path)
     if path.is_dir():
         raise TsaeError(f"{path}: a folder without attempts/; a sweep's YAML, or its folder below sweeps/, is expected")
-    if not path.exists() and path.name == given.file and not path.suffix:
-        shipped = sorted(found.stem for found in SWEEPS.glob("*.yaml"))
+    if not path.exists() and path.name == given.file and path.suffix not in (".yaml", ".yml"):
         if given.file not in shipped:
-            near = suggestion(given.file, shipped)
-            raise TsaeError(f"{given.file}: no file, and no shipped sweep; {near}shipped: {', '.join(shipped)}")
-        path = SWEEPS / f"{given.file}.yaml"
+            own = [found.parent.name for found in (home() / "sweeps").glob("*/attempts")]
+            near = suggestion(given.file, [*shipped, *own])
+            raise TsaeError(f"{given.file}: no file, and no shipped sweep; {near}shipped: {', '.join(sorted(shipped))}")
+        path = shipped[given.file]
     return load_sweep(path, given.base, given.overrides, given.name)
 
 
