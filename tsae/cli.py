@@ -351,6 +351,11 @@ def _experiment(name: str, options: argparse.Namespace) -> None:
     _accept(options, asked["config"], asked["run"])
     if EXPERIMENTS[name].reads_store:
         harvest_elsewhere(asked["config"], asked["run"])
+    if getattr(options, "dry_run", False):
+        from tsae.experiments.driver import cost
+
+        print("\n".join(cost(name, asked["config"], asked["run"], asked["checkpoint"])))
+        return
     from tsae.report.headline import of_experiment
 
     made = [Path(path) for path in experiment_run(**asked)]

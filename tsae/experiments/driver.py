@@ -58,16 +58,8 @@ def run(
     Raises TsaeError, before anything is measured, for a split that is not there, for explanations that cannot be read
     and for the dense baseline where only latents make sense.
     """
-    from tsae.experiments.shared.subject import Subject
-
     experiment = EXPERIMENTS[name]
-    if experiment.reads_store:
-        binding.require_unchanged(run, config)
-    else:
-        binding.require_same_model(run, config)
-    subject = Subject(config, run, checkpoint=checkpoint, explanation_path=explanations)
-    if subject.is_dense and not experiment.dense:
-        raise TsaeError(f"--run_name {BASELINE}: tsae {name} is about latents; name a trained run")
+    subject = _subject(name, config, run, checkpoint, explanations)
     for split in chunks or ():
         subject.latents(split)
     if explanations is not None:
@@ -88,6 +80,34 @@ def run(
         for result in made:
             draw_again(name, Path(result))
     return made
+
+
+def cost(name: str, config: RunConfig, run: RunFolder, checkpoint: str | None = None) -> list[str]:
+    """What `run` would ask of others before experiment `name` is complete, in lines; nothing is written.
+
+    Of an experiment whose module has a `cost` beside `measure`. Raises TsaeError as `run` does.
+    """
+    subject = _subject(name, config, run, checkpoint, None)
+    if _is_current(run, name, config, None, checkpoint):
+        return [f"{run.result(_stem(config, name, None, checkpoint), 'json')}: complete already"]
+    lines: list[str] = module_of(name).cost(subject, settings_of(config, name))
+    return lines
+
+
+def _subject(
+    name: str, config: RunConfig, run: RunFolder, checkpoint: str | None, explanations: Path | None
+) -> Subject:
+    """What is measured. Raises TsaeError where its data have changed, and for the dense baseline where it has no place."""
+    from tsae.experiments.shared.subject import Subject
+
+    if EXPERIMENTS[name].reads_store:
+        binding.require_unchanged(run, config)
+    else:
+        binding.require_same_model(run, config)
+    subject = Subject(config, run, checkpoint=checkpoint, explanation_path=explanations)
+    if subject.is_dense and not EXPERIMENTS[name].dense:
+        raise TsaeError(f"--run_name {BASELINE}: tsae {name} is about latents; name a trained run")
+    return subject
 
 
 def draw_again(name: str, path: Path) -> None:

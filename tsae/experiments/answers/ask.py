@@ -12,7 +12,7 @@ import time
 import uuid
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from tsae.config.sections import ModelConfig
 from tsae.data.labelled import content_of
@@ -35,6 +35,18 @@ ANSWER = {
 """A line of recorded answers."""
 
 
+class Cost(NamedTuple):
+    """What prompts without a kept answer take."""
+
+    questions: int
+    """Requests, or prompts of a local model."""
+    prompt_tokens: int
+    answer_tokens: int
+    """At most."""
+    counts_by: str
+    """How the tokens of prompts were counted."""
+
+
 class Backend:
     """A model whose answers are kept; `respondent` None: only what is kept is known. `longest` tokens, if given, may be
     in an answer, whatever a prompt says.
@@ -50,9 +62,7 @@ class Backend:
 
         Raises TsaeError where asking on is pointless, and Preempted when asked to leave; what was answered is kept.
         """
-        if self._longest is not None:
-            prompts = [prompt._replace(max_tokens=self._longest) for prompt in prompts]
-        answers = [self._kept.find(self._model, prompt) for prompt in prompts]
+        prompts, answers = self._as_asked(prompts), self.kept(prompts)
         open_ = [index for index, answer in enumerate(answers) if answer is None]
         done = len(prompts) - len(open_)
         if self._respondent is None:
@@ -70,6 +80,24 @@ class Backend:
         if progress is not None:
             progress.update(len(prompts))
         return [answer for answer in answers if answer is not None]
+
+    def kept(self, prompts: Sequence[Prompt]) -> list[Answer | None]:
+        """The answer to each prompt, if it was given before; nobody is asked."""
+        return [self._kept.find(self._model, prompt) for prompt in self._as_asked(prompts)]
+
+    def cost(self, prompts: Sequence[Prompt]) -> Cost:
+        """What `answers` would send to the model now, and how long what comes back may be."""
+        if self._respondent is None:
+            return Cost(0, 0, 0, "")
+        known = zip(self._as_asked(prompts), self.kept(prompts), strict=True)
+        open_ = [prompt for prompt, answer in known if answer is None]
+        tokens = self._respondent.tokens(open_)
+        return Cost(len(open_), tokens, sum(prompt.max_tokens for prompt in open_), self._respondent.counts_by)
+
+    def _as_asked(self, prompts: Sequence[Prompt]) -> Sequence[Prompt]:
+        if self._longest is None:
+            return prompts
+        return [prompt._replace(max_tokens=self._longest) for prompt in prompts]
 
 
 class AnswerFile:

@@ -8,11 +8,13 @@ import os
 import queue
 import random
 import threading
+import time
 import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Iterator, Sequence
 from email.message import Message
+from email.utils import parsedate_to_datetime
 from http.client import HTTPException
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +32,10 @@ HOPELESS = {401: "the key is refused", 403: "the key may not do this", 404: "the
 PASSING = frozenset({408, 409, 425, 429})
 """Statuses below 500 after which another attempt may succeed."""
 FIRST_WAIT, LONGEST_WAIT = 1.0, 60.0  # seconds
+MOST_PATIENCE = 600.0  # seconds
+"""How long an endpoint may ask to wait; one that names a longer time is out of its budget for the day."""
+CHARACTERS_PER_TOKEN = 4
+"""Of English text, about; which tokenizer an endpoint has, and what it adds to a message, is its own business."""
 INVALID = (400, 422)
 """How an endpoint refuses a request whose parameters it does not like."""
 UNKNOWN = (
@@ -48,6 +54,8 @@ UNKNOWN = (
 class Endpoint:
     """Answers prompts through POST <base_url>/chat/completions."""
 
+    counts_by = f"characters / {CHARACTERS_PER_TOKEN}"
+
     def __init__(self, settings: AnswersConfig, where: str) -> None:
         address = urllib.parse.urlsplit(str(settings.base_url))
         if address.scheme not in ("http", "https") or not address.netloc:
@@ -62,6 +70,11 @@ class Endpoint:
         self._failed_in_a_row = 0
         self._stop = threading.Event()
         self._hopeless: str | None = None
+        self._not_before = 0.0
+
+    def tokens(self, prompts: Sequence[Prompt]) -> int:
+        """Tokens of these prompts together, estimated by their length."""
+        return sum(-(-len(prompt.system + prompt.user) // CHARACTERS_PER_TOKEN) for prompt in prompts)
 
     def ask(self, prompts: Sequence[Prompt]) -> Iterator[tuple[int, Answer]]:
         """Index and answer of each prompt, as they come in.
@@ -118,6 +131,9 @@ class Endpoint:
         failure, attempt = "", 0
         while attempt < self._settings.tries:
             body = self._body(prompt)
+            # A limit is the account's: when it is met, every other request would meet it, too.
+            if stop.wait(max(0.0, self._not_before - time.monotonic())):
+                break
             try:
                 return self._request(body)
             except urllib.error.HTTPError as error:
@@ -134,16 +150,19 @@ class Endpoint:
                     return Answer(None, failure)
                 if error.code < 500 and error.code not in PASSING:
                     return Answer(None, failure)
+                if asked_to_wait > MOST_PATIENCE:
+                    return Answer(None, f"{failure}; it asks to wait for {asked_to_wait:.0f} s")
+                self._not_before = max(self._not_before, time.monotonic() + asked_to_wait)
             except TimeoutError:
-                failure, asked_to_wait = f"no answer within {self._settings.timeout:g} s", 0.0
+                failure = f"no answer within {self._settings.timeout:g} s"
             except (OSError, HTTPException) as error:
-                failure, asked_to_wait = f"connection failed: {getattr(error, 'reason', None) or error!r}", 0.0
+                failure = f"connection failed: {getattr(error, 'reason', None) or error!r}"
             except ValueError as error:
-                failure, asked_to_wait = f"the answer is not what the protocol says: {error}", 0.0
+                failure = f"the answer is not what the protocol says: {error}"
             attempt += 1
             if attempt < self._settings.tries:
-                wait = max(asked_to_wait, FIRST_WAIT * 2 ** (attempt - 1) * random.uniform(0.5, 1.0))
-                if stop.wait(min(wait, LONGEST_WAIT)):
+                doubled = FIRST_WAIT * 2 ** (attempt - 1) * random.uniform(0.5, 1.0)
+                if stop.wait(min(doubled, LONGEST_WAIT)):
                     break
         return Answer(None, f"{failure} (after {self._settings.tries} attempts)")
 
@@ -239,9 +258,14 @@ def _refused(text: str, body: dict[str, Any]) -> str | None:
 
 
 def _seconds(headers: Message) -> float:
-    """Retry-After where it is a number of seconds, else 0."""
+    """Retry-After, a number of seconds or a date; 0 without one."""
+    asked = headers.get("Retry-After") or "0"
     try:
-        return max(0.0, float(headers.get("Retry-After") or 0))
+        return max(0.0, float(asked))
+    except ValueError:
+        pass
+    try:
+        return max(0.0, parsedate_to_datetime(asked).timestamp() - time.time())
     except ValueError:
         return 0.0
 

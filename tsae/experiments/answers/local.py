@@ -10,6 +10,8 @@ from tsae.experiments.answers.prompts import Answer, Prompt
 from tsae.runtime import preemption
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
     from tsae.config.experiments import AnswersConfig
     from tsae.lm.model import LanguageModel
 
@@ -17,14 +19,23 @@ if TYPE_CHECKING:
 class LocalModel:
     """A causal language model of this machine, loaded when the first prompt has no kept answer."""
 
+    counts_by = "its tokenizer"
+
     def __init__(self, settings: AnswersConfig) -> None:
         self._settings = settings
         self._loaded: LanguageModel | None = None
 
+    def tokens(self, prompts: Sequence[Prompt]) -> int:
+        """Tokens of these prompts together, by the model's tokenizer alone."""
+        from tsae.lm.model import load_tokenizer
+
+        tokenizer = load_tokenizer(ModelConfig(name=str(self._settings.model)))
+        return sum(len(_tokens(tokenizer, prompt)) for prompt in preemption.polled(prompts))
+
     def ask(self, prompts: Sequence[Prompt]) -> Iterator[tuple[int, Answer]]:
         """Index and answer of each prompt, a batch at a time; prompts longer than the model's context fail."""
         model = self._model()
-        tokens = [_tokens(model, prompt) for prompt in prompts]
+        tokens = [_tokens(model.tokenizer, prompt) for prompt in prompts]
         fitting = []
         for index, (prompt, ids) in enumerate(zip(prompts, tokens, strict=True)):
             if model.max_length is not None and len(ids) + prompt.max_tokens > model.max_length:
@@ -52,9 +63,8 @@ class LocalModel:
         return self._loaded
 
 
-def _tokens(model: LanguageModel, prompt: Prompt) -> list[int]:
+def _tokens(tokenizer: PreTrainedTokenizerFast, prompt: Prompt) -> list[int]:
     """A prompt in the model's own chat format; a model without one gets the two texts as they are."""
-    tokenizer = model.tokenizer
     if tokenizer.chat_template is None:
         return list(tokenizer(f"{prompt.system}\n\n{prompt.user}\n\n")["input_ids"])
     messages = [{"role": "system", "content": prompt.system}, {"role": "user", "content": prompt.user}]

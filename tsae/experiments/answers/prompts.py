@@ -27,6 +27,13 @@ class Answer(NamedTuple):
 class Respondent(Protocol):
     """Whoever answers prompts that have no answer yet."""
 
+    counts_by: str
+    """How `tokens` counts, in words."""
+
+    def tokens(self, prompts: Sequence[Prompt]) -> int:
+        """Tokens of these prompts together; an estimate where nobody knows the tokenizer."""
+        ...
+
     def ask(self, prompts: Sequence[Prompt]) -> Iterator[tuple[int, Answer]]:
         """Index and answer of each prompt, in any order. Raises TsaeError where asking on is pointless."""
         ...

@@ -15,7 +15,8 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,16 +31,14 @@ from tsae.experiments.explain.scores import balanced_accuracy, headline, summari
 from tsae.experiments.shared.journal import Journal
 from tsae.experiments.shared.subject import Subject
 from tsae.interop.explanations import OWN, write_explanations
-from tsae.runtime import metadata, preemption
+from tsae.runtime import metadata
 from tsae.runtime.errors import TsaeError
-from tsae.runtime.progress import Progress
 from tsae.store.binding import data_identity, weights_identity
 
-__all__ = ["draw", "measure"]
+__all__ = ["cost", "draw", "measure"]
 
 VERSION = 1
 """Of the stages' files and the prompts; raised when either changes."""
-LATENTS_AT_ONCE = 16
 
 
 def measure(subject: Subject, settings: ExplainConfig) -> dict[str, Any]:
@@ -48,16 +47,10 @@ def measure(subject: Subject, settings: ExplainConfig) -> dict[str, Any]:
     Raises TsaeError for settings that cannot work, for an explanations.json that came from elsewhere, and where no
     latent can be explained.
     """
-    for name, least in (("sequences", 1), ("window", 2), ("examples", 1), ("tests", 1), ("seed", 0), ("latents", 1)):
-        value = getattr(settings, name)
-        if value is not None and value < least:
-            raise TsaeError(f"experiments.explain.{name}: {value} is impossible; at least {least}")
-    stages = _Stages(subject, settings)
+    stages, explainer = _begin(subject, settings)
     stages.require_own_explanations()
-    explainer: Explainer = TokenExplainer()
-    if settings.answers.backend != "none":
-        explainer = ModelExplainer(open_backend(settings.answers, "experiments.explain.answers"))
     about = stages.examples()
+    print("\n".join(_costs(subject, settings, about, explainer)), file=sys.stderr)
     explained = stages.explanations(about, explainer)
     digest = stages.write_explanations(explained)
     scores = stages.scores(about, explained, explainer)
@@ -67,10 +60,66 @@ def measure(subject: Subject, settings: ExplainConfig) -> dict[str, Any]:
         "explained_by": explainer.name,
         "explanations": {"file": stages.target.name, "sha256": digest},
         "latents": _counts(about, explained, scores),
+        "headline_is": f"balanced accuracy; {_who(about)}",
         **results,
         "headline": shown,
         "half_width_95": half,
     }
+
+
+def cost(subject: Subject, settings: ExplainConfig) -> list[str]:
+    """What `measure` would explain, leave out and ask now, in two lines; nobody is asked, and no file is written.
+
+    Raises TsaeError as `measure` does.
+    """
+    stages, explainer = _begin(subject, settings)
+    return _costs(subject, settings, stages.examples(keep=False), explainer)
+
+
+def _begin(subject: Subject, settings: ExplainConfig) -> tuple[_Stages, Explainer]:
+    for name, least in (("sequences", 1), ("window", 2), ("examples", 1), ("tests", 1), ("seed", 0), ("latents", 1)):
+        value = getattr(settings, name)
+        if value is not None and value < least:
+            raise TsaeError(f"experiments.explain.{name}: {value} is impossible; at least {least}")
+    explainer: Explainer = TokenExplainer()
+    if settings.answers.backend != "none":
+        backend = open_backend(settings.answers, "experiments.explain.answers")
+        explainer = ModelExplainer(backend, subject.name, subject.run.progress)
+    return _Stages(subject, settings), explainer
+
+
+def _costs(subject: Subject, settings: ExplainConfig, about: Sequence[Record], explainer: Explainer) -> list[str]:
+    """Which latents are explained, and what it takes to ask a language model about them."""
+    lines = [f"explain {subject.name}: {_who(about)}"]
+    if settings.answers.backend == "none":
+        return lines
+    found = explainer.cost([record for record in about if "rule" in record], settings.seed)
+    if not found.questions:
+        return [*lines, f"{explainer.name}: nothing is asked, the answers are recorded"]
+    asks = (
+        f"{explainer.name}: {found.questions:,} questions of about {found.prompt_tokens:,} tokens ({found.counts_by}), "
+        f"answers of at most {found.answer_tokens:,}"
+    )
+    if settings.answers.price is not None:
+        of_prompts, of_answers = settings.answers.price
+        most = (found.prompt_tokens * of_prompts + found.answer_tokens * of_answers) / 1e6
+        least = found.prompt_tokens * of_prompts / 1e6
+        asks += f"; costs {least:,.2f} (prompts alone) to {most:,.2f} (longest answers)"
+    return [*lines, asks]
+
+
+def _who(about: Sequence[Record]) -> str:
+    """How many latents are explained, and why the others are not."""
+    drawn, reasons = sum("rule" in record for record in about), _reasons(about)
+    if spared := len(about) - drawn - sum(reasons.values()):
+        reasons["not drawn, which experiments.explain.latents limits"] = spared
+    left_out = "; ".join(f"{count:,} {reason}" for reason, count in reasons.most_common())
+    return f"{drawn:,} of {len(about):,} latents" + (f"; left out: {left_out}" if left_out else "")
+
+
+def _reasons(about: Sequence[Record]) -> Counter[str]:
+    """Why latents cannot be explained, and how many."""
+    return Counter(record["failure"] for record in about if "failure" in record)
 
 
 class _Stages:
@@ -86,20 +135,23 @@ class _Stages:
         answers = settings.answers
         self._answers_hash = schema.stable_hash([self._examples_hash, answers.backend, as_written(answers.model)])
 
-    def examples(self) -> list[Record]:
+    def examples(self, *, keep: bool = True) -> list[Record]:
         """A record of every latent; complete or not there."""
         journal = Journal(self._file("autointerp_examples"), "examples", self._examples_hash)
         if len(journal.records) < self._subject.dictionary.dict_size:
-            journal.replace(collect_examples(self._subject, self._settings))
+            about = collect_examples(self._subject, self._settings)
+            if not keep:
+                return about
+            journal.replace(about)
         return [journal.records[latent] for latent in sorted(journal.records)]
 
     def explanations(self, about: Sequence[Record], explainer: Explainer) -> dict[int, str]:
         """Latent → explanation; what failed in an earlier attempt is tried again."""
         journal = Journal(self._file("autointerp_explanations"), "explanations", self._answers_hash)
         drawn = [record for record in about if "rule" in record]
-        for block in self._blocks(drawn, journal, "explanations"):
-            made = zip(block, explainer.explain(block), strict=True)
-            journal.add(*({"latent": record["latent"]} | _outcome(*found) for record, found in made))
+        open_ = _unfinished(drawn, journal)
+        made = zip(open_, explainer.explain(open_), strict=True)
+        journal.add(*({"latent": record["latent"]} | _outcome(*found) for record, found in made))
         records = [journal.records[record["latent"]] for record in drawn]
         explained = {record["latent"]: record["explanation"] for record in records if "explanation" in record}
         if not explained:
@@ -111,17 +163,17 @@ class _Stages:
         """Latent → its scores; what was not answered in an earlier attempt is asked again."""
         journal = Journal(self._file("autointerp_scores"), "scores", self._answers_hash)
         drawn = [record for record in about if record["latent"] in explained]
-        for block in self._blocks(drawn, journal, "scores"):
-            tasks = [
-                task for record in block for task in tasks_of(record, explained[record["latent"]], self._settings.seed)
-            ]
-            scored: dict[int, Record] = {record["latent"]: {"latent": record["latent"]} for record in block}
-            for task, (verdicts, reasons) in zip(tasks, explainer.judge(tasks), strict=True):
-                record = scored[task.record["latent"]]
-                record[task.scorer] = balanced_accuracy([item.truth for item in task.items], verdicts)
-                if reasons:
-                    record["failure"] = reasons[0]
-            journal.add(*scored.values())
+        open_ = _unfinished(drawn, journal)
+        tasks = [
+            task for record in open_ for task in tasks_of(record, explained[record["latent"]], self._settings.seed)
+        ]
+        scored: dict[int, Record] = {record["latent"]: {"latent": record["latent"]} for record in open_}
+        for task, (verdicts, reasons) in zip(tasks, explainer.judge(tasks), strict=True):
+            record = scored[task.record["latent"]]
+            record[task.scorer] = balanced_accuracy([item.truth for item in task.items], verdicts)
+            if reasons:
+                record["failure"] = reasons[0]
+        journal.add(*scored.values())
         return journal.records
 
     def write_explanations(self, explained: dict[int, str]) -> str:
@@ -147,17 +199,10 @@ class _Stages:
         stem, _, stage = name.partition("_")
         return self._subject.run.result(f"{stem}{self._suffix}{'_' if stage else ''}{stage}", suffix)
 
-    def _blocks(self, drawn: Sequence[Record], journal: Journal, stage: str) -> Iterator[list[Record]]:
-        """Latents without a flawless record, a few at a time."""
-        open_ = [record for record in drawn if "failure" in journal.records.get(record["latent"], {"failure": ""})]
-        run = self._subject.run
-        progress = Progress(f"explain {self._subject.name}: {stage}", len(drawn), "latents", run.progress)
-        done = len(drawn) - len(open_)
-        for start in preemption.polled(range(0, len(open_), LATENTS_AT_ONCE)):
-            block = open_[start : start + LATENTS_AT_ONCE]
-            yield block
-            done += len(block)
-            progress.update(done)
+
+def _unfinished(drawn: Sequence[Record], journal: Journal) -> list[Record]:
+    """Latents without a flawless record."""
+    return [record for record in drawn if "failure" in journal.records.get(record["latent"], {"failure": ""})]
 
 
 def _outcome(explanation: str, failure: str) -> Record:
@@ -167,11 +212,13 @@ def _outcome(explanation: str, failure: str) -> Record:
 def _counts(about: Sequence[Record], explained: dict[int, str], scores: dict[int, Record]) -> dict[str, Any]:
     """How many latents there are, and what became of those without a score."""
     drawn = [record["latent"] for record in about if "rule" in record]
-    reasons = Counter(record["failure"] for record in about if "failure" in record)
+    reasons = _reasons(about)
+    testable = len(about) - sum(reasons.values())
     reasons["no explanation in the answer"] = len(drawn) - len(explained)
     reasons["some verdicts are missing"] = sum("failure" in scores.get(latent, {}) for latent in explained)
     return {
         "all": len(about),
+        "testable": testable,
         "drawn": len(drawn),
         "explained": len(explained),
         "scored": sum(scores.get(latent, {}).get("detection", {}).get("score") is not None for latent in explained),

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from tsae.experiments.answers.ask import Backend
+from tsae.experiments.answers.ask import Backend, Cost
+from tsae.experiments.answers.prompts import Answer
 from tsae.experiments.explain import prompts
 from tsae.experiments.shared.firings import Firings, Windows
+from tsae.runtime.progress import Progress
 
 MOST_TOKENS = 6
 CANDIDATES = 16
@@ -144,6 +147,10 @@ class Explainer(Protocol):
         """The verdicts on each task's items."""
         ...
 
+    def cost(self, records: Sequence[Record], seed: int) -> Cost:
+        """What explaining these latents, and judging that, would ask a language model now."""
+        ...
+
 
 class TokenExplainer:
     """Names the tokens that the first stage found, and judges by them."""
@@ -159,22 +166,30 @@ class TokenExplainer:
         """What each latent's rule says of its texts."""
         return [Verdicts([_rule_says(task, item) for item in task.items], []) for task in tasks]
 
+    def cost(self, records: Sequence[Record], seed: int) -> Cost:
+        """Nobody is asked."""
+        return Cost(0, 0, 0, "")
+
 
 class ModelExplainer:
-    """Asks a language model for both."""
+    """Asks a language model for both, about all latents at once: `concurrency` questions are always under way.
 
-    def __init__(self, backend: Backend) -> None:
+    `subject` and `progress_file` are what progress is said of, and where it is kept.
+    """
+
+    def __init__(self, backend: Backend, subject: str, progress_file: Path | None) -> None:
         self.name, self._backend = backend.name, backend
+        self._subject, self._progress_file = subject, progress_file
 
     def explain(self, records: Sequence[Record]) -> list[tuple[str, str]]:
         """What the model makes of each latent's examples."""
         asked = [prompts.explanation_prompt(record["examples"]) for record in records]
-        return [prompts.read_explanation(answer) for answer in self._backend.answers(asked)]
+        return [prompts.read_explanation(answer) for answer in self._answers("explanations", asked)]
 
     def judge(self, tasks: Sequence[Task]) -> list[Verdicts]:
         """The model's verdicts, a few texts to a question."""
         asked = [_questions(task) for task in tasks]
-        answers = iter(self._backend.answers([prompt for questions in asked for prompt in questions]))
+        answers = iter(self._answers("verdicts", [prompt for questions in asked for prompt in questions]))
         judged = []
         for task, questions in zip(tasks, asked, strict=True):
             verdicts: list[bool | None] = []
@@ -186,6 +201,22 @@ class ModelExplainer:
                 reasons += [reason] if reason else []
             judged.append(Verdicts(verdicts, reasons))
         return judged
+
+    def cost(self, records: Sequence[Record], seed: int) -> Cost:
+        """The questions without an answer; until there is an explanation, the token rule stands in for its words."""
+        asked = [prompts.explanation_prompt(record["examples"]) for record in records]
+        questions = list(asked)
+        for record, answer in zip(records, self._backend.kept(asked), strict=True):
+            explanation, failure = describe(**record["rule"]), ""
+            if answer is not None:
+                explanation, failure = prompts.read_explanation(answer)
+            if not failure:
+                questions += [prompt for task in tasks_of(record, explanation, seed) for prompt in _questions(task)]
+        return self._backend.cost(questions)
+
+    def _answers(self, stage: str, asked: Sequence[prompts.Prompt]) -> list[Answer]:
+        progress = Progress(f"explain {self._subject}: {stage}", len(asked), "questions", self._progress_file)
+        return self._backend.answers(asked, progress)
 
 
 def tasks_of(record: Record, explanation: str, seed: int) -> list[Task]:

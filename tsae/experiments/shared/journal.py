@@ -17,8 +17,8 @@ RECORD = {"latent": metadata.NATURAL}
 class Journal:
     """Records by latent in a file whose first line says which settings they were made with.
 
-    A file of other settings is begun anew. The unfinished last line of a process that was killed is dropped, and so are
-    lines that are damaged: what they told is made again.
+    A file of other settings is begun anew when the first record is added; to look at one changes nothing. The unfinished
+    last line of a process that was killed is dropped, and so are lines that are damaged: what they told is made again.
     """
 
     def __init__(self, path: Path, stage: str, settings_hash: str) -> None:
@@ -30,12 +30,11 @@ class Journal:
             log.warning("%s: damaged in lines %s; they are made again", path, ", ".join(map(str, damaged)))
         if lines and lines[0] == self._head:
             self.records = {line["latent"]: line for line in lines[1:] if not metadata.misfit(line, RECORD)}
-        if path.exists():
-            self._write()
+        self._whole = False
 
     def add(self, *records: Record) -> None:
         """Append records, and have them on disk."""
-        if not self.path.exists():
+        if not self._whole:
             self._write()
         with open(self.path, "ab") as stream:
             for record in records:
@@ -53,3 +52,4 @@ class Journal:
         content = b"".join(map(metadata.line, [self._head, *self.records.values()]))
         if not self.path.exists() or self.path.read_bytes() != content:
             files.write_atomically(self.path, lambda stream: stream.write(content))
+        self._whole = True
