@@ -36,7 +36,9 @@ def add_commands(add: AddCommand, run: Callable[[str, argparse.Namespace], None]
             _option(parser, "protocol", choices=("disjoint", "reference"), help="reference: that of the released code")
         if name == "explain":
             parser.add_argument(
-                "--dry-run", action="store_true", help="say which latents, questions and tokens it takes, and ask nothing"
+                "--dry-run",
+                action="store_true",
+                help="say which latents, questions and tokens it takes, and ask nothing",
             )
         if name == "features":
             _option(parser, "beside", help="another run, whose latents are matched with this one's")

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
+from email.message import Message
+from email.utils import formatdate
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +13,12 @@ import pytest
 
 from tests.experiments.answers.chat_server import Server
 from tsae.config.experiments import AnswersConfig
+from tsae.config.sections import ModelConfig
 from tsae.experiments.answers import endpoint
-from tsae.experiments.answers.ask import open_backend
+from tsae.experiments.answers.ask import Cost, open_backend
 from tsae.experiments.answers.prompts import Answer, Prompt
 from tsae.experiments.explain.prompts import read_explanation, read_verdicts
+from tsae.lm.model import load_tokenizer
 from tsae.runtime import preemption
 from tsae.runtime.errors import TsaeError
 
@@ -107,6 +112,35 @@ def test_the_endpoint_decides_how_long_to_wait(server: Server, ask: Ask) -> None
     server.faults = ["429 0.4"]
     assert ask("a") == [Answer("A")]
     assert server.times[1] - server.times[0] >= 0.4
+
+
+def test_a_limit_that_one_request_meets_holds_back_all(server: Server) -> None:
+    settings = AnswersConfig(backend="endpoint", model="tester", base_url=server.base_url, concurrency=2)
+    asked = endpoint.Endpoint(settings, WHERE)
+
+    def says(request: dict[str, Any]) -> str:
+        while request is not server.requests[0] and not asked._not_before:
+            time.sleep(0.01)  # the second request is answered when the first one's refusal was read
+        return "yes"
+
+    server.says, server.faults = says, ["429 0.4"]
+    assert len(list(asked.ask([PROMPT._replace(user=str(n)) for n in range(5)], lambda *_: None))) == 5
+    assert min(server.times[2:]) - server.times[0] >= 0.4
+
+
+def test_a_limit_for_longer_than_anybody_waits_is_a_failure_at_once(server: Server, ask: Ask) -> None:
+    server.faults = ["429 86400"]
+    assert ask("a") == [Answer(None, "HTTP 429 slow down; it asks to wait for 86400 s")]
+    assert len(server.requests) == 1
+
+
+def test_a_time_to_wait_is_read_as_seconds_or_as_a_date() -> None:
+    headers = Message()
+    assert endpoint._seconds(headers) == 0
+    for text, least, most in (("7", 7, 7), (formatdate(time.time() + 100, usegmt=True), 1, 100), ("soon", 0, 0)):
+        del headers["Retry-After"]
+        headers["Retry-After"] = text
+        assert least <= endpoint._seconds(headers) <= most
 
 
 @pytest.mark.parametrize(
@@ -250,6 +284,13 @@ def test_what_was_answered_is_not_asked_again(server: Server, ask: Ask, own_home
     assert replayed == [Answer("B"), Answer(None, "no answer of tester is recorded")]
 
 
+def test_an_answer_that_cannot_be_kept_ends_it(ask: Ask, own_home: Path) -> None:
+    own_home.mkdir()
+    (own_home / "answers").write_text("no folder")
+    with pytest.raises(OSError, match="answers"):
+        ask("a", "b")
+
+
 def test_a_line_that_a_killed_process_left_unfinished_costs_one_answer(
     server: Server, ask: Ask, own_home: Path
 ) -> None:
@@ -302,6 +343,16 @@ def test_a_local_model_answers_a_prompt_alone_as_it_does_in_a_batch(tiny_model: 
         record.unlink()
     alone = AnswersConfig(backend="local", model=str(tiny_model), batch_size=1)
     assert open_backend(alone, WHERE).answers(prompts) == together
+
+
+def test_a_local_model_counts_the_tokens_of_what_it_has_not_answered(tiny_model: Path) -> None:
+    backend = open_backend(AnswersConfig(backend="local", model=str(tiny_model), max_tokens=7), WHERE)
+    prompts = [Prompt("kaba", "lodo mife", 5), Prompt("kaba", "lodo mife senu rugi", 5)]
+    tokenizer = load_tokenizer(ModelConfig(name=str(tiny_model)))
+    lengths = [len(tokenizer(f"{prompt.system}\n\n{prompt.user}\n\n")["input_ids"]) for prompt in prompts]
+    assert backend.cost(prompts) == Cost(2, sum(lengths), 14, "its tokenizer")
+    backend.answers(prompts[:1])
+    assert backend.cost(prompts) == Cost(1, lengths[1], 7, "its tokenizer")
 
 
 def test_a_prompt_longer_than_the_local_model_reads_fails_by_itself(tiny_model: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import _thread
 import dataclasses
 import json
 import re
@@ -104,6 +105,7 @@ def test_texts_carry_the_true_activations_and_no_document_serves_twice(
     assert checked > 200
     assert results["latents"]["all"] == 64
     assert results["latents"]["drawn"] + sum(results["latents"]["failures"].values()) == 64
+    assert results["latents"]["testable"] == results["latents"]["drawn"]
 
 
 def _find(tokens: np.ndarray, document: np.ndarray, wanted: int, ids: list[int]) -> tuple[int, int]:
@@ -247,6 +249,112 @@ def test_an_interrupted_run_asks_nothing_twice_and_ends_the_same(
     server.requests.clear()
     assert explained(answers=served(server), latents=20) == whole
     assert set(questions(server)) == every - answered
+
+
+def _sent(server: Server) -> tuple[int, int, int]:
+    """Questions, tokens by their length and the longest answers of what was sent."""
+    texts = [[message["content"] for message in request["messages"]] for request in server.requests]
+    tokens = sum(-(-sum(map(len, both)) // 4) for both in texts)
+    return len(texts), tokens, sum(request["max_tokens"] for request in server.requests)
+
+
+def test_the_cost_is_said_first_and_is_what_is_sent(
+    run: RunFolder, explained: Explain, run_config: RunConfig, server: Server, capsys: pytest.CaptureFixture[str]
+) -> None:
+    answers = served(server, concurrency=1, price=(0.5, 2.0))
+    settings = dataclasses.replace(SETTINGS, answers=answers, latents=12)
+    config = configuration.replace(run_config, experiments={"explain": settings})
+
+    def cost() -> tuple[int, int, int]:
+        who, asks = driver.cost("explain", config, run)
+        assert who.startswith("explain run: 12 of 64 latents; left out: ")
+        found = re.match(r"reader at \S+: ([\d,]+) questions of about ([\d,]+) tokens \(characters / 4\)", asks)
+        longest = re.search(r"answers of at most ([\d,]+);", asks)
+        assert found
+        assert longest
+        questions, tokens, most = (int(text.replace(",", "")) for text in (*found.groups(), longest[1]))
+        assert asks.endswith(
+            f"; costs {tokens / 2e6:,.2f} (prompts alone) to {tokens / 2e6 + most * 2 / 1e6:,.2f} (longest answers)"
+        )
+        return questions, tokens, most
+
+    before = {path: path.read_bytes() for path in run.path.iterdir() if path.name != "progress.json"}
+    first = cost()
+    assert server.requests == []
+    assert {path: path.read_bytes() for path in run.path.iterdir() if path.name != "progress.json"} == before
+
+    server.faults = [""] * 12 + ["401"] * 10
+    with pytest.raises(TsaeError, match="the key is refused"):
+        explained(answers=answers, latents=12)
+    server.requests = server.requests[:12]
+    explaining, judging = _sent(server), cost()
+    server.faults, server.requests = [], []
+    explained(answers=answers, latents=12)
+    assert _sent(server) == judging  # every explanation is known by then
+    assert f"{judging[0]} questions of about {judging[1]:,} tokens" in capsys.readouterr().err
+    assert first[::2] == (explaining[0] + judging[0], explaining[2] + judging[2])
+    assert first[1] == pytest.approx(explaining[1] + judging[1], rel=0.05)  # but for the words of the explanations
+    assert driver.cost("explain", config, run) == [f"{run.result('autointerp', 'json')}: complete already"]
+
+
+def test_a_dry_run_prints_the_cost_and_who_is_left_out(run: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = str(run.path.parent.parent)
+    arguments = ["explain", "--run_name", "run", "--checkpoints_path", folder, "experiments.explain.window=8"]
+    assert main([*arguments, "--dry-run"]) == 0
+    (who,) = capsys.readouterr().out.splitlines()
+    drawn = int(re.match(r"explain run: (\d+) of 64 latents; left out: ", who)[1])
+    assert drawn + sum(int(count) for count in re.findall(r"(?:: |; )(\d+) (?:silent|active|inactive)", who)) == 64
+    assert not run.result("autointerp_examples", "jsonl").exists()
+
+
+def test_results_do_not_depend_on_how_many_questions_are_under_way(
+    run: RunFolder, explained: Explain, server: Server
+) -> None:
+    def made(concurrency: int) -> tuple[dict[str, Any], dict[str, bytes]]:
+        results = explained(answers=served(server, concurrency=concurrency), latents=12)
+        files = [*run.path.glob("autointerp_*.jsonl"), run.result("explanations", "json")]
+        content = {file.name: file.read_bytes() for file in files}
+        for file in [*run.path.glob("autointerp*"), *files]:
+            file.unlink(missing_ok=True)
+        shutil.rmtree(run.path.parent.parent / "home/answers")
+        del results["settings"], results["made_from"], results["digest"]
+        return results, content
+
+    one = made(1)
+    assert server.most_at_once == 1
+    server.faults = ["slow", "slow", "429 0.05", "slow", "", "500"] * 4  # later ones overtake
+    assert made(12) == one
+    assert server.most_at_once > 1
+    assert len(one[1]) == 4
+
+
+def test_ctrl_c_leaves_what_was_answered(explained: Explain, server: Server, tmp_path: Path) -> None:
+    def interrupted(request: dict[str, Any]) -> str:
+        if len(server.requests) == 20:
+            _thread.interrupt_main()
+        return says(request)
+
+    server.says = interrupted
+    with pytest.raises(KeyboardInterrupt):
+        explained(answers=served(server, concurrency=2), latents=12)
+    (file,) = tmp_path.glob("home/answers/*/*.jsonl")
+    kept = [json.loads(line)["user"] for line in file.read_text().splitlines()]
+    assert len(kept) >= 18  # but for the one request that is under way, and the one that is answered now
+    server.requests.clear()
+    server.says = says
+    assert explained(answers=served(server, concurrency=2), latents=12)["latents"]["scored"] == 12
+    assert not {request["messages"][1]["content"] for request in server.requests} & set(kept)
+
+
+def test_answers_to_other_questions_or_of_another_model_are_not_taken(explained: Explain, server: Server) -> None:
+    explained(answers=served(server), latents=4)
+    first = set(questions(server))
+    server.requests.clear()
+    explained(answers=served(server), latents=4, examples=3)
+    assert len(set(questions(server)) - first) >= 4  # explanations from fewer texts
+    server.requests.clear()
+    explained(answers=dataclasses.replace(served(server), model="another"), latents=4)
+    assert set(questions(server)) == first
 
 
 def test_recorded_answers_give_the_same_results_without_the_endpoint(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import threading
 import time
 import uuid
 from collections.abc import Sequence
@@ -69,10 +70,14 @@ class Backend:
             for index in open_:
                 answers[index] = Answer(None, f"no answer of {self._model} is recorded")
         elif open_:
-            for place, answer in self._respondent.ask([prompts[index] for index in open_]):
-                answers[open_[place]] = answer
+            asked = [prompts[index] for index in open_]
+
+            def keep(place: int, answer: Answer) -> None:
                 if answer.text is not None:
-                    self._kept.keep(self._model, prompts[open_[place]], answer)
+                    self._kept.keep(self._model, asked[place], answer)
+
+            for place, answer in self._respondent.ask(asked, keep):
+                answers[open_[place]] = answer
                 done += 1
                 if progress is not None:
                     progress.update(done)
@@ -109,6 +114,7 @@ class AnswerFile:
     def __init__(self, path: Path, *, writable: bool) -> None:
         self._own = path / f"{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:8]}.jsonl" if writable else None
         self._answers: dict[str, Answer] = {}
+        self._lock = threading.Lock()
         for file in [path] if path.is_file() else sorted(path.glob("*.jsonl")):
             self._read(file, strict=not writable)
 
@@ -117,13 +123,14 @@ class AnswerFile:
         return self._answers.get(_key(model, prompt))
 
     def keep(self, model: str, prompt: Prompt, answer: Answer) -> None:
-        """Record an answer with a text."""
+        """Record an answer with a text; any thread may."""
         self._answers[_key(model, prompt)] = answer
         if self._own is None:
             return
+        line = metadata.line({"model": model, **prompt._asdict(), **answer._asdict()})
         self._own.parent.mkdir(parents=True, exist_ok=True)
-        with open(self._own, "a", encoding="utf-8") as stream:
-            stream.write(metadata.line({"model": model, **prompt._asdict(), **answer._asdict()}).decode())
+        with self._lock, open(self._own, "ab") as stream:
+            stream.write(line)
 
     def _read(self, file: Path, *, strict: bool) -> None:
         try:

@@ -18,7 +18,7 @@ from email.utils import parsedate_to_datetime
 from http.client import HTTPException
 from typing import TYPE_CHECKING, Any
 
-from tsae.experiments.answers.prompts import Answer, Prompt
+from tsae.experiments.answers.prompts import Answer, Keep, Prompt
 from tsae.runtime import preemption
 from tsae.runtime.errors import TsaeError
 
@@ -76,8 +76,8 @@ class Endpoint:
         """Tokens of these prompts together, estimated by their length."""
         return sum(-(-len(prompt.system + prompt.user) // CHARACTERS_PER_TOKEN) for prompt in prompts)
 
-    def ask(self, prompts: Sequence[Prompt]) -> Iterator[tuple[int, Answer]]:
-        """Index and answer of each prompt, as they come in.
+    def ask(self, prompts: Sequence[Prompt], keep: Keep) -> Iterator[tuple[int, Answer]]:
+        """Index and answer of each prompt, as they come in; `keep` is called by the thread that asked.
 
         Raises TsaeError for a refused key, an unknown model, and an endpoint that answers nothing at all.
         """
@@ -85,23 +85,26 @@ class Endpoint:
         waiting: queue.SimpleQueue[int] = queue.SimpleQueue()
         for index in range(len(prompts)):
             waiting.put(index)
-        answered: queue.Queue[tuple[int, Answer]] = queue.Queue()
+        answered: queue.Queue[tuple[int, Answer] | Exception] = queue.Queue()
         for _ in range(min(self._settings.concurrency, len(prompts))):
             # Daemons: a process that was asked to leave must not wait for the slowest request.
-            threading.Thread(target=self._work, args=(prompts, waiting, answered), daemon=True).start()
+            threading.Thread(target=self._work, args=(prompts, waiting, answered, keep), daemon=True).start()
         try:
             for _ in prompts:
                 yield self._next(answered)
         finally:
             self._stop.set()
 
-    def _next(self, answered: queue.Queue[tuple[int, Answer]]) -> tuple[int, Answer]:
+    def _next(self, answered: queue.Queue[tuple[int, Answer] | Exception]) -> tuple[int, Answer]:
         while True:
             preemption.check()
             try:
-                index, answer = answered.get(timeout=0.2)
+                found = answered.get(timeout=0.2)
             except queue.Empty:
                 continue
+            if isinstance(found, Exception):
+                raise found
+            index, answer = found
             if self._hopeless is not None and answer.text is None:
                 raise TsaeError(f"{self._url}: {self._hopeless}")
             self._failed_in_a_row = self._failed_in_a_row + 1 if answer.text is None else 0
@@ -116,7 +119,8 @@ class Endpoint:
         self,
         prompts: Sequence[Prompt],
         waiting: queue.SimpleQueue[int],
-        answered: queue.Queue[tuple[int, Answer]],
+        answered: queue.Queue[tuple[int, Answer] | Exception],
+        keep: Keep,
     ) -> None:
         stop = self._stop
         while not stop.is_set():
@@ -124,7 +128,13 @@ class Endpoint:
                 index = waiting.get_nowait()
             except queue.Empty:
                 return
-            answered.put((index, self._answer(prompts[index], stop)))
+            try:
+                answer = self._answer(prompts[index], stop)
+                keep(index, answer)
+            except Exception as error:  # a full disk, say: raised where somebody waits for answers
+                answered.put(error)
+                return
+            answered.put((index, answer))
 
     def _answer(self, prompt: Prompt, stop: threading.Event) -> Answer:
         """One prompt's answer, after as many attempts as it takes and the settings allow."""

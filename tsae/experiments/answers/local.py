@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from tsae.config.sections import ModelConfig
-from tsae.experiments.answers.prompts import Answer, Prompt
+from tsae.experiments.answers.prompts import Answer, Keep, Prompt
 from tsae.runtime import preemption
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ class LocalModel:
         tokenizer = load_tokenizer(ModelConfig(name=str(self._settings.model)))
         return sum(len(_tokens(tokenizer, prompt)) for prompt in preemption.polled(prompts))
 
-    def ask(self, prompts: Sequence[Prompt]) -> Iterator[tuple[int, Answer]]:
+    def ask(self, prompts: Sequence[Prompt], keep: Keep) -> Iterator[tuple[int, Answer]]:
         """Index and answer of each prompt, a batch at a time; prompts longer than the model's context fail."""
         model = self._model()
         tokens = [_tokens(model.tokenizer, prompt) for prompt in prompts]
@@ -48,7 +48,10 @@ class LocalModel:
         for start in preemption.polled(range(0, len(fitting), size)):
             batch = fitting[start : start + size]
             texts = _generate(model, [tokens[i] for i in batch], max(prompts[i].max_tokens for i in batch))
-            yield from zip(batch, map(Answer, texts), strict=True)
+            answered = list(zip(batch, map(Answer, texts), strict=True))
+            for index, answer in answered:
+                keep(index, answer)
+            yield from answered
 
     def _model(self) -> LanguageModel:
         if self._loaded is None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple, Protocol
 
 
@@ -24,6 +24,10 @@ class Answer(NamedTuple):
     failure: str | None = None
 
 
+Keep = Callable[[int, Answer], None]
+"""Puts the answer to a prompt, given by its index, on disk as soon as it is there: whoever stops then has it."""
+
+
 class Respondent(Protocol):
     """Whoever answers prompts that have no answer yet."""
 
@@ -34,6 +38,9 @@ class Respondent(Protocol):
         """Tokens of these prompts together; an estimate where nobody knows the tokenizer."""
         ...
 
-    def ask(self, prompts: Sequence[Prompt]) -> Iterator[tuple[int, Answer]]:
-        """Index and answer of each prompt, in any order. Raises TsaeError where asking on is pointless."""
+    def ask(self, prompts: Sequence[Prompt], keep: Keep) -> Iterator[tuple[int, Answer]]:
+        """Index and answer of each prompt, in any order, after `keep` was told of it, possibly in another thread.
+
+        Raises TsaeError where asking on is pointless.
+        """
         ...

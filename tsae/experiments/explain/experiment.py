@@ -14,8 +14,8 @@ active on. Without a language model, an explanation is a rule over tokens (see t
 from __future__ import annotations
 
 import hashlib
-from collections import Counter
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -91,7 +91,7 @@ def _begin(subject: Subject, settings: ExplainConfig) -> tuple[_Stages, Explaine
 def _costs(subject: Subject, settings: ExplainConfig, about: Sequence[Record], explainer: Explainer) -> list[str]:
     """Which latents are explained, and what it takes to ask a language model about them."""
     lines = [f"explain {subject.name}: {_who(about)}"]
-    if settings.answers.backend == "none":
+    if not isinstance(explainer, ModelExplainer):
         return lines
     found = explainer.cost([record for record in about if "rule" in record], settings.seed)
     if not found.questions:

@@ -41,12 +41,13 @@ class TokenRules:
     def fires_on(self, latent: int) -> list[int]:
         """The tokens that carry most of a latent's activation, largest share first."""
         places, values = self._firings.of(latent)
-        mass = np.bincount(self._type_of_place[places], weights=values, minlength=len(self._types))
+        types, which = np.unique(self._type_of_place[places], return_inverse=True)
+        mass = np.bincount(which, weights=values)
         order = np.argsort(-mass, kind="stable")[:MOST_TOKENS]
         shares = mass[order] / max(mass.sum(), 1e-12)
         before = np.concatenate([[0.0], np.cumsum(shares)[:-1]])
         named = (shares >= SMALLEST_SHARE) & (before < ENOUGH_SHARE)
-        return self._types[order[named]].tolist()
+        return self._types[types[order[named]]].tolist()
 
     def given_away_by(self, active: np.ndarray) -> list[int]:
         """Tokens such that a text with any of them is `active`, chosen one by one for the best balanced accuracy."""
@@ -147,10 +148,6 @@ class Explainer(Protocol):
         """The verdicts on each task's items."""
         ...
 
-    def cost(self, records: Sequence[Record], seed: int) -> Cost:
-        """What explaining these latents, and judging that, would ask a language model now."""
-        ...
-
 
 class TokenExplainer:
     """Names the tokens that the first stage found, and judges by them."""
@@ -165,10 +162,6 @@ class TokenExplainer:
     def judge(self, tasks: Sequence[Task]) -> list[Verdicts]:
         """What each latent's rule says of its texts."""
         return [Verdicts([_rule_says(task, item) for item in task.items], []) for task in tasks]
-
-    def cost(self, records: Sequence[Record], seed: int) -> Cost:
-        """Nobody is asked."""
-        return Cost(0, 0, 0, "")
 
 
 class ModelExplainer:
@@ -203,7 +196,7 @@ class ModelExplainer:
         return judged
 
     def cost(self, records: Sequence[Record], seed: int) -> Cost:
-        """The questions without an answer; until there is an explanation, the token rule stands in for its words."""
+        """What is still to ask about these latents; until there is an explanation, the token rule stands in for its words."""
         asked = [prompts.explanation_prompt(record["examples"]) for record in records]
         questions = list(asked)
         for record, answer in zip(records, self._backend.kept(asked), strict=True):

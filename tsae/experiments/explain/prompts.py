@@ -94,8 +94,10 @@ def marked(excerpt: dict[str, Any], places: Any) -> str:
     pieces = []
     for place, token in enumerate(excerpt["tokens"]):
         begins, ends = place in at and place - 1 not in at, place in at and place + 1 not in at
-        space = token[: len(token) - len(token.lstrip())]
-        pieces.append(f"{space}{OPEN}{token[len(space) :]}" if begins else token)
+        if begins:
+            word = token.lstrip()
+            token = f"{token.removesuffix(word)}{OPEN}{word}"
+        pieces.append(token)
         if ends:
             pieces.append(CLOSE)
     return _one_line("".join(pieces))

@@ -294,9 +294,10 @@ def silent(windows: Windows, active: np.ndarray, count: int, generator: np.rando
     quiet = np.ones(len(windows.first), bool)
     quiet[active] = False
     order = generator.permutation(np.flatnonzero(quiet))
-    _, first = np.unique(windows.document[order], return_index=True)
-    distinct = np.zeros(len(order), bool)
-    distinct[first] = True
+    document = windows.document[order]
+    first = np.empty(windows.document.max(initial=-1) + 1, np.int64)
+    first[document[::-1]] = np.arange(len(order))[::-1]  # of equal places the one that is written last stays
+    distinct = first[document] == np.arange(len(order))
     return np.concatenate([order[distinct], order[~distinct]])[:count]
 
 
