@@ -26,10 +26,6 @@ Draws = Annotated[int, at_least(100)]
 Strengths = Annotated[
     tuple[float, ...], Bound(lambda given: min(given, default=0) >= 0, "strengths of at least 0 are expected")
 ]
-Price = Annotated[
-    tuple[float, ...],
-    Bound(lambda given: len(given) == 2 and min(given) >= 0, "two prices of at least 0 are expected: prompts, answers"),
-]
 PositiveShare = Annotated[float, Bound(lambda share: 0 < share <= 1, "a share above 0 and up to 1 is allowed")]
 Address = Annotated[
     str,
@@ -62,8 +58,10 @@ class AnswersConfig:
     """Longest answer in tokens, thinking included; by default 400 for an explanation, 200 for verdicts, 16 for grades."""
     batch_size: Count = 8
     """Prompts that a local model answers at a time."""
-    price: Annotated[Price | None, Added(None)] = None
-    """Price of a million tokens of prompts and of answers, such as [0.15, 0.6]: `tsae explain` says first what it will cost."""
+    prompt_price: Annotated[NonNegative, Added(0.0)] = 0.0
+    """Price of a million tokens of prompts, in any currency: `tsae explain` then says first what it costs."""
+    answer_price: Annotated[NonNegative, Added(0.0)] = 0.0
+    """Price of a million tokens of answers."""
     recorded: Annotated[str, Place(always=True)] | None = None
     """File or folder of recorded answers (JSON lines, as the cache under TSAE_HOME/answers keeps them)."""
 

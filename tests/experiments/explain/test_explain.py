@@ -261,7 +261,7 @@ def _sent(server: Server) -> tuple[int, int, int]:
 def test_the_cost_is_said_first_and_is_what_is_sent(
     run: RunFolder, explained: Explain, run_config: RunConfig, server: Server, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    answers = served(server, concurrency=1, price=(0.5, 2.0))
+    answers = served(server, concurrency=1, prompt_price=0.5, answer_price=2.0)
     settings = dataclasses.replace(SETTINGS, answers=answers, latents=12)
     config = configuration.replace(run_config, experiments={"explain": settings})
 

@@ -100,10 +100,9 @@ def _costs(subject: Subject, settings: ExplainConfig, about: Sequence[Record], e
         f"{explainer.name}: {found.questions:,} questions of about {found.prompt_tokens:,} tokens ({found.counts_by}), "
         f"answers of at most {found.answer_tokens:,}"
     )
-    if settings.answers.price is not None:
-        of_prompts, of_answers = settings.answers.price
-        most = (found.prompt_tokens * of_prompts + found.answer_tokens * of_answers) / 1e6
-        least = found.prompt_tokens * of_prompts / 1e6
+    least = found.prompt_tokens * settings.answers.prompt_price / 1e6
+    most = least + found.answer_tokens * settings.answers.answer_price / 1e6
+    if most:
         asks += f"; costs {least:,.2f} (prompts alone) to {most:,.2f} (longest answers)"
     return [*lines, asks]
 
