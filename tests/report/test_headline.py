@@ -61,15 +61,15 @@ def test_the_splits_of_an_experiment_stand_side_by_side(tmp_path: Path) -> None:
     paths[1].with_suffix(".png").write_bytes(b"")
     picture = f"picture: {paths[1].with_suffix('.png')}"
     assert of_experiment(paths) == [
-        "                high-level      low-level",
-        "pareto area  0.500 ± 0.012  0.250 ± 0.012",
+        "                                high-level      low-level",
+        "area under the Pareto front  0.500 ± 0.012  0.250 ± 0.012  higher is better",
         picture,
     ]
     paths[0].write_text(json.dumps({"split": "high-level", "headline": {"pareto_area": None, "lag": 1200.0}}))
     assert of_experiment(paths) == [
-        "             high-level      low-level",
-        "lag                1200              –",
-        "pareto area           –  0.250 ± 0.012",
+        "                             high-level      low-level",
+        "lag                                1200              –",
+        "area under the Pareto front           –  0.250 ± 0.012  higher is better",
         picture,
     ]
     paths[1].with_suffix(".html").write_text("")

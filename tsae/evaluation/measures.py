@@ -7,6 +7,7 @@ Declaring modules load no torch, so that a report is quick.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -62,13 +63,35 @@ class Measure:
     """Where there is room for few, the lower come first."""
     stands_for: str = ""
     """The measure in whose place it is shown where the truth is known."""
+    name: str = ""
+    """What a sentence calls it; by default its label."""
     version: int = 1
-    """Raised when the number is computed in another way: results of an older version are made again."""
+    """Raised when the number is computed in another way: results of an older version are made again. 0: the number was
+    there before its declaration, which makes nothing again."""
 
     @property
     def label(self) -> str:
         """Its name in one line."""
         return f"{self.family} {self.member}".strip()
+
+
+SPLITS = ((2, "all latents"), (0, "high-level"), (1, "low-level"))
+"""Number of a split in the files of experiments, and its line in their charts."""
+
+
+def of_splits(file: str, name: str, like: Measure) -> list[Measure]:
+    """The headline number `name` of an experiment's `file` on each split; the places of `like` go to the high-level one."""
+    return [
+        dataclasses.replace(
+            like,
+            key=f"{file}_chunk{chunk}/{name}",
+            family=f"{like.family}, {line.removesuffix('-level')}",
+            places=like.places if chunk == 0 else (),
+            line=line,
+            name=f"{like.name} ({line if chunk == 2 else f'{line} split'})" if like.name else "",
+        )
+        for chunk, line in SPLITS
+    ]
 
 
 REGISTRY: dict[str, Measure] = {}
@@ -89,13 +112,20 @@ def declare(*measures: Measure) -> None:
 def versions(file: str = "") -> dict[str, int]:
     """Key → version of the measures in eval_results.json, or of those in an experiment's `file`."""
     return {
-        key: measure.version for key, measure in REGISTRY.items() if ("/" in key) == bool(file) and key.startswith(file)
+        key: measure.version
+        for key, measure in REGISTRY.items()
+        if ("/" in key) == bool(file) and key.startswith(file) and measure.version
     }
 
 
 def label(key: str) -> str:
     """A measure's name for people; one that nobody declared keeps its key."""
     return REGISTRY[key].label if key in REGISTRY else key
+
+
+def in_words(key: str) -> str:
+    """A measure's name in a sentence."""
+    return (REGISTRY[key].name if key in REGISTRY else "") or label(key)
 
 
 def shown_in(place: Place, available: Collection[str]) -> list[str]:
@@ -131,10 +161,14 @@ def markdown() -> str:
     """All measures as a table of the documentation, a row for those of one family that are made in the same way."""
     rows: dict[tuple[str, str, str, str], list[Measure]] = {}
     for measure in REGISTRY.values():
-        rows.setdefault((measure.family, measure.formula, measure.unit, measure.better), []).append(measure)
+        # Of experiments, the family says the split, too.
+        family = measure.family.partition(", ")[0] if "/" in measure.key else measure.family
+        rows.setdefault((family, measure.formula, measure.unit, measure.better), []).append(measure)
     lines = ["| Name | Of | Key | Unit | Better | Formula |", "|---|---|---|---|---|---|"]
     for (family, formula, unit, better), measures in rows.items():
-        of = "; ".join(measure.member or "all" for measure in measures)
+        splits = [measure.family.removeprefix(family).removeprefix(", ") for measure in measures]
+        members = [", ".join(filter(None, [one.member, split])) for one, split in zip(measures, splits, strict=True)]
+        of = "; ".join(member or "all" for member in members)
         keys = ", ".join(f"`{measure.key}`" for measure in measures)
         lines.append(markdown_row(family, of, keys, unit, better, formula))
     return "\n".join(lines)

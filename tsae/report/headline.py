@@ -6,6 +6,7 @@ It is said on stderr, where progress is, so that stdout keeps to the paths of th
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,8 @@ from tsae.training.splits import last_line
 PAGES = (("page", ".html"), ("picture", ".png"))
 TRAINED = {"fve": "FVE", "l0": "L0", "share": "share of activity", "alive": "alive"}
 """Measures of a line of metrics.jsonl, whose splits have keys of their own, and what they are called."""
+
+CHUNK = re.compile(r"_chunk\d")
 
 Numbers = Mapping[str, tuple[float, float]]
 """Measure → value and the half-width of its 95 % interval, NaN where none was estimated."""
@@ -40,10 +43,14 @@ def of_experiment(paths: Sequence[Path]) -> list[str]:
     """The headline numbers of an experiment's results, split beside split. Nothing of results that have none."""
     declare_measures()
     every = [metadata.whole(path) for path in paths]
-    columns = {}
-    for results in every:
-        known = {name: value for name, value in results.get("headline", {}).items() if value is not None}
-        columns[results.get("split", "")] = {name: (known[name], _half(results, name)) for name in known}
+    columns: dict[str, dict[str, tuple[float, float]]] = {}
+    for path, results in zip(paths, every, strict=True):
+        column = columns.setdefault(results.get("split", ""), {})
+        for name, value in results.get("headline", {}).items():
+            if value is not None:
+                # One row for all splits, which have columns.
+                key = f"{CHUNK.sub('_chunk2', path.stem)}/{name}"
+                column[key if key in REGISTRY else name] = (value, _half(results, name))
     notes = dict.fromkeys(results["headline_is"] for results in every if "headline_is" in results)
     return [*notes, *_table(columns), *_pages(paths)]
 
@@ -86,8 +93,10 @@ def _table(columns: Mapping[str, Numbers]) -> list[str]:
     rows = []
     for name in names:
         cells = [_cell(*numbers.get(name, (math.nan, math.nan))) for numbers in columns.values()]
-        better = REGISTRY[name].better if name in REGISTRY else ""
-        rows.append([label(name).replace("_", " "), *cells, f"{better} is better" if better else ""])
+        measure = REGISTRY.get(name)
+        called = measure.member if measure and CHUNK.search(name) else label(name).replace("_", " ")
+        remarks = [measure.unit, measure.better and f"{measure.better} is better"] if measure else []
+        rows.append([called, *cells, ", ".join(filter(None, remarks))])
     head = ["", *columns, ""]
     return aligned([head, *rows] if any(head) else rows)
 

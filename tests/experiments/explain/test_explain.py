@@ -21,6 +21,7 @@ from tsae.cli import main
 from tsae.config import run as configuration
 from tsae.config.experiments import AnswersConfig, ExplainConfig
 from tsae.config.run import Counted, RunConfig
+from tsae.evaluation.measures import REGISTRY
 from tsae.experiments import driver
 from tsae.experiments.answers import endpoint
 from tsae.experiments.explain import experiment as explain
@@ -132,6 +133,7 @@ def test_rules_are_scored_without_a_language_model(run: RunFolder, explained: Ex
     assert run.result("autointerp", "png").read_bytes().startswith(b"\x89PNG")
     config = configuration.replace(run_config, experiments={"explain": SETTINGS})
     assert driver.is_done(config, run, "explain")
+    assert set(driver.headlines(run, config)) <= set(REGISTRY)
     assert driver.headlines(run, config)["autointerp/detection"] == (mean, results["half_width_95"]["detection"])
 
 

@@ -23,6 +23,8 @@ from tsae.cli import main
 from tsae.config import run as configuration
 from tsae.config.experiments import FeaturesConfig
 from tsae.config.run import Counted, RunConfig
+from tsae.evaluation import measures
+from tsae.evaluation.measures import REGISTRY
 from tsae.experiments import driver
 from tsae.experiments.features.data import unpack
 from tsae.interop.explanations import write_explanations
@@ -195,7 +197,11 @@ def test_results_name_the_page_and_split_the_latents(run: RunFolder, run_config:
     assert high["latents"] == sum(high["count"]) + high["silent"] == run_config.sae.group_sizes[0]
     assert {"persistence_high", "persistence_low", "smoothness"} <= set(results["headline"])
     assert run.result("features", "png").read_bytes().startswith(b"\x89PNG")
-    assert "features/persistence_high" in driver.headlines(run, run_config)
+    shown = driver.headlines(run, run_config)
+    assert "features/persistence_high" in shown
+    assert set(shown) <= set(REGISTRY)
+    # They were there before they were declared, so that no older page is made again.
+    assert measures.versions("features") == {}
 
 
 def test_one_group_of_latents_and_no_explanations(run_config: RunConfig, checkpoints: Path) -> None:

@@ -11,6 +11,7 @@ import pytest
 from tsae.checkpoint import RunFolder
 from tsae.config import run as configuration
 from tsae.config.run import RunConfig
+from tsae.evaluation.measures import REGISTRY
 from tsae.experiments import driver
 from tsae.runtime.errors import TsaeError
 
@@ -41,6 +42,7 @@ def test_a_split_is_scored_beside_its_controls(config: RunConfig, checkpoints: P
     run = RunFolder.of(checkpoints, "temporal")
     assert results["splices"] == 12
     assert set(results["headline"]) == set(results["half_width_95"])
+    assert {f"sequences_chunk0/{name}" for name in results["headline"]} <= set(REGISTRY)
     assert 0.5 <= results["headline"]["phase_auc"] <= 1
     assert results["one_text"]["contexts"] == 12
     assert 0 < results["smoothest_latents"]["latents"] < 64

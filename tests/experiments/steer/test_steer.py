@@ -12,6 +12,7 @@ import torch
 from tsae.checkpoint import RunFolder
 from tsae.config import run as configuration
 from tsae.config.run import RunConfig
+from tsae.evaluation.measures import REGISTRY
 from tsae.experiments import driver
 from tsae.experiments.shared.subject import Subject
 from tsae.experiments.steer.generation import Rows, Steering, losses
@@ -57,6 +58,7 @@ def test_latents_are_compared_with_random_ones_and_differences_of_means(config: 
     assert [concept["concept"] for concept in results["concepts"]] == ["east", "north", "south"]
     assert [curve["method"] for curve in results["curves"]] == ["latent", "random latent", "difference of means"]
     assert set(results["headline"]) == set(results["half_width_95"])
+    assert {f"steering_chunk0/{name}" for name in results["headline"]} <= set(REGISTRY)
     assert results["classifier_accuracy"] > 0.8
     assert len(results["prompts"]) == 3
     assert results["judge"] is None

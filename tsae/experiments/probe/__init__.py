@@ -1,6 +1,6 @@
 """Linear probes on feature activations, and the measures that they give the report."""
 
-from tsae.evaluation.measures import Chart, Measure, Place, declare
+from tsae.evaluation.measures import Chart, Measure, Place, declare, of_splits
 
 _SHOWN: dict[str, tuple[str, tuple[Place, ...]]] = {
     "semantics": ("the text's topic", ("summary", "sentences", "differences", "effects", "trade-offs")),
@@ -11,23 +11,27 @@ _SHOWN: dict[str, tuple[str, tuple[Place, ...]]] = {
 
 declare(
     *(
-        Measure(
-            f"probing_chunk{chunk}/{task}",
-            f"Probing, {split.removesuffix('-level')}",
-            f"balanced accuracy of a sparse linear probe for {meaning}, mean over splits of the tokens",
-            task,
-            better="higher",
-            places=places if chunk == 0 else (),
-            chart=Chart(
-                f"probing_{task}",
-                f"Probing: {task}",
-                "balanced accuracy",
-                f"Balanced accuracy of a sparse linear probe for {meaning}, on feature activations of one split.",
-            ),
-            line=split,
-            rank=3,
-        )
+        measure
         for task, (meaning, places) in _SHOWN.items()
-        for chunk, split in ((2, "all latents"), (0, "high-level"), (1, "low-level"))
+        for measure in of_splits(
+            "probing",
+            task,
+            Measure(
+                "",
+                "Probing",
+                f"balanced accuracy of a sparse linear probe for {meaning}, mean over splits of the tokens",
+                task,
+                better="higher",
+                places=places,
+                chart=Chart(
+                    f"probing_{task}",
+                    f"Probing: {task}",
+                    "balanced accuracy",
+                    f"Balanced accuracy of a sparse linear probe for {meaning}, on feature activations of one split.",
+                ),
+                name=f"the balanced accuracy of probes for {task}",
+                rank=3,
+            ),
+        )
     )
 )
