@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from tsae.runtime import files
 
@@ -17,8 +18,14 @@ if TYPE_CHECKING:
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#4D4D4D")
 """Categorical colours (Okabe and Ito's set without the yellow that vanishes on white)."""
 
+MADE_FROM = "made_from"
+"""Key of a PNG's text."""
+
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 """One marker for each colour, so that series stay apart without it."""
+
+SPLITS = ("high-level", "low-level", "all latents")
+"""What has the first colours and markers wherever splits are compared."""
 
 PRINT = ("pdf", "svg")
 """What a figure for a paper is also saved as, a panel as wide as a column."""
@@ -63,12 +70,13 @@ def figure(
     columns: int = 1,
     size: tuple[float, float] | None = None,
     also: Sequence[str] = (),
+    made_from: str = "",
     **subplots: Any,
 ) -> Iterator[tuple[Figure, list[Axes]]]:
     """A figure in the common look and its axes in reading order, saved to `path` (whole or not at all) on leaving.
 
-    `size` is in inches, by default 3.3 x 2.6 for each panel; `also` names further formats, saved beside it; `subplots` goes
-    to `Figure.subplots`.
+    `size` is in inches, by default 3.3 x 2.6 for each panel; `also` names further formats, saved beside it; `made_from`,
+    which tells what is drawn from other things, is kept inside a PNG; `subplots` goes to `Figure.subplots`.
     """
     import matplotlib
     from matplotlib.figure import Figure
@@ -79,8 +87,32 @@ def figure(
         yield drawn, [axes for row in grid for axes in row]
         for suffix in (Path(path).suffix.lstrip("."), *also):
             undated = {"pdf": {"CreationDate": None}, "svg": {"Date": None}}.get(suffix)
-            saved = partial(drawn.savefig, format=suffix, metadata=undated)
-            files.write_atomically(Path(path).with_suffix(f".{suffix}"), saved)
+            save = partial(drawn.savefig, format=suffix, metadata=undated)
+            if suffix == "png":
+                save = partial(_save_few_colours, drawn, made_from)
+            files.write_atomically(Path(path).with_suffix(f".{suffix}"), save)
+
+
+def _save_few_colours(drawn: Figure, made_from: str, stream: BinaryIO) -> None:
+    """A PNG of 256 colours, which look the same and need a third of the bytes: a report carries many of them."""
+    from PIL import Image
+    from PIL.PngImagePlugin import PngInfo
+
+    whole, about = io.BytesIO(), PngInfo()
+    drawn.savefig(whole, format="png")
+    about.add_text(MADE_FROM, made_from)
+    picture = Image.open(whole).convert("RGB")
+    few = picture.quantize(256, method=Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE)
+    few.save(stream, "png", pnginfo=about, dpi=(STYLE["savefig.dpi"],) * 2)
+
+
+def made_from(path: str | Path) -> str:
+    """What `figure` was told that the PNG at `path` is made from; nothing of a picture that is not there or not whole."""
+    from PIL import Image
+
+    with suppress(OSError), Image.open(path) as picture:
+        return str(picture.info.get(MADE_FROM, ""))
+    return ""
 
 
 def draw_interval(

@@ -183,6 +183,23 @@ def test_all_splits_of_a_run_are_probed_once(config, checkpoints, monkeypatch):
     assert beside["high-level"][:2] == ["low-level", "all latents"]
 
 
+def test_a_picture_is_drawn_again_only_when_what_it_shows_has_changed(config, checkpoints):
+    experiment_stage(config, checkpoints, "temporal", "probe")
+    paths = [RunFolder.of(checkpoints, "temporal").result(f"probing_chunk{chunk}", "png") for chunk in (0, 1)]
+    before = [path.stat().st_mtime_ns for path in paths]
+    beside = paths[0].with_suffix(".json")
+    written = beside.read_bytes()
+    driver.draw_again("probe", paths[1].with_suffix(".json"))
+    assert [path.stat().st_mtime_ns for path in paths] == before
+    beside.unlink()  # a line of the other picture
+    driver.draw_again("probe", paths[1].with_suffix(".json"))
+    beside.write_bytes(written)
+    assert paths[1].stat().st_mtime_ns > before[1]
+    paths[0].write_bytes(b"damaged")
+    driver.draw_again("probe", beside)
+    assert paths[0].stat().st_size > 10_000
+
+
 def test_the_residual_stream_is_probed_by_its_own_name(config, checkpoints, labelled_text):
     shared = [
         *("--checkpoints_path", str(checkpoints), "--dataset", str(labelled_text)),

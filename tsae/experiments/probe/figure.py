@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tsae import plotting
+from tsae import __version__, plotting
 from tsae.checkpoint import BASELINE
+from tsae.config import schema
 from tsae.runtime import metadata
 
 if TYPE_CHECKING:
@@ -16,7 +18,7 @@ if TYPE_CHECKING:
 DODGE = 0.07
 """Distance of the splits' markers, which may lie on one another."""
 MOST_RUNS = 5
-SERIES = {"high-level": 0, "low-level": 1, "all latents": 2, "residual stream": 3}
+SERIES = {split: number for number, split in enumerate((*plotting.SPLITS, "residual stream"))}
 """Split → colour and marker."""
 
 
@@ -24,12 +26,18 @@ def draw_curves(results: dict[str, Any], path: Path) -> None:
     """A panel for each task: this run's splits, the residual stream, the controls; below, other runs' same split.
 
     Only results beside this one that were made on the same texts in the same way are shown, as far as there are any.
+    A picture that shows all that already stays.
     """
     own = sorted([results, *splits_beside(results, path)], key=lambda entry: SERIES[entry["split"]])
     others = runs_beside(results, path)
+    shown = schema.stable_hash([__version__, results, own, others])
+    if plotting.made_from(path) == shown:
+        return
     tasks = results["tasks"]
     rows = 2 if others else 1
-    with plotting.figure(path, rows, len(tasks), (3.5 * len(tasks), 3.2 * rows + 0.3), sharey=True) as (figure, panels):
+    with plotting.figure(
+        path, rows, len(tasks), (3.5 * len(tasks), 3.2 * rows + 0.3), made_from=shown, sharey=True
+    ) as (figure, panels):
         for axes, (name, task) in zip(panels, tasks.items(), strict=False):
             for entry in own:
                 _curve(axes, entry["tasks"][name], SERIES[entry["split"]], entry["split"], entry is results)
@@ -72,7 +80,8 @@ def runs_beside(results: dict[str, Any], path: Path) -> list[dict[str, Any]]:
     """The same split of the other runs in the folder of runs, the first few of them by name."""
     pattern = f"*/{path.parent.name}/{path.stem}.json"
     others = sorted(other for other in path.parent.parent.parent.glob(pattern) if other.parent != path.parent)
-    return [entry for entry in _alike(results, others) if entry["split"] == results["split"]][:MOST_RUNS]
+    alike = (entry for entry in _alike(results, others) if entry["split"] == results["split"])
+    return list(itertools.islice(alike, MOST_RUNS))
 
 
 ALIKE = {
