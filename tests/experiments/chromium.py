@@ -82,8 +82,13 @@ class Browser:
 
     def press(self, key: str) -> None:
         """Press a key that writes nothing."""
-        self._ask("Input.dispatchKeyEvent", type="keyDown", key=key)
+        written = {"text": "\r"} if key == "Enter" else {}
+        self._ask("Input.dispatchKeyEvent", type="keyDown", key=key, **written)
         self._ask("Input.dispatchKeyEvent", type="keyUp", key=key)
+
+    def set_media(self, name: str, value: str) -> None:
+        """Answer the media feature `name` with `value`, as a system with that preference does."""
+        self._ask("Emulation.setEmulatedMedia", features=[{"name": name, "value": value}])
 
     def click(self, selector: str) -> None:
         """Click into the middle of an element."""
