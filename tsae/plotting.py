@@ -33,6 +33,7 @@ PRINT = ("pdf", "svg")
 STYLE: Any = {
     "figure.dpi": 100,
     "figure.facecolor": "white",
+    "figure.constrained_layout.w_pad": 0.07,
     "savefig.dpi": 200,
     "pdf.fonttype": 42,
     "svg.fonttype": "none",
@@ -85,6 +86,9 @@ def figure(
         drawn = Figure(figsize=size or (3.3 * columns, 2.6 * rows), layout="constrained")
         grid = drawn.subplots(rows, columns, squeeze=False, **subplots)
         yield drawn, [axes for row in grid for axes in row]
+        if also:  # The layout takes most of the time, and holds for all formats.
+            drawn.draw_without_rendering()
+            drawn.set_layout_engine("none")
         for suffix in (Path(path).suffix.lstrip("."), *also):
             undated = {"pdf": {"CreationDate": None}, "svg": {"Date": None}}.get(suffix)
             save = partial(drawn.savefig, format=suffix, metadata=undated)

@@ -13,6 +13,7 @@ import pytest
 from tests.experiments.chromium import Browser
 from tests.report.test_foreign_text import LOADED, browser
 from tests.report.test_report import measured
+from tsae import plotting
 from tsae.experiments import driver
 from tsae.report import write as report
 
@@ -107,3 +108,100 @@ def test_the_latents_that_an_experiment_speaks_of_lead_to_the_page_of_latents(pl
     assert links() == {}
     run.result("features", "html").write_text("a page")
     assert links() == {"7": "concept: &lt;b&gt;", "3": "", "5": "weather", "9": "rain"}
+
+
+@pytest.fixture
+def experimented(plan_of: Callable[..., Any]) -> Any:
+    """Two points with results and pictures of an experiment on both splits."""
+    plan = plan_of(grid={"sae.k": [8, 16]})
+    for number, point in enumerate(plan.points):
+        measured(plan, point, 0.5)
+        run = plan.run(point)
+        for chunk in (0, 1):
+            about = {
+                "made_from": driver.made_from(point.config, run, "tsne", chunk, None),
+                "subject": {},
+                "settings": {},
+            }
+            numbers = {"headline": {"semantics": 0.2 + 0.1 * number, "context": 0.3}}
+            run.result(f"tsne_chunk{chunk}", "json").write_text(json.dumps({"experiment": "tsne", **about, **numbers}))
+            with plotting.figure(run.result(f"tsne_chunk{chunk}", "png")):
+                pass
+    return plan
+
+
+SHOWN = (
+    "[...document.querySelectorAll('section img')].filter((image) => image.checkVisibility()).map((image) => image.alt)"
+)
+
+
+def test_an_experiment_is_one_row_of_panels_and_the_rest_is_behind_a_click(experimented: Any, browser: Browser) -> None:
+    page = report.write_report(experimented.compared)
+    panels = page.with_name("tsne.svg").read_text()
+    assert [name in panels for name in ("Semantics", "Context", "Syntax", "high-level", "purity")] == [1, 1, 0, 1, 1]
+    browser.open(page, ready=LOADED)
+    [row] = browser.run(SHOWN)
+    assert row == "map feature activations with t-SNE, coloured by three labels"
+    browser.run("document.querySelector('section summary').focus()")
+    browser.press("Enter")
+    stems = [f"{point.name}: tsne_chunk{chunk}" for point in experimented.points for chunk in (0, 1)]
+    assert browser.run(SHOWN) == [row, *stems]
+    browser.press("Enter")
+    browser.run("window.dispatchEvent(new Event('beforeprint'))")
+    assert browser.run(SHOWN) == [row, *stems]
+    browser.run("window.dispatchEvent(new Event('afterprint'))")
+    assert browser.run(SHOWN) == [row]
+
+
+def test_pictures_beyond_what_a_page_carries_are_led_to(experimented: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    size = experimented.run(experimented.points[0]).result("tsne_chunk0", "png").stat().st_size
+    monkeypatch.setattr("tsae.report.page.BYTES_A_RUN", size + 1)
+    page = report.write_report(experimented.compared)
+    found = re.findall(r'tsne_chunk(\d) \(<a href="([^"]*)">picture', page.read_text())
+    assert [chunk for chunk, _ in found] == ["1", "1"]  # every run's first split is on the page
+    assert all((page.parent / urllib.parse.unquote(address)).exists() for _, address in found)
+
+
+CONTRASTS = """(() => {
+  const canvas = new OffscreenCanvas(1, 1).getContext("2d", { willReadFrequently: true });
+  const channels = (colour, over) => {
+    canvas.fillStyle = over; canvas.fillRect(0, 0, 1, 1);
+    canvas.fillStyle = colour; canvas.fillRect(0, 0, 1, 1);
+    return [...canvas.getImageData(0, 0, 1, 1).data].slice(0, 3);
+  };
+  const light = (rgb) => rgb.map((v) => v / 255).map((v) => v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4)
+    .reduce((sum, v, i) => sum + v * [0.2126, 0.7152, 0.0722][i], 0);
+  const ground = (element) => {
+    if (!element) return "white";
+    const own = getComputedStyle(element).backgroundColor;
+    return own === "rgba(0, 0, 0, 0)" ? ground(element.parentElement) : own;
+  };
+  return [...document.querySelectorAll("body *")].filter((element) => element.checkVisibility() && !element.closest("svg")
+    && [...element.childNodes].some((node) => node.nodeType === 3 && node.textContent.trim())).map((element) => {
+    const [one, two] = [getComputedStyle(element).color, ground(element)].map((colour) => light(channels(colour, "white")));
+    return (Math.max(one, two) + 0.05) / (Math.min(one, two) + 0.05);
+  });
+})()"""
+
+
+def test_dark_colours_follow_the_system_and_the_button_and_are_remembered(experimented: Any, browser: Browser) -> None:
+    page = report.write_report(experimented.compared)
+    browser.open(page, ready=LOADED)
+    paper = "getComputedStyle(document.body).backgroundColor"
+    pressed = "document.getElementById('colours').getAttribute('aria-pressed')"
+    white, contrasts = "rgb(255, 255, 255)", browser.run(CONTRASTS)
+    assert (browser.run(paper), browser.run(pressed)) == (white, "false")
+    browser.click("#colours")
+    assert browser.run(paper) != white
+    browser.open(page, ready=LOADED)
+    assert browser.run(paper) != white
+    assert browser.run(pressed) == "true"
+    dark = browser.run(CONTRASTS)
+    assert len(dark) == len(contrasts) > 50
+    assert min(*contrasts, *dark) >= 4.5
+    browser.click("#colours")
+    assert browser.run(paper) == white
+    browser.run("localStorage.clear()")
+    browser.set_media("prefers-color-scheme", "dark")
+    browser.open(page, ready=LOADED)
+    assert (browser.run(paper) != white, browser.run(pressed)) == (True, "true")

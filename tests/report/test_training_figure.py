@@ -50,16 +50,16 @@ def test_each_split_has_its_own_curve_and_colour(plan_of, measure):
     tokens = [line["tokens"] for line in LINES]
     for group, name in enumerate(["high-level (group 0)", "low-level (group 1)"]):
         values = [line[f"{measure}_{group}"] for line in LINES]
-        assert found.pop(name) == (tokens, values, plotting.PALETTE[group + 1])
-    expected = {"all latents": (tokens, [line["fve"] for line in LINES], plotting.PALETTE[0])}
+        assert found.pop(name) == (tokens, values, plotting.PALETTE[group])
+    expected = {"all latents": (tokens, [line["fve"] for line in LINES], plotting.PALETTE[2])}
     assert found == (expected if measure == "fve" else {})
 
 
 def test_a_dictionary_without_splits_and_lines_of_older_versions_are_drawn_too(plan_of):
     flat = plan_of(grid={"sae.kind": ["batch_topk"]}).points[0].config
     lines = [{"tokens": 1, "fve": 0.5, "alive_0": 0.9}]
-    assert drawn(flat, "alive", lines) == {"all latents": ([1], [0.9], plotting.PALETTE[0])}
-    assert drawn(flat, "fve", lines) == {"all latents": ([1], [0.5], plotting.PALETTE[0])}
+    assert drawn(flat, "alive", lines) == {"all latents": ([1], [0.9], plotting.PALETTE[2])}
+    assert drawn(flat, "fve", lines) == {"all latents": ([1], [0.5], plotting.PALETTE[2])}
     assert drawn(flat, "share", lines) == {}
     old = [{name: value for name, value in line.items() if name[:4] != "fve_"} for line in LINES]
     config = plan_of(grid={"sae.k": [8]}).points[0].config

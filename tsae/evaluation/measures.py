@@ -123,6 +123,12 @@ def label(key: str) -> str:
     return REGISTRY[key].label if key in REGISTRY else key
 
 
+def with_unit(key: str) -> str:
+    """A measure's name for people, with its unit where it has one."""
+    unit = REGISTRY[key].unit if key in REGISTRY else ""
+    return f"{label(key)} ({unit})" if unit and unit not in label(key) else label(key)
+
+
 def in_words(key: str) -> str:
     """A measure's name in a sentence."""
     return (REGISTRY[key].name if key in REGISTRY else "") or label(key)

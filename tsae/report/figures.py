@@ -4,12 +4,23 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from tsae import plotting
 from tsae.config.points import short_names, shown
 from tsae.evaluation.measures import FVE, REGISTRY, Chart, Measure, instead_of, label, shown_in
-from tsae.report.grids import SweptAxis, draw_effects, draw_heat_map, draw_rows, effects_caption, pair_of, suits_rows
+from tsae.experiments.registry import EXPERIMENTS
+from tsae.plotting import SPLITS
+from tsae.report.grids import (
+    MOST_EFFECTS,
+    SweptAxis,
+    draw_effects,
+    draw_heat_map,
+    draw_rows,
+    effects_caption,
+    pair_of,
+    suits_rows,
+)
 from tsae.report.summary import Group, Summary
 
 if TYPE_CHECKING:
@@ -21,6 +32,8 @@ MOST_SERIES = 7
 LEAST_GRID = 4
 """Values of two ordered settings from which on a heat map shows more than lines."""
 MOST_PAIRED_MEASURES = 3
+SMALL, LEGEND = (2.35, 2.3), 1.2
+"""Inches of a panel of an experiment's row, and of the legend beside it."""
 LONG_LABEL = 32
 """Characters of a legend's entry that leave too little room for the axes beside it."""
 COLOURS = "viridis"
@@ -29,40 +42,105 @@ MOST_WITH_INTERVALS = 40
 LEAST_GROUPS = 3
 
 
+class Panel(NamedTuple):
+    """One pair of axes with lines over the swept value."""
+
+    title: str
+    axis: str
+    """What the vertical axis shows, in its unit."""
+    curves: list[tuple[str, list[Group], str]]
+    """Name, groups and measure of each line."""
+
+
 def draw_figures(summary: Summary, folder: Path) -> list[tuple[Chart, Path]]:
-    """Write every figure that has data as a PNG into `folder`.
+    """Write every figure of the evaluation's measures that has data into `folder`.
 
     Measures are drawn as lines over the swept value; as heat maps over two settings with many values; where there are
     still more settings, as a row for each that was named, or as the effect of each. Trade-offs between measures follow.
     """
-    measured = [row for row in summary.rows if not row.missing]
-    if not measured:
+    if all(row.missing for row in summary.rows):
         return []
-    series = series_of(summary)
-    drawn = []
-    if len(series) <= MOST_SERIES or (len(summary.telling) == 2 and _fills_its_grid(summary)):
-        axis = SweptAxis(summary.x, [row.point.value(summary.x) for row in summary.rows])
-        declared = [measure for key, measure in REGISTRY.items() if measure.chart and key in summary.measures]
-        for chart in dict.fromkeys(measure.chart for measure in declared if measure.chart):
-            known = [(measure.key, measure.line) for measure in declared if measure.chart == chart]
+    series, drawn = series_of(summary), []
+    form = _form(summary, series)
+    if form in ("lines", "grid"):
+        for chart, measures in _charted(summary, ""):
             path = folder / f"{chart.name}.png"
-            if _is_grid(summary, series):
-                draw_heat_map(summary, chart.title, known, path)
+            if form == "grid":
+                draw_heat_map(summary, chart.title, [(one.key, one.line) for one in measures], path)
             else:
-                _draw_lines(chart, known, axis, series, path)
+                _draw_lines(_panels(chart, measures, series), _swept(summary), path)
             drawn.append((chart, path))
-    elif suits_rows(summary, series):
-        caption = draw_rows(summary, series, folder / "settings.png")
+    elif form == "rows":
+        caption = draw_rows(summary, series, folder / "settings.png", _told(summary))
         drawn.append((Chart("settings", "Settings", "", caption), folder / "settings.png"))
     else:
         drawn += _draw_effects(summary, folder)
     return drawn + draw_trade_offs(summary, folder)
 
 
+def draw_experiments(summary: Summary, folder: Path) -> list[tuple[Chart, Path]]:
+    """Write one row of panels for each experiment that declares charts, as NAME.png: a panel for each headline number.
+
+    Its lines are the splits; where several series are compared, they are these, on the high-level split.
+    """
+    series, drawn = series_of(summary), []
+    form = _form(summary, series)
+    for name, experiment in EXPERIMENTS.items():
+        charts = _charted(summary, experiment.file)
+        if not charts:
+            continue
+        path = folder / f"{name}.png"
+        one_each = [(chart, next((one for one in of if one.line == SPLITS[0]), of[0])) for chart, of in charts]
+        of_split = [(measure.key, f"{chart.title}, {measure.line}") for chart, measure in one_each]
+        about = ""
+        if form == "lines" and len(series) == 1:
+            panels = [panel for chart, measures in charts for panel in _panels(chart, measures, series)]
+            _draw_lines(panels, _swept(summary), path, SMALL)
+        elif form == "lines":
+            panels = [panel for chart, measure in one_each for panel in _panels(chart, [measure], series)]
+            _draw_lines(panels, _swept(summary), path, SMALL)
+        elif form == "grid":
+            draw_heat_map(summary, "", of_split, path)
+        elif form == "rows":
+            about = draw_rows(summary, series, path, [key for key, _ in of_split])
+        else:
+            draw_effects(summary, path, [key for key, _ in of_split])
+            about = effects_caption(summary)
+        caption = " ".join([*dict.fromkeys(chart.caption for chart, _ in charts), about]).strip()
+        drawn.append((Chart(name, experiment.help, "", caption), path))
+    return drawn
+
+
+def _charted(summary: Summary, file: str) -> list[tuple[Chart, list[Measure]]]:
+    """The charts of an experiment's results in `file`, or of the evaluation's, with the measures that are there."""
+    charts: dict[Chart, list[Measure]] = {}
+    there = set(summary.measures)
+    for key, measure in REGISTRY.items():
+        if measure.chart and key in there and key.rpartition("/")[0].partition("_chunk")[0] == file:
+            charts.setdefault(measure.chart, []).append(measure)
+    return list(charts.items())
+
+
+def _form(summary: Summary, series: dict[str, list[Group]]) -> Literal["lines", "grid", "rows", "effects"]:
+    """How measures are drawn over the settings."""
+    if len(series) <= MOST_SERIES or (len(summary.telling) == 2 and _fills_its_grid(summary)):
+        return "grid" if _is_grid(summary, series) else "lines"
+    return "rows" if suits_rows(summary, series) else "effects"
+
+
+def _told(summary: Summary) -> list[str]:
+    """The few measures that the figures of many settings show."""
+    return shown_in("effects", summary.measures)[:MOST_EFFECTS]
+
+
+def _swept(summary: Summary) -> SweptAxis:
+    return SweptAxis(summary.x, [row.point.value(summary.x) for row in summary.rows])
+
+
 def _draw_effects(summary: Summary, folder: Path) -> list[tuple[Chart, Path]]:
     """The effect of each setting alone, and of two of them together."""
     path = folder / "effects.png"
-    draw_effects(summary, path)
+    draw_effects(summary, path, _told(summary))
     drawn = [(Chart("effects", "What each setting does", "", effects_caption(summary)), path)]
     pair = pair_of(summary)
     if len(summary.telling) > len(pair) > 0:
@@ -98,33 +176,45 @@ def series_of(summary: Summary) -> dict[str, list[Group]]:
     return series
 
 
-def _draw_lines(
-    chart: Chart, lines: list[tuple[str, str]], axis: SweptAxis, series: dict[str, list[Group]], path: Path
-) -> None:
+def _panels(chart: Chart, measures: list[Measure], series: dict[str, list[Group]]) -> list[Panel]:
     """One panel with a line for each measure; with several series, one panel for each measure."""
     if len(series) == 1:
-        panels = [(chart.title, [(label, groups, measure) for groups in series.values() for measure, label in lines])]
-    else:
-        panels = [
-            (f"{chart.title}: {label}", [(name, groups, measure) for name, groups in series.items()])
-            for measure, label in lines
-        ]
-    labels = [label for label, _, _ in panels[0][1]]
+        lines = [(one.line, groups, one.key) for groups in series.values() for one in measures]
+        return [Panel(chart.title, chart.axis, lines)]
+    return [
+        Panel(f"{chart.title}: {one.line}", chart.axis, [(name, groups, one.key) for name, groups in series.items()])
+        for one in measures
+    ]
+
+
+def _draw_lines(panels: list[Panel], axis: SweptAxis, path: Path, each: tuple[float, float] | None = None) -> None:
+    """Panels side by side; those of one chart on one scale, those `each` of a size in inches on their own."""
+    labels = list(dict.fromkeys(label for panel in panels for label, _, _ in panel.curves))
     below = len(labels) > 1 and max(map(len, labels)) > LONG_LABEL
-    width = 4.4 if len(panels) == 1 else 3.4 * len(panels)
-    size = (width, 2.9 + (0.19 * len(labels) if below else 0.0))
-    with plotting.figure(path, columns=len(panels), size=size, sharey=True, also=plotting.PRINT) as (drawn, all_axes):
-        for axes, (title, curves) in zip(all_axes, panels, strict=True):
-            for number, (label, groups, measure) in enumerate(curves):
-                _curve(axes, axis, groups, measure, number, len(curves), label)
-            axes.set_title(title)
+    width, height = each or ((4.4 if len(panels) == 1 else 3.4), 2.9)
+    size = (width * len(panels) + (LEGEND if each else 0.0), height + (0.19 * len(labels) if below else 0.0))
+    numbers = {
+        label: SPLITS.index(split) if (split := label.removesuffix(" only")) in SPLITS else place
+        for place, label in enumerate(labels)
+    }
+    with plotting.figure(path, columns=len(panels), size=size, sharey=each is None, also=plotting.PRINT) as (
+        drawn,
+        all_axes,
+    ):
+        handles: dict[Any, Any] = {}
+        for axes, panel in zip(all_axes, panels, strict=True):
+            for label, groups, measure in panel.curves:
+                _curve(axes, axis, groups, measure, numbers[label], len(labels), label)
+            axes.set_title(panel.title)
             axis.apply(axes)
             axes.margins(y=0.12)
-        all_axes[0].set_ylabel(chart.axis)
+            if each or axes is all_axes[0]:
+                axes.set_ylabel(panel.axis)
+            handles |= {label: handle for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
         if below:
-            drawn.legend(*all_axes[0].get_legend_handles_labels(), loc="outside lower left")
+            drawn.legend(handles.values(), handles, loc="outside lower left")
         elif len(labels) > 1:
-            all_axes[-1].legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
+            all_axes[-1].legend(handles.values(), handles, loc="center left", bbox_to_anchor=(1.0, 0.5))
 
 
 def _curve(

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from tsae import plotting
 from tsae.config.points import short_names, shown
-from tsae.evaluation.measures import label, shown_in
+from tsae.evaluation.measures import label
 from tsae.report.summary import Group, Summary
 from tsae.report.text import figures
 
@@ -115,9 +115,8 @@ def _heat_map(axes: Axes, groups: dict[tuple[str, ...], list[Group]], measure: s
                 axes.text(i, j, figures(value, 2), ha="center", va="center", fontsize=7, color=colour)
 
 
-def draw_effects(summary: Summary, path: Path) -> None:
+def draw_effects(summary: Summary, path: Path, measures: Sequence[str]) -> None:
     """A panel for each measure and setting: every group as a dot, and the mean over the groups that share a value."""
-    measures = shown_in("effects", summary.measures)[:MOST_EFFECTS]
     keys = summary.telling[:MOST_SETTINGS]
     size = (2.6 * len(keys) + 0.6, 2.1 * len(measures) + 0.4)
     with plotting.figure(path, len(measures), len(keys), size=size, sharey="row", also=plotting.PRINT) as (_, panels):
@@ -190,9 +189,8 @@ def suits_rows(summary: Summary, series: dict[str, list[Group]]) -> bool:
     return len(series) <= MOST_ROWS and len(summary.groups) < cells
 
 
-def draw_rows(summary: Summary, series: dict[str, list[Group]], path: Path) -> str:
+def draw_rows(summary: Summary, series: dict[str, list[Group]], path: Path, measures: Sequence[str]) -> str:
     """Write the figure: a panel for each measure, a colour for each swept value; returns its caption."""
-    measures = shown_in("effects", summary.measures)[:MOST_EFFECTS]
     first = _first_group(summary)
     rows = sorted(series.values(), key=lambda members: first not in members)
     axis = SweptAxis(summary.x, [group.value(summary.x) for group in summary.groups])

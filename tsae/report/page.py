@@ -10,12 +10,12 @@ import time
 import urllib.parse
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 
 from tsae.config.points import short_names, shown
-from tsae.evaluation.measures import REGISTRY, Chart, Measure, label, shown_in
+from tsae.evaluation.measures import REGISTRY, Chart, Measure, label, shown_in, with_unit
 from tsae.experiments.driver import draw_again, files_of, read_results
 from tsae.experiments.registry import EXPERIMENTS
 from tsae.pages import render
@@ -34,8 +34,8 @@ MOST_COLUMNS = 60
 """Points whose every measure fits into one table that a person would read."""
 MOST_LATENTS = 12
 """Latents of an experiment that a page links to the page of latents."""
-MOST_BYTES = 24_000_000
-"""Pictures of experiments that a page carries; beyond that it tells where they are."""
+BYTES_A_RUN, MOST_BYTES = 600_000, 6_000_000
+"""Of the runs' own pictures, which a page carries for each of its runs and in all; beyond that it leads to their files."""
 
 
 def as_page(
@@ -50,6 +50,7 @@ def as_page(
     `apart` are the points by what they were measured on, in words, where that is not the same: nothing is said across them.
     """
     compared, rows = summary.compared, [row for row in summary.rows if not row.missing]
+    drawn = [(_picture(path, chart.title), chart, path.stem) for chart, path in charts]
     swept = short_names([key for row in rows for key in row.point.axes])
     return render(
         "report/page.html",
@@ -62,11 +63,14 @@ def as_page(
         claims=claims,
         summary=_summary_table(summary),
         differences={"rows": []} if apart else _differences(summary),
-        figures=[(_picture(path, chart.title), chart.caption, path.stem) for chart, path in charts],
-        experiments=_experiments(summary),
+        figures=[(image, chart.caption, name) for image, chart, name in drawn if chart.name not in EXPERIMENTS],
+        experiments=_experiments(summary, drawn),
         points=rows,
         axes=[(_words(name), [shown(row.point.value(key)) for row in rows]) for key, name in swept.items()],
-        measures=[(name, [figures(row.values.get(name, math.nan)) for row in rows]) for name in summary.measures],
+        measures=[
+            (name, with_unit(name), [figures(row.values.get(name, math.nan)) for row in rows])
+            for name in summary.measures
+        ],
         command=compared.command,
         origin=compared.origin,
         file=compared.origin.read_text(encoding="utf-8"),
@@ -193,27 +197,55 @@ def _picture(path: Path, title: str) -> dict[str, Any]:
     return {"data": data, "title": title, "width": width // 2, "height": height // 2}
 
 
-def _experiments(summary: Summary) -> list[tuple[str, list[dict[str, Any]]]]:
-    """The experiments' own figures: for each experiment, what it is and its results, point by point."""
-    found, room, folder = [], MOST_BYTES, summary.compared.folder
+class Experimented(NamedTuple):
+    """What a page shows of one experiment."""
+
+    help: str
+    rows: list[tuple[dict[str, Any], str, str]]
+    """Picture of its headline numbers, caption, and address of the file without its ending."""
+    results: list[dict[str, Any]]
+    """Its own pictures, point by point."""
+
+
+def _experiments(summary: Summary, charts: list[tuple[dict[str, Any], Chart, str]]) -> list[Experimented]:
+    """Each experiment's headline numbers over the points, and its own figures of every point."""
+    folder = summary.compared.folder
+    found: dict[str, list[dict[str, Any]]] = {name: [] for name in EXPERIMENTS}
     for name, experiment in EXPERIMENTS.items():
-        results = []
         for row, run in zip(summary.rows, summary.compared.runs, strict=True):
-            for path in files_of(run, row.point.config, name):
+            for place, path in enumerate(files_of(run, row.point.config, name)):
                 drawn, page = path.with_suffix(".png"), path.with_suffix(".html")
                 if not drawn.exists():
                     continue
                 if experiment.compared:
                     draw_again(name, path)
-                title = f"{row.point.name}: {path.stem}"
-                room -= drawn.stat().st_size
-                image = _picture(drawn, title) if room > 0 else None
-                address = urllib.parse.quote(os.path.relpath(page, folder)) if page.exists() else ""
-                latents = _latents(path, run.result("features", "html"), folder)
-                results.append({"title": title, "image": image, "path": drawn, "page": address, "latents": latents})
-        if results:
-            found.append((experiment.help, results))
-    return found
+                found[name].append(
+                    {
+                        "title": f"{row.point.name}: {path.stem}",
+                        "image": None,
+                        "drawn": drawn,
+                        "place": place,
+                        "file": _address(drawn, folder),
+                        "page": _address(page, folder) if page.exists() else "",
+                        "latents": _latents(path, run.result("features", "html"), folder),
+                    }
+                )
+    # The first split of every run and experiment comes before the second of any.
+    room = min(MOST_BYTES, BYTES_A_RUN * len(summary.rows))
+    for result in sorted((result for results in found.values() for result in results), key=lambda one: one["place"]):
+        room -= result["drawn"].stat().st_size
+        if room > 0:
+            result["image"] = _picture(result["drawn"], result["title"])
+    made = []
+    for name, results in found.items():
+        rows = [(image, chart.caption, stem) for image, chart, stem in charts if chart.name == name]
+        if rows or results:
+            made.append(Experimented(EXPERIMENTS[name].help, rows, results))
+    return made
+
+
+def _address(path: Path, folder: Path) -> str:
+    return urllib.parse.quote(os.path.relpath(path, folder))
 
 
 def _latents(path: Path, features: Path, folder: Path) -> list[tuple[int, str, str]]:
@@ -232,5 +264,5 @@ def _latents(path: Path, features: Path, folder: Path) -> list[tuple[int, str, s
             if isinstance(explained, dict) and isinstance(node.get("top"), list):  # of a spliced context
                 found |= {latent: str(explained.get(str(latent), "")) for latent in node["top"] if latent not in found}
         open_ += [part for part in (node.values() if isinstance(node, dict) else node) if isinstance(part, dict | list)]
-    page = urllib.parse.quote(os.path.relpath(features, folder))
+    page = _address(features, folder)
     return [(latent, name, f"{page}#latent={latent}") for latent, name in [*found.items()][:MOST_LATENTS]]

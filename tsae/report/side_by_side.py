@@ -25,7 +25,7 @@ from tsae.experiments.driver import files_of
 from tsae.experiments.registry import EXPERIMENTS
 from tsae.report import text
 from tsae.report.compared import Compared, ReportConfig
-from tsae.report.figures import draw_figures
+from tsae.report.figures import draw_experiments, draw_figures
 from tsae.report.page import as_page
 from tsae.report.summary import Row, Summary, summarise
 from tsae.report.training import draw_training
@@ -93,7 +93,7 @@ def write_comparison(entries: Sequence[Entry], folder: Path) -> Written:
         place.mkdir(exist_ok=True)
         summary, unlike = _comparable(summarise(_compared(members, place, origin)), members)
         summaries[letter] = summary
-        drawn = [*draw_figures(summary, place), *draw_training(summary, place)]
+        drawn = [*draw_figures(summary, place), *draw_training(summary, place), *draw_experiments(summary, place)]
         where = f"Measured on {letter}: " if len(alike) > 1 else ""
         charts += [(dataclasses.replace(chart, caption=f"{where}{chart.caption}"), path) for chart, path in drawn]
         if unlike:

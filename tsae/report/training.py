@@ -33,6 +33,8 @@ CAPTION = (
     "the fraction of variance that it explains alone, on the batch."
 )
 
+ALL = plotting.SPLITS.index("all latents")
+
 Curve = list[dict[str, float]]
 
 
@@ -92,10 +94,11 @@ def _draw(axes: Axes, config: RunConfig, curve: Curve, measure: str) -> None:
     if len(fractions) == 1:
         names = ["all latents"]
     elif measure == "fve":
-        _line(axes, [(line["tokens"], line["fve"]) for line in curve], 0, "all latents")
+        _line(axes, [(line["tokens"], line["fve"]) for line in curve], ALL, "all latents")
     for group, name in enumerate(names):
         key = "fve" if len(names) == 1 and measure == "fve" else f"{measure}_{group}"
-        number = group + (len(names) > 1)
+        # Groups beyond the paper's two take the colours after that of all latents.
+        number = ALL if len(names) == 1 else group + (group >= ALL)
         # Lines of older versions have not all of them.
         _line(axes, [(line["tokens"], line[key]) for line in curve if key in line], number, name)
         if measure == "share" and len(names) > 1:

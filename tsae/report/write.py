@@ -11,7 +11,7 @@ from typing import Any
 from tsae.report import text
 from tsae.report.claims import section, write_claims
 from tsae.report.compared import Compared
-from tsae.report.figures import draw_figures
+from tsae.report.figures import draw_experiments, draw_figures
 from tsae.report.page import as_page
 from tsae.report.summary import Summary, summarise
 from tsae.report.training import draw_training
@@ -29,7 +29,11 @@ def write_report(compared: Compared) -> Path:
             leftover.unlink(missing_ok=True)
         files.write_text(page.with_name("table.csv"), text.as_csv(summary))
         files.write_text(page.with_name("table.md"), text.as_markdown(summary))
-        drawn = [*draw_figures(summary, page.parent), *draw_training(summary, page.parent)]
+        drawn = [
+            *draw_figures(summary, page.parent),
+            *draw_training(summary, page.parent),
+            *draw_experiments(summary, page.parent),
+        ]
         judged = section(compared, write_claims(compared)) if compared.settings.claims else None
         files.write_text(page, as_page(summary, drawn, judged))
         metadata.write(compared.record, {"sweep": compared.name, "made_from": state, "points": points_of(summary)})

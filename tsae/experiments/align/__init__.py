@@ -27,7 +27,7 @@ declare(
                 "activation" if key == "largest_difference" else "",
                 chart=Chart(
                     f"alignment_{key}",
-                    f"Alignment: {name}",
+                    f"{name[0].upper()}{name[1:]}",
                     "activation" if key == "largest_difference" else "share of latents",
                     f"{formula[0].upper()}{formula[1:]}.",
                 ),

@@ -18,7 +18,7 @@ declare(
             better="higher",
             chart=Chart(
                 f"autointerp_{scorer}",
-                f"Explanations: {scorer}",
+                f"{scorer[0].upper()}{scorer[1:]}",
                 "balanced accuracy",
                 f"{formula[0].upper()}{formula[1:]}.",
             ),

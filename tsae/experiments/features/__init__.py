@@ -21,7 +21,9 @@ declare(
             f"{formula}, mean over the latents that fire",
             name,
             better=better,
-            chart=Chart(f"features_{name}", f"Latents: {name}", name, f"{formula[0].upper()}{formula[1:]}."),
+            chart=Chart(
+                f"features_{name}", f"{name[0].upper()}{name[1:]}", name, f"{formula[0].upper()}{formula[1:]}."
+            ),
             line=line,
             name=f"the mean {name} of latents ({line})",
             version=0,

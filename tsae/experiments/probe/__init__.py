@@ -25,9 +25,10 @@ declare(
                 places=places,
                 chart=Chart(
                     f"probing_{task}",
-                    f"Probing: {task}",
+                    f"{task[0].upper()}{task[1:]}",
                     "balanced accuracy",
-                    f"Balanced accuracy of a sparse linear probe for {meaning}, on feature activations of one split.",
+                    "Balanced accuracy of a sparse linear probe on feature activations of one split for "
+                    "the text's topic (semantics), which text a token is from (context) and a token's class (syntax).",
                 ),
                 name=f"the balanced accuracy of probes for {task}",
                 rank=3,

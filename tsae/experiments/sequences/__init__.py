@@ -53,7 +53,10 @@ declare(
                 unit,
                 better,
                 chart=Chart(
-                    f"sequences_{key}", f"Sequences: {name}", unit or name, f"{formula[0].upper()}{formula[1:]}."
+                    f"sequences_{key}",
+                    f"{name[0].upper()}{name[1:]}",
+                    unit or name,
+                    f"{formula[0].upper()}{formula[1:]}.",
                 ),
                 name=f"the {name} over spliced passages",
                 version=0,

@@ -30,7 +30,9 @@ def _measures(key: str, ending: str) -> list[Measure]:
         f"{name}, {method}" if method else name,
         unit,
         "higher",
-        chart=Chart(f"steering_{key}", f"Steering: {name}", unit or "area", f"{formula[0].upper()}{formula[1:]}."),
+        chart=Chart(
+            f"steering_{key}", f"{name[0].upper()}{name[1:]}", unit or "area", f"{formula[0].upper()}{formula[1:]}."
+        ),
         name=f"the {name} of steering{instead}",
         version=0,
     )

@@ -19,9 +19,10 @@ declare(
                 better="higher",
                 chart=Chart(
                     f"tsne_{label}",
-                    f"Neighbours: {label}",
+                    f"{label[0].upper()}{label[1:]}",
                     "purity",
-                    f"Share of a token's nearest neighbours, before the map is made, that share {meaning}.",
+                    "Share of a token's nearest neighbours, before the map is made, that share the topic (semantics), the "
+                    "text (context) and the token's class (syntax).",
                 ),
                 name=f"the purity of neighbours by {label}",
                 version=0,
