@@ -83,13 +83,19 @@ def test_tasks_in_any_order_write_the_same_bytes(config: RunConfig, tmp_path: Pa
         assert one.shard(shard).read_bytes() == two.shard(shard).read_bytes()
 
 
-def test_no_language_model_is_imported(tmp_path: Path) -> None:
+def test_neither_a_language_model_nor_a_compiler_is_imported(tmp_path: Path) -> None:
+    """Nor what statistics need of scipy with the rest of it: each of them takes as long as a small run."""
     code = (
-        "import sys, json; from tsae.config import run as config; from tsae.stages import harvest_stage\n"
-        "harvest_stage(config.from_mapping(json.loads(sys.argv[1]), 'test'))\n"
-        "sys.exit(any(name in sys.modules for name in ('transformers', 'nnsight', 'datasets')))"
+        "import sys, json; from tsae.config import run as config; from tsae import stages\n"
+        "made = config.from_mapping(json.loads(sys.argv[1]), 'test'); stages.harvest_stage(made)\n"
+        "stages.train_stage(made, sys.argv[2], 'run'); stages.evaluate_stage(made, sys.argv[2], 'run')\n"
+        "heavy = ('transformers', 'nnsight', 'datasets', 'torch._dynamo', 'scipy.stats')\n"
+        "sys.exit(' '.join(name for name in heavy if name in sys.modules) or 0)"
     )
-    subprocess.run([sys.executable, "-c", code, json.dumps(tree(tmp_path / "store"))], check=True)
+    given = tree(tmp_path / "store", training={"steps": 5, "warmup_steps": 1, "threshold_start_step": 2})
+    command = [sys.executable, "-c", code, json.dumps(given), str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_store_of_another_world_is_refused(config: RunConfig) -> None:

@@ -299,6 +299,11 @@ class Adam(torch.optim.Adam):
     Moments and updates are of the process's own part of each parameter, as `shard` says.
     """
 
+    # Without the decorator that hides them from torch's compiler: it imports the compiler, which takes as long as torch.
+    add_param_group = torch.optim.Adam.add_param_group.__wrapped__  # type: ignore[attr-defined]
+    state_dict = torch.optim.Adam.state_dict.__wrapped__  # type: ignore[attr-defined]
+    load_state_dict = torch.optim.Adam.load_state_dict.__wrapped__  # type: ignore[attr-defined]
+
     def __init__(self, *parameters: Any, shard: Shard = EVERYTHING, **options: Any) -> None:
         super().__init__(*parameters, **options)
         self._shard = shard
