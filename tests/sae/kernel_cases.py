@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.interpreter import quicken
 from tsae.config import run as configuration
 from tsae.sae import kernels
 from tsae.sae.dictionary import top_k
@@ -26,6 +27,7 @@ from tsae.sae.sparse import (
 )
 from tsae.training.trainer import Trainer
 
+quicken()
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
 
 
@@ -123,6 +125,17 @@ def test_candidates_are_all_entries_above_the_guess_in_order(guess: float, monke
     assert torch.equal(values, dense[expected])
 
 
+def test_candidates_with_a_margin_are_all_that_may_be_above_their_guess() -> None:
+    block, bias, guesses = normal(5, 70), normal(70, seed=1), normal(5, seed=2) + 2
+    rows, latents = normal(2, 5, seed=3).abs(), normal(2, 70, seed=4).abs()  # norms and errors of each
+    above = block + bias + rows[0, :, None] * latents[1] + rows[1, :, None] * latents[0] > guesses[:, None]
+    found = kernels.Candidates().above(guesses, lambda: [block[:2], block[2:]], 70, (bias, *rows, *latents))
+    expected = above.nonzero(as_tuple=True)
+    assert torch.equal(found[0], expected[0])
+    assert torch.equal(found[1], expected[1])
+    torch.testing.assert_close(found[2], (block + bias)[expected])
+
+
 @pytest.mark.parametrize("kind", ["random", "ties", "negative"])
 def test_exact_selection_is_that_of_float32(kind: str) -> None:
     x, weight, bias = normal(8, 12), normal(100, 12, seed=1).T, normal(100, seed=2)
@@ -154,7 +167,7 @@ def test_a_selection_that_is_not_read_back_is_the_same(
     kind: str, precision: str, per_token: bool, room: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(kernels, "FIRST_ROOM", room)
-    x, weight, bias = normal(8, 12), normal(100, 12, seed=1).T, normal(100, seed=2)
+    x, weight, bias = normal(5, 12), normal(100, 12, seed=1).T, normal(100, seed=2)
     if kind == "ties":
         x, weight, bias = (x / 2).round(), (weight / 2).round(), bias.round()
     elif kind == "negative":
@@ -170,7 +183,7 @@ def test_a_selection_that_is_not_read_back_is_the_same(
             if guess is None:
                 break
         code, count = selection.code, len(expected.code.values)
-        assert len(code.values) == 24
+        assert len(code.values) == 15
         assert torch.equal(code.offsets, expected.code.offsets)
         assert torch.equal(code.latents[:count], expected.code.latents)
         assert torch.equal(code.values[:count], expected.code.values)

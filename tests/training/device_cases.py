@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.interpreter import quicken
 from tests.training.device_watch import Reads, Watch
 from tests.training.recorded import record_gradients
 from tsae.config import run as configuration
@@ -20,6 +21,7 @@ from tsae.sae.selection import screens
 from tsae.store.moments import Moments
 from tsae.training.trainer import Terms, Trainer
 
+quicken()
 DIM, BATCH, STEPS = 8, 4, 3
 SPLIT = {"group_fractions": [0.25, 0.5, 0.25]}
 TEMPORAL: list[dict[str, Any]] = [
