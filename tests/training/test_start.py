@@ -2,12 +2,13 @@
 
 import json
 import multiprocessing
-import time
+import signal
 from pathlib import Path
 
 import pytest
 import torch
 
+from tests.system.dying import train_and_die
 from tsae.checkpoint import RunFolder, load_dictionary, save_dictionary
 from tsae.config import run as configuration
 from tsae.runtime import metadata
@@ -80,17 +81,16 @@ def test_more_latents_begin_where_the_given_ones_are(normalised, trained, tmp_pa
 
 
 def test_a_killed_run_goes_on_without_the_other(normalised, trained, tmp_path):
-    config = onwards(normalised, trained, steps=1500, resume_every=10)
+    config = onwards(normalised, trained, resume_every=10)
     straight, cut = RunFolder.of(tmp_path, "straight"), RunFolder.of(tmp_path, "cut")
     train(config, straight)
 
-    victim = multiprocessing.get_context("spawn").Process(target=train, args=(config, cut))
-    victim.start()
-    while victim.is_alive() and not (cut.resume / "latest").exists():
-        time.sleep(0.01)
-    victim.kill()
-    victim.join()
-    assert not cut.weights.exists()
+    # In step 25 the state of step 10 is whole, since that of step 20 waited for it.
+    killed = multiprocessing.get_context("spawn").Process(target=train_and_die, args=(config, cut, "in a step", 25))
+    killed.start()
+    killed.join()
+    assert killed.exitcode == -signal.SIGKILL
+    assert (cut.resume / "latest").exists()
     (trained / "trainer_0" / "ae.pt").rename(tmp_path / "away.pt")
     train(config, cut)
     one, two = (load_dictionary(run.path)[0].state_dict() for run in (straight, cut))
