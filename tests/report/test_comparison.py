@@ -71,7 +71,21 @@ def test_a_seed_that_one_side_lacks_is_left_out(plan_of):
 
 def test_one_seed_gives_no_comparison(plan_of):
     plan = measured(plan_of(grid={"sae.k": [4, 8]}), lambda _: (0.5, 0.1, 0.2))
-    assert compare(summarise(plan.compared)) == []
+    summary = summarise(plan.compared)
+    assert compare(summary) == []
+    assert sentences(summary)[-1].endswith("so no difference between settings is claimed.")
+
+
+def test_many_differences_are_counted(plan_of):
+    def values(point):
+        k, seed = point.config.sae.k, point.config.training.seed
+        return 0.5 + 0.01 * (k - 8) + 0.001 * seed, 0.1, 0.2
+
+    plan = measured(plan_of(grid={"sae.k": [8, *range(4, 8), *range(9, 14)], "training.seed": [0, 1]}), values)
+    told = sentences(summarise(plan.compared))[-2]
+    assert told.startswith(
+        "Of 9 comparisons with k 8, seed by seed: the fraction of variance explained (FVE) is higher in 5 and lower in 4."
+    )
 
 
 def test_the_named_baseline_is_what_others_are_compared_with(plan_of):
@@ -85,13 +99,21 @@ def test_the_named_baseline_is_what_others_are_compared_with(plan_of):
 
 
 def test_sentences_follow_from_the_numbers(noisy):
-    ranges, splits, differences = sentences(summarise(noisy.compared))
-    assert "FVE all goes from 0.590 (temporal alpha 1) to 0.600 (temporal alpha 0)" in ranges
+    ranges, splits, differences, sure = sentences(summarise(noisy.compared))
+    assert ranges.startswith(
+        "The fraction of variance explained (FVE) is largest with temporal alpha 0 (0.600 ± 0.248) and smallest with "
+        "temporal alpha 1 (0.590 ± 0.248)."
+    )
     assert splits == (
         "The high-level split is smoother than the low-level one in 2 of 2 settings, in 2 of them with intervals that "
         "do not touch."
     )
-    assert differences == "Compared with temporal alpha 0, seed by seed (95 %): FVE all is lower in 1."
+    assert differences == (
+        "With temporal alpha 1 instead of temporal alpha 0, the fraction of variance explained (FVE) is lower by "
+        "0.010 ± 0.001 (worse): 0.590 ± 0.248 against 0.600 ± 0.248 (3 seeds). No difference is claimed in the smoothness "
+        "of the high-level split: its 95 % interval holds zero."
+    )
+    assert sure.startswith("Values are means over 3 seeds, ± their 95 % intervals (Student's t)")
 
 
 @pytest.mark.parametrize(
@@ -106,7 +128,8 @@ def test_one_setting_s_splits_are_told_apart_only_beyond_their_intervals(plan_of
         return 0.5, 0.3 + spread * point.config.training.seed, 0.4
 
     plan = measured(plan_of(grid={"sae.k": [4], "training.seed": [0, 1, 2]}, report={"x": "sae.k"}), values)
-    assert f"The high-level split {words}" in sentences(summarise(plan.compared))
+    text = re.sub(r" \([^)]*\)", "", " ".join(sentences(summarise(plan.compared))))
+    assert f"The high-level split {words}" in text
 
 
 def test_the_front_holds_what_nothing_beats_in_both():
@@ -185,7 +208,9 @@ def test_settings_of_different_worlds_do_not_compete(plan_of):
         "layer 0": [4, 8],
         "layer 1": [4, 8],
     }
-    assert sentences(summary)[1].startswith("layer 1: FVE all goes from 4.10 (k 4) to 8.10 (k 8)")
+    assert sentences(summary)[1].startswith(
+        "layer 1: The fraction of variance explained (FVE) is largest with k 8 (8.10) and smallest with k 4 (4.10)."
+    )
     alone = summarise(measured(plan_of(grid={"sae.k": [4, 8]}), values).compared)
     assert list(alone.worlds(alone.groups)) == [""]
 

@@ -55,8 +55,8 @@ def test_sweeps_are_one_table_with_intervals_over_their_seeds(two, compared, tmp
     printed, record, page = compared(tmp_path / "first.yaml", tmp_path / "second.yaml")
     assert record["ranked"] is True
     assert len(record["points"]) == 4
-    assert "FVE all goes from 0.505 (run k=4) to 0.605 (run k=8)" in printed
-    assert "FVE all is higher in 1" in printed
+    assert "(FVE) is largest with run k=8 (0.605 ± 0.064) and smallest with run k=4 (0.505 ± 0.064)" in printed
+    assert "(FVE) is higher by 0.100 ± 0.000 (better): 0.605 ± 0.064 against 0.505 ± 0.064 (2 seeds)" in printed
     assert "0.505<small>± 0.064</small>" in page
     assert "Not ranked" not in printed + page
 
@@ -76,8 +76,8 @@ def test_what_was_measured_on_different_things_is_not_ranked(two, compared, tmp_
     assert record["ranked"] is False
     assert reason in printed
     assert reason in page
-    assert "goes from" not in printed + page
-    assert "higher in" not in printed + page
+    assert "is largest with" not in printed + page
+    assert "instead of" not in printed + page
     assert {point["axes"]["measured on"] for point in record["points"]} == {"A", "B"}
     assert not (tmp_path / "out" / "trade_offs.png").exists()
 

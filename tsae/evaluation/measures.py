@@ -88,7 +88,7 @@ def of_splits(file: str, name: str, like: Measure) -> list[Measure]:
             family=f"{like.family}, {line.removesuffix('-level')}",
             places=like.places if chunk == 0 else (),
             line=line,
-            name=f"{like.name} ({line if chunk == 2 else f'{line} split'})" if like.name else "",
+            name=f"{like.name} on {line if chunk == 2 else f'the {line} split'}" if like.name else "",
         )
         for chunk, line in SPLITS
     ]

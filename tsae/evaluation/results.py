@@ -128,6 +128,7 @@ declare(
         better="higher",
         places=("summary", "terminal", "sentences", "differences", "effects"),
         chart=_CHARTS["fve"],
+        name="the fraction of variance explained (FVE)",
     ),
     *(
         Measure(
@@ -151,6 +152,7 @@ declare(
         places=_SUMMARY,
         card="Fraction of variance explained",
         stands_for=FVE,
+        name="the fraction of variance explained, pooled over tokens (FVE)",
     ),
     Measure(
         f"{FVE}_pooled_high",
@@ -201,6 +203,9 @@ declare(
             chart=_CHARTS["smoothness"] if name == "lipschitz" else None,
             line=line,
             card=_CARD.get(f"{SMOOTHNESS_NAMES[name]}_{suffix}", ""),
+            name=f"the {family.lower()} of {line if member == 'all' else f'the {line} split'}"
+            if name == "lipschitz"
+            else "",
         )
         for name, (family, formula) in _SMOOTHNESS.items()
         for suffix, member, line, places in (
@@ -217,6 +222,7 @@ declare(
         places=("summary", "terminal", "sentences", "differences"),
         chart=_CHARTS["loss"],
         card="Loss recovered",
+        name="the share of cross-entropy (CE) recovered",
     ),
     Measure(
         "loss_increase",
@@ -234,6 +240,7 @@ declare(
         places=("summary", "terminal", "differences", "effects"),
         chart=_CHARTS["alive"],
         card="Latents that fired",
+        name="the share of latents alive",
         rank=4,
     ),
     *(

@@ -6,18 +6,20 @@ import math
 from collections.abc import Sequence
 
 from tsae.config.points import short_names, shown
-from tsae.evaluation.measures import label, shown_in
-from tsae.report.summary import Group, Summary, compare
+from tsae.evaluation.measures import REGISTRY, in_words, label, shown_in
+from tsae.report.summary import Comparison, Group, Summary, compare
 from tsae.runtime import tables
 
 MOST_WORLDS = 6
 """Kinds of activations that get a sentence each."""
+MOST_DIFFERENCES = 8
+"""Differences that get a sentence each; of more, directions are counted."""
 MOST_NAMED = 3
 """Settings of a baseline that are named."""
 
 
 def sentences(summary: Summary) -> list[str]:
-    """A paragraph or two; nothing while there are no results."""
+    """What was found and how sure it is, in paragraphs; nothing while there are no results."""
     groups = [group for group in summary.groups if any(not row.missing for row in group.rows)]
     if not groups:
         return []
@@ -25,66 +27,120 @@ def sentences(summary: Summary) -> list[str]:
     if len(worlds) > MOST_WORLDS:
         worlds = {"": groups}
     ranges = [_ranges(summary, alike, f"{world}: " if len(worlds) > 1 else "") for world, alike in worlds.items()]
-    return [text for text in (*ranges, _splits(groups), _differences(summary)) if text]
+    told = [text for text in (*ranges, _splits(groups), *_differences(summary)) if text]
+    return [*told, _how_sure(summary, groups)] if told else []
 
 
 def _ranges(summary: Summary, groups: list[Group], world: str) -> str:
+    """The extremes of each measure over settings."""
     parts = []
     for measure in shown_in("sentences", summary.measures):
-        known = [(mean, group) for group in groups if not math.isnan(mean := group.interval(measure)[0])]
+        known = [group for group in groups if not math.isnan(group.interval(measure)[0])]
         if not known:
             continue
-        (low, worst), (high, best) = min(known, key=lambda e: e[0]), max(known, key=lambda e: e[0])
-        if len(known) == 1 or figures(low, 3) == figures(high, 3):
-            parts.append(f"{label(measure)} is {figures(high, 3)}")
+        worst, best = (choose(known, key=lambda group: group.interval(measure)[0]) for choose in (min, max))
+        if len({figures(group.interval(measure)[0], 3) for group in (worst, best)}) == 1:
+            parts.append(_sentence(f"{in_words(measure)} is {_number(best, measure)}"))
         else:
-            names = [summary.name(group, summary.given(group)) for group in (worst, best)]
-            parts.append(
-                f"{label(measure)} goes from {figures(low, 3)} ({names[0]}) to {figures(high, 3)} ({names[1]})"
+            high, low = (
+                f"{summary.name(group, summary.given(group))} ({_number(group, measure)})" for group in (best, worst)
             )
-    return f"{world}{'; '.join(parts)}." if parts else ""
+            parts.append(_sentence(f"{in_words(measure)} is largest with {high} and smallest with {low}"))
+    return world + " ".join(parts) if parts else ""
 
 
 def _splits(groups: list[Group]) -> str:
     """Whether the high-level split is the smoother one, and for how many settings beyond doubt."""
-    known, smoother, bounded, certain = 0, 0, 0, 0
+    keys = ("lipschitz_cont_h", "lipschitz_cont_l")
+    known, smoother, bounded, certain = [], 0, 0, 0
     for group in groups:
-        (high, high_half), (low, low_half) = group.interval("lipschitz_cont_h"), group.interval("lipschitz_cont_l")
+        (high, high_half), (low, low_half) = (group.interval(key) for key in keys)
         if math.isnan(high) or math.isnan(low):
             continue
-        known += 1
+        known.append(group)
         smoother += high < low
         bounded += high_half == high_half and low_half == low_half
         certain += high + high_half < low - low_half
     if not known:
         return ""
-    if known == 1:
+    if len(known) == 1:
+        values = "{} against {}".format(*(_number(known[0], key) for key in keys))
         if not smoother:
-            return "The high-level split is not smoother than the low-level one."
+            return f"The high-level split is not smoother than the low-level one ({values}; lower is smoother)."
         doubt = (", with intervals that do not touch" if certain else ", but the intervals overlap") if bounded else ""
-        return f"The high-level split is smoother than the low-level one{doubt}."
-    text = f"The high-level split is smoother than the low-level one in {smoother or 'none'} of {known} settings"
+        return f"The high-level split is smoother than the low-level one ({values}){doubt}."
+    text = f"The high-level split is smoother than the low-level one in {smoother or 'none'} of {len(known)} settings"
     if smoother and bounded:
         text += f", in {certain or 'none'} of them with intervals that do not touch"
     return f"{text}."
 
 
-def _differences(summary: Summary) -> str:
-    """The measures whose differences by seed leave out zero."""
+def _differences(summary: Summary) -> list[str]:
+    """The differences by seed whose interval leaves out zero, and the measures of which nothing is claimed."""
     found = compare(summary)
-    parts = []
-    for measure in dict.fromkeys(name for entry in found for name in entry.differences):
-        values = [entry.differences[measure] for entry in found if measure in entry.differences]
-        up = sum(mean > half for mean, half, _ in values)
-        down = sum(mean < -half for mean, half, _ in values)
-        if up or down:
-            directions = [f"higher in {up}" if up else "", f"lower in {down}" if down else ""]
-            parts.append(f"{label(measure)} is {' and '.join(filter(None, directions))}")
-    if not parts:
-        return ""
-    against = f"with {_reference(summary)}, seed by seed (95 %)"
-    start = f"Of {len(found)} comparisons {against}" if len(found) > 1 else f"Compared {against}"
-    return f"{start}: {'; '.join(parts)}."
+    sure: dict[str, list[Comparison]] = {name: [] for entry in found for name in entry.differences}
+    for entry in found:
+        for measure, (mean, half, _) in entry.differences.items():
+            if abs(mean) > half:
+                sure[measure].append(entry)
+    told = []
+    if sum(map(len, sure.values())) <= MOST_DIFFERENCES:
+        told = [_difference(summary, entry, measure) for measure, entries in sure.items() for entry in entries]
+    else:
+        for measure, entries in sure.items():
+            ups = sum(entry.differences[measure][0] > 0 for entry in entries)
+            counts = [f"{word} in {count}" for word, count in (("higher", ups), ("lower", len(entries) - ups)) if count]
+            if counts:
+                told.append(f"{in_words(measure)} is {' and '.join(counts)}")
+        told = [f"Of {len(found)} comparisons with {_reference(summary)}, seed by seed: {'; '.join(told)}."]
+    open_ = [in_words(measure) for measure, entries in sure.items() if not entries]
+    if open_:
+        zero = "its 95 % interval holds zero" if len(open_) == 1 else "their 95 % intervals hold zero"
+        told.append(f"No difference is claimed in {', '.join(open_)}: {zero}.")
+    return [" ".join(told)] if told else []
+
+
+def _difference(summary: Summary, entry: Comparison, measure: str) -> str:
+    """One difference with both values, their intervals and the number of seeds."""
+    mean, half, seeds = entry.differences[measure]
+    group, reference = entry.group, entry.reference
+    differing = [key for key in summary.telling if shown(group.value(key)) != shown(reference.value(key))]
+    shared = [key for key in summary.telling if key not in differing]
+    where = f", {summary.name(group, shared)}" if shared else ""
+    better = REGISTRY[measure].better
+    judged = f" ({'better' if (mean > 0) == (better == 'higher') else 'worse'})" if better else ""
+    by, width = with_interval(abs(mean), half)
+    return _sentence(
+        f"with {summary.name(group, differing)} instead of {summary.name(reference, differing)}{where}, "
+        f"{in_words(measure)} is {'higher' if mean > 0 else 'lower'} by {by} ± {width}{judged}: "
+        f"{_number(group, measure)} against {_number(reference, measure)} ({seeds} seeds)"
+    )
+
+
+def _how_sure(summary: Summary, groups: list[Group]) -> str:
+    """What the intervals are, and what cannot be said."""
+    if summary.seeds > 1:
+        least = min(sum(not row.missing for row in group.rows) for group in groups)
+        count = f"{least} to {summary.seeds}" if least < summary.seeds else f"{summary.seeds}"
+        text = (
+            f"Values are means over {count} seeds, ± their 95 % intervals (Student's t); differences are taken seed by seed, "
+            "and their intervals are not corrected for their number."
+        )
+        return text + (" A setting with one seed has no interval over seeds." if least == 1 else "")
+    text = "One seed: ± is the 95 % interval within a run, over held-out documents or as its experiment says."
+    if len(groups) == 1:
+        return f"{text} What another seed would give is not known."
+    return f"{text} What another seed would give is not known, so no difference between settings is claimed."
+
+
+def _number(group: Group, measure: str) -> str:
+    """A group's value with its interval, where it has one."""
+    value, half = with_interval(*group.interval(measure))
+    return f"{value} ± {half}" if half else value
+
+
+def _sentence(text: str) -> str:
+    return f"{text[0].upper()}{text[1:]}."
 
 
 def _reference(summary: Summary) -> str:
