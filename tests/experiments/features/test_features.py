@@ -26,7 +26,9 @@ from tsae.config.run import Counted, RunConfig
 from tsae.evaluation import measures
 from tsae.evaluation.measures import REGISTRY
 from tsae.experiments import driver
-from tsae.experiments.features.data import unpack
+from tsae.experiments.features.data import spread_over_labels, unpack
+from tsae.experiments.shared.firings import Firings, collect
+from tsae.experiments.shared.subject import Subject
 from tsae.interop.explanations import write_explanations
 from tsae.runtime import files
 from tsae.runtime.errors import TsaeError
@@ -56,12 +58,13 @@ def run(run_config: RunConfig, checkpoints: Path) -> RunFolder:
     return own
 
 
-def _most_active(config: RunConfig, run: RunFolder) -> list[int]:
-    from tsae.experiments.shared.firings import collect
-    from tsae.experiments.shared.subject import Subject
-
+def _firings(config: RunConfig, run: RunFolder, sequences: int | None = None) -> Firings:
     store = Store.open(harvest_stage(config), config)
-    return np.argsort(-collect(Subject(config, run), store, range(50), "test").counts).tolist()
+    return collect(Subject(config, run), store, range(sequences or store.n_sequences), "test")
+
+
+def _most_active(config: RunConfig, run: RunFolder) -> list[int]:
+    return np.argsort(-_firings(config, run, 50).counts).tolist()
 
 
 def test_the_page_holds_the_activations_of_the_store(run: RunFolder, run_config: RunConfig, tiny_model: Path) -> None:
@@ -98,6 +101,38 @@ def test_the_page_holds_the_activations_of_the_store(run: RunFolder, run_config:
     assert tops == sorted(tops, reverse=True)
     assert tops[0] == 255
     assert len(documents) == 9
+
+
+def test_the_page_holds_how_activations_spread_over_the_labels(run: RunFolder, run_config: RunConfig) -> None:
+    about, columns = unpack(run.result("features", "html"))
+    store = Store.open(harvest_stage(run_config), run_config)
+    document = np.where(store.valid(Counted(1)), store.document, -1)
+    own = np.where(document >= 0, store.label[document], -1)
+    assert sorted(about["labels"]) == ["east", "north", "south"]
+    order = [store.label_names.index(name) for name in about["labels"]]
+    base = [(own == label).sum() / (own >= 0).sum() for label in order]
+    np.testing.assert_allclose(about["label_base"], base)
+    firings = _firings(run_config, run)
+    shares = columns["label_share"].reshape(64, 3) / 255
+    for latent in _most_active(run_config, run)[:20]:
+        places, _ = firings.of(latent)
+        truth = [(own.reshape(-1)[places] == label).mean() for label in order]
+        np.testing.assert_allclose(shares[latent], truth, atol=0.002)
+    assert shares.max() > 0.6  # the texts' topics are in their words, so some latents are about one
+
+
+def test_labels_beyond_the_most_frequent_are_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    document = np.repeat(np.arange(5), [8, 4, 2, 1, 3])[None].astype(np.int32)
+    document[0, -3:] = -1
+    places = np.array([0, 8, 12, 14, 0, 15], np.int32)
+    still = np.zeros(document.shape, np.float32)
+    firings = Firings(np.array([0, 4, 5, 6]), places, np.ones(6, np.float32), document, document, still)
+    monkeypatch.setattr("tsae.experiments.features.data.MOST_LABELS", 2)
+    names, base, share = spread_over_labels(firings, np.array([1, 0, 3, 2, 0]), ["a", "b", "c", "d", "unused"])
+    assert names == ["b", "a", "other labels"]
+    assert base == [8 / 15, 4 / 15, 3 / 15]
+    np.testing.assert_allclose(share / 255, [[0.25, 0.25, 0.5], [1, 0, 0], [0, 0, 0]], atol=0.002)
+    assert spread_over_labels(firings, np.full(5, -1), []) is None
 
 
 @pytest.fixture(scope="module")
@@ -297,6 +332,19 @@ def test_typing_into_the_search_finds_explanations_tokens_and_numbers(browser: B
     browser.type("no latent says this")
     assert rows(browser) == []
     assert browser.run("getComputedStyle(document.getElementById('none')).display") != "none"
+
+
+def test_a_latent_shows_the_labels_of_its_texts_against_all_tokens(browser: Browser, run: RunFolder) -> None:
+    about, columns = unpack(run.result("features", "html"))
+    shares = columns["label_share"].reshape(64, 3) / 255
+    latent = int(shares.max(1).argmax())
+    browser.open(run.result("features", "html"), f"#latent={latent}")
+    order = np.argsort(-shares[latent], kind="stable")
+    told = [
+        f"{about['labels'][label]}{100 * shares[latent, label]:.0f} %, of all tokens {100 * about['label_base'][label]:.0f} %"
+        for label in order
+    ]
+    assert browser.run("[...document.querySelectorAll('.labels li')].map((row) => row.textContent)") == told
 
 
 def test_sorting_filtering_and_choosing(browser: Browser, run: RunFolder) -> None:

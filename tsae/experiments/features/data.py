@@ -28,6 +28,8 @@ from tsae.runtime.errors import TsaeError
 from tsae.runtime.progress import Progress
 
 HISTOGRAM_BINS = 16
+MOST_LABELS = 32
+"""Labels with a share of their own, the most frequent; the others are one more."""
 TOP_TOKENS = 3
 NEIGHBOURS, SPOKEN_TOKENS = 5, 8
 AT_ONCE = 256
@@ -106,7 +108,41 @@ def top_tokens(firings: Firings, types: np.ndarray) -> np.ndarray:
     return found
 
 
-def neighbours(rows: Tensor, others: Tensor | None = None) -> tuple[np.ndarray, np.ndarray]:
+class Labels(NamedTuple):
+    """How the tokens at which latents fire are spread over the labels of their texts."""
+
+    names: list[str]
+    """The most frequent labels first [C]; "other labels" is the last of more."""
+    base: list[float]
+    """Share of all labelled tokens that each label has [C]."""
+    share: np.ndarray
+    """The same of the labelled tokens at which each latent fires, in 255ths [F, C]; zeros of one that fires on none."""
+
+
+def spread_over_labels(firings: Firings, label: np.ndarray, names: Sequence[str]) -> Labels | None:
+    """`label` [documents] is an index into `names`, -1 for none; None where no token read has a label."""
+    document = firings.document.reshape(-1)
+    own = np.where(document >= 0, label[document], -1)
+    counts = np.bincount(own[own >= 0], minlength=len(names))
+    if not counts.any():
+        return None
+    order = np.argsort(-counts, kind="stable")[: np.count_nonzero(counts)]
+    shown = min(len(order), MOST_LABELS)
+    column = np.full(len(names) + 1, -1)  # the last one is where -1 leads
+    column[order] = np.minimum(np.arange(len(order)), shown)
+    kinds = shown + (len(order) > shown)
+    fired, latents = column[own[firings.places]], firings.latents
+    labelled = fired >= 0
+    table = np.bincount(
+        latents[labelled].astype(np.int64) * kinds + fired[labelled], minlength=firings.dict_size * kinds
+    ).reshape(-1, kinds)
+    base = np.bincount(column[order], weights=counts[order], minlength=kinds) / counts.sum()
+    share = np.rint(255 * table / table.sum(1, keepdims=True).clip(1)).astype(np.uint8)
+    called = [names[index] for index in order[:shown]]
+    return Labels(called + ["other labels"] * (kinds - shown), base.tolist(), share)
+
+
+def neighbours(rows: Tensor, others: Tensor | None, progress: Progress) -> tuple[np.ndarray, np.ndarray]:
     """The nearest other rows of each of [F, D] by cosine, nearest first [F, 5] (-1: none), and the cosines in 255ths, not below 0.
 
     With `others` [G, D], the nearest of those.
@@ -124,6 +160,7 @@ def neighbours(rows: Tensor, others: Tensor | None = None) -> tuple[np.ndarray, 
         nearest = part.topk(count)
         found[first : first + AT_ONCE, :count] = nearest.indices.cpu()
         cosines[first : first + AT_ONCE, :count] = (255 * nearest.values).round().clamp(0, 255).cpu()
+        progress.update(min(first + AT_ONCE, len(rows)))
     return found, cosines
 
 

@@ -52,7 +52,8 @@ def measure(subject: Subject, settings: FeaturesConfig) -> dict[str, Any]:
     # The order of the store is random: its beginning is a sample of all documents.
     firings = collect(subject, store, range(min(settings.sequences, store.n_sequences)), "features")
     statistics = latent_statistics(firings)
-    page = write_page(subject, settings, firings, statistics)
+    labels = data.spread_over_labels(firings, store.label, store.label_names)
+    page = write_page(subject, settings, firings, statistics, labels)
     return {
         "page": page.name,
         "tokens": firings.n_tokens,
@@ -64,7 +65,13 @@ def measure(subject: Subject, settings: FeaturesConfig) -> dict[str, Any]:
     }
 
 
-def write_page(subject: Subject, settings: FeaturesConfig, firings: Firings, statistics: LatentStatistics) -> Path:
+def write_page(
+    subject: Subject,
+    settings: FeaturesConfig,
+    firings: Firings,
+    statistics: LatentStatistics,
+    labels: data.Labels | None,
+) -> Path:
     """Write the page of latents; its path."""
     rows, beside = subject.dictionary.W_dec.detach(), _beside(subject, settings.beside)
     spoken = _spoken(subject, rows) if settings.logits else None
@@ -84,6 +91,7 @@ def write_page(subject: Subject, settings: FeaturesConfig, firings: Firings, sta
         "explanations": [explanations.get(latent) for latent in range(firings.dict_size)],
         "rate_edges": RATE_EDGES,
         **({} if beside is None else {"beside": beside.about}),
+        **({} if labels is None else {"labels": labels.names, "label_base": labels.base}),
     }
     arrays = {
         **data.columns(statistics, subject.dictionary.group_sizes, _detection(subject, explanations)),
@@ -91,8 +99,9 @@ def write_page(subject: Subject, settings: FeaturesConfig, firings: Firings, sta
         "top_tokens": data.top_tokens(firings, types),
         "text": types.astype(np.uint16 if len(used) <= 1 << 16 else np.uint32),
         **({} if spoken is None else {"spoken": np.searchsorted(used, spoken).astype(np.uint32)}),
-        **_neighbours(writing=(rows, None), reading=(subject.dictionary.W_enc.detach().T, None)),
-        **({} if beside is None else _neighbours(beside=(rows, beside.rows))),
+        **({} if labels is None else {"label_share": labels.share}),
+        **_neighbours(subject, writing=(rows, None), reading=(subject.dictionary.W_enc.detach().T, None)),
+        **({} if beside is None else _neighbours(subject, beside=(rows, beside.rows))),
         **{f"example_{name}": array for name, array in examples._asdict().items()},
     }
     suffix = "" if subject.checkpoint is None else f"_step{subject.checkpoint}"
@@ -144,13 +153,12 @@ def _beside(subject: Subject, name: str | None) -> _Beside | None:
     return _Beside(dictionary.W_dec.detach(), about)
 
 
-def _neighbours(**sides: tuple[Tensor, Tensor | None]) -> dict[str, np.ndarray]:
-    found = {side: data.neighbours(rows, others) for side, (rows, others) in sides.items()}
-    return {
-        name: array
-        for side, (latents, cosines) in found.items()
-        for name, array in ((f"near_{side}", latents), (f"near_{side}_cosine", cosines))
-    }
+def _neighbours(subject: Subject, **sides: tuple[Tensor, Tensor | None]) -> dict[str, np.ndarray]:
+    found = {}
+    for side, (rows, others) in sides.items():
+        progress = Progress(f"features {subject.name}: nearest, {side}", len(rows), "latents", subject.run.progress)
+        found[f"near_{side}"], found[f"near_{side}_cosine"] = data.neighbours(rows, others, progress)
+    return found
 
 
 def _check(subject: Subject, settings: FeaturesConfig) -> None:
