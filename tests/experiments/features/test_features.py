@@ -345,6 +345,8 @@ def test_a_latent_shows_the_labels_of_its_texts_against_all_tokens(browser: Brow
         for label in order
     ]
     assert browser.run("[...document.querySelectorAll('.labels li')].map((row) => row.textContent)") == told
+    bars = "[...document.querySelectorAll('.labels .track')].map((track) => track.firstChild.offsetWidth / track.offsetWidth)"
+    np.testing.assert_allclose(browser.run(bars), shares[latent][order], atol=0.02)
 
 
 def test_sorting_filtering_and_choosing(browser: Browser, run: RunFolder) -> None:

@@ -28,7 +28,7 @@ from tsae.runtime.errors import TsaeError
 from tsae.runtime.progress import Progress
 
 HISTOGRAM_BINS = 16
-MOST_LABELS = 32
+MOST_LABELS = 16
 """Labels with a share of their own, the most frequent; the others are one more."""
 TOP_TOKENS = 3
 NEIGHBOURS, SPOKEN_TOKENS = 5, 8
