@@ -293,16 +293,20 @@ def project_and_measure(
     return shard.norm(matrices, vectors)
 
 
+def _undecorated(method: Any) -> Any:
+    """Without what hides a method from torch's compiler: that imports the compiler, which takes as long as torch."""
+    return getattr(method, "__wrapped__", method)
+
+
 class Adam(torch.optim.Adam):
     """torch's Adam, its state included, with the clipping before it and the normalisation after it.
 
     Moments and updates are of the process's own part of each parameter, as `shard` says.
     """
 
-    # Without the decorator that hides them from torch's compiler: it imports the compiler, which takes as long as torch.
-    add_param_group = torch.optim.Adam.add_param_group.__wrapped__  # type: ignore[attr-defined]
-    state_dict = torch.optim.Adam.state_dict.__wrapped__  # type: ignore[attr-defined]
-    load_state_dict = torch.optim.Adam.load_state_dict.__wrapped__  # type: ignore[attr-defined]
+    add_param_group = _undecorated(torch.optim.Adam.add_param_group)
+    state_dict = _undecorated(torch.optim.Adam.state_dict)
+    load_state_dict = _undecorated(torch.optim.Adam.load_state_dict)
 
     def __init__(self, *parameters: Any, shard: Shard = EVERYTHING, **options: Any) -> None:
         super().__init__(*parameters, **options)
