@@ -14,7 +14,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import json
 import random
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any
 
@@ -33,21 +33,36 @@ if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
 
 TESTS = Path(__file__).parent
 LABS = ("slurm", "gridengine", "containers")
+LONG = ("system", "acceptance", "docs", "packaging", "upgrade")
+"""Folders of files that take minutes."""
+
+
+def place(path: Path) -> tuple[str, ...]:
+    """The folders of a test, and its file."""
+    return path.relative_to(TESTS).parts
 
 
 def in_lab(path: Path) -> bool:
-    return path.relative_to(TESTS).parts[:2] in [("system", lab) for lab in LABS]
+    return place(path)[:2] in [("system", lab) for lab in LABS]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Start with the labs, whose tests take longest and stay in one process."""
-    items.sort(key=lambda item: not in_lab(item.path))
+    """Start with the labs, whose tests take longest and stay in one process, then with what takes minutes."""
+    items.sort(key=lambda item: (not in_lab(item.path), place(item.path)[0] not in LONG))
+
+
+@pytest.hookimpl(optionalhook=True, wrapper=True)
+def pytest_xdist_auto_num_workers() -> Generator[None, int, int]:
+    """One process more than there are cores where a lab was promised: its tests wait for their jobs, and use no core."""
+    cores = yield
+    return cores + any(map(promised, LABS))
 
 
 @pytest.hookimpl(optionalhook=True)  # without pytest-xdist, all is one process
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """What `-n` keeps in one process: a file's tests share its fixtures, and all the labs this machine's one Slurm.
+    """What `-n` keeps in one process: a file's tests share its fixtures, and a folder of tests/system what it has started.
 
+    The containers are among Slurm's, since they use the one of this machine, too.
     xdist's own marks for groups do nothing under pytest 9.2 (pytest-xdist issue 1386).
     """
     from xdist.scheduler import LoadFileScheduling
@@ -55,7 +70,10 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     class Scheduling(LoadFileScheduling):
         def _split_scope(self, nodeid: str) -> str:
             path = super()._split_scope(nodeid)
-            return "labs" if in_lab(config.rootpath / path) else path
+            first, *folders, _ = place(config.rootpath / path)
+            if first != "system" or not folders:
+                return path
+            return "slurm" if folders[0] == "containers" else folders[0]
 
     config.option.loadscopereorder = False
     return Scheduling(config, log)
