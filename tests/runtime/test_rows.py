@@ -50,6 +50,8 @@ def test_runs_and_blocks_and_the_whole(on_disk: RowsOnDisk, monkeypatch: pytest.
     found = on_disk.runs(np.array([20, 3, 3]), np.array([15, 0, 2]))
     np.testing.assert_array_equal(found, np.concatenate([ARRAY[20:35], ARRAY[3:5]]))
     np.testing.assert_array_equal(np.asarray(on_disk), ARRAY)
+    np.testing.assert_array_equal((on_disk == 7) | (on_disk > 500), (ARRAY == 7) | (ARRAY > 500))
+    np.testing.assert_array_equal(1 - np.square(on_disk), 1 - ARRAY**2)
     monkeypatch.setattr("tsae.runtime.rows.BLOCK_BYTES", 11 * 12)
     assert [len(block) for block in blocks(on_disk)] == [11, 11, 11, 7]
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+from numpy.lib.mixins import NDArrayOperatorsMixin
 
 from tsae.runtime.errors import TsaeError
 
@@ -40,10 +41,11 @@ def blocks(rows: Rows) -> Iterator[np.ndarray]:
         yield rows[first : first + step]
 
 
-class RowsOnDisk:
+class RowsOnDisk(NDArrayOperatorsMixin):
     """An array whose rows lie in files as plain little-endian numbers, `per_file` in each; what follows them is passed over.
 
-    Nothing is kept in memory, so any number of processes may read one that is larger than all of it.
+    Nothing is kept in memory, so any number of processes may read one that is larger than all of it. An expression such as
+    `rows >= 0` is that of the whole array.
     """
 
     def __init__(
@@ -67,6 +69,10 @@ class RowsOnDisk:
         """All of it, in memory: what numpy takes."""
         del copy  # it always is one
         return self[:] if dtype is None else self[:].astype(dtype)
+
+    def __array_ufunc__(self, ufunc: np.ufunc, method: str, *inputs: Any, **options: Any) -> Any:
+        inputs = tuple(np.asarray(each) if isinstance(each, RowsOnDisk) else each for each in inputs)
+        return getattr(ufunc, method)(*inputs, **options)
 
     def __getitem__(self, index: Any) -> np.ndarray:
         """Rows, by a number, a slice or a list of numbers, and as slices or numbers what is wanted of them, as numpy has it.
