@@ -8,15 +8,16 @@ that the third point ended with when it was not killed.
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 import tarfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
+
+from tsae.cli import main
 
 ARCHIVE = Path(__file__).with_name("before_3195aa1.tar.xz")
 SWEEP_FOLDER = "home/sweeps/before-base"
@@ -30,17 +31,32 @@ def before(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def tsae(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "TSAE_HOME": "home", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "tsae.cli", *words]
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+class Done(NamedTuple):
+    """How a command ended, and what it said."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+@pytest.fixture
+def tsae(before: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Done]:
+    """Give a `tsae` command in that folder."""
+    monkeypatch.chdir(before)
+    monkeypatch.setenv("TSAE_HOME", "home")
+
+    def give(*words: str) -> Done:
+        capsys.readouterr()
+        return Done(main(list(words)), *capsys.readouterr())
+
+    return give
 
 
 def contents(folder: Path) -> dict[str, bytes]:
     return {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_a_sweep_from_before_is_continued_where_it_was(before: Path) -> None:
+def test_a_sweep_from_before_is_continued_where_it_was(before: Path, tsae: Callable[..., Done]) -> None:
     run = before / "home/checkpoints/before-base"
     complete = {name: contents(run / name) for name in ("k=4", "k=8")}
     store = contents(before / "home/stores")
@@ -49,11 +65,11 @@ def test_a_sweep_from_before_is_continued_where_it_was(before: Path) -> None:
     first = metrics.read_text().splitlines()[1]
     marked = first[:-2] + str((int(first[-2]) + 1) % 10) + first[-1]
     metrics.write_text(metrics.read_text().replace(first, marked))
-    planned = tsae(before, "sweep", "before.yaml", "--dry-run").stdout
+    planned = tsae("sweep", "before.yaml", "--dry-run").stdout
     # Nothing is harvested or trained again; what older results were made from was not recorded, so they are made again.
     assert "8 stages, 5 to run" in planned
     assert "train     k=4                           1       complete" in planned
-    done = tsae(before, "sweep", "before.yaml", "--executor", "debug")
+    done = tsae("sweep", "before.yaml", "--executor", "debug")
     assert done.returncode == 0, done.stderr
     assert marked in metrics.read_text()
     # Bit-identical where the processor is the one that made the recording; elsewhere products are rounded differently.
@@ -80,21 +96,23 @@ def test_a_sweep_from_before_is_continued_where_it_was(before: Path) -> None:
         assert now["made_from"]["settings"] == was["config_hash"]
     assert contents(before / "home/stores") == store
     assert (before / SWEEP_FOLDER / "report/report.html").exists()
-    assert "nothing to do" in tsae(before, "sweep", "before.yaml").stderr
+    assert "nothing to do" in tsae("sweep", "before.yaml").stderr
 
 
-def test_a_folder_from_before_names_its_sweep_whatever_became_of_the_file(before: Path) -> None:
+def test_a_folder_from_before_names_its_sweep_whatever_became_of_the_file(
+    before: Path, tsae: Callable[..., Done]
+) -> None:
     (before / "before.yaml").write_text("name: before\ngrid: {sae.k: [99]}\n")
-    said = tsae(before, "status", SWEEP_FOLDER)
+    said = tsae("status", SWEEP_FOLDER)
     assert said.returncode == 0, said.stderr
     assert "before-base: 3 points, 3 of 8 stages done" in said.stdout
     (before / "before.yaml").unlink()
-    assert "k=16" in tsae(before, "report", SWEEP_FOLDER).stdout
-    assert "3 complete" in tsae(before, "sweep", SWEEP_FOLDER, "--executor", "debug").stderr
+    assert "k=16" in tsae("report", SWEEP_FOLDER).stdout
+    assert "3 complete" in tsae("sweep", SWEEP_FOLDER, "--executor", "debug").stderr
 
 
-def test_runs_from_before_are_listed_and_measured_again(before: Path) -> None:
-    listed = tsae(before, "runs").stdout
+def test_runs_from_before_are_listed_and_measured_again(before: Path, tsae: Callable[..., Done]) -> None:
+    listed = tsae("runs").stdout
     assert [line.split()[:2] for line in listed.splitlines()[2:5]] == [
         ["k=16", "temporal"],
         ["k=4", "temporal"],
@@ -106,7 +124,7 @@ def test_runs_from_before_are_listed_and_measured_again(before: Path) -> None:
     measured = json.loads(results.read_text())
     results.unlink()
     config = str(before / "home/sweeps/before-base/attempts/20261128-055606/points/k=8.yaml")
-    done = tsae(before, "evaluate", config, "--checkpoints-path", "home/checkpoints/before-base", "--run-name", "k=8")
+    done = tsae("evaluate", config, "--checkpoints-path", "home/checkpoints/before-base", "--run-name", "k=8")
     assert done.returncode == 0, done.stderr
     again = json.loads(results.read_text())
     for name, value in measured.items():
@@ -115,13 +133,15 @@ def test_runs_from_before_are_listed_and_measured_again(before: Path) -> None:
     assert again["config_hash"] == measured["config_hash"]
 
 
-def test_a_run_from_before_is_not_measured_on_a_store_that_holds_out_other_documents(before: Path) -> None:
+def test_a_run_from_before_is_not_measured_on_a_store_that_holds_out_other_documents(
+    before: Path, tsae: Callable[..., Done]
+) -> None:
     shutil.rmtree(before / "home/stores")
     config = str(before / "home/sweeps/before-base/attempts/20261128-055606/points/k=8.yaml")
-    assert tsae(before, "harvest", config).returncode == 0
+    assert tsae("harvest", config).returncode == 0
     run = ("--checkpoints-path", "home/checkpoints/before-base", "--run-name", "k=8")
-    done = tsae(before, "evaluate", config, *run)
+    done = tsae("evaluate", config, *run)
     assert done.returncode == 2
     assert "was harvested anew, with other text or other held-out documents" in done.stderr
-    accepted = tsae(before, "evaluate", config, *run, "--accept-new-data")
+    accepted = tsae("evaluate", config, *run, "--accept-new-data")
     assert accepted.returncode == 0, accepted.stderr
