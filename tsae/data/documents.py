@@ -14,7 +14,7 @@ from tsae.config import schema
 from tsae.config.sections import DataConfig
 from tsae.data import chat, embedded, hub, local
 from tsae.runtime import contents
-from tsae.runtime.errors import TsaeError, suggestion
+from tsae.runtime.errors import BrokenOff, TsaeError, suggestion
 from tsae.runtime.preemption import polled
 
 log = logging.getLogger("tsae")
@@ -119,7 +119,7 @@ def _read_hub(data: DataConfig, tokenizer: Any) -> Iterator[Document]:
     except TsaeError:
         raise
     except Exception as error:  # the network, a decoder or a builder: `datasets` has no common class for them
-        raise TsaeError(f"data.source: {data.source}: reading stopped: {hub.reason_of(error)}") from error
+        raise BrokenOff(f"data.source: {data.source}: reading stopped: {hub.reason_of(error)}") from error
 
 
 def _with_label_name(row: Any, field: str | None, names: list[str] | None) -> Any:

@@ -16,6 +16,10 @@ class TsaeError(Exception):
         return " ".join(" ".join(str(arg) for arg in self.args).split())
 
 
+class BrokenOff(TsaeError):
+    """What is outside broke off, such as a network: the same command continues."""
+
+
 def os_error_line(error: OSError, home: object) -> str:
     """What the operating system refused, and where: a full disk, a folder that may not be written, a bad path."""
     place = error.filename or f"a file under TSAE_HOME ({home})"  # a write that fails names no file

@@ -23,7 +23,7 @@ from tsae.config import run as configuration
 from tsae.config.run import RunConfig
 from tsae.lm.source import check_tokens
 from tsae.runtime import locks, preemption
-from tsae.runtime.errors import TsaeError
+from tsae.runtime.errors import BrokenOff, TsaeError
 from tsae.runtime.progress import Progress
 from tsae.runtime.space import free_for, shown
 from tsae.store.layout import StoreLayout, content_hash, sources, store_path
@@ -226,18 +226,25 @@ def _prepare_once(missing: Sequence[tuple[RunConfig, StoreLayout]], sources: Seq
 
 @contextmanager
 def _text_beside(layout: StoreLayout, name: str) -> Iterator[Path]:
-    """Hold a store that has no frame yet; gives a folder for its text's ids, which goes unless the process is stopped."""
+    """Hold a store that has no frame yet; gives a folder for its text's ids.
+
+    It goes at the end, and where the text or the settings are refused: they will be others then, under another name. It
+    stays where the same command continues: the process was stopped, the network broke off, the disk is full.
+    """
     with locks.hold_when_free(layout.path.with_name(f"{layout.path.name}.preparing.lock"), str(layout.path)):
-        stopped = True
         try:
             yield layout.path.with_name(f"{layout.path.name}.text-{name}")
-            stopped = False
-        except Exception:
-            stopped = False
+        except BrokenOff:
             raise
-        finally:
-            for folder in [] if stopped else _texts(layout):
-                shutil.rmtree(folder)
+        except TsaeError:
+            _remove_texts(layout)
+            raise
+        _remove_texts(layout)
+
+
+def _remove_texts(layout: StoreLayout) -> None:
+    for folder in _texts(layout):
+        shutil.rmtree(folder)
 
 
 def _texts(layout: StoreLayout) -> list[Path]:
