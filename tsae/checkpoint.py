@@ -22,6 +22,7 @@ from tsae.config import run as configuration
 from tsae.config import schema
 from tsae.config.run import RunConfig
 from tsae.runtime import files, metadata
+from tsae.runtime.environment import process_rank
 from tsae.runtime.errors import TsaeError
 from tsae.runtime.metadata import COUNT, NATURAL
 
@@ -198,15 +199,21 @@ class RunFolder:
                     leftover.unlink(missing_ok=True)
 
     def end(self, config: RunConfig) -> None:
-        """Remove what only an unfinished run needs; the state after its last step stays, if it is to be kept."""
-        last = self.resume / f"step_{config.training.steps}"
-        if self.resume.exists():
-            shutil.rmtree(self.kept, ignore_errors=True)
-        if config.training.keep_state and last.exists():
+        """Remove what only an unfinished run needs; the state after its last step stays, if it is to be kept.
+
+        Of several processes that call this, the first one does it.
+        """
+        if process_rank() > 0:
+            return
+        name = f"step_{config.training.steps}"
+        if config.training.keep_state and (self.resume / name).exists():
             for other in self.resume.glob("step_*"):
-                if other != last:
+                if other.name != name:
                     shutil.rmtree(other)
+            shutil.rmtree(self.kept, ignore_errors=True)
             os.replace(self.resume, self.kept)
+        elif not (self.kept / name).exists():  # what is kept is of fewer steps
+            shutil.rmtree(self.kept, ignore_errors=True)
         shutil.rmtree(self.resume, ignore_errors=True)
 
     def load_config(self) -> RunConfig:

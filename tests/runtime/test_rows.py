@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from tsae.runtime.errors import TsaeError
-from tsae.runtime.rows import RowsOnDisk, blocks
+from tsae.runtime.rows import RowsOnDisk, parts
 
 PER_FILE = 7
 ARRAY = np.random.default_rng(0).integers(0, 1000, (40, 3)).astype(np.int32)
@@ -52,8 +52,9 @@ def test_runs_and_blocks_and_the_whole(on_disk: RowsOnDisk, monkeypatch: pytest.
     np.testing.assert_array_equal(np.asarray(on_disk), ARRAY)
     np.testing.assert_array_equal((on_disk == 7) | (on_disk > 500), (ARRAY == 7) | (ARRAY > 500))
     np.testing.assert_array_equal(1 - np.square(on_disk), 1 - ARRAY**2)
-    monkeypatch.setattr("tsae.runtime.rows.BLOCK_BYTES", 11 * 12)
-    assert [len(block) for block in blocks(on_disk)] == [11, 11, 11, 7]
+    monkeypatch.setattr("tsae.runtime.rows.NUMBERS_AT_ONCE", 35)
+    assert [len(on_disk[part]) for part in parts(40, 3)] == [11, 11, 11, 7]
+    assert [*parts(2, 1000)] == [slice(0, 1), slice(1, 2)]
 
 
 def test_what_cannot_be_given_is_refused(on_disk: RowsOnDisk, tmp_path: Path) -> None:

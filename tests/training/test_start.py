@@ -181,12 +181,27 @@ def test_without_a_state_it_is_refused_and_told_how(short, tmp_path):
         train(grown(short, lr=0.1), run)
 
 
-def test_a_state_is_not_kept_longer_than_it_is_asked_for(short, tmp_path):
+@pytest.mark.parametrize("every", [0, 7])
+def test_a_state_is_not_kept_longer_than_it_is_asked_for(short, tmp_path, every):
     run = RunFolder.of(tmp_path, "run")
     train(short, run)
-    train(grown(short, keep_state=False), run)
+    train(grown(short, keep_state=False, resume_every=every), run)
     assert run.is_trained(grown(short))
     assert not run.kept.exists()
+
+
+def test_what_a_killed_process_left_of_its_end_is_done_by_the_first_of_several(short, tmp_path, monkeypatch):
+    run = RunFolder.of(tmp_path, "run")
+    train(short, run)
+    run.kept.rename(run.resume)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    run.end(short)
+    assert run.resume.exists()
+    monkeypatch.setenv("RANK", "0")
+    for _ in range(2):
+        run.end(short)
+        assert [run.resume.exists(), (run.kept / "step_30").exists()] == [False, True]
 
 
 @pytest.mark.parametrize(

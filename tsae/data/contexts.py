@@ -15,7 +15,7 @@ from tsae.data.tokenized import TokenizedDocuments, hash_of, tokenize
 from tsae.runtime.errors import TsaeError
 from tsae.runtime.preemption import polled
 from tsae.runtime.progress import Progress
-from tsae.runtime.rows import Rows, RowsOnDisk, blocks
+from tsae.runtime.rows import Rows, RowsOnDisk, parts
 
 HELD_OUT_BY = "text"
 """What decides whether a document is held out: its text, and not its number as up to version 3195aa1. Kept in a store's
@@ -77,7 +77,7 @@ def make_contexts(documents: Iterable[Document], tokenizer: Any, data: DataConfi
         within = int(np.searchsorted(np.cumsum(size[kept] + len(bos)), budget)) + 1
         cuts.append((start[kept[:within]], size[kept[:within]]))
         begin += len(side)
-    start, size = (np.concatenate(parts) for parts in zip(*cuts, strict=True))
+    start, size = (np.concatenate(both) for both in zip(*cuts, strict=True))
     lengths = (size + len(bos)).astype(np.int32)
     tokens, document = (
         _Cells(text, start, size, data.context_length, bos, pad, of_documents) for of_documents in (False, True)
@@ -221,9 +221,9 @@ class _Cells:
 
 def _fingerprint(tokens: Rows, lengths: np.ndarray) -> str:
     """sha256 of tokens and lengths."""
-    hasher, progress, done = hashlib.sha256(), Progress("cut into contexts", len(tokens), "contexts"), 0
-    for block in polled(blocks(tokens)):
-        hasher.update(block.data)
-        progress.update(done := done + len(block))
+    hasher, progress = hashlib.sha256(), Progress("cut into contexts", len(tokens), "contexts")
+    for part in polled(parts(*tokens.shape)):
+        hasher.update(tokens[part].data)
+        progress.update(part.stop)
     hasher.update(lengths.data)
     return hasher.hexdigest()

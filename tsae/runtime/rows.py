@@ -13,7 +13,7 @@ from numpy.lib.mixins import NDArrayOperatorsMixin
 
 from tsae.runtime.errors import TsaeError
 
-BLOCK_BYTES = 2**25
+NUMBERS_AT_ONCE = 2**22
 
 
 class Rows(Protocol):
@@ -34,11 +34,10 @@ class Rows(Protocol):
         """Some rows, in memory."""
 
 
-def blocks(rows: Rows) -> Iterator[np.ndarray]:
-    """All rows in order, in blocks of about 32 MB."""
-    step = max(1, BLOCK_BYTES // max(1, int(np.prod(rows.shape[1:])) * rows.dtype.itemsize))
-    for first in range(0, len(rows), step):
-        yield rows[first : first + step]
+def parts(count: int, width: int) -> Iterator[slice]:
+    """`count` rows of `width` numbers in slices of at most 4 M numbers."""
+    step = max(1, NUMBERS_AT_ONCE // width)
+    return (slice(first, min(first + step, count)) for first in range(0, count, step))
 
 
 class RowsOnDisk(NDArrayOperatorsMixin):

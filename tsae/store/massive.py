@@ -12,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from tsae.config.run import MAX_NORM_MULTIPLE, Counted
+from tsae.runtime.rows import parts
 from tsae.store import norms
 from tsae.store.reader import Store
 from tsae.store.window import held
@@ -41,7 +42,7 @@ class MassiveTokens(NamedTuple):
         limit = store.limit(Counted(counted.skip_positions, multiple))
         tokens, largest, all_squares, their_squares, positions = 0, 0.0, 0.0, 0.0, [np.zeros(0, np.int64)]
         measured = store.layout.measured_sequences
-        for part in norms.row_blocks(len(measured), store.context_length):
+        for part in parts(len(measured), store.context_length):
             rows = measured[part]
             valid = store.valid(Counted(counted.skip_positions), rows)
             lengths = store.norms[rows][valid]

@@ -19,7 +19,7 @@ from tsae.config.run import Counted
 from tsae.runtime import metadata, preemption
 from tsae.runtime.errors import TsaeError
 from tsae.runtime.progress import Progress
-from tsae.store import norms
+from tsae.runtime.rows import parts
 from tsae.store.reader import Store
 from tsae.store.writer import Summary
 
@@ -60,9 +60,9 @@ def _remaining(store: Store, counted: Counted) -> dict[str, object]:
         return store.valid(Counted(1), rows) & ~store.valid(counted, rows)
 
     sequences = np.arange(len(store.sample))
-    parts = [sequences[part] for part in norms.row_blocks(len(sequences), store.context_length)]
+    some = [sequences[part] for part in parts(len(sequences), store.context_length)]
     keeping, dropping = (
-        np.concatenate([part[which(part).any(1)] for part in parts] or [sequences]) for which in (kept, dropped)
+        np.concatenate([part[which(part).any(1)] for part in some] or [sequences]) for which in (kept, dropped)
     )
     if not len(keeping):
         raise TsaeError(

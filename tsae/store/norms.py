@@ -18,7 +18,7 @@ from torch import Tensor
 
 from tsae.runtime import files, locks, preemption
 from tsae.runtime.progress import Progress
-from tsae.runtime.rows import Rows, RowsOnDisk
+from tsae.runtime.rows import Rows, RowsOnDisk, parts
 from tsae.store.geometry import CRC_BYTES, Geometry, crc32c
 from tsae.store.layout import NORMS, StoreLayout, digest, remedy_of
 
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     import zarr
 
 READ_BYTES = 16_000_000
-POSITIONS_AT_ONCE = 2**22
 PER_CENT = (0, 0.1, 1, 5, 25, 50, 75, 95, 99, 99.9, 100)
 
 
@@ -126,19 +125,13 @@ def quantiles(layout: StoreLayout, norms: Rows) -> dict[str, float]:
     """Per cent → quantile of the norms of the sample's tokens after the first position that belong to a document."""
 
     def values() -> Iterator[np.ndarray]:
-        for rows in row_blocks(layout.sample, layout.geometry.context_length):
+        for rows in parts(layout.sample, layout.geometry.context_length):
             yield norms[rows][:, 1:][layout.document[rows][:, 1:] >= 0]
 
     # Between two neighbours, as `numpy.quantile` of all values has it.
     pairs, between = neighbours(values, np.array(PER_CENT) / 100)
     found = [float(np.quantile(pair, share)) for pair, share in zip(pairs, between, strict=True)]
     return {f"{share:g}": value for share, value in zip(PER_CENT, found, strict=True)}
-
-
-def row_blocks(rows: int, length: int) -> Iterator[slice]:
-    """All rows of `length` positions, some at a time."""
-    step = max(1, POSITIONS_AT_ONCE // length)
-    return (slice(first, min(first + step, rows)) for first in range(0, rows, step))
 
 
 def neighbours(values: Callable[[], Iterator[np.ndarray]], shares: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

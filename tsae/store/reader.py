@@ -16,7 +16,7 @@ from torch import Tensor
 
 from tsae.config.run import Counted, RunConfig
 from tsae.runtime.errors import TsaeError
-from tsae.runtime.rows import Rows
+from tsae.runtime.rows import Rows, parts
 from tsae.store import norms
 from tsae.store.geometry import CRC_BYTES, crc32c
 from tsae.store.layout import StoreLayout, decode
@@ -170,7 +170,7 @@ class Store:
             rows = len(self.sample) or self.n_sequences
 
             def values() -> Iterator[np.ndarray]:
-                for part in norms.row_blocks(rows, self.context_length):
+                for part in parts(rows, self.context_length):
                     yield self.norms[part][self.valid(Counted(counted.skip_positions), part)]
 
             pairs, _ = norms.neighbours(values, np.array([0.5]))
