@@ -97,13 +97,19 @@ def test_a_text_that_changed_meanwhile_is_not_mixed(make_tokenizer, tmp_path: Pa
 
 
 @pytest.mark.usefixtures("often")
-def test_files_that_a_crash_of_the_machine_cut_short_are_made_anew(make_tokenizer, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["tokens", "documents"])
+@pytest.mark.parametrize("cut", [True, False])
+def test_damaged_files_are_made_anew(make_tokenizer, tmp_path: Path, caplog, name: str, cut: bool) -> None:
     documents = corpus(60)
     with pytest.raises(Killed):
-        tokenize(dying(documents, 50), make_tokenizer(), tmp_path)
-    (tmp_path / "tokens").write_bytes((tmp_path / "tokens").read_bytes()[:100])
-    again, whole = (tokenize(documents, make_tokenizer(), folder) for folder in (tmp_path, tmp_path / "whole"))
+        tokenize(dying(documents, 50), make_tokenizer(), tmp_path / "hurt")
+    data = bytearray((tmp_path / "hurt" / name).read_bytes())
+    data[40] ^= 1
+    (tmp_path / "hurt" / name).write_bytes(data[:100] if cut else data)
+    again, whole = (tokenize(documents, make_tokenizer(), tmp_path / folder) for folder in ("hurt", "whole"))
+    assert caplog.messages == [f"{tmp_path / 'hurt'}: damaged; the text is tokenised anew"]
     np.testing.assert_array_equal(again.tokens[:], whole.tokens[:])
+    np.testing.assert_array_equal(again.sizes, whole.sizes)
 
 
 @pytest.mark.parametrize("packing", ["split", "truncate", "concat"])

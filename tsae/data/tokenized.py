@@ -9,15 +9,18 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
+import google_crc32c
 import numpy as np
 
 from tsae.data.documents import Document
 from tsae.runtime import files, metadata
+from tsae.runtime.checksums import checksum_of
 from tsae.runtime.errors import TsaeError
 from tsae.runtime.metadata import NATURAL
 from tsae.runtime.progress import Progress
@@ -28,8 +31,17 @@ SAVED_EVERY = 2**22
 """Tokens after which what there is survives a kill."""
 ID = np.dtype("<i4")
 ABOUT = np.dtype([("size", "<i8"), ("label", "<i4"), ("text", "<u8")])
-DONE = {"documents": NATURAL, "tokens": NATURAL, "counted": NATURAL, "labels": [str], "whole": bool}
+DONE = {
+    "documents": NATURAL,
+    "tokens": NATURAL,
+    "counted": NATURAL,
+    "labels": [str],
+    "whole": bool,
+    "crc32c": [NATURAL, 2],
+}
 REMEDY = "give the same command again"
+
+log = logging.getLogger("tsae")
 
 
 class TokenizedDocuments(NamedTuple):
@@ -94,13 +106,13 @@ def tokenize(
 def _done(folder: Path) -> dict[str, Any]:
     """What a process that was killed has left whole."""
     done = metadata.whole(folder / "done.json", DONE)
-    sizes = {"tokens": ID.itemsize, "documents": ABOUT.itemsize}
-    if done and all(
-        (folder / name).is_file() and (folder / name).stat().st_size >= size * done[name]
-        for name, size in sizes.items()
-    ):
-        return done
-    return {"documents": 0, "tokens": 0, "counted": 0, "labels": [], "whole": False}
+    lengths = {"tokens": ID.itemsize, "documents": ABOUT.itemsize}
+    if done and all((folder / name).is_file() for name in lengths):
+        found = [checksum_of(folder / name, size * done[name]) for name, size in lengths.items()]
+        if found == done["crc32c"]:
+            return done
+        log.warning("%s: damaged; the text is tokenised anew", folder)
+    return {"documents": 0, "tokens": 0, "counted": 0, "labels": [], "whole": False, "crc32c": [0, 0]}
 
 
 def _after(documents: Iterable[Document], known: np.ndarray) -> Iterator[Document]:
@@ -130,6 +142,7 @@ def _written(
     """Write `documents` behind what is `done`; gives what is done then, after every `SAVED_EVERY` tokens and at the end."""
     names = {name: number for number, name in enumerate(done["labels"])}
     read, tokens, total, saved = done["documents"], done["tokens"], done["counted"], done["tokens"]
+    sums = done["crc32c"]
     progress = Progress("tokenize", enough, "tokens", start=total)
     for batch in _batches(documents):
         encoded = tokenizer(
@@ -144,9 +157,10 @@ def _written(
         rows["text"] = [hash_of_text(document.text) for document in batch]
         labels = [document.label for document in batch]
         rows["label"] = [-1 if label is None else names.setdefault(label, len(names)) for label in labels]
-        for sequence in encoded:
-            ids.write(np.asarray(sequence, ID).tobytes())
-        about.write(rows.tobytes())
+        written = b"".join(np.asarray(sequence, ID).tobytes() for sequence in encoded), rows.tobytes()
+        for stream, data in zip((ids, about), written, strict=True):
+            stream.write(data)
+        sums = [google_crc32c.extend(before, data) for before, data in zip(sums, written, strict=True)]
         read, tokens, total = (
             read + len(batch),
             tokens + int(rows["size"].sum()),
@@ -155,6 +169,7 @@ def _written(
         progress.update(total, documents=read)
         whole = enough is not None and total >= enough
         done = {"documents": read, "tokens": tokens, "counted": total, "labels": list(names), "whole": whole}
+        done["crc32c"] = sums
         if whole:
             break
         if tokens - saved >= SAVED_EVERY:
