@@ -70,10 +70,10 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     class Scheduling(LoadFileScheduling):
         def _split_scope(self, nodeid: str) -> str:
             path = super()._split_scope(nodeid)
-            first, *folders, _ = place(config.rootpath / path)
-            if first != "system" or not folders:
+            *folders, _ = place(config.rootpath / path)
+            if folders[:1] != ["system"] or len(folders) < 2:
                 return path
-            return "slurm" if folders[0] == "containers" else folders[0]
+            return "slurm" if folders[1] == "containers" else folders[1]
 
     config.option.loadscopereorder = False
     return Scheduling(config, log)
