@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -98,3 +101,12 @@ def test_explanations_of_another_dictionary_are_refused(make_run, tmp_path: Path
     path = result(tmp_path / "r.json", eval_result_unstructured=entries)
     assert main(["explanations", str(path), "--run", str(run)]) == 2
     assert "another dictionary" in capsys.readouterr().err
+
+
+def test_saelens_can_be_imported_once_a_language_model_was_read() -> None:
+    if not find_spec("sae_lens"):
+        pytest.skip("needs SAELens: pip install 'tsae[sae-lens]'")
+    # In a process of its own: nnsight changes `object`, whatever has been imported by then.
+    command = [sys.executable, "-c", "import tsae.lm.model, sae_lens; print(sae_lens.SAE.__name__)"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.stdout == "SAE\n", done.stderr

@@ -14,9 +14,15 @@ import shutil
 import tempfile
 from collections.abc import Callable, Sequence
 from functools import cached_property
+from importlib import import_module
 from importlib.metadata import version
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
+# nnsight gives every object of the process a `.save`, after which beartype, which SAELens and SAEBench need, can no
+# longer be imported ("unhashable type: 'instancemethod'"); before it, it can.
+if find_spec("beartype"):
+    import_module("beartype")
 import nnsight
 import torch
 from torch import Tensor
