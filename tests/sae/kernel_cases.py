@@ -10,8 +10,10 @@ from torch import Tensor
 
 from tests.interpreter import quicken
 from tsae.config import run as configuration
+from tsae.config.sections import SaeConfig
 from tsae.sae import kernels
 from tsae.sae.dictionary import top_k
+from tsae.sae.init import new_dictionary
 from tsae.sae.selection.listed import batch_top_k_listed, top_k_listed
 from tsae.sae.selection.screens import round_rows
 from tsae.sae.selection.top_k import Encoder, batch_top_k_codes, entries_above, top_k_codes
@@ -26,6 +28,7 @@ from tsae.sae.sparse import (
     weighted_rows,
 )
 from tsae.training.trainer import Trainer
+from tsae.training.update import Adam, lay_out_by_latent, project_and_measure, whole_gradients
 
 quicken()
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
@@ -190,6 +193,34 @@ def test_a_selection_that_is_not_read_back_is_the_same(
         assert (code.latents[count:] == -1).all()
         assert float(selection.cut) == expected.cut
         assert passes > 1 or first != 30 or per_token
+
+
+@pytest.mark.parametrize("clip_norm", [0.5, 1e6])
+@pytest.mark.parametrize("columns", [5, 300])
+def test_an_update_is_that_of_torchs_operations(columns: int, clip_norm: float) -> None:
+    single, double = (new_dictionary(SaeConfig(dict_size=7, k=3), columns, seed=0).to(DEVICE) for _ in range(2))
+    double.double()
+    optimizers = []
+    for built in (single, double):
+        built.W_dec.data *= 1.5
+        lay_out_by_latent(built)
+        optimizers.append(Adam(built.parameters(), lr=0.01, betas=(0.9, 0.999), fused=True))
+    for step in range(3):
+        norms = []
+        for built, optimizer in zip((single, double), optimizers, strict=True):
+            for number, parameter in enumerate(built.parameters()):
+                gradient = normal(*parameter.shape, seed=10 * step + number)
+                parameter.grad = torch.empty_like(parameter).copy_(gradient)
+            gradients = whole_gradients(built, Tensor.detach)
+            norms.append(project_and_measure(built, gradients, unit_rows=step > 0))
+            optimizer.update(gradients, norms[-1], clip_norm, built.W_dec if step > 0 else None)
+        torch.testing.assert_close(norms[0].double(), norms[1], rtol=1e-5, atol=1e-6)
+        for one, other in zip(single.parameters(), double.parameters(), strict=True):
+            torch.testing.assert_close(one.double(), other, rtol=1e-5, atol=1e-6)
+            for name in ("step", "exp_avg", "exp_avg_sq"):
+                found, wanted = optimizers[0].state[one][name], optimizers[1].state[other][name]
+                torch.testing.assert_close(found.double(), wanted.double(), rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(single.W_dec.norm(dim=1), torch.ones(7, device=DEVICE), rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("deterministic", [True, False])

@@ -28,6 +28,13 @@ KERNELS: list[tuple[Any, list[str], dict[str, Any], dict[str, Any]]] = [
     (kernels._add_rows, [INT, INT, *[FLOAT] * 3, *["i32"] * 4], TILE, {}),
     (kernels._round_rows, [FLOAT, LOW, FLOAT, FLOAT, "i32", "i32"], {"BLOCK_D": kernels.ROUNDED}, {}),
 ]
+for width, warps in ((768, 4), (2304, 16)):
+    row = {"BLOCK": triton.next_power_of_2(width)}
+    options = {"num_warps": warps}
+    assert {**row, **options} == kernels._row_tile(width)
+    KERNELS.append((kernels._along_and_norm, [*[FLOAT] * 4, "i32", "fp32"], row, options))
+    types = [*[FLOAT] * 6, "*fp64", *["fp32"] * 5, "i32"]
+    KERNELS += [(kernels._adam, types, {"PROJECTED": both, "UNIT": both, **row}, options) for both in (True, False)]
 for margin in (True, False):
     shape = [FLOAT, "i32", "i32", "i32"]
     constants = {"MARGIN": margin, **LATENTS}
