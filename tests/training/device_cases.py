@@ -5,6 +5,8 @@ After the first step, which may look whether the temporal term acts at all, noth
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import pytest
@@ -12,6 +14,7 @@ import torch
 from torch import Tensor
 
 from tests.interpreter import quicken
+from tests.training import emulated_graphs
 from tests.training.device_watch import Reads, Watch
 from tests.training.recorded import record_gradients
 from tsae.config import run as configuration
@@ -19,6 +22,8 @@ from tsae.config.sections import KIND_SETTINGS
 from tsae.sae import kernels, sparse
 from tsae.sae.selection import screens
 from tsae.store.moments import Moments
+from tsae.training import recorded as recorded_steps
+from tsae.training.recorded import Recordings
 from tsae.training.trainer import Terms, Trainer
 
 quicken()
@@ -33,8 +38,6 @@ TEMPORAL: list[dict[str, Any]] = [
     {"preset": "scale_free", "temporal": "l2"},
     {"preset": "scale_free", "same_document": False},
 ]
-LAUNCHES = {"temporal": 560, "matryoshka": 370, "batch_topk": 300, "topk": 330, "gated": 170}
-"""What a step may launch at most, those of kinds that are not named as the last; a selection made twice aside."""
 LAUNCHES = {"temporal": 540, "matryoshka": 360, "batch_topk": 310, "topk": 335}
 """What a step may launch at most, 180 where nothing is said, of which recording its gradients takes up to 20."""
 CASES = [("temporal", objective) for objective in TEMPORAL] + [
@@ -58,7 +61,11 @@ def batches(steps: int = STEPS) -> list[Tensor]:
 
 
 def watch(built: Trainer) -> Watch:
-    return Watch(strict=True, host=[each for each in built.dictionary.buffers() if not each.is_floating_point()])
+    return Watch(strict=True, host=host(built))
+
+
+def host(built: Trainer) -> list[Tensor]:
+    return [each for each in built.dictionary.buffers() if not each.is_floating_point()]
 
 
 def assert_near(found: Terms, expected: Terms) -> None:
@@ -96,6 +103,50 @@ def test_a_step_reads_nothing_back_and_is_that_of_a_cpu(
         assert torch.equal(*(built.tokens_since_fired for built in pair))
         pair[1].dictionary.load_state_dict(pair[0].dictionary.state_dict())
     assert found.auxk_loss > 0 or kind in ("jump_relu", "standard", "standard_april")
+
+
+@pytest.mark.parametrize(
+    ("kind", "objective"), [("temporal", {}), ("temporal", {"preset": "scale_free"}), ("topk", {})]
+)
+def test_a_recorded_step_is_few_launches_and_the_same_bits(
+    kind: str, objective: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(recorded_steps, "EAGER", 1)
+    plain, recorded = (trainer(kind, objective) for _ in range(2))
+    recorded.recordings = Recordings(partial(emulated_graphs.record, host=host(recorded)))
+    document = torch.arange(BATCH) // 2
+    counts = []
+    for step, batch in enumerate(batches(6)):
+        guess = 30.0 if step == 3 else 0.0  # too high: what was recorded is made again as it stands
+        for built in (plain, recorded):
+            built.engine.load_state({"guesses": [guess for _ in built.engine.state()["guesses"]]})
+        emulated_graphs.log.clear()
+        watched = watch(recorded)
+        if step:
+            with watched.watching():
+                found = recorded.step(batch, document)
+        else:
+            found = recorded.step(batch, document)
+        if emulated_graphs.log == ["launched"] * 4:
+            counts.append(4 + watched.launched)
+        expected = plain.step(batch, document)
+        for name, value in expected._asdict().items():
+            assert torch.equal(torch.as_tensor(found._asdict()[name]), torch.as_tensor(value)), (step, name)
+    assert found.auxk_loss > 0
+    for (name, value), other in zip(flat(plain.state()), flat(recorded.state()), strict=True):
+        assert torch.equal(torch.as_tensor(value), torch.as_tensor(other[1])), name
+    # Of what is launched one by one most is the update, to which the host gives a learning rate each time.
+    assert counts
+    assert max(counts) <= 45
+
+
+def flat(state: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    """The numbers and tensors of a state, with their names."""
+    if isinstance(state, dict | list | tuple):
+        for key, value in state.items() if isinstance(state, dict) else enumerate(state):
+            yield from flat(value, f"{name}.{key}")
+    elif state is not None:
+        yield name, state
 
 
 def test_a_list_too_short_and_a_guess_too_high_change_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,9 +17,11 @@ CASES = [("temporal", preset) for preset in ("predictive", "reference", "scale_f
 CASES += [(kind, "predictive") for kind in KIND_SETTINGS if kind != "temporal"]
 
 
-def trained(kind: str, preset: str, device: str, steps: int = 20) -> tuple[list[float], Trainer]:
+def trained(
+    kind: str, preset: str, device: str, steps: int = 20, cuda_graphs: bool = True
+) -> tuple[list[float], Trainer]:
     objective = {"preset": preset} if kind == "temporal" else {}
-    training = {"batch_size": BATCH, "steps": 400, "dead_after": 5 * BATCH}
+    training = {"batch_size": BATCH, "steps": 400, "dead_after": 5 * BATCH, "cuda_graphs": cuda_graphs}
     tree = {"sae": {"kind": kind, "dict_size": 1024, "k": 8}, "objective": objective, "training": training}
     moments = Moments(1, torch.zeros(DIM), torch.full((DIM,), 1 / DIM), 1.0)
     built = Trainer(configuration.from_mapping(tree, "test"), DIM, device=device, moments=moments)
@@ -42,5 +44,27 @@ def test_a_gpu_trains_without_waiting_as_a_cpu_does(kind: str, preset: str) -> N
     (expected, _), (found, one), (again, other) = (trained(kind, preset, where) for where in ("cpu", "cuda", "cuda"))
     assert found == pytest.approx(expected, rel=2e-3)
     assert found == again
+    for name, value in one.dictionary.state_dict().items():
+        assert torch.equal(value, other.dictionary.state_dict()[name]), name
+
+
+@pytest.mark.parametrize(("kind", "preset"), [case for case in CASES if not KIND_SETTINGS[case[0]].penalised])
+def test_what_is_recorded_is_what_runs_and_gives_the_same_bits(
+    kind: str, preset: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    launches = 0
+    replay = torch.cuda.CUDAGraph.replay
+
+    def counted(graph: torch.cuda.CUDAGraph) -> None:
+        nonlocal launches
+        launches += 1
+        replay(graph)
+
+    monkeypatch.setattr(torch.cuda.CUDAGraph, "replay", counted)
+    (found, one), before = trained(kind, preset, "cuda", steps=60), launches
+    (expected, other) = trained(kind, preset, "cuda", steps=60, cuda_graphs=False)
+    assert before == launches > 4 * 30  # the other run launched none
+    assert found == expected
+    assert not caplog.records
     for name, value in one.dictionary.state_dict().items():
         assert torch.equal(value, other.dictionary.state_dict()[name]), name

@@ -94,7 +94,7 @@ class Own:
                 with torch.no_grad():
                     strong = trainer.dictionary.pre_activations(batch[:32, 0]).amax(dim=1).median()
                 trainer.dictionary.b_enc.data[self._dead] -= strong
-            trainer.tokens_since_fired[self._dead] = trainer.settings.dead_after
+            trainer.set_silent(self._dead, trainer.settings.dead_after)
         trainer.step(batch if self._halves == 2 else batch[:, 0])
 
 

@@ -580,7 +580,7 @@ def training_settings(config: RunConfig) -> dict[str, Any]:
     plain["data"] |= left_out_settings(config)
     plain["training"]["pair_rule"] = config.pair_rule
     places = ("init_from", "device", "processes", "shard", "trackers", "wandb_project", "wandb_entity")
-    for name in (*places, "resume_every", "resume_minutes", "resume_keep", "keep_state", "pack"):
+    for name in (*places, "resume_every", "resume_minutes", "resume_keep", "keep_state", "pack", "cuda_graphs"):
         plain["training"].pop(name, None)
     return plain
 

@@ -337,6 +337,8 @@ class TrainingConfig:
     """`sparse`: gradients at the selected entries only; `dense`: the readable definition, same numbers, several times slower."""
     encoder_precision: Literal["exact", "float32", "bf16"] = "exact"
     """Encoder product of the sparse engine. `exact`: float32 numbers, on CUDA and on processors with matrix units (AMX) from a bfloat16 product whose few candidates are computed again; `float32`: one float32 product; `bf16`: a bfloat16 product as it is, which selects a few per cent of other entries."""
+    cuda_graphs: bool = True
+    """On a GPU, record a step's launches and give them to it as a whole (the sparse engine in one process): the same numbers, without the host's time; false: one by one."""
     deterministic: bool = True
     """Sum the sparse engine's gradients in a fixed order on CUDA, so that the same run gives the same bits; false: atomic additions."""
     processes: Count | None = None

@@ -50,6 +50,11 @@ class phase(ContextDecorator):
             _recording.leave()
 
 
+def recording() -> bool:
+    """Whether someone records them."""
+    return _recording is not None
+
+
 @contextmanager
 def record(clock: Callable[[], float]) -> Iterator[PhaseTimes]:
     """Time the phases of what runs within; all of them, with `other` for the rest, sum to the whole."""

@@ -309,10 +309,10 @@ def _write(
 
 
 class Candidates:
-    """Lists entries above guesses; remembers how long the lists were, since room is made before they are counted."""
+    """Lists entries above guesses; remembers how long the lists were (`capacity`), since room is made before they are counted."""
 
     def __init__(self) -> None:
-        self._capacity = 0
+        self.capacity = 0
 
     def above(
         self,
@@ -339,15 +339,15 @@ class Candidates:
         self, guesses: Tensor, blocks: Iterable[Tensor], width: int, margin: Margin | None = None, least: int = 0
     ) -> List:
         """The same, perhaps not all of them: as many as there was room for, which is `least` at least."""
-        self._capacity = max(self._capacity, FIRST_ROOM * len(guesses), least)
-        listed = List(self._capacity, guesses)
+        self.capacity = max(self.capacity, FIRST_ROOM * len(guesses), least)
+        listed = List(self.capacity, guesses)
         for block in blocks:
             listed.add(block, width, margin)
         return listed
 
     def make_room(self, found: int) -> None:
         """Have room for so many, and some more, from now on."""
-        self._capacity = max(self._capacity, found + found // 4)
+        self.capacity = max(self.capacity, found + found // 4)
 
 
 class List:

@@ -9,6 +9,7 @@ what lasts; what holds of x alone is noise to it, and left to the low-level spli
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise, starmap
 from typing import Any, NamedTuple, Protocol, TypeVar
@@ -19,6 +20,7 @@ from torch import Tensor
 from tsae.config.run import RunConfig, group_weights
 from tsae.config.sections import KIND_SETTINGS, TERM_SETTINGS
 from tsae.config.splits import coarse_latents
+from tsae.runtime.late import Late
 from tsae.runtime.phases import phase
 from tsae.sae.dictionary import Dictionary, ThresholdDictionary
 from tsae.training.temporal import TERMS, Pairs, Term
@@ -27,6 +29,8 @@ from tsae.training.update import EVERYTHING, Gradients, whole_gradients
 COARSE = 0.1
 """Share of the weight of the second group that goes to its coarse part, where it has one."""
 
+Number = float | Tensor
+"""A number that the host knows, or that lies on the device, where it can change under launches that are recorded."""
 D_contra = TypeVar("D_contra", bound=Dictionary, contravariant=True)
 
 
@@ -38,9 +42,9 @@ class Weights:
     """Latents that each nested reconstruction adds to those before it: the groups', but where one is cut for `coarse_fraction`."""
     ends: tuple[int, ...]
     """Which of them is the last of each group [G]."""
-    part_weights: tuple[float, ...]
+    part_weights: tuple[Number, ...]
     """Weight of each of them, the reduction over groups included."""
-    group_weights: tuple[float, ...]
+    group_weights: tuple[Number, ...]
     """The same before the reduction."""
     reduction: float
     """What makes one of the other."""
@@ -48,7 +52,7 @@ class Weights:
     """Whether reconstruction losses are divided by the batch's variance."""
     temporal: Term | None
     """The temporal term of codes, if there is one."""
-    prediction: float
+    prediction: Number
     """Weight of the high-level reconstruction's error against the partner, in the unit of `part_weights`; 0 without that term."""
     paired: bool
     """Whether a token's partner has a part in the objective."""
@@ -58,7 +62,7 @@ class Weights:
     """`objective.temporal_alpha`."""
     anneal: float
     """What that is multiplied with at first."""
-    temporal_alpha: float
+    temporal_alpha: Number
     """The two together in this update: what all of the term is multiplied with in the loss."""
     predicts: bool
     """Whether the term is prediction."""
@@ -127,6 +131,22 @@ class Weights:
             prediction=alpha * self.first * self.reduction,
         )
 
+    def on_device(self, numbers: Tensor) -> Weights:
+        """The same with what `at` changes in the places of `numbers` [4], where it is also written."""
+        changing = (self.temporal_alpha, self.prediction, self.group_weights[0], self.part_weights[0])
+        for place, number in zip(numbers, changing, strict=True):
+            place.fill_(number)
+        alpha, prediction, of_group, of_part = numbers
+        if not self.predicts:
+            return replace(self, temporal_alpha=alpha)
+        return replace(
+            self,
+            temporal_alpha=alpha,
+            prediction=prediction,
+            group_weights=(of_group, *self.group_weights[1:]),
+            part_weights=(of_part, *self.part_weights[1:]),
+        )
+
 
 class Codes(NamedTuple):
     """Encoder outputs of one step."""
@@ -176,6 +196,8 @@ class Encoded(NamedTuple):
     activation kept; infinite if there is none."""
     mass: Tensor
     """Sum of the current tokens' feature activations in each group [G]."""
+    counts: Tensor | None = None
+    """What tells whether the codes are right, where that is to be seen; see `Engine.settled`."""
 
 
 class Engine(Protocol[D_contra]):
@@ -202,9 +224,18 @@ class Engine(Protocol[D_contra]):
         `document` [B] of each pair is needed where those of one document are no negatives.
         """
 
-    def settled(self) -> bool:
-        """Whether what `encode` and `backward` have made is right; if not, both are to be done again."""
+    def settled(self, encoded: Encoded, counts: Late | None) -> bool:
+        """Whether what `encode` and `backward` have made is right, by its counts; if not, both are to be done again."""
+        del encoded, counts
         return True
+
+    def keep(self, encoded: Encoded) -> None:
+        """Take from right codes what serves the next step."""
+        del encoded
+
+    def kind_of_step(self) -> Hashable | None:
+        """What, besides shapes, decides what the next step launches; None where the host looks at the data."""
+        return None
 
     def state(self) -> dict[str, Any]:
         """What a bit-exact continuation needs of the engine."""
@@ -246,7 +277,7 @@ def objective(
         temporal = weights.temporal_weight * value
     loss = l2_loss + weights.auxk_alpha * auxk + weights.temporal_alpha * temporal
     apart = l2_loss.new_zeros(())
-    if weights.prediction and partner is not None:
+    if weights.predicts and partner is not None:
         high = weights.parts[0]
         predicted = codes.current[:, high] @ dictionary.W_dec[high] + dictionary.b_dec
         temporal = (partner - predicted).pow(2).sum(dim=-1).mean()

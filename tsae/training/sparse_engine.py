@@ -12,7 +12,7 @@ Shapes: B rows, D activation_dim, F dict_size, G groups, n entries.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from functools import partial
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -21,10 +21,11 @@ import torch
 from torch import Tensor
 
 from tsae.parallel.group import ALONE, Group
+from tsae.runtime.late import Late
 from tsae.runtime.phases import phase
 from tsae.sae.dictionary import ThresholdDictionary
 from tsae.sae.selection.global_top_k import global_top_k_codes
-from tsae.sae.selection.listed import Check, Listed, batch_top_k_listed, top_k_listed
+from tsae.sae.selection.listed import Check, batch_top_k_listed, top_k_listed
 from tsae.sae.selection.screens import products_at
 from tsae.sae.selection.top_k import GUESS_MARGIN, Encoder, batch_top_k_codes, top_k_codes
 from tsae.sae.sparse import (
@@ -58,6 +59,10 @@ class _Codes(NamedTuple):
     """Inputs minus b_dec, [halves · B, D]: current tokens, then partners where those are encoded."""
     current: SparseCode
     partner: SparseCode | None
+    checks: tuple[Check, ...]
+    """Of each budget and half, where the host has not seen whether they are right."""
+    cuts: tuple[Tensor, ...]
+    """The smallest activations of their selections."""
 
 
 class Entries(NamedTuple):
@@ -80,7 +85,7 @@ class Revived(NamedTuple):
 
 
 class SparseEngine(Engine[ThresholdDictionary]):
-    """Remembers the last cuts of each budget (the next guesses), two of each, and owns the gradient buffers, which are written in place.
+    """Remembers the last cuts of each budget and half (the next guesses), and owns the gradient buffers, which are written in place.
 
     `encoder_precision` and `deterministic` are the settings of that name. The k·B largest activations are selected
     over the batches of all processes of `selection`, negatives come from all of `negatives`: the `group` of the
@@ -100,16 +105,16 @@ class SparseEngine(Engine[ThresholdDictionary]):
         self._deterministic = deterministic
         self._group, self._selection, self._negatives = group, selection, negatives
         self._shard = shard or Shard(group)
-        self._guesses: list[Any] = []
-        self._checks: dict[int, Check] = {}
+        self._guesses: list[float | None] = []
+        self._late_guesses: Tensor | None = None
+        """The guesses where they stay on the device, always in the same place."""
         self._passes = 1
 
     @torch.no_grad()
     def encode(self, dictionary: ThresholdDictionary, current: Tensor, partner: Tensor | None) -> Encoded:
         halves = [current] if partner is None else [current, partner]
         centred = torch.stack(halves).sub_(dictionary.b_dec)
-        # One process alone can make its selection again when it has gone on: see `settled`.
-        late = self._group.world == 1 and kernels_for(current) is not None
+        late = self._is_late(current)
         select: Callable[..., Any]
         if late:
             select = top_k_listed if dictionary.selects_per_token else batch_top_k_listed
@@ -119,26 +124,34 @@ class SparseEngine(Engine[ThresholdDictionary]):
             select = batch_top_k_codes
         else:
             select = partial(global_top_k_codes, group=self._selection)
+        budgets = dictionary.budgets
+        guesses: list[Any] = [None] * (len(budgets) * len(halves))
+        if len(self._guesses) == len(guesses) and None not in self._guesses:
+            guesses = list(self._guesses)
+            if late and self._late_guesses is None:
+                self._guess([current.new_full((), guess) for guess in guesses])
+        if late and self._late_guesses is not None and len(self._late_guesses) == len(guesses):
+            guesses = list(self._late_guesses.unbind())
         parts: list[list[SparseCode]] = [[] for _ in halves]
-        cuts = []
-        for number, (latents, k) in enumerate(dictionary.budgets):
+        selected, cuts = list[Any](), []
+        for latents, k in budgets:
             encoder = dictionary.W_enc.T[latents].T, dictionary.b_enc[latents]
-            mine = slice(2 * number, 2 * number + len(halves))
-            self._guesses += [None] * (2 * number + 2 - len(self._guesses))
-            if late:
-                self._guesses[mine] = [_scalar(guess, current) for guess in self._guesses[mine]]
-            selections: Sequence[Any] = select(self._encoder, list(centred), *encoder, k, self._guesses[mine])
-            self._guesses[mine] = [GUESS_MARGIN * selection.cut for selection in selections]
-            for place, (half, selection) in enumerate(zip(parts, selections, strict=True), mine.start):
+            mine = guesses[len(selected) : len(selected) + len(halves)]
+            selections: Sequence[Any] = select(self._encoder, list(centred), *encoder, k, mine)
+            selected += selections
+            for half, selection in zip(parts, selections, strict=True):
                 half.append(selection.code)
-                if isinstance(selection, Listed):
-                    self._checks[place] = selection.check
             cuts.append(dictionary.cut_of(self._group.gather(selections[0].code.smallest())))
+        checks: tuple[Check, ...] = tuple(each.check for each in selected) if late else ()
+        if not late:
+            self._guesses = [GUESS_MARGIN * each.cut for each in selected]
         code, *others = map(side_by_side, parts)
-        codes = _Codes(centred.flatten(0, 1), code, others[0] if others else None)
+        of_selections = checks, tuple(each.cut for each in selected)
+        codes = _Codes(centred.flatten(0, 1), code, others[0] if others else None, *of_selections)
         inside = [code.inside(group) for group in dictionary.group_slices]
         mass, n_active = (torch.stack(each) for each in zip(*map(code.mass_and_number, inside), strict=True))
-        return Encoded(codes, self._group.any(code.fired()), n_active, torch.stack(cuts), mass)
+        counts = torch.stack([check.counts for check in checks]) if checks else None
+        return Encoded(codes, self._group.any(code.fired()), n_active, torch.stack(cuts), mass, counts)
 
     @torch.no_grad()
     def backward(
@@ -182,7 +195,7 @@ class SparseEngine(Engine[ThresholdDictionary]):
         )
         auxk, revived = self._auxiliary(dictionary, weights, codes.centred[:n_rows], residuals[-1], dead)
         further = None
-        if weights.prediction and partner is not None:
+        if weights.predicts and partner is not None:
             # What the high-level reconstruction leaves of the partner.
             further = residuals[0] + (partner - current)
         through = _through_decoder(dictionary, weights, codes.current, parts, residuals, further, divisor)
@@ -217,27 +230,55 @@ class SparseEngine(Engine[ThresholdDictionary]):
         losses = Losses(loss, l2_loss, group_losses, auxk, temporal, residuals[-1], torch.stack(alone), strongest)
         return losses, gradients.made
 
-    def settled(self) -> bool:
+    def settled(self, encoded: Encoded, counts: Late | None) -> bool:
         """Whether the selections, of which nothing was read back while they were made, turn out to be right.
 
         If not, `encode` will make them with other guesses or more room. A GPU that is behind has still the backward
         pass to do when it has told this, so that it need not wait for what comes next.
         """
-        again = {
-            place: guess for place, check in self._checks.items() if (guess := check.again(self._passes)) is not None
-        }
-        for place, guess in again.items():
-            self._guesses[place] = guess
-        self._checks, self._passes = {}, self._passes + 1 if again else 1
-        return not again
+        checks: tuple[Check, ...] = encoded.codes.checks
+        if counts is None:
+            return True
+        told = zip(checks, counts.read(), strict=True)
+        again = [check.again(numbers, self._passes) for check, numbers in told]
+        right = all(guess is None for guess in again)
+        self._passes = 1 if right else self._passes + 1
+        if not right:
+            self._guess([check.guess if guess is None else guess for check, guess in zip(checks, again, strict=True)])
+        return right
+
+    def keep(self, encoded: Encoded) -> None:
+        """Guess a little under the cuts of these codes in the next step."""
+        if encoded.counts is not None:
+            self._guess([GUESS_MARGIN * cut for cut in encoded.codes.cuts])
+
+    def kind_of_step(self) -> Hashable | None:
+        """How long the lists of candidates are; None on a CPU, in several processes, and until there are guesses."""
+        listing = None if self._late_guesses is None else self._encoder.listing(self._late_guesses)
+        return None if listing is None or self._group.world > 1 else listing.capacity
+
+    def _is_late(self, x: Tensor) -> bool:
+        """Whether a selection is made again, if need be, when the step has gone on: one process alone can do that."""
+        return self._group.world == 1 and kernels_for(x) is not None
+
+    def _guess(self, guesses: Sequence[Tensor]) -> None:
+        """The next ones, each a scalar."""
+        stacked = torch.stack(list(guesses))
+        if self._late_guesses is None or len(self._late_guesses) != len(stacked):
+            self._late_guesses = stacked
+        else:
+            self._late_guesses.copy_(stacked)
 
     def state(self) -> dict[str, Any]:
         """The guesses: they change no result, but what it costs to get it."""
-        return {"guesses": [None if guess is None else float(guess) for guess in self._guesses]}
+        return {"guesses": self._guesses if self._late_guesses is None else self._late_guesses.tolist()}
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Continue from what `state()` returned."""
         self._guesses = list(state["guesses"])
+        if self._late_guesses is not None and len(self._late_guesses) == len(self._guesses):
+            for place, guess in zip(self._late_guesses, self._guesses, strict=True):
+                place.fill_(guess)
 
     @phase("aux-k")
     def _auxiliary(
@@ -413,11 +454,6 @@ class SparseGradients:
 def _number(value: Tensor) -> float | Tensor:
     """A scalar in double precision; one on a GPU stays there."""
     return float(value) if kernels_for(value) is None else value.double()
-
-
-def _scalar(guess: float | Tensor | None, like: Tensor) -> Tensor | None:
-    """A guess on the device, where that of a saved state is not."""
-    return like.new_full((), guess) if isinstance(guess, float) else guess
 
 
 def _first_set(flags: Tensor, most: int) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Hashable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -16,11 +18,12 @@ from tsae.sae.init import centre, geometric_median, new_dictionary
 from tsae.sae.kinds import KINDS, MatryoshkaBatchTopKSAE, from_state
 from tsae.sae.sparse import kernels_for
 from tsae.store.moments import Moments
-from tsae.training.objective import DenseEngine, Engine, Weights
+from tsae.training.objective import DenseEngine, Encoded, Engine, Losses, Weights
 from tsae.training.penalty_engine import PenaltyEngine
+from tsae.training.recorded import Recorded, Recordings, Result, on_cuda
 from tsae.training.sparse_engine import SparseEngine
 from tsae.training.start import begin_with
-from tsae.training.update import Adam, LatentShares, Shard, lay_out_by_latent, project_and_measure
+from tsae.training.update import Adam, Gradients, LatentShares, Shard, lay_out_by_latent, project_and_measure
 
 
 class Terms(NamedTuple):
@@ -117,7 +120,12 @@ class Trainer:
         betas = (self.kind.first_moment, 0.999)
         self.optimizer = Adam(groups, lr=self.peak_lr, betas=betas, fused=True, shard=shard)
         self.tokens_since_fired = torch.zeros(config.sae.dict_size, dtype=torch.int64, device=device)
-        self._may_die: tuple[int, int, Late] | None
+        b_dec = self.dictionary.b_dec.detach()
+        # Where the host does not look at the data it need not know the weights either, which change.
+        self._numbers = b_dec.new_zeros(4) if group.world == 1 and kernels_for(b_dec) is not None else None
+        records = self.settings.cuda_graphs and b_dec.is_cuda
+        self.recordings = Recordings(on_cuda(b_dec.device)) if records else None
+        self._may_die: tuple[int, int, Late] | None = None
         self._bound_dead(config.training.batch_size)
 
     def step(self, batch: Tensor, document: Tensor | None = None) -> Terms:
@@ -128,30 +136,30 @@ class Trainer:
         """
         tokens = len(batch) * self.group.world
         self.group.take_bytes()  # only this step's are counted
-        current, partner = self._halves(self._in_units(batch))
         if 2 * self.steps_done <= self.settings.steps:  # afterwards they stay
             self.weights = self.weights.at(self.steps_done / self.settings.steps)
+            if self._numbers is not None:
+                self.weights = self.weights.on_device(self._numbers)
         if self.steps_done == 0 and not self._started and (self._fresh or self.dictionary.centre_input):
-            centre(self.dictionary, geometric_median(self.group.gather(current)))
-        if not self.weights.same_document and partner is not None and document is None:
+            centre(self.dictionary, geometric_median(self.group.gather(self._halves(batch)[0])))
+        needs_document = not self.weights.same_document and self.weights.paired
+        if needs_document and document is None:
             raise TsaeError("objective.same_document: false needs the document of each pair: step(batch, document)")
-        # Only a term of codes needs the partners'.
-        coded = None if self.weights.temporal is None else partner
         self.engine.most_dead = self._most_dead(tokens)
+        recorded = None if self.recordings is None else self.recordings.of(self._kind_of_step(batch))
+        if recorded is not None:
+            batch = recorded.fixed("batch", batch)
+            document = recorded.fixed("document", document) if needs_document and document is not None else None
         while True:
-            with self._products:
-                encoded = self.engine.encode(self.dictionary, current, coded)
-                silence = (self.tokens_since_fired + tokens).masked_fill_(encoded.fired, 0)
-                dead = silence >= self.settings.dead_after
-                losses, gradients = self.engine.backward(
-                    self.dictionary, self.weights, encoded, current, partner, dead, document
-                )
-            if self.engine.settled():
+            current, partner, encoded = _run(recorded, "encode", partial(self._encode, batch))
+            counts = None if encoded.counts is None else Late(encoded.counts)
+            differentiate = partial(self._differentiate, encoded, current, partner, document, tokens)
+            losses, gradients, dead, silence = _run(recorded, "differentiate", differentiate)
+            if self.engine.settled(encoded, counts):
                 break
-        self.tokens_since_fired.copy_(silence)
-        self._track_thresholds(encoded.cuts)
-        self._bound_dead(tokens)
-        must_act = self.steps_done == 0 and self.weights.paired and self.weights.temporal_alpha != 0
+            recorded = None  # a second pass goes by what has been seen
+        self._bound_dead(tokens, _run(recorded, "keep", partial(self._keep, encoded, silence, tokens)))
+        must_act = self.steps_done == 0 and self.weights.paired and self.config.objective.temporal_alpha != 0
         # A term that is a mean over the batch has gradients of about 1/B; a millionth of that is rounding noise.
         if must_act and (float(losses.temp_loss) == 0 or float(self.group.max(losses.temp_gradient)) < 1e-6 / tokens):
             raise TsaeError(
@@ -168,7 +176,41 @@ class Trainer:
         if self.kind.after_update is not None:
             self.kind.after_update(self.dictionary)
         self.steps_done += 1
+        terms = _run(recorded, "tell", partial(self._tell, encoded, losses, dead, current))
+        terms = terms if recorded is None else _copied(terms)
+        return terms._replace(grad_norm=grad_norm, lr=lr, bytes_handed=self.group.take_bytes())
 
+    # The parts of a step that may be recorded: see `tsae.training.recorded`.
+
+    def _encode(self, batch: Tensor) -> tuple[Tensor, Tensor | None, Encoded]:
+        """Activations of tokens and partners [B, D], and their codes."""
+        current, partner = self._halves(batch)
+        # Only a term of codes needs the partners'.
+        coded = None if self.weights.temporal is None else partner
+        with self._products:
+            return current, partner, self.engine.encode(self.dictionary, current, coded)
+
+    def _differentiate(
+        self, encoded: Encoded, current: Tensor, partner: Tensor | None, document: Tensor | None, tokens: int
+    ) -> tuple[Losses, Gradients, Tensor, Tensor]:
+        """Losses and gradients; which latents are dead, and for how many tokens each has been silent [F]."""
+        silence = (self.tokens_since_fired + tokens).masked_fill_(encoded.fired, 0)
+        dead = silence >= self.settings.dead_after
+        with self._products:
+            losses, gradients = self.engine.backward(
+                self.dictionary, self.weights, encoded, current, partner, dead, document
+            )
+        return losses, gradients, dead, silence
+
+    def _keep(self, encoded: Encoded, silence: Tensor, tokens: int) -> Tensor:
+        """Take over what is right; how many latents the next step of so many tokens may find dead."""
+        self.tokens_since_fired.copy_(silence)
+        self.engine.keep(encoded)
+        self._track_thresholds(encoded.cuts)
+        return self._dying(tokens)
+
+    def _tell(self, encoded: Encoded, losses: Losses, dead: Tensor, current: Tensor) -> Terms:
+        """The terms, but for what is no part's."""
         spread = current - self.group.mean(current.mean(dim=0))
         squares = losses.error.pow(2).sum(), spread.pow(2).sum()
         of_groups = encoded.n_active, encoded.mass, losses.group_errors
@@ -182,7 +224,7 @@ class Trainer:
             losses.temp_loss,
             min_l2_loss=losses.group_losses.min(),
             max_l2_loss=losses.group_losses.max(),
-            grad_norm=grad_norm,
+            grad_norm=losses.l2_loss,
             threshold=self._threshold(),
             dead_features=dead.sum(),
             n_active=active.sum(),
@@ -193,9 +235,14 @@ class Trainer:
             group_fve=1 - alone / variance,
             sparsity_loss=losses.sparsity_loss,
             sparsity_weight=losses.sparsity_weight,
-            lr=lr,
-            bytes_handed=self.group.take_bytes(),
+            lr=0.0,
+            bytes_handed=0,
         )
+
+    def set_silent(self, latents: Tensor, tokens: int) -> None:
+        """Take some latents to have been silent for so many tokens."""
+        self.tokens_since_fired[latents] = tokens
+        self._bound_dead(self.settings.batch_size)
 
     def learning_rate(self, step: int) -> float:
         """Learning rate of update `step`: linear warm-up from 0, constant, linear decay towards 0."""
@@ -206,12 +253,19 @@ class Trainer:
             return self.peak_lr * (settings.steps - step) / (settings.steps - settings.decay_start)
         return self.peak_lr
 
-    def _in_units(self, batch: Tensor) -> Tensor:
-        if self.shift is not None:
-            return (batch - self.shift).div_(self.scale)
-        return batch if self.scale == 1 else batch / self.scale
+    def _kind_of_step(self, batch: Tensor) -> Hashable | None:
+        """What decides which launches the next step makes; None if only it will know."""
+        kind, most_dead = self.engine.kind_of_step(), self.engine.most_dead
+        if kind is None or most_dead is None:
+            return None
+        return kind, batch.shape, batch.dtype, most_dead, self.steps_done > self._threshold_start
 
     def _halves(self, batch: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Tokens and, where they are paired, partners, in the units of training."""
+        if self.shift is not None:
+            batch = (batch - self.shift).div_(self.scale)
+        elif self.scale != 1:
+            batch = batch / self.scale
         paired = batch.ndim == 3 and batch.shape[1] == 2
         if not paired and batch.ndim != 2:
             raise TsaeError(f"a batch of shape {tuple(batch.shape)} is neither pairs [B, 2, D] nor tokens [B, D]")
@@ -231,21 +285,30 @@ class Trainer:
                 moved = torch.where(threshold < 0, cut, beta * threshold + (1 - beta) * cut)
                 threshold.copy_(torch.where(torch.isfinite(cut), moved, threshold))
 
-    def _bound_dead(self, tokens: int) -> None:
-        """Count, where the next step is not to wait for it, the latents that will be dead unless that step's `tokens` wake them."""
-        self._may_die = None
-        if self.group.world == 1 and kernels_for(self.dictionary.b_dec.detach()) is not None:
-            silence = self.tokens_since_fired + tokens
-            told = Late((silence >= self.settings.dead_after).sum())
+    def _dying(self, tokens: int) -> Tensor:
+        """How many latents will be dead unless a step of so many tokens wakes them."""
+        return (self.tokens_since_fired + tokens >= self.settings.dead_after).sum()
+
+    def _bound_dead(self, tokens: int, dying: Tensor | None = None) -> None:
+        """Have the number of latents that may be dead told to the host, where the next step is not to wait for it."""
+        if self._numbers is not None:
+            told = Late(self._dying(tokens) if dying is None else dying)
             self._may_die = tokens, self.tokens_since_fired._version, told
 
     def _most_dead(self, tokens: int) -> int | None:
-        """How many latents may be dead in a step of `tokens`; none if that was not counted."""
+        """How many latents may be dead in a step of `tokens`, or some more; none if that was not counted.
+
+        Steps that differ only in this are steps of two kinds, so it is one of four numbers between powers of two.
+        """
         if self._may_die is None:
             return None
         most_tokens, version, told = self._may_die
         # Someone may have set the counters since.
-        return told.read() if tokens <= most_tokens and version == self.tokens_since_fired._version else None
+        if tokens > most_tokens or version != self.tokens_since_fired._version:
+            return None
+        most: int = told.read()
+        unit = max(16, 2 ** most.bit_length() // 8)
+        return min(-(-most // unit) * unit, self.config.sae.dict_size)
 
     def _threshold(self) -> Tensor:
         threshold = getattr(self.dictionary, "threshold", self.dictionary.b_dec.new_zeros(()))
@@ -273,7 +336,25 @@ class Trainer:
         self.tokens_since_fired.copy_(state["tokens_since_fired"])
         self.steps_done = int(state["steps_done"])
         self.weights = self.weights.at(self.steps_done / self.settings.steps)
+        if self._numbers is not None:
+            self.weights = self.weights.on_device(self._numbers)
         self._bound_dead(self.settings.batch_size)
+
+
+def _run(recorded: Recorded | None, name: str, part: Callable[[], Result]) -> Result:
+    return part() if recorded is None else recorded.run(name, part)
+
+
+def _copied(terms: Terms) -> Terms:
+    """The same in other memory: the next step that is recorded will make its own in the same place."""
+    names = [name for name, value in terms._asdict().items() if isinstance(value, Tensor)]
+    copies: dict[str, Any] = {}
+    for kind in {(getattr(terms, name).dtype, getattr(terms, name).device) for name in names}:
+        alike = {name: value for name in names if ((value := getattr(terms, name)).dtype, value.device) == kind}
+        together = torch.cat([value.reshape(-1) for value in alike.values()])
+        pieces = together.split([value.numel() for value in alike.values()])
+        copies |= {name: piece.view(value.shape) for (name, value), piece in zip(alike.items(), pieces, strict=True)}
+    return terms._replace(**copies)
 
 
 def _engine(config: RunConfig, group: Group, shard: Shard) -> Engine[Any]:

@@ -12,12 +12,12 @@ Shapes: N rows, D activation_dim, F dict_size, c places of a list, n entries of 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from tsae.runtime.late import Late
 from tsae.runtime.phases import phase
 from tsae.sae.selection.screens import Screen
 from tsae.sae.selection.top_k import GUESS_MARGIN, Encoder, Entries, Prepared, first_guess, lowered
@@ -27,8 +27,8 @@ from tsae.sae.sparse import SparseCode
 class Check(NamedTuple):
     """What tells whether a selection is right."""
 
-    counts: Late
-    """Candidates that there were; those above the guess; whether the guess can be lowered."""
+    counts: Tensor
+    """Candidates that there were; those above the guess; whether the guess can be lowered [3]."""
     guess: Tensor
     """A scalar."""
     wanted: int
@@ -37,9 +37,9 @@ class Check(NamedTuple):
     """Candidates that could be listed."""
     listing: Any
 
-    def again(self, passes: int) -> Tensor | None:
-        """After so many passes: None if the selection is right, or else the guess of the next pass."""
-        candidates, above, positive = self.counts.read()
+    def again(self, counts: Sequence[int], passes: int) -> Tensor | None:
+        """With the counts read, after so many passes: None if the selection is right, or else the guess of the next pass."""
+        candidates, above, positive = counts
         if candidates > self.room:
             self.listing.make_room(candidates)
             return self.guess
@@ -88,7 +88,7 @@ def _largest_of_half(encoder: Encoder, x: Tensor, prepared: Prepared, k: float, 
     kept |= tied & (tied.cumsum(0) <= wanted - kept.sum())
     code = _packed((rows, latents, values), kept, wanted, len(x), len(prepared.bias))
     counts = torch.cat([listed.found, above.sum()[None], (guess > 0)[None]])
-    return Listed(code, cut.clamp_min(0), Check(Late(counts), guess, wanted, listed.capacity, encoder.listing(x)))
+    return Listed(code, cut.clamp_min(0), Check(counts, guess, wanted, listed.capacity, encoder.listing(x)))
 
 
 def _largest_of_tokens(encoder: Encoder, x: Tensor, prepared: Prepared, k: int) -> Listed:
@@ -103,7 +103,7 @@ def _largest_of_tokens(encoder: Encoder, x: Tensor, prepared: Prepared, k: int) 
     rank = torch.empty_like(order).scatter_(0, order, places) - torch.searchsorted(rows, rows)
     code = _packed((rows, latents, values), (rank < k) & (values > 0), room, len(x), len(prepared.bias))
     counts = torch.cat([listed.found, listed.found.new_zeros(2)])
-    return Listed(code, guess, Check(Late(counts), guess, 0, listed.capacity, encoder.listing(x)))
+    return Listed(code, guess, Check(counts, guess, 0, listed.capacity, encoder.listing(x)))
 
 
 def _candidates(

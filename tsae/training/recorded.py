@@ -1,0 +1,113 @@
+"""A step's launches, recorded once and given to the GPU as a whole: CUDA graphs.
+
+A step of the sparse engine is about 500 launches, of 5 µs or more each for the host and often less for the GPU, which
+then waits. Recorded they are three. What is recorded does not run through Python again: it reads and writes the same
+memory in every step, so that all a step is given lies in fixed places, its numbers too, and what is made of it does.
+What a step returns is overwritten by the next.
+
+Where something cannot be recorded, it runs as it stands, which gives the same numbers.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections import Counter
+from collections.abc import Callable, Hashable
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from tsae.runtime import phases
+
+logger = logging.getLogger(__name__)
+
+Result = TypeVar("Result")
+Recording = tuple[Any, Callable[[], None]]
+"""What a function returned while it was recorded, and what launches all of it again."""
+Record = Callable[[Callable[[], Any]], Recording]
+
+EAGER = 2
+"""Steps of a kind that run as they stand: kernels are compiled in them, and buffers made that stay."""
+MOST = 8
+"""Kinds of steps of which recordings are kept."""
+
+
+class Recorded:
+    """The recordings of the steps of one kind, part by part; a part without one is recorded, if that can be."""
+
+    def __init__(self, record: Callable[[Callable[[], Any]], Recording | None]) -> None:
+        self._record = record
+        self._recordings: dict[str, Recording] = {}
+        self._fixed: dict[str, Tensor] = {}
+
+    def run(self, name: str, part: Callable[[], Result]) -> Result:
+        """What `part()` returns. It may look at fixed tensors alone, and at what earlier parts of the step returned."""
+        recording = self._recordings.get(name) or self._record(part)
+        if recording is None:
+            return part()
+        self._recordings[name] = recording
+        result: Result
+        result, launch = recording
+        launch()
+        return result
+
+    def fixed(self, name: str, given: Tensor) -> Tensor:
+        """A tensor with the same values, in the place where the parts look for it."""
+        if name not in self._fixed:
+            self._fixed[name] = torch.empty_like(given)
+        return self._fixed[name].copy_(given)
+
+
+class Recordings:
+    """Those of one trainer, by kind of step: steps of a kind launch the same on tensors of the same shapes."""
+
+    def __init__(self, record: Record) -> None:
+        self._record: Record | None = record
+        self._kept: dict[Hashable, Recorded] = {}
+        self._met: Counter[Hashable] = Counter()
+
+    def of(self, kind: Hashable) -> Recorded | None:
+        """What to run a step of a kind by; None where it runs as it stands, as one does of the kind None."""
+        if self._record is None or kind is None or phases.recording():
+            return None
+        if kind not in self._kept:
+            self._met[kind] += 1
+            if self._met[kind] <= EAGER:
+                return None
+            if len(self._kept) == MOST:
+                self._kept.pop(next(iter(self._kept)))
+            self._kept[kind] = Recorded(self._recorded)
+        return self._kept[kind]
+
+    def _recorded(self, part: Callable[[], Any]) -> Recording | None:
+        """None, from now on, where a part cannot be recorded."""
+        if self._record is None:
+            return None
+        try:
+            return self._record(part)
+        except RuntimeError as error:
+            self._record = None
+            logger.warning("training goes on without CUDA graphs, more slowly and with the same numbers: %s", error)
+            return None
+
+
+def on_cuda(device: torch.device) -> Record:
+    """Records CUDA graphs on a GPU."""
+
+    def record(part: Callable[[], Any]) -> Recording:
+        graph, (pool, stream) = torch.cuda.CUDAGraph(), _shared(device)
+        # Other threads read pools and write states meanwhile, which is none of the graph's.
+        local = torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local")
+        with torch.cuda.device(device), local:
+            result = part()
+        return result, graph.replay
+
+    return record
+
+
+@functools.cache
+def _shared(device: torch.device) -> tuple[Any, torch.cuda.Stream]:
+    """Memory and stream of all graphs of a GPU: no two steps are under way at once, and none needs what another made."""
+    return torch.cuda.graph_pool_handle(), torch.cuda.Stream(device)
