@@ -37,9 +37,10 @@ for width, warps in ((768, 4), (2304, 16)):
     KERNELS += [(kernels._adam, types, {"PROJECTED": both, "UNIT": both, **row}, options) for both in (True, False)]
 for margin in (True, False):
     shape = [FLOAT, "i32", "i32", "i32"]
-    constants = {"MARGIN": margin, **LATENTS}
-    KERNELS.append((kernels._count, [*[FLOAT] * 6, INT, *shape], constants, UNFUSED))
-    KERNELS.append((kernels._write, [*[FLOAT] * 6, INT, INT, INT, FLOAT, "i32", *shape], constants, UNFUSED))
+    constants = {"MARGIN": margin, **LATENTS, "ROUNDING": 2.0**-8 if margin else 0.0}
+    given = [LOW if margin else FLOAT, *[FLOAT] * 5]
+    KERNELS.append((kernels._count, [*given, INT, *shape], constants, UNFUSED))
+    KERNELS.append((kernels._write, [*given, INT, INT, INT, FLOAT, "i32", *shape], constants, UNFUSED))
 
 
 def compiled(kernel: Any, types: list[str], constants: dict[str, Any], options: dict[str, Any], capability: int) -> str:

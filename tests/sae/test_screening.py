@@ -11,11 +11,19 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tsae.sae.dictionary import top_k
+from tsae.sae.selection import screens
 from tsae.sae.selection import top_k as select
 from tsae.sae.selection.screens import Screen, round_rows
 from tsae.sae.selection.top_k import Encoder, Selection, batch_top_k_codes, top_k_codes
 
 Select = Callable[..., list[Selection]]
+
+
+@pytest.fixture(autouse=True)
+def several_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(screens, "CUDA_BLOCK_ROWS", 7)
+    monkeypatch.setattr(screens, "CUDA_BLOCK_BYTES", 0)
+
 
 shapes = st.tuples(st.integers(1, 30), st.integers(1, 90), st.integers(1, 70), st.integers(0, 2**16))
 
@@ -47,7 +55,7 @@ def test_no_entry_above_the_guess_is_missed(shape: tuple[int, int, int, int], ki
     # Float32 itself cannot tell values closer than this.
     unsure = 1e-6 * (x.double().norm(dim=1, keepdim=True) * weight.double().norm(dim=0) + bias.abs() + guess)
 
-    rows, latents, values = Screen(weight, bias).entries_above(x, guess, block_rows=7, listing=None)
+    rows, latents, values = Screen(weight, bias).entries_above(x, guess, listing=None)
     found = torch.zeros_like(true, dtype=torch.bool)
     found[rows, latents] = True
     assert found[true > guess + unsure].all()
@@ -62,9 +70,9 @@ def test_few_candidates_are_computed_twice() -> None:
     bias = torch.zeros(2048)
     cut = float((x @ weight).flatten().topk(20 * 64).values.min())
     screen = Screen(weight, bias)
-    rows, _ = screen.candidates(x, cut, None, block_rows=64, listing=None)
+    rows, _ = screen.candidates(x, cut, None, listing=None)
     assert 20 * 64 <= len(rows) <= 1.25 * 20 * 64
-    rows, _ = screen.candidates(x, 0.0, 20, block_rows=64, listing=None)
+    rows, _ = screen.candidates(x, 0.0, 20, listing=None)
     assert 20 * 64 <= len(rows) <= 2.5 * 20 * 64
 
 
@@ -91,7 +99,7 @@ def test_screened_top_k_keeps_the_largest_values_of_each_row(
 ) -> None:
     x, weight, bias = encoder_inputs(shape, kind)
     bias += 0.5 * shape[2]
-    rows, latents, values = Screen(weight, bias).largest_of_rows(x, k, block_rows=7, listing=None)
+    rows, latents, values = Screen(weight, bias).largest_of_rows(x, k, listing=None)
     found = torch.zeros(len(x), len(bias))
     found[rows, latents] = values
     expected = top_k(torch.relu(x @ weight + bias), k)

@@ -37,9 +37,10 @@ LATENTS = 1024
 FIRST_ROOM = 64
 """Entries per row that the first list has room for."""
 
-Margin = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+Margin = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, float]
 """What makes a screened product an upper bound of the true one: bias [F], added to every row; norms and errors of rows
-[N] and of latents [F]. The true one differs by row_norm · latent_error + row_error · latent_norm at most."""
+[N] and of latents [F]; how far a product in bfloat16 can be from what was rounded to it, relative to itself. Before that
+it differs by row_norm · latent_error + row_error · latent_norm at most."""
 
 
 def on_device_of(tensor: Tensor) -> AbstractContextManager[Any]:
@@ -251,18 +252,20 @@ def round_rows(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @triton.jit
-def _pre_activation(block, row, latent, width, stride, bias, MARGIN: tl.constexpr):
-    value = tl.load(block + row * stride + latent, mask=latent < width, other=float("-inf"))
-    if MARGIN:
-        value += tl.load(bias + latent, mask=latent < width, other=0.0)
-    return value
+def _value(block, row, latent, width, stride):
+    return tl.load(block + row * stride + latent, mask=latent < width, other=float("-inf")).to(tl.float32)
 
 
 @triton.jit
-def _upper_bound(value, row, latent, width, row_norms, row_errors, latent_norms, latent_errors, MARGIN: tl.constexpr):
+def _upper_bound(
+    value, row, latent, width, bias, row_norms, row_errors, latent_norms, latent_errors,
+    MARGIN: tl.constexpr, ROUNDING: tl.constexpr,
+):  # fmt: skip
     if MARGIN:
         norm = tl.load(latent_norms + latent, mask=latent < width, other=0.0)
         error = tl.load(latent_errors + latent, mask=latent < width, other=0.0)
+        value += tl.where(latent < width, tl.abs(value) * ROUNDING, 0.0)
+        value += tl.load(bias + latent, mask=latent < width, other=0.0)
         value += tl.load(row_norms + row) * error + tl.load(row_errors + row) * norm
     return value
 
@@ -270,17 +273,17 @@ def _upper_bound(value, row, latent, width, row_norms, row_errors, latent_norms,
 @triton.jit
 def _count(
     block, bias, row_norms, row_errors, latent_norms, latent_errors, counts,
-    guesses, first_row, width, stride, MARGIN: tl.constexpr, BLOCK: tl.constexpr,
+    guesses, first_row, width, stride, MARGIN: tl.constexpr, BLOCK: tl.constexpr, ROUNDING: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     guess = tl.load(guesses + first_row + row)
     found = tl.zeros((BLOCK,), tl.int32)
     for first in range(0, width, BLOCK):
         latent = first + tl.arange(0, BLOCK)
-        value = _pre_activation(block, row, latent, width, stride, bias, MARGIN)
         upper = _upper_bound(
-            value, first_row + row, latent, width, row_norms, row_errors, latent_norms, latent_errors, MARGIN
-        )
+            _value(block, row, latent, width, stride), first_row + row, latent, width,
+            bias, row_norms, row_errors, latent_norms, latent_errors, MARGIN, ROUNDING,
+        )  # fmt: skip
         found += (upper > guess).to(tl.int32)
     tl.store(counts + row, tl.sum(found, axis=0).to(tl.int64))
 
@@ -288,17 +291,18 @@ def _count(
 @triton.jit
 def _write(
     block, bias, row_norms, row_errors, latent_norms, latent_errors, starts, rows, latents, values, capacity,
-    guesses, first_row, width, stride, MARGIN: tl.constexpr, BLOCK: tl.constexpr,
+    guesses, first_row, width, stride, MARGIN: tl.constexpr, BLOCK: tl.constexpr, ROUNDING: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     guess = tl.load(guesses + first_row + row)
     place = tl.load(starts + row)
     for first in range(0, width, BLOCK):
         latent = first + tl.arange(0, BLOCK)
-        value = _pre_activation(block, row, latent, width, stride, bias, MARGIN)
+        value = _value(block, row, latent, width, stride)
         upper = _upper_bound(
-            value, first_row + row, latent, width, row_norms, row_errors, latent_norms, latent_errors, MARGIN
-        )
+            value, first_row + row, latent, width,
+            bias, row_norms, row_errors, latent_norms, latent_errors, MARGIN, ROUNDING,
+        )  # fmt: skip
         chosen = (upper > guess).to(tl.int32)
         target = place + tl.cumsum(chosen, axis=0) - 1
         fits = (chosen > 0) & (target < capacity)
@@ -324,8 +328,8 @@ class Candidates:
         """Row, latent and value [n] of the pre-activations above their row's guess [N], ascending.
 
         `blocks` makes pre-activations: [rows, ≥ width] one after the other, once more if there was not enough room; a
-        row's guess may still change until its block is there. With a margin the blocks are products without bias, and
-        what may be above the guess is listed with its product plus bias.
+        row's guess may still change until its block is there. With a margin the blocks are products in bfloat16,
+        without bias; what may be above the guess is listed with its product.
         """
         while True:
             listed = self.list(guesses, blocks(), width, margin)
@@ -367,16 +371,16 @@ class List:
             return
         counts = torch.empty(len(block), dtype=torch.int64, device=block.device)
         # Without a margin these are never read, but kernels want pointers all the same.
-        given = margin or (block,) * 5
+        *given, rounding = margin or (*(block,) * 5, 0.0)
         shape = (self.guesses, self.next_row, width, block.stride(0), margin is not None)
         grid, tile = (len(block),), min(LATENTS, triton.next_power_of_2(width))
         # Fused multiply-adds could make the two passes disagree about an entry at the very edge.
         with on_device_of(block):
-            _count[grid](block, *given, counts, *shape, tile, enable_fp_fusion=False)
+            _count[grid](block, *given, counts, *shape, tile, rounding, enable_fp_fusion=False)
         ends = counts.cumsum(0) + self.found
         room = (ends - counts, self.rows, self.latents, self.values, self.capacity)
         with on_device_of(block):
-            _write[grid](block, *given, *room, *shape, tile, enable_fp_fusion=False)
+            _write[grid](block, *given, *room, *shape, tile, rounding, enable_fp_fusion=False)
         self.found = ends[-1:]
         self.next_row += len(block)
 

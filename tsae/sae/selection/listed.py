@@ -116,7 +116,7 @@ def _candidates(
     weight, bias, screen = prepared
     listing, block_rows = encoder.listing(x), encoder.block_rows(x, len(bias))
     if isinstance(screen, Screen):
-        return screen.listed(x, guess, k, block_rows, listing, least)
+        return screen.listed(x, guess, k, listing, least)
     blocks = (encoder.block(rows, weight, bias) for rows in x.split(block_rows))
     listed = listing.list(guess.expand(len(x)).contiguous(), blocks, len(bias), None, least)
     values = torch.where(listed.latents < 0, -torch.inf, listed.values)

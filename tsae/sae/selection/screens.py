@@ -41,6 +41,8 @@ CACHE_BYTES = 512 * 2**10
 """The same on a CPU, where they stay in the cache."""
 BLOCK_BYTES, BLOCK_ROWS = 32 * 2**20, 512
 """Size of a block of screened products on a CPU, and the fewest rows that it has."""
+CUDA_BLOCK_BYTES, CUDA_BLOCK_ROWS = 32 * 2**20, 256
+"""The same on a GPU."""
 HALF_UNIT = 2.0**-8 * 1.01
 """How far, relative to itself, a number in bfloat16 can be from what was rounded to it."""
 FEWEST_WEIGHTS, FEWEST_ROWS = 2**20, 512
@@ -90,20 +92,18 @@ class Screen:
         self._norms = rounded.norms * (1 + SLACK)
         self._errors = (rounded.errors + accumulation * rounded.norms) * (1 + SLACK)
 
-    def entries_above(self, x: Tensor, guess: float, block_rows: int, listing: Any) -> tuple[Tensor, Tensor, Tensor]:
+    def entries_above(self, x: Tensor, guess: float, listing: Any) -> tuple[Tensor, Tensor, Tensor]:
         """Row, latent and float32 value of every pre-activation of x [N, D] above `guess` ≥ 0, ascending.
 
         `listing` is the `Candidates` of the kernels, None where torch's operations list them.
         """
-        return self._refined(x, *self.candidates(x, guess, None, block_rows, listing), guess)
+        return self._refined(x, *self.candidates(x, guess, None, listing), guess)
 
-    def largest_of_rows(self, x: Tensor, k: int, block_rows: int, listing: Any) -> tuple[Tensor, Tensor, Tensor]:
+    def largest_of_rows(self, x: Tensor, k: int, listing: Any) -> tuple[Tensor, Tensor, Tensor]:
         """The same for the k largest positive pre-activations of each row."""
-        return keep_largest(*self._refined(x, *self.candidates(x, 0.0, k, block_rows, listing), 0.0), k)
+        return keep_largest(*self._refined(x, *self.candidates(x, 0.0, k, listing), 0.0), k)
 
-    def candidates(
-        self, x: Tensor, guess: float, k: int | None, block_rows: int, listing: Any
-    ) -> tuple[Tensor, Tensor]:
+    def candidates(self, x: Tensor, guess: float, k: int | None, listing: Any) -> tuple[Tensor, Tensor]:
         """Row and latent of all pre-activations that may exceed `guess` and, if given, be among their row's k largest.
 
         Ascending by row and latent.
@@ -111,13 +111,14 @@ class Screen:
         low = round_rows(x)
         guesses = x.new_full((len(x),), guess * (1 - SLACK))
         if listing is not None:
-            products = functools.partial(self._products, low, guesses, k, block_rows)
+            products = functools.partial(self._products, low, guesses, k)
             rows, latents, _ = listing.above(guesses, products, len(self.bias), self._margin(low))
             return rows, latents
         found, start = [], 0
-        for upper in self._products(low, guesses, k, block_rows):
+        for upper in self._products(low, guesses, k):
             rows = slice(start, start + len(upper))
-            upper.add_(self.bias)
+            upper = upper.float()
+            upper += upper.abs() * HALF_UNIT + self.bias
             upper.addcmul_(low.norms[rows, None], self._errors).addcmul_(low.errors[rows, None], self._norms)
             row, latent = (upper > guesses[rows, None]).nonzero(as_tuple=True)
             found.append((row + start, latent))
@@ -126,7 +127,7 @@ class Screen:
         return rows, latents
 
     def listed(
-        self, x: Tensor, guess: Tensor, k: int | None, block_rows: int, listing: Any, least: int
+        self, x: Tensor, guess: Tensor, k: int | None, listing: Any, least: int
     ) -> tuple[tuple[Tensor, Tensor, Tensor], Any]:
         """Row, latent and float32 value [c] of the same candidates; and the list, which knows how many there are.
 
@@ -134,14 +135,18 @@ class Screen:
         """
         low = round_rows(x)
         guesses = (guess * (1 - SLACK)).expand(len(x)).contiguous()
-        products = self._products(low, guesses, k, block_rows)
+        products = self._products(low, guesses, k)
         listed = listing.list(guesses, products, len(self.bias), self._margin(low), least)
         values = products_at(listed.rows, listed.latents, x, self.latents) + self.bias[listed.latents]
         values = torch.where(listed.latents < 0, -torch.inf, values)
         return (listed.rows, listed.latents, values), listed
 
-    def _products(self, low: Rounded, guesses: Tensor, k: int | None, block_rows: int) -> Iterator[Tensor]:
-        """Blocks of rows of the screened product; with `k` each row's guess [N] is set just before."""
+    def _products(self, low: Rounded, guesses: Tensor, k: int | None) -> Iterator[Tensor]:
+        """Blocks of rows of the screened product in bfloat16; with `k` each row's guess [N] is set just before.
+
+        A block is looked at twice, and small enough to be in the cache (L2) of a GPU still; its product is no slower.
+        """
+        block_rows = max(CUDA_BLOCK_ROWS, CUDA_BLOCK_BYTES // (2 * len(self.bias)))
         for start in range(0, len(low.rows), block_rows):
             rows = slice(start, start + block_rows)
             product = _product(low.rows[rows], self._low)
@@ -149,12 +154,13 @@ class Screen:
                 guesses[rows] = self._least_of_largest(product, low.norms[rows], low.errors[rows], k)
             yield product
 
-    def _margin(self, low: Rounded) -> tuple[Tensor, ...]:
-        return self.bias, low.norms, low.errors, self._norms, self._errors
+    def _margin(self, low: Rounded) -> tuple[Tensor | float, ...]:
+        return self.bias, low.norms, low.errors, self._norms, self._errors, HALF_UNIT
 
     def _least_of_largest(self, product: Tensor, norms: Tensor, errors: Tensor, k: int) -> Tensor:
         """What each row's k-th largest pre-activation is at least, or 0 [n]; from a screened product [n, F]."""
-        screened = product + self.bias
+        screened = product.float()
+        screened = screened - screened.abs() * HALF_UNIT + self.bias
         whole = screened.shape[1] // SEGMENT * SEGMENT
         if whole >= k * SEGMENT:
             # As many entries as segments reach the k-th largest of the segments' maxima.
@@ -199,11 +205,17 @@ def products_at(rows: Tensor, latents: Tensor, x: Tensor, matrix: Tensor) -> Ten
 
 @phase("encoder product")
 def _product(x: Tensor, weight: Tensor) -> Tensor:
-    """bfloat16 x [n, D] @ weight [D, F], accumulated and kept in float32."""
+    """bfloat16 x [n, D] @ weight [D, F], accumulated in float32, then rounded."""
     if x.is_cuda:
-        return torch.mm(x, weight, out_dtype=torch.float32)
+        matmul = torch.backends.cuda.matmul
+        # Else parts of a sum may be rounded before they are added, which no margin here allows for.
+        before, matmul.allow_bf16_reduced_precision_reduction = matmul.allow_bf16_reduced_precision_reduction, False
+        try:
+            return x @ weight
+        finally:
+            matmul.allow_bf16_reduced_precision_reduction = before
     # The same numbers up to the order of sums: products of bfloat16 numbers are exact in float32.
-    return x.float() @ weight.float()
+    return (x.float() @ weight.float()).bfloat16()
 
 
 class Memory:

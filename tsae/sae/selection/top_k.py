@@ -191,7 +191,7 @@ def candidates(encoder: Encoder, x: Tensor, prepared: Prepared, guess: float) ->
     listing = encoder.listing(x)
     block_rows = encoder.block_rows(x, len(bias))
     if screen is not None:
-        return screen.entries_above(x, guess, block_rows, listing)
+        return screen.entries_above(x, guess, listing)
     if listing is not None:
         guesses = x.new_full((len(x),), guess)
         return listing.above(
@@ -250,7 +250,7 @@ def _largest_of_tokens(encoder: Encoder, x: Tensor, prepared: Prepared, k: int) 
     block_rows = encoder.block_rows(x, len(bias))
     if screen is not None:
         if isinstance(screen, Screen):
-            entries = screen.largest_of_rows(x, k, block_rows, encoder.listing(x))
+            entries = screen.largest_of_rows(x, k, encoder.listing(x))
         else:
             entries = screen.largest_of_rows(x, k)
         return Selection(from_entries(*entries, len(x), len(bias)), 0.0, 1)
