@@ -114,7 +114,8 @@ class SparseEngine(Engine[ThresholdDictionary]):
     def encode(self, dictionary: ThresholdDictionary, current: Tensor, partner: Tensor | None) -> Encoded:
         halves = [current] if partner is None else [current, partner]
         centred = torch.stack(halves).sub_(dictionary.b_dec)
-        late = self._is_late(current)
+        # One process alone can make its selection again when it has gone on: see `settled`.
+        late = self._group.world == 1 and kernels_for(current) is not None
         select: Callable[..., Any]
         if late:
             select = top_k_listed if dictionary.selects_per_token else batch_top_k_listed
@@ -257,10 +258,6 @@ class SparseEngine(Engine[ThresholdDictionary]):
         listing = None if self._late_guesses is None else self._encoder.listing(self._late_guesses)
         return None if listing is None or self._group.world > 1 else listing.capacity
 
-    def _is_late(self, x: Tensor) -> bool:
-        """Whether a selection is made again, if need be, when the step has gone on: one process alone can do that."""
-        return self._group.world == 1 and kernels_for(x) is not None
-
     def _guess(self, guesses: Sequence[Tensor]) -> None:
         """The next ones, each a scalar."""
         stacked = torch.stack(list(guesses))
@@ -271,14 +268,16 @@ class SparseEngine(Engine[ThresholdDictionary]):
 
     def state(self) -> dict[str, Any]:
         """The guesses: they change no result, but what it costs to get it."""
-        return {"guesses": self._guesses if self._late_guesses is None else self._late_guesses.tolist()}
+        if self._late_guesses is not None:
+            return {"guesses": self._late_guesses.tolist()}
+        return {"guesses": [None if guess is None else float(guess) for guess in self._guesses]}
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Continue from what `state()` returned."""
         self._guesses = list(state["guesses"])
-        if self._late_guesses is not None and len(self._late_guesses) == len(self._guesses):
-            for place, guess in zip(self._late_guesses, self._guesses, strict=True):
-                place.fill_(guess)
+        late = self._late_guesses
+        if late is not None and len(late) == len(self._guesses) and None not in self._guesses:
+            late.copy_(torch.tensor(self._guesses))
 
     @phase("aux-k")
     def _auxiliary(
