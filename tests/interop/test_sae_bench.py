@@ -103,10 +103,10 @@ def test_explanations_of_another_dictionary_are_refused(make_run, tmp_path: Path
     assert "another dictionary" in capsys.readouterr().err
 
 
-def test_saelens_can_be_imported_once_a_language_model_was_read() -> None:
+@pytest.mark.parametrize("modules", ["tsae.lm.model, sae_lens", "nnsight, tsae.lm.model"])
+def test_nnsight_saelens_and_tsae_can_be_imported_in_any_order_that_works_without_tsae(modules: str) -> None:
     if not find_spec("sae_lens"):
         pytest.skip("needs SAELens: pip install 'tsae[sae-lens]'")
     # In a process of its own: nnsight changes `object`, whatever has been imported by then.
-    command = [sys.executable, "-c", "import tsae.lm.model, sae_lens; print(sae_lens.SAE.__name__)"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.stdout == "SAE\n", done.stderr
+    done = subprocess.run([sys.executable, "-c", f"import {modules}"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -83,6 +83,14 @@ def test_kills_and_lost_shards_end_in_the_bits_of_the_full_store(
     last = RunFolder.of(tmp_path, f"killed{finished}")
     train(rolling, last)
     assert weights(last) == weights(undisturbed)
+    waited = [json.loads(line) for line in (last.path / "window.jsonl").read_text().splitlines()]
+    steps = [line["step"] for line in waited]
+    assert steps == sorted(set(steps))
+    assert steps[-1] < rolling.training.steps
+    assert 0 < max(line["held_bytes"] for line in waited) <= WINDOW
+    assert all(line["training_waited"] * line["harvest_waited"] == 0 for line in waited)
+    assert (last.path / "window.png").exists()
+    assert not (undisturbed.path / "window.jsonl").exists()
     found, expected = evaluate(rolling, last), evaluate(full, undisturbed)
     about = {"config_hash", "made_from", "measured_with", "digest"}
     assert found.keys() - about == expected.keys() - about

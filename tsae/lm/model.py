@@ -11,6 +11,7 @@ import atexit
 import copy
 import hashlib
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from functools import cached_property
@@ -21,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 # nnsight gives every object of the process a `.save`, after which beartype, which SAELens and SAEBench need, can no
 # longer be imported ("unhashable type: 'instancemethod'"); before it, it can.
-if find_spec("beartype"):
+if "nnsight" not in sys.modules and find_spec("beartype"):
     import_module("beartype")
 import nnsight
 import torch

@@ -104,12 +104,28 @@ class Part(NamedTuple):
     begins: int  # the place where the pool begins, for all ranks
 
 
+class Waited(NamedTuple):
+    """Of a pool of a rolling store, when training comes to it."""
+
+    step: int
+    """The first step that it serves."""
+    seconds: float
+    """Since the training began."""
+    training_waited: float
+    """Seconds in which training waited for it."""
+    harvest_waited: float
+    """Seconds for which it lay ready."""
+    held_bytes: int
+    """What is on disk of the training part."""
+
+
 class Waits:
-    """Seconds in which training waited for a pool to be read, and in which pools lay ready; `ready`: since when the last did."""
+    """Seconds in which training waited for pools to be read, and in which they lay ready; `ready`: since when the last did."""
 
     def __init__(self) -> None:
         self.began = self.ready = time.monotonic()
         self.training = self.reading = 0.0
+        self.pools: list[Waited] = []
 
     def line(self) -> str:
         """Which of the two was the limit."""
@@ -448,8 +464,13 @@ class _Ahead:
             log.warning("training waits for activations since %.0f s", told)
             told += WAIT_SECONDS
         found = pool.result()
-        waits.reading += max(0.0, began - waits.ready)
-        waits.training += max(0.0, waits.ready - began)
+        training, reading = max(0.0, waits.ready - began), max(0.0, began - waits.ready)
+        waits.training += training
+        waits.reading += reading
+        maker = self._stream._store.maker
+        if maker is not None:
+            step, since = self._stream._begins(found.key), time.monotonic() - waits.began
+            waits.pools.append(Waited(step, since, training, reading, maker.window.held_bytes()))
         return found
 
 

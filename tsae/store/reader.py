@@ -20,6 +20,7 @@ from tsae.runtime.rows import Rows, parts
 from tsae.store import norms
 from tsae.store.geometry import CRC_BYTES, crc32c
 from tsae.store.layout import StoreLayout, decode
+from tsae.store.window import Window
 from tsae.store.writer import TORCH_DTYPE
 
 if TYPE_CHECKING:
@@ -30,6 +31,9 @@ SCRATCH_BYTES = 8_000_000
 
 class Maker(Protocol):
     """What makes shards of a rolling store again (see `tsae.store.rolling`)."""
+
+    window: Window
+    """How much of them may be on disk."""
 
     def make(self, shard: int) -> None:
         """Put `shard` on disk, and others away for it."""

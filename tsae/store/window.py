@@ -44,6 +44,10 @@ class Window:
                 f"{fewest / 1e6:.3g} MB; a larger window or a smaller model.batch_size is needed"
             )
 
+    def held_bytes(self) -> int:
+        """Bytes of the shards that come and go and are on disk now."""
+        return len(held(self._layout)) * self._shard_bytes
+
     @contextmanager
     def room(self, shards: Collection[int], need: Callable[[int], float] = float) -> Iterator[None]:
         """Hold the window while `shards` are written, once others have gone: those of the largest `need` first."""

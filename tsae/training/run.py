@@ -38,6 +38,7 @@ from tsae.training.splits import beside, of_splits, trouble
 from tsae.training.start import load_start
 from tsae.training.trackers import Trackers, require
 from tsae.training.trainer import Terms, Trainer
+from tsae.training.waits import write_waits
 
 SHOWN = ("loss", "l2_loss", "temp_loss", "auxk_loss", "l0", "fve", "dead_percent")
 OF_SPLITS = {"alive": "alive", "share": "share", "fve": "fve_alone"}
@@ -82,7 +83,6 @@ def _train(runs: Sequence[tuple[RunConfig, RunFolder]], group: Group, inexact: b
     config = runs[0][0]
     store = open_store(config)
     running = [_Training(config, run, store, group, inexact) for config, run in runs]
-    failed: list[Exception] = []
     first, end = min(training.step for training in running), max(training.steps for training in running)
     settings = config.training
     stream = PairStream(
@@ -98,6 +98,19 @@ def _train(runs: Sequence[tuple[RunConfig, RunFolder]], group: Group, inexact: b
     stream.read_first(first, preemption.requested)
     if group.start_any([preemption.requested()])()[0]:
         raise preemption.Preempted
+    try:
+        failed = _steps(running, stream, first, end, group)
+    except preemption.Preempted:
+        _tell_waits(runs, store, stream, group)
+        raise
+    _tell_waits(runs, store, stream, group)
+    if failed:
+        raise failed[0]
+
+
+def _steps(running: list[_Training], stream: PairStream, first: int, end: int, group: Group) -> list[Exception]:
+    """All steps from `first` up to `end`, of each run its own; what runs failed by, while the others went on."""
+    failed: list[Exception] = []
     for step, (batch, document) in enumerate(stream.with_documents(first, end), first):
         together_now = [training for training in running if training.step == step]
         # Asked before the step and answered after it, so that nobody waits for the answer.
@@ -117,10 +130,15 @@ def _train(runs: Sequence[tuple[RunConfig, RunFolder]], group: Group, inexact: b
                 training.save()
         if leave and running:
             _leave(running, group)
+    return failed
+
+
+def _tell_waits(runs: Sequence[tuple[RunConfig, RunFolder]], store: Store, stream: PairStream, group: Group) -> None:
+    """Of a training on a window say whether it or the harvest was the limit, and write it down in the runs' folders."""
     if store.maker is not None and group.rank == 0:
         log.warning("%s: %s", runs[0][1].path.parent.name, stream.waits.line())
-    if failed:
-        raise failed[0]
+        for _, run in runs:
+            write_waits(run, stream.waits, store.maker.window)
 
 
 def _leave(running: Sequence[_Training], group: Group) -> None:
