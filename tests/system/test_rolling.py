@@ -12,8 +12,10 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 from tests.conftest import WORDS
 from tests.system.dying import MOMENTS, train_and_die
@@ -25,6 +27,7 @@ from tsae.config.run import RunConfig
 from tsae.evaluation.driver import evaluate
 from tsae.store.harvest import harvest
 from tsae.store.layout import StoreLayout
+from tsae.store.rolling import ShardMaker
 from tsae.store.window import held
 from tsae.training.run import train
 
@@ -95,6 +98,29 @@ def test_kills_and_lost_shards_end_in_the_bits_of_the_full_store(
     about = {"config_hash", "made_from", "measured_with", "digest"}
     assert found.keys() - about == expected.keys() - about
     assert {key: found[key] for key in found.keys() - about} == {key: expected[key] for key in found.keys() - about}
+
+
+def test_the_language_model_reads_every_context_once(
+    both: tuple[RunConfig, RunConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Its batches end within shards, and its window holds the pools.
+    store = {"path": str(tmp_path / "store"), "window": "1300kB"}
+    rolling = configuration.replace(both[1], store=store, model={"batch_size": 48})
+    harvest(rolling)
+    contexts, read = Counter[int](), ShardMaker._read
+
+    def counted(maker: ShardMaker, sequences: np.ndarray) -> Tensor:
+        before = maker._made
+        block = read(maker, sequences)
+        contexts.update(sequences.tolist() if maker._made > before else [])
+        return block
+
+    monkeypatch.setattr(ShardMaker, "_read", counted)
+    train(rolling, RunFolder.of(tmp_path, "run"))
+    layout = StoreLayout(str(rolling.store.path))
+    assert layout.geometry.shard_sequences % rolling.model.batch_size
+    assert set(contexts.values()) == {1}
+    assert len(contexts) > 0.7 * layout.kept.start * layout.geometry.shard_sequences
 
 
 def test_two_processes_read_one_window(
