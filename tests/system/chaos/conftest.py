@@ -69,7 +69,7 @@ LONG = {
     "store": {"window": "600kB"},
     "training": {**RUN["training"], "batch_size": 512, "pool_sequences": 150},
 }
-CLOCKED = ("provenance.json", "progress.json")
+CLOCKED = ("provenance.json", "progress.json", "window.jsonl", "window.png")
 SWEEP = {"base": "run.yaml", "grid": {"sae.k": [3, 4]}, "stages": ["harvest", "train", "evaluate", "report"]}
 
 

@@ -110,7 +110,9 @@ def test_a_sweep_larger_than_the_submit_limit_goes_in_waves_that_nobody_watches(
     assert told in said
     assert "5 stages were submitted" in said
     assert told in tiny.status()
-    assert tiny.counts()["train"] == {"done": "0/5", "queued": "2", "waiting": "3"}
+    training = tiny.counts()["train"]
+    assert (training["done"], training["waiting"]) == ("0/5", "3")
+    assert int(training.get("queued", 0)) + int(training.get("running", 0)) == 2  # as fast as Slurm is
 
     again = tiny.sweep()  # while the first wave is on its way
     assert "5 are under way from before" in again
