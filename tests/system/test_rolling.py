@@ -27,7 +27,7 @@ from tsae.config.run import RunConfig
 from tsae.evaluation.driver import evaluate
 from tsae.store.harvest import harvest
 from tsae.store.layout import StoreLayout
-from tsae.store.rolling import ShardMaker
+from tsae.store.rolling import ShardMaker, open_store
 from tsae.store.window import held
 from tsae.training.run import train
 
@@ -99,6 +99,7 @@ def test_the_language_model_reads_every_context_once_and_the_run_tells_of_each_p
     store = {"path": str(tmp_path / "store"), "window": "1300kB"}
     rolling = configuration.replace(both[1], store=store, model={"batch_size": 48})
     harvest(rolling)
+    layout = StoreLayout(str(rolling.store.path))
     contexts, read = Counter[int](), ShardMaker._read
 
     def counted(maker: ShardMaker, sequences: np.ndarray) -> Tensor:

@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import signal
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -188,6 +189,19 @@ def test_a_state_is_not_kept_longer_than_it_is_asked_for(short, tmp_path, every)
     train(grown(short, keep_state=False, resume_every=every), run)
     assert run.is_trained(grown(short))
     assert not run.kept.exists()
+
+
+def test_a_run_that_ended_between_its_last_state_and_its_weights_comes_to_its_end(short, tmp_path, monkeypatch):
+    run, whole = RunFolder.of(tmp_path, "run"), RunFolder.of(tmp_path, "whole")
+    with monkeypatch.context() as broken, pytest.raises(TsaeError, match="no space"):
+        broken.setattr("tsae.training.run.save_run", Mock(side_effect=TsaeError("no space")))
+        train(short, run)
+    assert not run.weights.exists()
+    train(short, run)
+    train(short, whole)
+    assert run.weights.read_bytes() == whole.weights.read_bytes()
+    assert run.metrics.read_bytes() == whole.metrics.read_bytes()
+    assert sorted(path.name for path in run.kept.iterdir()) == ["latest", "step_30"]
 
 
 def test_what_a_killed_process_left_of_its_end_is_done_by_the_first_of_several(short, tmp_path, monkeypatch):

@@ -55,8 +55,8 @@ class ShardMaker:
         return source_of(self._config, self._layout.attributes["model"].get("revision"))
 
     def make(self, shard: int) -> None:
-        """Put `shard` on disk, and others away for it."""
-        for _ in self.provide(np.array([shard]), 0, 1):
+        """Put `shard` on disk, and others away for it; of neighbours, one after another, no batch is read twice."""
+        for _ in self.provide(np.arange(self._layout.kept.start), shard, shard + 1):
             pass
 
     def provide(

@@ -8,6 +8,7 @@ import os
 import time
 import uuid
 from collections.abc import Sequence
+from functools import partial
 from importlib.metadata import version
 from typing import Any
 
@@ -29,7 +30,7 @@ from tsae.runtime.provenance import provenance
 from tsae.sae.reference import reference_config
 from tsae.store import binding
 from tsae.store.moments import moments_of
-from tsae.store.pairs import PairStream
+from tsae.store.pairs import PairStream, Waits
 from tsae.store.reader import Store
 from tsae.store.rolling import open_store
 from tsae.training.metrics import Metrics, first_fve, has_diverged, living, measures_of
@@ -83,6 +84,12 @@ def _train(runs: Sequence[tuple[RunConfig, RunFolder]], group: Group, inexact: b
     config = runs[0][0]
     store = open_store(config)
     running = [_Training(config, run, store, group, inexact) for config, run in runs]
+    for training in running:
+        if training.step == training.steps:  # killed between the state after its last step and its weights
+            training.finish(Waits())
+    running = [training for training in running if not training.finished]
+    if not running:
+        return
     first, end = min(training.step for training in running), max(training.steps for training in running)
     settings = config.training
     stream = PairStream(
@@ -98,12 +105,9 @@ def _train(runs: Sequence[tuple[RunConfig, RunFolder]], group: Group, inexact: b
     stream.read_first(first, preemption.requested)
     if group.start_any([preemption.requested()])()[0]:
         raise preemption.Preempted
-    try:
-        failed = _steps(running, stream, first, end, group)
-    except preemption.Preempted:
-        _tell_waits(runs, store, stream, group)
-        raise
-    _tell_waits(runs, store, stream, group)
+    failed = _steps(running, stream, first, end, group)
+    if store.maker is not None and group.rank == 0:
+        log.warning("%s: %s", runs[0][1].path.parent.name, stream.waits.line())
     if failed:
         raise failed[0]
 
@@ -118,6 +122,8 @@ def _steps(running: list[_Training], stream: PairStream, first: int, end: int, g
         for training in together_now:
             try:
                 training.advance(batch, document)
+                if training.step == training.steps:
+                    training.finish(stream.waits)
             except (TsaeError, RuntimeError, OSError) as error:
                 if group.world > 1:
                     raise  # the others may not have failed, and would wait
@@ -129,24 +135,16 @@ def _steps(running: list[_Training], stream: PairStream, first: int, end: int, g
             if now and training in running:
                 training.save()
         if leave and running:
-            _leave(running, group)
+            _leave(running, group, stream.waits)
     return failed
 
 
-def _tell_waits(runs: Sequence[tuple[RunConfig, RunFolder]], store: Store, stream: PairStream, group: Group) -> None:
-    """Of a training on a window say whether it or the harvest was the limit, and write it down in the runs' folders."""
-    if store.maker is not None and group.rank == 0:
-        log.warning("%s: %s", runs[0][1].path.parent.name, stream.waits.line())
-        for _, run in runs:
-            write_waits(run, stream.waits, store.maker.window)
-
-
-def _leave(running: Sequence[_Training], group: Group) -> None:
+def _leave(running: Sequence[_Training], group: Group, waits: Waits) -> None:
     """Save every run's state and raise Preempted, in all processes together."""
     for training in running:
         training.save()
     for training in running:
-        group.on_first(training.wait)
+        group.on_first(partial(training.leave, waits))
         if group.rank == 0:
             log.warning("%s: state saved before step %d", training.run.path, training.step)
     raise preemption.Preempted
@@ -289,11 +287,14 @@ class _Training:
             save_run(self.run, self._written, kept, step, self._trainer.scale, self._trainer.shift)
         if logged and first:
             self._log(step, terms)
-        if last:
-            if settings.keep_state:
-                self.save()
-            self._group.on_first(self._finish)
-            self.finished = True
+
+    def finish(self, waits: Waits) -> None:
+        """Leave the final weights, and with them a whole folder: whoever finds them there does not come back to it."""
+        self._open()
+        if self.config.training.keep_state:
+            self.save()
+        self._group.on_first(partial(self._finish, waits))
+        self.finished = True
 
     def _require_finite(self, *more: Tensor) -> None:
         """Refuse to go on from, or to keep, weights that are lost."""
@@ -349,9 +350,14 @@ class _Training:
             }
             self._states.save(self.step, state, first=self._metrics.sync)
 
-    def wait(self) -> None:
-        """Return when the last resumable state is on the disk."""
+    def leave(self, waits: Waits) -> None:
+        """Return when the last resumable state is on the disk, and what was waited for until then."""
         self._states.wait()
+        self._tell(waits)
+
+    def _tell(self, waits: Waits) -> None:
+        if self._store.maker is not None:
+            write_waits(self.run, waits, self._store.maker.window)
 
     def _log(self, step: int, terms: Terms) -> None:
         measures = measures_of(step, terms, self.config, living(self._trainer))
@@ -371,9 +377,10 @@ class _Training:
             self._told.add(found.remedy)
             log.warning("%s: step %d: %s", self.run.path.parent.name, step, found)
 
-    def _finish(self) -> None:
-        self.wait()
+    def _finish(self, waits: Waits) -> None:
+        self._states.wait()
         self._metrics.close()
+        self._tell(waits)
         trainer = self._trainer
         save_run(self.run, self._written, trainer.dictionary, None, trainer.scale, trainer.shift)
         self._states.close()
