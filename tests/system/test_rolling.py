@@ -100,12 +100,14 @@ def test_the_language_model_reads_every_context_once_and_the_run_tells_of_each_p
     rolling = configuration.replace(both[1], store=store, model={"batch_size": 48})
     harvest(rolling)
     layout = StoreLayout(str(rolling.store.path))
-    contexts, read = Counter[int](), ShardMaker._read
+    contexts, batches, read = Counter[int](), list[int](), ShardMaker._read
 
     def counted(maker: ShardMaker, sequences: np.ndarray) -> Tensor:
         before = maker._made
         block = read(maker, sequences)
-        contexts.update(sequences.tolist() if maker._made > before else [])
+        if maker._made > before:
+            contexts.update(sequences.tolist())
+            batches.append(len(sequences))
         return block
 
     monkeypatch.setattr(ShardMaker, "_read", counted)
@@ -115,6 +117,13 @@ def test_the_language_model_reads_every_context_once_and_the_run_tells_of_each_p
     assert layout.geometry.shard_sequences % rolling.model.batch_size
     assert set(contexts.values()) == {1}
     assert len(contexts) > 0.7 * layout.kept.start * layout.geometry.shard_sequences
+    contexts.clear()
+    batches.clear()
+    store, training = open_store(rolling), layout.kept.start * layout.geometry.shard_sequences
+    for first in range(0, training, 5):  # in the order of the text, as moments are summed
+        store.read(range(first, min(first + 5, training)))
+    assert set(contexts.values()) == {1}
+    assert set(batches[:-1]) == {rolling.model.batch_size}  # full ones
     waited = [json.loads(line) for line in (run.path / "window.jsonl").read_text().splitlines()]
     steps = [line["step"] for line in waited]
     assert len(steps) > 3

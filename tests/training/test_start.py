@@ -193,9 +193,10 @@ def test_a_state_is_not_kept_longer_than_it_is_asked_for(short, tmp_path, every)
 
 def test_a_run_that_ended_between_its_last_state_and_its_weights_comes_to_its_end(short, tmp_path, monkeypatch):
     run, whole = RunFolder.of(tmp_path, "run"), RunFolder.of(tmp_path, "whole")
-    with monkeypatch.context() as broken, pytest.raises(TsaeError, match="no space"):
+    with monkeypatch.context() as broken:
         broken.setattr("tsae.training.run.save_run", Mock(side_effect=TsaeError("no space")))
-        train(short, run)
+        with pytest.raises(TsaeError, match="no space"):
+            train(short, run)
     assert not run.weights.exists()
     train(short, run)
     train(short, whole)
