@@ -11,6 +11,7 @@ import signal
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -30,6 +31,7 @@ from tsae.store.layout import StoreLayout
 from tsae.store.rolling import ShardMaker, open_store
 from tsae.store.window import held
 from tsae.training.run import train
+from tsae.training.waits import write_waits
 
 KILLS = int(os.environ.get("TSAE_KILLS", "6"))
 WINDOW = 600_000
@@ -92,14 +94,18 @@ def test_kills_and_lost_shards_end_in_the_bits_of_the_full_store(
     assert {key: found[key] for key in found.keys() - about} == {key: expected[key] for key in found.keys() - about}
 
 
-def test_the_language_model_reads_every_context_once_and_the_run_tells_of_each_pool(
-    both: tuple[RunConfig, RunConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    # Its batches end within shards, and its window holds the pools.
+def windowed(both: tuple[RunConfig, RunConfig], tmp_path: Path) -> RunConfig:
+    """What trains on a window that holds its pools, and whose language model's batches end within shards."""
     store = {"path": str(tmp_path / "store"), "window": "1300kB"}
     rolling = configuration.replace(both[1], store=store, model={"batch_size": 48})
     harvest(rolling)
-    layout = StoreLayout(str(rolling.store.path))
+    return rolling
+
+
+def test_the_language_model_reads_every_context_once(
+    both: tuple[RunConfig, RunConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rolling = windowed(both, tmp_path)
     contexts, batches, read = Counter[int](), list[int](), ShardMaker._read
 
     def counted(maker: ShardMaker, sequences: np.ndarray) -> Tensor:
@@ -111,19 +117,34 @@ def test_the_language_model_reads_every_context_once_and_the_run_tells_of_each_p
         return block
 
     monkeypatch.setattr(ShardMaker, "_read", counted)
-    run = RunFolder.of(tmp_path, "run")
-    train(rolling, run)
+    train(rolling, RunFolder.of(tmp_path, "run"))
     layout = StoreLayout(str(rolling.store.path))
+    training = layout.kept.start * layout.geometry.shard_sequences
     assert layout.geometry.shard_sequences % rolling.model.batch_size
     assert set(contexts.values()) == {1}
-    assert len(contexts) > 0.7 * layout.kept.start * layout.geometry.shard_sequences
+    assert len(contexts) > 0.7 * training
     contexts.clear()
     batches.clear()
-    store, training = open_store(rolling), layout.kept.start * layout.geometry.shard_sequences
+    store = open_store(rolling)
     for first in range(0, training, 5):  # in the order of the text, as moments are summed
         store.read(range(first, min(first + 5, training)))
     assert set(contexts.values()) == {1}
     assert set(batches[:-1]) == {rolling.model.batch_size}  # full ones
+
+
+def test_a_run_tells_of_each_pool_before_it_is_whole(
+    both: tuple[RunConfig, RunConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rolling, run = windowed(both, tmp_path), RunFolder.of(tmp_path, "run")
+    whole = []
+
+    def written(*arguments: Any) -> None:
+        whole.append(run.weights.exists())
+        write_waits(*arguments)
+
+    monkeypatch.setattr("tsae.training.run.write_waits", written)
+    train(rolling, run)
+    assert whole == [False]  # whoever is killed while it writes comes back
     waited = [json.loads(line) for line in (run.path / "window.jsonl").read_text().splitlines()]
     steps = [line["step"] for line in waited]
     assert len(steps) > 3
