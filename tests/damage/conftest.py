@@ -11,6 +11,7 @@ import yaml
 
 from tsae.cli import main
 from tsae.runtime.errors import TsaeError
+from tsae.store.pairs import Waits
 from tsae.training import run as training
 
 WORLD = {
@@ -53,8 +54,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def killed(run: training._Training) -> None:
-    run.wait()  # for the state of the last step, which is written beside it
+def killed(run: training._Training, _: Waits) -> None:
+    run._states.wait()  # for the state of the last step, which is written beside it
     raise TsaeError("killed")
 
 

@@ -101,23 +101,25 @@ def test_a_sweep_larger_than_the_submit_limit_goes_in_waves_that_nobody_watches(
     fractions = [0.2, 0.3, 0.4, 0.5, 0.6]
     tiny.write(fractions)
     (tiny.home / "cluster.yaml").write_text(yaml.safe_dump({"defaults": {**CLUSTER["defaults"], "qos": "narrow"}}))
-    said = tiny.sweep()
-    (first,) = attempts(sweep.folder)
-    *_, last = first.jobs()
-    assert last.label == "submit the rest of tiny-base"
-    assert len(first.jobs()) == 6
-    told = f"7 stages of 3 points are not submitted yet (QOSMaxSubmitJobPerUserLimit): job {last.job} submits them"
-    assert told in said
-    assert "5 stages were submitted" in said
-    assert told in tiny.status()
-    training = tiny.counts()["train"]
-    assert (training["done"], training["waiting"]) == ("0/5", "3")
-    assert int(training.get("queued", 0)) + int(training.get("running", 0)) == 2  # as fast as Slurm is
+    slurm_command("scontrol", "update", "partitionname=main", "state=down")  # the first wave waits to be looked at
+    try:
+        said = tiny.sweep()
+        (first,) = attempts(sweep.folder)
+        *_, last = first.jobs()
+        assert last.label == "submit the rest of tiny-base"
+        assert len(first.jobs()) == 6
+        told = f"7 stages of 3 points are not submitted yet (QOSMaxSubmitJobPerUserLimit): job {last.job} submits them"
+        assert told in said
+        assert "5 stages were submitted" in said
+        assert told in tiny.status()
+        assert tiny.counts()["train"] == {"done": "0/5", "queued": "2", "waiting": "3"}
 
-    again = tiny.sweep()  # while the first wave is on its way
-    assert "5 are under way from before" in again
-    assert told in again
-    assert attempts(sweep.folder) == [first]
+        again = tiny.sweep()
+        assert "5 are under way from before" in again
+        assert told in again
+        assert attempts(sweep.folder) == [first]
+    finally:
+        slurm_command("scontrol", "update", "partitionname=main", "state=up")
 
     sweep.wait_until_over()
     assert all(set(states) == {"done"} for states in tiny.counts().values()), tiny.status()
