@@ -106,8 +106,6 @@ def _train(runs: Sequence[tuple[RunConfig, RunFolder]], group: Group, inexact: b
     if group.start_any([preemption.requested()])()[0]:
         raise preemption.Preempted
     failed = _steps(running, stream, first, end, group)
-    if store.maker is not None and group.rank == 0:
-        log.warning("%s: %s", runs[0][1].path.parent.name, stream.waits.line())
     if failed:
         raise failed[0]
 
@@ -356,7 +354,9 @@ class _Training:
         self._tell(waits)
 
     def _tell(self, waits: Waits) -> None:
+        """Of a training on a window say whether it or the harvest was the limit, and write it down in the run's folder."""
         if self._store.maker is not None:
+            log.warning("%s: %s", self.run.path.parent.name, waits.line())
             write_waits(self.run, waits, self._store.maker.window)
 
     def _log(self, step: int, terms: Terms) -> None:
