@@ -6,12 +6,16 @@ It does so to replace the builtins among them, which are the same ones every tim
 from __future__ import annotations
 
 import functools
+import importlib
 import inspect
+import pkgutil
 from types import ModuleType
 from typing import Any
 
 from triton.language.core import is_builtin
 from triton.runtime import interpreter
+
+from tsae.sae import kernels
 
 
 @functools.cache
@@ -30,3 +34,11 @@ def replace_builtins(package: ModuleType | type, builder: Any, scope: Any) -> No
 def quicken() -> None:
     """Have the interpreter of this process remember what it found."""
     interpreter._patch_builtin = replace_builtins
+
+
+def all_kernels() -> list[Any]:
+    """What Triton launches, of all modules of the package."""
+    modules = [
+        importlib.import_module(f"{kernels.__name__}.{each.name}") for each in pkgutil.iter_modules(kernels.__path__)
+    ]
+    return [kernel for module in modules for kernel in vars(module).values() if hasattr(kernel, "run")]

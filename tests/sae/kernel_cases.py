@@ -11,9 +11,9 @@ from torch import Tensor
 from tests.interpreter import quicken
 from tsae.config import run as configuration
 from tsae.config.sections import SaeConfig
-from tsae.sae import kernels
 from tsae.sae.dictionary import top_k
 from tsae.sae.init import new_dictionary
+from tsae.sae.kernels import candidates, contrast
 from tsae.sae.selection.listed import batch_top_k_listed, top_k_listed
 from tsae.sae.selection.screens import round_rows
 from tsae.sae.selection.top_k import Encoder, batch_top_k_codes, entries_above, top_k_codes
@@ -27,6 +27,7 @@ from tsae.sae.sparse import (
     segment_sums,
     weighted_rows,
 )
+from tsae.training.temporal import Pairs, _Logits, _LogitsOnChip, contrastive, sparse_contrastive
 from tsae.training.trainer import Trainer
 from tsae.training.update import Adam, lay_out_by_latent, project_and_measure, whole_gradients
 
@@ -118,8 +119,8 @@ def test_candidates_are_all_entries_above_the_guess_in_order(guess: float, monke
     weight, bias = weight.round(), bias.round()
     encoder = Encoder("float32")
     monkeypatch.setattr(encoder, "block_rows", lambda *_: 4)
-    monkeypatch.setattr(kernels, "FIRST_ROOM", 1)
-    monkeypatch.setattr(kernels, "LATENTS", 32)
+    monkeypatch.setattr(candidates, "FIRST_ROOM", 1)
+    monkeypatch.setattr(candidates, "LATENTS", 32)
     rows, latents, values = entries_above(encoder, x.round(), weight, bias, guess)
     dense = x.round() @ weight + bias
     expected = (dense > guess).nonzero(as_tuple=True)
@@ -134,11 +135,59 @@ def test_candidates_with_a_margin_are_all_that_may_be_above_their_guess() -> Non
     product = block.float()
     above = product + product.abs() / 8 + bias + rows[0, :, None] * latents[1] + rows[1, :, None] * latents[0]
     above = above > guesses[:, None]
-    found = kernels.Candidates().above(guesses, lambda: [block[:2], block[2:]], 70, (bias, *rows, *latents, 1 / 8))
+    found = candidates.Candidates().above(guesses, lambda: [block[:2], block[2:]], 70, (bias, *rows, *latents, 1 / 8))
     expected = above.nonzero(as_tuple=True)
     assert torch.equal(found[0], expected[0])
     assert torch.equal(found[1], expected[1])
     assert torch.equal(found[2], product[expected])
+
+
+def codes_of_pairs(rows: int = 9, width: int = 14) -> list[SparseCode]:
+    """As the high-level split's of a selection: empty entries at the end of rows, between them, and after all."""
+    codes = []
+    for seed in range(2):
+        dense = torch.relu(normal(rows, width, seed=seed) - 0.5)
+        dense[1, :] = normal(width, seed=7).abs() + 0.1
+        dense[4, :10] = 0
+        code = from_dense(dense)
+        empty = code.latents.new_full((3,), -1)
+        spare = code._replace(
+            latents=torch.cat([code.latents, empty]), values=torch.cat([code.values, empty * 0.0]), spare=True
+        )
+        codes.append(spare.within(slice(0, 10)).code)
+    return codes
+
+
+@pytest.mark.parametrize("same_document", [True, False])
+@pytest.mark.parametrize("similarity", ["dot", "cosine"])
+def test_the_contrastive_term_is_that_of_all_logits(
+    similarity: str, same_document: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(contrast, "ENTRIES", 2)
+    monkeypatch.setattr(contrast, "COLUMNS", 4)
+    high, other = codes_of_pairs()
+    documents = None if same_document else torch.arange(9, device=DEVICE) // 3
+    pairs = Pairs(normal(9, 2), normal(9, 2), documents, similarity, 0.5)
+    found = sparse_contrastive(high, other, pairs, 0.7)
+    dense = [code.dense().double().requires_grad_() for code in (high, other)]
+    loss = 0.7 * contrastive(*dense, pairs)
+    loss.backward()
+    torch.testing.assert_close(found.loss.double(), loss, rtol=1e-6, atol=1e-6)
+    for code, gradient, expected in zip((high, other), found[1:], dense, strict=True):
+        at_entries = expected.grad[code.rows, code.latents].where(code.latents >= 0, 0)
+        torch.testing.assert_close(gradient.double(), at_entries, rtol=1e-5, atol=1e-6)
+
+
+def test_a_process_has_its_rows_of_the_logits_and_a_piece_of_each_column(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(contrast, "COLUMNS", 4)
+    high, other = (from_dense(code.dense()) for code in codes_of_pairs())
+    own, documents = high.block(3, 6).code, torch.arange(9, device=DEVICE) // 2
+    pair = [built(own, other, 3, 0.5, (documents[3:6], documents)) for built in (_Logits, _LogitsOnChip)]
+    for one, by_kernels in zip(*(logits.sums() for logits in pair), strict=True):
+        torch.testing.assert_close(one, by_kernels)
+    lse = normal(3).abs() + 3, normal(9).abs() + 3
+    for one, by_kernels in zip(*(logits.gradients(*lse, 0.1) for logits in pair), strict=True):
+        torch.testing.assert_close(one, by_kernels)
 
 
 @pytest.mark.parametrize("kind", ["random", "ties", "negative"])
@@ -171,7 +220,7 @@ def test_exact_top_k_is_that_of_float32() -> None:
 def test_a_selection_that_is_not_read_back_is_the_same(
     kind: str, precision: str, per_token: bool, room: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(kernels, "FIRST_ROOM", room)
+    monkeypatch.setattr(candidates, "FIRST_ROOM", room)
     x, weight, bias = normal(5, 12), normal(100, 12, seed=1).T, normal(100, seed=2)
     if kind == "ties":
         x, weight, bias = (x / 2).round(), (weight / 2).round(), bias.round()

@@ -13,34 +13,40 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from tsae.sae import kernels
+from tsae.sae.kernels import candidates, contrast, sums, update
 
 INT, FLOAT, LOW = "*i64", "*fp32", "*bf16"
-TILE = {"BLOCK_E": kernels.ENTRIES, "BLOCK_D": kernels.WIDTH}
-LATENTS = {"BLOCK": kernels.LATENTS}
+TILE = {"BLOCK_E": sums.ENTRIES, "BLOCK_D": sums.WIDTH}
+LATENTS = {"BLOCK": candidates.LATENTS}
 UNFUSED = {"enable_fp_fusion": False}
 
 # Kernel, types of its arguments, its constants, options of the launch.
 KERNELS: list[tuple[Any, list[str], dict[str, Any], dict[str, Any]]] = [
-    (kernels._weighted_rows, [INT, INT, *[FLOAT] * 3, *["i32"] * 5], TILE, {}),
-    (kernels._sampled_products, [INT, INT, *[FLOAT] * 3, *["i32"] * 4], TILE, {}),
-    (kernels._segment_sums, [INT, FLOAT, FLOAT], {"BLOCK": kernels.SCALARS}, {}),
-    (kernels._add_rows, [INT, INT, *[FLOAT] * 3, *["i32"] * 4], TILE, {}),
-    (kernels._round_rows, [FLOAT, LOW, FLOAT, FLOAT, "i32", "i32"], {"BLOCK_D": kernels.ROUNDED}, {}),
+    (sums._weighted_rows, [INT, INT, *[FLOAT] * 3, *["i32"] * 5], TILE, {}),
+    (sums._sampled_products, [INT, INT, *[FLOAT] * 3, *["i32"] * 4], TILE, {}),
+    (sums._segment_sums, [INT, FLOAT, FLOAT], {"BLOCK": sums.SCALARS}, {}),
+    (sums._add_rows, [INT, INT, *[FLOAT] * 3, *["i32"] * 4], TILE, {}),
+    (candidates._round_rows, [FLOAT, LOW, FLOAT, FLOAT, "i32", "i32"], {"BLOCK_D": candidates.ROUNDED}, {}),
 ]
+TILE = {"BLOCK_E": contrast.ENTRIES, "BLOCK_C": contrast.COLUMNS}
+codes = [INT, INT, FLOAT, FLOAT, INT, INT]
+for masked in (True, False):
+    constants, shape = {"MASKED": masked, **TILE}, ["i32", "i32", "i32", "fp32"]
+    KERNELS.append((contrast._log_sums, [*codes, *[FLOAT] * 3, *shape], constants, contrast.OPTIONS))
+    KERNELS.append((contrast._through_logits, [*codes, *[FLOAT] * 3, *shape], constants, contrast.OPTIONS))
 for width, warps in ((768, 4), (2304, 16)):
     row = {"BLOCK": triton.next_power_of_2(width)}
     options = {"num_warps": warps}
-    assert {**row, **options} == kernels._row_tile(width)
-    KERNELS.append((kernels._along_and_norm, [*[FLOAT] * 4, "i32", "fp32"], row, options))
+    assert {**row, **options} == update._row_tile(width)
+    KERNELS.append((update._along_and_norm, [*[FLOAT] * 4, "i32", "fp32"], row, options))
     types = [*[FLOAT] * 6, "*fp64", *["fp32"] * 5, "i32"]
-    KERNELS += [(kernels._adam, types, {"PROJECTED": both, "UNIT": both, **row}, options) for both in (True, False)]
+    KERNELS += [(update._adam, types, {"PROJECTED": both, "UNIT": both, **row}, options) for both in (True, False)]
 for margin in (True, False):
     shape = [FLOAT, "i32", "i32", "i32"]
     constants = {"MARGIN": margin, **LATENTS, "ROUNDING": 2.0**-8 if margin else 0.0}
     given = [LOW if margin else FLOAT, *[FLOAT] * 5]
-    KERNELS.append((kernels._count, [*given, INT, *shape], constants, UNFUSED))
-    KERNELS.append((kernels._write, [*given, INT, INT, INT, FLOAT, "i32", *shape], constants, UNFUSED))
+    KERNELS.append((candidates._count, [*given, INT, *shape], constants, UNFUSED))
+    KERNELS.append((candidates._write, [*given, INT, INT, INT, FLOAT, "i32", *shape], constants, UNFUSED))
 
 
 def compiled(kernel: Any, types: list[str], constants: dict[str, Any], options: dict[str, Any], capability: int) -> str:

@@ -19,7 +19,8 @@ from tests.training.device_watch import Reads, Watch
 from tests.training.recorded import record_gradients
 from tsae.config import run as configuration
 from tsae.config.sections import KIND_SETTINGS
-from tsae.sae import kernels, sparse
+from tsae.sae import sparse
+from tsae.sae.kernels import candidates
 from tsae.sae.selection import screens
 from tsae.store.moments import Moments
 from tsae.training import recorded as recorded_steps
@@ -38,7 +39,7 @@ TEMPORAL: list[dict[str, Any]] = [
     {"preset": "scale_free", "temporal": "l2"},
     {"preset": "scale_free", "same_document": False},
 ]
-LAUNCHES = {"temporal": 540, "matryoshka": 360, "batch_topk": 310, "topk": 335}
+LAUNCHES = {"temporal": 500, "matryoshka": 340, "batch_topk": 290, "topk": 320}
 """What a step may launch at most, 180 where nothing is said, of which recording its gradients takes up to 20."""
 CASES = [("temporal", objective) for objective in TEMPORAL] + [
     (kind, {}) for kind in KIND_SETTINGS if kind != "temporal"
@@ -151,7 +152,7 @@ def flat(state: Any, name: str = "") -> Iterator[tuple[str, Any]]:
 
 def test_a_list_too_short_and_a_guess_too_high_change_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
     def trained(guess: float | None, room: int) -> tuple[Trainer, int]:
-        monkeypatch.setattr(kernels, "FIRST_ROOM", room)
+        monkeypatch.setattr(candidates, "FIRST_ROOM", room)
         built, late = trainer("temporal", {"preset": "scale_free"}), 0
         for batch in batches():
             state = built.engine.state()["guesses"]

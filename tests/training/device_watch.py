@@ -23,8 +23,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 import tsae
+from tests.interpreter import all_kernels
 from tsae.runtime.late import Late
-from tsae.sae import kernels
 
 PACKAGE = Path(tsae.__file__).parent
 READS = {
@@ -90,7 +90,7 @@ class Watch:
     @contextmanager
     def watching(self) -> Iterator[Watch]:
         """Look at what runs within."""
-        found = [kernel for kernel in vars(kernels).values() if hasattr(kernel, "run")]
+        found = all_kernels()
         launch = {kernel: kernel.run for kernel in found}
         for kernel in found:
             kernel.run = self._counted(kernel.__name__, launch[kernel])

@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
+from tests.interpreter import all_kernels
 from tests.training.device_watch import READS, UNLAUNCHED
-from tsae.sae import kernels
 from tsae.training.recorded import Recording
 
 log: list[str] = []
@@ -84,7 +84,7 @@ class _Recording(TorchDispatchMode):
 
     @contextmanager
     def kernels(self) -> Iterator[None]:
-        found = [kernel for kernel in vars(kernels).values() if hasattr(kernel, "run")]
+        found = all_kernels()
         launch = {kernel: kernel.run for kernel in found}
         for kernel in found:
             kernel.run = self._noted(launch[kernel])

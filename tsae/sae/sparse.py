@@ -99,31 +99,19 @@ class SparseCode(NamedTuple):
         """The entries of a run of latents, which are counted from 0 again."""
         inside, size = self.inside(latents), latents.stop - latents.start
         if self.spare:
-            return self._emptied(inside, self.offsets, latents.start)._replace(dict_size=size).whole()
+            # As many entries, those of other latents empty.
+            own = torch.where(inside, self.latents - latents.start, -1)
+            return Part(SparseCode(self.offsets, own, self.values.where(inside, 0), size, True), slice(None))
         chosen = inside.nonzero()[:, 0]
         offsets = torch.searchsorted(chosen, self.offsets)
         return Part(SparseCode(offsets, self.latents[chosen] - latents.start, self.values[chosen], size), chosen)
 
     def block(self, start: int, stop: int) -> Part:
-        """The entries of some rows, which are counted from 0 again."""
+        """The entries of some rows, which are counted from 0 again; of a code without spare ones."""
         offsets = self.offsets[start : stop + 1]
-        if self.spare:
-            if stop - start == len(self.offsets) - 1:
-                return self.whole()
-            rows = self.rows
-            return self._emptied((rows >= start) & (rows < stop), offsets, 0).whole()
         places = slice(int(offsets[0]), int(offsets[-1]))
         part = SparseCode(offsets - places.start, self.latents[places], self.values[places], self.dict_size)
         return Part(part, places)
-
-    def whole(self) -> Part:
-        """All entries, each at its place."""
-        return Part(self, slice(None))
-
-    def _emptied(self, kept: Tensor, offsets: Tensor, first: int) -> SparseCode:
-        """The same number of entries, those that are not `kept` [n] empty; latents are counted from `first`."""
-        latents, values = torch.where(kept, self.latents - first, -1), torch.where(kept, self.values, 0)
-        return self._replace(offsets=offsets, latents=latents, values=values)
 
     def at(self, rows: Tensor, latents: Tensor) -> Tensor:
         """The values at some places [m]; 0 where there is no entry, or the latent is −1."""

@@ -1,7 +1,7 @@
 """The temporal terms: what each asks of the high-level codes of tokens and their partners, dense and sparse.
 
 The dense form is the definition, which autograd differentiates. The sparse form sees the entries of the codes alone and
-has its gradients in closed form; no [B, B] array outlives its block of rows. A new term is both forms and an entry of
+has its gradients in closed form; no [B, B] array outlives its block of rows, and on a GPU there is none. A new term is both forms and an entry of
 `TERMS` here, and a name in `tsae.config.sections.TERM_SETTINGS`.
 
 Shapes: B pairs of this process, D activation_dim, F0 latents of the high-level split, n entries of a code. Sources:
@@ -10,9 +10,10 @@ T-SAE paper (arXiv 2511.05541) eqs. 3-5, and what stands at each term.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from functools import cached_property
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,7 +21,7 @@ from torch.nn.functional import cosine_similarity, cross_entropy
 
 from tsae.config.run import RunConfig, group_weights
 from tsae.parallel.group import ALONE, Group, starts
-from tsae.sae.sparse import SparseCode, sampled_products, weighted_rows
+from tsae.sae.sparse import Part, SparseCode, kernels_for, sampled_products, weighted_rows
 
 EXCLUDED = -1e30
 """The logit of a pair that is not to count."""
@@ -153,68 +154,121 @@ def _linear_dots(high: SparseCode, other: SparseCode, pairs: Pairs, scale: float
 
 
 def _contrastive_dots(high: SparseCode, other: SparseCode, pairs: Pairs, scale: float) -> Differentiated:
-    """InfoNCE of dot products, one block of rows of the logits S [B, all B] after the other, twice.
+    """InfoNCE of dot products, from logits S [B, all B] that are made twice and never all in memory.
 
     With S_ij = h_i · o_j / τ the two directions are the means over i of lse_j S_ij − S_ii and of lse_j S_ji − S_ii (lse:
     the logarithm of the sum of exponentials). The derivative of an lse is a softmax, so that
 
-        B · ∂loss/∂S_ij = (softmax of row i)_j + (softmax of column j)_i − 2 [i = j],
+        B · ∂loss/∂S_ij = G_ij = (softmax of row i)_j + (softmax of column j)_i − 2 [i = j],
 
     and as S is bilinear, that array times the partners' codes (over τ) is the gradient of the tokens' codes, its
     transpose times the tokens' that of the partners'. For S = ((2, 0), (1, 3)) the rows' softmax is ((.88, .12),
     (.12, .88)), the columns' ((.73, .05), (.27, .95)), and the array ((−.39, .17), (.39, −.17)): true pairs are pulled
     together, and the pair that competes most with them, S_10 = 1, is pushed apart most.
 
-    The first pass finds the lse of rows, which a block holds whole, and of columns, of which it holds a piece: those are
-    kept as a running maximum and a sum relative to it, and put together over processes in the end. The second makes
-    the logits again, which costs less than to keep B² numbers, and from them the gradients.
+    The first pass finds the lse of rows, which a process has whole, and of columns, of which it has a piece: those are
+    kept as a maximum and a sum relative to it, and put together over processes. The second makes the logits again,
+    which costs less than to keep B² numbers, and from them the gradients.
     """
     group, n_rows, temperature, document = pairs.negatives, len(high.offsets) - 1, pairs.temperature, pairs.document
     others, mine = _of_all_processes(other, group)
-    batch, shift = n_rows * group.world, n_rows * group.rank
-    columns = others.dense_by_latent()
-    documents = None if document is None else group.gather(document)
+    documents = None if document is None else (document, group.gather(document))
 
-    def logits_of(block: SparseCode, start: int, stop: int) -> Tensor:
-        logits = weighted_rows(block, columns).div_(temperature)
-        if document is not None and documents is not None:
-            excluded = document[start:stop, None] == documents
-            excluded[:, shift + start : shift + stop].fill_diagonal_(False)
-            logits.masked_fill_(excluded, EXCLUDED)
-        return logits
-
-    # A CPU wants a block in its cache; a GPU wants few launches, and few waits for the bounds of a block.
-    size = max(1, (CUDA_BLOCK_ELEMENTS if columns.is_cuda else BLOCK_ELEMENTS) // batch)
-    blocks = [(start, min(start + size, n_rows)) for start in range(0, n_rows, size)]
-
-    row_lse = high.values.new_empty(n_rows)
-    diagonal = high.values.new_empty(n_rows)
-    top = high.values.new_full((batch,), -torch.inf)
-    column_sum = high.values.new_zeros(batch)
-    for start, stop in blocks:
-        logits = logits_of(high.block(start, stop).code, start, stop)
-        highest = logits.amax(dim=1, keepdim=True)
-        row_lse[start:stop] = highest[:, 0] + _exp_(logits - highest).sum(dim=1).log()
-        diagonal[start:stop] = logits[:, shift + start : shift + stop].diagonal()
-        new_top = torch.maximum(top, logits.amax(dim=0))
-        column_sum = column_sum * (top - new_top).exp() + _exp_(logits.sub_(new_top)).sum(dim=0)
-        top = new_top
+    logits = (_Logits if kernels_for(high.values) is None else _LogitsOnChip)(
+        high, others, n_rows * group.rank, temperature, documents
+    )
+    row_lse, true, top, column_sum = logits.sums()
     highest = group.max(top)
     column_lse = highest + group.sum(column_sum * (top - highest).exp()).log()
-    loss = scale * (row_lse + column_lse[group.share(n_rows)] - 2 * diagonal).mean() / group.world
-
-    current = torch.zeros_like(high.values)
-    partner = torch.zeros_like(others.values)
-    factor = scale / (batch * temperature)
-    for start, stop in blocks:
-        part = high.block(start, stop)
-        logits = logits_of(part.code, start, stop)
-        gradient = _exp_(logits - row_lse[start:stop, None]).add_(_exp_(logits.sub_(column_lse)))
-        gradient[:, shift + start : shift + stop].diagonal().sub_(2)
-        gradient *= factor
-        part.add(sampled_products(part.code, gradient, columns), current)
-        partner += sampled_products(others, gradient.T.contiguous(), part.code.dense_by_latent())
+    loss = scale * (row_lse + column_lse[group.share(n_rows)] - 2 * true).mean() / group.world
+    factor = scale / (n_rows * group.world * temperature)
+    current, partner = logits.gradients(row_lse, column_lse, factor)
     return Differentiated(loss, current, group.sum(partner)[mine])
+
+
+@dataclass(frozen=True)
+class _Logits:
+    """S by torch's operations, one block of rows after the other."""
+
+    high: SparseCode
+    others: SparseCode
+    shift: int
+    """Row i's true pair is column i + shift."""
+    temperature: float
+    documents: tuple[Tensor, Tensor] | None
+    """Of rows and of columns, if those of one document are no negatives."""
+
+    def sums(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """lse of each row and its true pair's logit; largest of each column, and the sum of exponentials relative to it."""
+        n_rows, batch, values = len(self.high.offsets) - 1, len(self.others.offsets) - 1, self.high.values
+        row_lse, true = values.new_empty(n_rows), values.new_empty(n_rows)
+        top, column_sum = values.new_full((batch,), -torch.inf), values.new_zeros(batch)
+        for rows, own, _, logits in self._blocks():
+            highest = logits.amax(dim=1, keepdim=True)
+            row_lse[rows] = highest[:, 0] + _exp_(logits - highest).sum(dim=1).log()
+            true[rows] = logits[:, own].diagonal()
+            new_top = torch.maximum(top, logits.amax(dim=0))
+            column_sum = column_sum * (top - new_top).exp() + _exp_(logits.sub_(new_top)).sum(dim=0)
+            top = new_top
+        return row_lse, true, top, column_sum
+
+    def gradients(self, row_lse: Tensor, column_lse: Tensor, factor: float) -> tuple[Tensor, Tensor]:
+        """factor · G at the entries of both codes, summed over the other code's."""
+        current, partner = torch.zeros_like(self.high.values), torch.zeros_like(self.others.values)
+        for rows, own, part, logits in self._blocks():
+            gradient = _exp_(logits - row_lse[rows, None]).add_(_exp_(logits.sub_(column_lse)))
+            gradient[:, own].diagonal().sub_(2)
+            gradient *= factor
+            part.add(sampled_products(part.code, gradient, self.partners), current)
+            partner += sampled_products(self.others, gradient.T.contiguous(), part.code.dense_by_latent())
+        return current, partner
+
+    @cached_property
+    def partners(self) -> Tensor:
+        return self.others.dense_by_latent()
+
+    def _blocks(self) -> Iterator[tuple[slice, slice, Part, Tensor]]:
+        """Rows, the columns of their true pairs, their entries and their logits."""
+        n_rows, batch = len(self.high.offsets) - 1, self.partners.shape[1]
+        # A CPU wants a block in its cache; a GPU wants few launches, and few waits for the bounds of a block.
+        size = max(1, (CUDA_BLOCK_ELEMENTS if self.partners.is_cuda else BLOCK_ELEMENTS) // batch)
+        for start in range(0, n_rows, size):
+            rows = slice(start, min(start + size, n_rows))
+            own = slice(self.shift + rows.start, self.shift + rows.stop)
+            part = self.high.block(rows.start, rows.stop)
+            logits = weighted_rows(part.code, self.partners).div_(self.temperature)
+            if self.documents is not None:
+                excluded = self.documents[0][rows, None] == self.documents[1]
+                excluded[:, own].fill_diagonal_(False)
+                logits.masked_fill_(excluded, EXCLUDED)
+            yield rows, own, part, logits
+
+
+class _LogitsOnChip(_Logits):
+    """The same by kernels, which have no logit in memory; columns are the rows of the transpose."""
+
+    def sums(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        top, row_sum, true = self._kernels.log_sums(*self._rows)
+        column_top, column_sum, _ = self._kernels.log_sums(*self._columns)
+        return top + row_sum.log(), true, column_top, column_sum
+
+    def gradients(self, row_lse: Tensor, column_lse: Tensor, factor: float) -> tuple[Tensor, Tensor]:
+        current = self._kernels.through_logits(*self._rows, row_lse, column_lse)
+        partner = self._kernels.through_logits(*self._columns, column_lse, row_lse)
+        return factor * current, factor * partner
+
+    @cached_property
+    def _rows(self) -> tuple[Any, ...]:
+        return *self.high[:3], self.partners, self.shift, self.temperature, self.documents
+
+    @cached_property
+    def _columns(self) -> tuple[Any, ...]:
+        documents = self.documents and self.documents[::-1]
+        return *self.others[:3], self.high.dense_by_latent(), -self.shift, self.temperature, documents
+
+    @property
+    def _kernels(self) -> Any:
+        return kernels_for(self.high.values)
 
 
 def _of_all_processes(code: SparseCode, group: Group) -> tuple[SparseCode, slice]:

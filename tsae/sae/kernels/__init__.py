@@ -1,0 +1,26 @@
+"""Triton kernels, and what launches them; each function returns the same as its torch counterpart.
+
+Imported by `tsae.sae.sparse.kernels_for` alone, and only where they run.
+
+An entry whose column, or target, is −1 is empty: nothing is read for it, and what is computed for it is 0.
+
+Every sum but `add_rows` has a fixed order, so results are the same bits in every run.
+"""
+
+from tsae.sae.kernels.candidates import Candidates, round_rows
+from tsae.sae.kernels.contrast import log_sums, through_logits
+from tsae.sae.kernels.sums import add_rows, sampled_products, segment_sums, weighted_rows
+from tsae.sae.kernels.update import adam_rows, along_and_norm
+
+__all__ = [
+    "Candidates",
+    "adam_rows",
+    "add_rows",
+    "along_and_norm",
+    "log_sums",
+    "round_rows",
+    "sampled_products",
+    "segment_sums",
+    "through_logits",
+    "weighted_rows",
+]

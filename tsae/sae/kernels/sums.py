@@ -1,0 +1,188 @@
+"""Sums over the entries of sparse codes: decode, sampled products, weight gradients.
+
+Tile sizes are fixed: tuning them at run time would change the order of sums.
+Shapes: N rows, D activation_dim, n entries, R rows or segments of entries.
+"""
+
+# Triton gives kernels their own types of arguments.
+# mypy: disable-error-code="no-untyped-def"
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from tsae.sae.kernels.launch import on_device_of
+
+ENTRIES = 8
+"""Entries whose rows a program loads at a time."""
+WIDTH = 256
+"""Columns of those rows."""
+SCALARS = 256
+"""Single values that a program sums at a time."""
+
+
+@triton.jit
+def _weighted_rows(
+    offsets,
+    columns,
+    values,
+    matrix,
+    out,
+    first_column,
+    n_columns,
+    width,
+    matrix_stride,
+    out_stride,
+    BLOCK_E: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    start = tl.load(offsets + row)
+    stop = tl.load(offsets + row + 1)
+    total = tl.zeros((BLOCK_E, BLOCK_D), tl.float32)
+    for first in range(start, stop, BLOCK_E):
+        entry = first + tl.arange(0, BLOCK_E)
+        live = entry < stop
+        column = tl.load(columns + entry, mask=live, other=-1) - first_column
+        live &= (column >= 0) & (column < n_columns)
+        value = tl.load(values + entry, mask=live, other=0.0)
+        tile = tl.load(
+            matrix + column[:, None] * matrix_stride + d[None, :], mask=live[:, None] & (d < width)[None, :], other=0.0
+        )
+        total += value[:, None] * tile
+    tl.store(out + row * out_stride + d, tl.sum(total, axis=0), mask=d < width)
+
+
+@triton.jit
+def _sampled_products(
+    rows,
+    columns,
+    x,
+    matrix,
+    out,
+    count,
+    width,
+    x_stride,
+    matrix_stride,
+    BLOCK_E: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    entry = tl.program_id(0).to(tl.int64) * BLOCK_E + tl.arange(0, BLOCK_E)
+    column = tl.load(columns + entry, mask=entry < count, other=-1)
+    live = column >= 0
+    x_row = x + tl.load(rows + entry, mask=live, other=0) * x_stride
+    matrix_row = matrix + column * matrix_stride
+    total = tl.zeros((BLOCK_E, BLOCK_D), tl.float32)
+    for first in range(0, width, BLOCK_D):
+        d = first + tl.arange(0, BLOCK_D)
+        inside = live[:, None] & (d < width)[None, :]
+        one = tl.load(x_row[:, None] + d[None, :], mask=inside, other=0.0)
+        other = tl.load(matrix_row[:, None] + d[None, :], mask=inside, other=0.0)
+        total += one * other
+    tl.store(out + entry, tl.sum(total, axis=1), mask=entry < count)
+
+
+@triton.jit
+def _segment_sums(offsets, values, out, BLOCK: tl.constexpr):
+    segment = tl.program_id(0).to(tl.int64)
+    start = tl.load(offsets + segment)
+    stop = tl.load(offsets + segment + 1)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for first in range(start, stop, BLOCK):
+        entry = first + tl.arange(0, BLOCK)
+        total += tl.load(values + entry, mask=entry < stop, other=0.0)
+    tl.store(out + segment, tl.sum(total, axis=0))
+
+
+@triton.jit
+def _add_rows(
+    rows,
+    targets,
+    values,
+    matrix,
+    out,
+    count,
+    width,
+    matrix_stride,
+    out_stride,
+    BLOCK_E: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    entry = tl.program_id(0).to(tl.int64) * BLOCK_E + tl.arange(0, BLOCK_E)
+    d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    target = tl.load(targets + entry, mask=entry < count, other=-1)
+    live = target >= 0
+    inside = live[:, None] & (d < width)[None, :]
+    row = tl.load(rows + entry, mask=live, other=0)
+    value = tl.load(values + entry, mask=live, other=0.0)
+    tile = tl.load(matrix + row[:, None] * matrix_stride + d[None, :], mask=inside, other=0.0)
+    tl.atomic_add(out + target[:, None] * out_stride + d[None, :], value[:, None] * tile, mask=inside)
+
+
+def weighted_rows(
+    offsets: Tensor, columns: Tensor, values: Tensor, matrix: Tensor, out: Tensor | None = None, first: int = 0
+) -> Tensor:
+    """Row r is the sum of values[e] · matrix[columns[e] − first] over e in offsets[r] … offsets[r + 1] → [R, D].
+
+    Of the entries whose column the matrix has, that is. `columns` and `values` [n], `offsets` [R + 1]; the rows of `matrix` and of `out` are contiguous.
+    """
+    n_rows, width = len(offsets) - 1, matrix.shape[1]
+    matrix = _row_major(matrix)
+    out = matrix.new_empty(n_rows, width) if out is None else out
+    assert out.stride(1) == 1
+    if out.numel():
+        block = _width(width)
+        with on_device_of(out):
+            _weighted_rows[(n_rows, triton.cdiv(width, block))](
+                offsets, columns, values, matrix, out, first, len(matrix), width, matrix.stride(0), out.stride(0),
+                ENTRIES, block,
+            )  # fmt: skip
+    return out
+
+
+def sampled_products(rows: Tensor, columns: Tensor, x: Tensor, matrix: Tensor) -> Tensor:
+    """x[rows[e]] · matrix[columns[e]] for every entry e → [n]; both matrices have D columns."""
+    x, matrix = _row_major(x), _row_major(matrix)
+    out = x.new_empty(len(rows))
+    if len(rows):
+        width = x.shape[1]
+        shape = (len(rows), width, x.stride(0), matrix.stride(0), ENTRIES, _width(width))
+        with on_device_of(out):
+            _sampled_products[(triton.cdiv(len(rows), ENTRIES),)](rows, columns, x, matrix, out, *shape)
+    return out
+
+
+def segment_sums(values: Tensor, offsets: Tensor) -> Tensor:
+    """Sum of values[offsets[r]] … values[offsets[r + 1] − 1] for every segment r → [R]."""
+    out = values.new_empty(len(offsets) - 1)
+    if len(out):
+        with on_device_of(out):
+            _segment_sums[(len(out),)](offsets, values, out, SCALARS)
+    return out
+
+
+def add_rows(rows: Tensor, targets: Tensor, values: Tensor, matrix: Tensor, out: Tensor) -> None:
+    """Add values[e] · matrix[rows[e]] to out[targets[e]], entries in any order.
+
+    Atomic: the order of additions, hence the last bits, may differ from run to run.
+    """
+    assert out.stride(1) == 1
+    if len(rows) and out.numel():
+        matrix, width = _row_major(matrix), matrix.shape[1]
+        block = _width(width)
+        shape = (len(rows), width, matrix.stride(0), out.stride(0), ENTRIES, block)
+        with on_device_of(out):
+            _add_rows[(triton.cdiv(len(rows), ENTRIES), triton.cdiv(width, block))](
+                rows, targets, values, matrix, out, *shape
+            )
+
+
+def _row_major(matrix: Tensor) -> Tensor:
+    return matrix if matrix.stride(1) == 1 else matrix.contiguous()
+
+
+def _width(columns: int) -> int:
+    return min(WIDTH, triton.next_power_of_2(columns))

@@ -1,0 +1,100 @@
+"""Adam's update of a matrix, row by row.
+
+A program has one row of the matrix, all of it: what is of no use to another row never leaves the chip. A gradient is read
+twice, once for its norm and once for Adam, weights and moments are read and written once.
+Shapes: D activation_dim, F dict_size.
+"""
+
+# Triton gives kernels their own types of arguments.
+# mypy: disable-error-code="no-untyped-def"
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from tsae.sae.kernels.launch import on_device_of
+
+
+@triton.jit
+def _along_and_norm(gradient, weights, along, norms, width, tiny, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    d = tl.arange(0, BLOCK)
+    g = tl.load(gradient + row * width + d, mask=d < width, other=0.0)
+    w = tl.load(weights + row * width + d, mask=d < width, other=0.0)
+    length = tl.sqrt(tl.sum(w * w, axis=0)) + tiny
+    share = tl.sum(g * w, axis=0) / (length * length)
+    g -= share * w
+    tl.store(along + row, share)
+    tl.store(norms + row, tl.sqrt(tl.sum(g * g, axis=0)))
+
+
+@triton.jit
+def _adam(
+    weights, gradient, along, firsts, seconds, factor, corrections, lr, towards_first, towards_second, epsilon, tiny, width,
+    PROJECTED: tl.constexpr, UNIT: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    d = tl.arange(0, BLOCK)
+    place = tl.program_id(0).to(tl.int64) * width + d
+    g = tl.load(gradient + place, mask=d < width, other=0.0)
+    w = tl.load(weights + place, mask=d < width, other=0.0)
+    first = tl.load(firsts + place, mask=d < width, other=0.0)
+    second = tl.load(seconds + place, mask=d < width, other=0.0)
+    if PROJECTED:
+        g -= tl.load(along + tl.program_id(0)) * w
+    g *= tl.load(factor)
+    first += (g - first) * towards_first
+    second += (g * g - second) * towards_second
+    pace = lr / tl.load(corrections).to(tl.float32)
+    spread = tl.sqrt(second) / tl.sqrt(tl.load(corrections + 1).to(tl.float32)) + epsilon
+    w -= pace * first / spread
+    if UNIT:
+        w = tl.where(d < width, w, 0.0)
+        w /= tl.sqrt(tl.sum(w * w, axis=0)) + tiny
+    tl.store(weights + place, w, mask=d < width)
+    tl.store(firsts + place, first, mask=d < width)
+    tl.store(seconds + place, second, mask=d < width)
+
+
+def along_and_norm(gradient: Tensor, weights: Tensor, tiny: float) -> tuple[Tensor, Tensor]:
+    """How much of each row of the weights [F, D] there is in the gradient's [F], and the norm of what else there is [F]."""
+    n_rows, width = weights.shape
+    along, norms = weights.new_empty(n_rows), weights.new_empty(n_rows)
+    if n_rows:
+        shape = _row_tile(width)
+        with on_device_of(weights):
+            _along_and_norm[(n_rows,)](gradient, weights, along, norms, width, tiny, **shape)
+    return along, norms
+
+
+def adam_rows(
+    weights: Tensor,
+    gradient: Tensor,
+    along: Tensor | None,
+    moments: tuple[Tensor, Tensor],
+    factor: Tensor,
+    corrections: Tensor,
+    lr: float,
+    betas: tuple[float, float],
+    epsilon: float,
+    unit: float | None,
+) -> None:
+    """One step of Adam on weights [F, D], contiguous as all that is like them, in place; the gradient stays.
+
+    Of the gradient `along` [F] times the weights is subtracted, then it is multiplied by `factor`, a scalar. `corrections`
+    [2] are what the moments are divided by, 1 − beta^step. With `unit` rows are divided by their norm plus that.
+    """
+    n_rows, width = weights.shape
+    if n_rows:
+        rest = tuple(1 - beta for beta in betas)
+        numbers = (lr, *rest, epsilon, 0.0 if unit is None else unit, width)
+        tensors = (weights, gradient, weights if along is None else along, *moments, factor, corrections)
+        with on_device_of(weights):
+            _adam[(n_rows,)](*tensors, *numbers, along is not None, unit is not None, **_row_tile(width))
+
+
+def _row_tile(width: int) -> dict[str, int]:
+    """A tile that holds a row, and warps enough that a thread has few numbers of it."""
+    block = triton.next_power_of_2(width)
+    return {"BLOCK": block, "num_warps": min(16, max(1, block // 256))}
