@@ -129,19 +129,6 @@ def test_candidates_are_all_entries_above_the_guess_in_order(guess: float, monke
     assert torch.equal(values, dense[expected])
 
 
-def test_candidates_with_a_margin_are_all_that_may_be_above_their_guess() -> None:
-    block, bias, guesses = normal(5, 70).bfloat16(), normal(70, seed=1), normal(5, seed=2) + 2
-    rows, latents = normal(2, 5, seed=3).abs(), normal(2, 70, seed=4).abs()  # norms and errors of each
-    product = block.float()
-    above = product + product.abs() / 8 + bias + rows[0, :, None] * latents[1] + rows[1, :, None] * latents[0]
-    above = above > guesses[:, None]
-    found = candidates.Candidates().above(guesses, lambda: [block[:2], block[2:]], 70, (bias, *rows, *latents, 1 / 8))
-    expected = above.nonzero(as_tuple=True)
-    assert torch.equal(found[0], expected[0])
-    assert torch.equal(found[1], expected[1])
-    assert torch.equal(found[2], product[expected])
-
-
 def codes_of_pairs(rows: int = 9, width: int = 14) -> list[SparseCode]:
     """As the high-level split's of a selection: empty entries at the end of rows, between them, and after all."""
     codes = []

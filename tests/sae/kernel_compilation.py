@@ -10,15 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import triton
+import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from tsae.sae.kernels import candidates, contrast, sums, update
+from tsae.sae.kernels import candidates, contrast, screen, sums, update
 
 INT, FLOAT, LOW = "*i64", "*fp32", "*bf16"
 TILE = {"BLOCK_E": sums.ENTRIES, "BLOCK_D": sums.WIDTH}
 LATENTS = {"BLOCK": candidates.LATENTS}
-UNFUSED = {"enable_fp_fusion": False}
 
 # Kernel, types of its arguments, its constants, options of the launch.
 KERNELS: list[tuple[Any, list[str], dict[str, Any], dict[str, Any]]] = [
@@ -26,7 +26,7 @@ KERNELS: list[tuple[Any, list[str], dict[str, Any], dict[str, Any]]] = [
     (sums._sampled_products, [INT, INT, *[FLOAT] * 3, *["i32"] * 4], TILE, {}),
     (sums._segment_sums, [INT, FLOAT, FLOAT], {"BLOCK": sums.SCALARS}, {}),
     (sums._add_rows, [INT, INT, *[FLOAT] * 3, *["i32"] * 4], TILE, {}),
-    (candidates._round_rows, [FLOAT, LOW, FLOAT, FLOAT, "i32", "i32"], {"BLOCK_D": candidates.ROUNDED}, {}),
+    (screen._round_rows, [FLOAT, LOW, FLOAT, FLOAT, "i32", "i32"], {"BLOCK_D": screen.ROUNDED}, {}),
 ]
 TILE = {"BLOCK_E": contrast.ENTRIES, "BLOCK_C": contrast.COLUMNS}
 codes = [INT, INT, FLOAT, FLOAT, INT, INT]
@@ -41,12 +41,17 @@ for width, warps in ((768, 4), (2304, 16)):
     KERNELS.append((update._along_and_norm, [*[FLOAT] * 4, "i32", "fp32"], row, options))
     types = [*[FLOAT] * 6, "*fp64", *["fp32"] * 5, "i32"]
     KERNELS += [(update._adam, types, {"PROJECTED": both, "UNIT": both, **row}, options) for both in (True, False)]
-for margin in (True, False):
-    shape = [FLOAT, "i32", "i32", "i32"]
-    constants = {"MARGIN": margin, **LATENTS, "ROUNDING": 2.0**-8 if margin else 0.0}
-    given = [LOW if margin else FLOAT, *[FLOAT] * 5]
-    KERNELS.append((candidates._count, [*given, INT, *shape], constants, UNFUSED))
-    KERNELS.append((candidates._write, [*given, INT, INT, INT, FLOAT, "i32", *shape], constants, UNFUSED))
+for bits in (True, False):
+    shape, constants = [FLOAT, "i32", "i32", "i32"], {"BITS": bits, **LATENTS}
+    block = "*i32" if bits else FLOAT
+    KERNELS.append((candidates._count, [block, INT, *shape], constants, {}))
+    KERNELS.append((candidates._write, [block, INT, INT, INT, FLOAT, "i32", *shape], constants, {}))
+for tile, largest, even in itertools.product((screen.TILE, screen.SMALL_TILE), (True, False), (True, False)):
+    options = {name: tile[name] for name in ("num_warps", "num_stages")}
+    constants = {"LARGEST": largest, "EVEN": even, "LOW": tl.bfloat16, "WORD": screen.WORD, "BAND": screen.BAND}
+    constants |= {name: size for name, size in tile.items() if name not in options}
+    types = [LOW, FLOAT, FLOAT, LOW, *[FLOAT] * 4, FLOAT if largest else "*i32", *["i32"] * 3]
+    KERNELS.append((screen._screen, types, constants, options))
 
 
 def compiled(kernel: Any, types: list[str], constants: dict[str, Any], options: dict[str, Any], capability: int) -> str:
@@ -75,8 +80,11 @@ def assembled(ptx: str, capability: int) -> str:
 
 if __name__ == "__main__":
     for capability, (kernel, types, constants, options) in itertools.product(map(int, sys.argv[1:]), KERNELS):
+        if capability < 90 and constants.get("BLOCK_N") == screen.TILE["BLOCK_N"]:
+            continue  # it has not the shared memory, and takes `SMALL_TILE`
         ptx = compiled(kernel, types, constants, options, capability)
         report = assembled(ptx, capability)
         assert "0 bytes spill stores" in report, f"{kernel.__name__}: {report}"
-        # Were the candidates' two passes rounded differently, one could list what the other did not count.
-        assert options != UNFUSED or "fma.rn.f32" not in ptx, kernel.__name__
+        if kernel is screen._screen:
+            instruction = "wgmma.mma_async" if capability >= 90 else "mma.sync"
+            assert instruction in ptx, "a product that is not on tensor cores"

@@ -15,7 +15,7 @@ import torch
 
 pytest.importorskip("triton")
 
-CASES = Path(__file__).parent / "kernel_cases.py"
+CASES = [str(Path(__file__).parent / name) for name in ("kernel_cases.py", "screen_cases.py")]
 COMPILE = Path(__file__).parent / "kernel_compilation.py"
 
 
@@ -29,7 +29,7 @@ def run(arguments: list[str], **environment: str) -> str:
 
 
 def test_interpreted_kernels_equal_dense_products() -> None:
-    output = run(["-m", "pytest", "-p", "no:cacheprovider", str(CASES)], TRITON_INTERPRET="1")
+    output = run(["-m", "pytest", "-p", "no:cacheprovider", *CASES], TRITON_INTERPRET="1")
     assert "passed" in output
     assert "skipped" not in output
 
@@ -37,7 +37,7 @@ def test_interpreted_kernels_equal_dense_products() -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_compiled_kernels_equal_dense_products() -> None:
-    run(["-m", "pytest", "-p", "no:cacheprovider", str(CASES)])
+    run(["-m", "pytest", "-p", "no:cacheprovider", *CASES])
 
 
 def test_kernels_compile_for_ampere_and_hopper_without_spilled_registers(tmp_path: Path) -> None:

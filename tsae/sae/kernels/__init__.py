@@ -7,8 +7,9 @@ An entry whose column, or target, is −1 is empty: nothing is read for it, and 
 Every sum but `add_rows` has a fixed order, so results are the same bits in every run.
 """
 
-from tsae.sae.kernels.candidates import Candidates, round_rows
+from tsae.sae.kernels.candidates import Candidates
 from tsae.sae.kernels.contrast import log_sums, through_logits
+from tsae.sae.kernels.screen import least_of_segments, maybe_above, round_rows
 from tsae.sae.kernels.sums import add_rows, sampled_products, segment_sums, weighted_rows
 from tsae.sae.kernels.update import adam_rows, along_and_norm
 
@@ -17,7 +18,9 @@ __all__ = [
     "adam_rows",
     "add_rows",
     "along_and_norm",
+    "least_of_segments",
     "log_sums",
+    "maybe_above",
     "round_rows",
     "sampled_products",
     "segment_sums",

@@ -13,6 +13,7 @@ Shapes: N rows, D activation_dim, F dict_size, c places of a list, n entries of 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -114,11 +115,10 @@ def _candidates(
     Places without one have the latent −1. With `k` only what may be among its row's k largest.
     """
     weight, bias, screen = prepared
-    listing, block_rows = encoder.listing(x), encoder.block_rows(x, len(bias))
+    listing = encoder.listing(x)
     if isinstance(screen, Screen):
         return screen.listed(x, guess, k, listing, least)
-    blocks = (encoder.block(rows, weight, bias) for rows in x.split(block_rows))
-    listed = listing.list(guess.expand(len(x)).contiguous(), blocks, len(bias), None, least)
+    listed = listing.list(guess.expand(len(x)).contiguous(), partial(encoder.fill, x, weight, bias), least)
     values = torch.where(listed.latents < 0, -torch.inf, listed.values)
     return (listed.rows, listed.latents, values), listed
 

@@ -24,14 +24,13 @@ Shapes: N rows, D activation_dim, F dict_size, S segments of latents, n candidat
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from tsae.runtime.phases import phase
-from tsae.sae.sparse import from_entries, interpreted, kernels_for, sampled_products
+from tsae.sae.sparse import from_entries, kernels_for, sampled_products
 
 SEGMENT = 64
 """Latents that are judged together, by their largest entry, before any single one is."""
@@ -42,7 +41,7 @@ CACHE_BYTES = 512 * 2**10
 BLOCK_BYTES, BLOCK_ROWS = 32 * 2**20, 512
 """Size of a block of screened products on a CPU, and the fewest rows that it has."""
 CUDA_BLOCK_BYTES, CUDA_BLOCK_ROWS = 32 * 2**20, 256
-"""The same on a GPU."""
+"""The same on a GPU, where a product is a bit for each pre-activation."""
 HALF_UNIT = 2.0**-8 * 1.01
 """How far, relative to itself, a number in bfloat16 can be from what was rounded to it."""
 FEWEST_WEIGHTS, FEWEST_ROWS = 2**20, 512
@@ -60,6 +59,10 @@ class Rounded(NamedTuple):
     """Norm of each row, before or after, whichever is larger [n]."""
     errors: Tensor
     """Norm of each row's difference [n]."""
+
+    def block(self, start: int, stop: int) -> Rounded:
+        """Some of the rows."""
+        return Rounded(*(each[start:stop] for each in self))
 
 
 def round_rows(matrix: Tensor, out: Tensor | None = None) -> Rounded:
@@ -84,47 +87,31 @@ class Screen:
 
     def __init__(self, weight: Tensor, bias: Tensor) -> None:
         self.latents, self.bias = weight.T.contiguous(), bias
-        rounded = round_rows(self.latents)
-        self._low = rounded.rows.T
+        low, norms, errors = round_rows(self.latents)
         # Both products add up D terms, in the worst order losing 2^-23 (tensor cores, screen) and 2^-24 (refinement)
         # of the norms' product at each; together less than this.
         accumulation = len(weight) * 2.0**-22
-        self._norms = rounded.norms * (1 + SLACK)
-        self._errors = (rounded.errors + accumulation * rounded.norms) * (1 + SLACK)
+        self._low = Rounded(low, norms * (1 + SLACK), (errors + accumulation * norms) * (1 + SLACK))
 
     def entries_above(self, x: Tensor, guess: float, listing: Any) -> tuple[Tensor, Tensor, Tensor]:
         """Row, latent and float32 value of every pre-activation of x [N, D] above `guess` ≥ 0, ascending.
 
-        `listing` is the `Candidates` of the kernels, None where torch's operations list them.
+        `listing` is the `Candidates` of the kernels.
         """
-        return self._refined(x, *self.candidates(x, guess, None, listing), guess)
+        return self._refined(x, guess, None, listing)
 
     def largest_of_rows(self, x: Tensor, k: int, listing: Any) -> tuple[Tensor, Tensor, Tensor]:
         """The same for the k largest positive pre-activations of each row."""
-        return keep_largest(*self._refined(x, *self.candidates(x, 0.0, k, listing), 0.0), k)
+        return keep_largest(*self._refined(x, 0.0, k, listing), k)
 
     def candidates(self, x: Tensor, guess: float, k: int | None, listing: Any) -> tuple[Tensor, Tensor]:
         """Row and latent of all pre-activations that may exceed `guess` and, if given, be among their row's k largest.
 
         Ascending by row and latent.
         """
-        low = round_rows(x)
         guesses = x.new_full((len(x),), guess * (1 - SLACK))
-        if listing is not None:
-            products = functools.partial(self._products, low, guesses, k)
-            rows, latents, _ = listing.above(guesses, products, len(self.bias), self._margin(low))
-            return rows, latents
-        found, start = [], 0
-        for upper in self._products(low, guesses, k):
-            rows = slice(start, start + len(upper))
-            upper = upper.float()
-            upper += upper.abs() * HALF_UNIT + self.bias
-            upper.addcmul_(low.norms[rows, None], self._errors).addcmul_(low.errors[rows, None], self._norms)
-            row, latent = (upper > guesses[rows, None]).nonzero(as_tuple=True)
-            found.append((row + start, latent))
-            start += len(upper)
-        rows, latents = (torch.cat(parts) for parts in zip(*found, strict=True))
-        return rows, latents
+        listed = listing.all(guesses, functools.partial(self._fill, round_rows(x), k))
+        return listed.rows, listed.latents
 
     def listed(
         self, x: Tensor, guess: Tensor, k: int | None, listing: Any, least: int
@@ -133,47 +120,40 @@ class Screen:
 
         They are in a list with room for `least` at least, whose other places have latent −1 and value −inf.
         """
-        low = round_rows(x)
         guesses = (guess * (1 - SLACK)).expand(len(x)).contiguous()
-        products = self._products(low, guesses, k)
-        listed = listing.list(guesses, products, len(self.bias), self._margin(low), least)
+        listed = listing.list(guesses, functools.partial(self._fill, round_rows(x), k), least)
         values = products_at(listed.rows, listed.latents, x, self.latents) + self.bias[listed.latents]
         values = torch.where(listed.latents < 0, -torch.inf, values)
         return (listed.rows, listed.latents, values), listed
 
-    def _products(self, low: Rounded, guesses: Tensor, k: int | None) -> Iterator[Tensor]:
-        """Blocks of rows of the screened product in bfloat16; with `k` each row's guess [N] is set just before.
-
-        A block is looked at twice, and small enough to be in the cache (L2) of a GPU still; its product is no slower.
-        """
-        block_rows = max(CUDA_BLOCK_ROWS, CUDA_BLOCK_BYTES // (2 * len(self.bias)))
+    @phase("encoder product")
+    def _fill(self, low: Rounded, k: int | None, listed: Any) -> None:
+        """List the candidates by kernels; with `k` each row's guess is set just before."""
+        kernels = kernels_for(self.latents)
+        assert kernels is not None
+        block_rows = max(CUDA_BLOCK_ROWS, 8 * CUDA_BLOCK_BYTES // len(self.bias))
         for start in range(0, len(low.rows), block_rows):
-            rows = slice(start, start + block_rows)
-            product = _product(low.rows[rows], self._low)
+            block, guesses = low.block(start, start + block_rows), listed.guesses[start : start + block_rows]
             if k is not None:
-                guesses[rows] = self._least_of_largest(product, low.norms[rows], low.errors[rows], k)
-            yield product
+                guesses.copy_(_kth(kernels.least_of_segments(block, self._low, self.bias), k))
+            listed.add(kernels.maybe_above(block, self._low, self.bias, guesses), len(self.bias))
 
-    def _margin(self, low: Rounded) -> tuple[Tensor | float, ...]:
-        return self.bias, low.norms, low.errors, self._norms, self._errors, HALF_UNIT
-
-    def _least_of_largest(self, product: Tensor, norms: Tensor, errors: Tensor, k: int) -> Tensor:
-        """What each row's k-th largest pre-activation is at least, or 0 [n]; from a screened product [n, F]."""
-        screened = product.float()
-        screened = screened - screened.abs() * HALF_UNIT + self.bias
-        whole = screened.shape[1] // SEGMENT * SEGMENT
-        if whole >= k * SEGMENT:
-            # As many entries as segments reach the k-th largest of the segments' maxima.
-            screened = screened[:, :whole].unflatten(1, (-1, SEGMENT)).amax(dim=2)
-        kth = screened.topk(min(k, screened.shape[1]), dim=1).values[:, -1]
-        margin = norms * self._errors.max() + errors * self._norms.max()
-        return (kth - margin).clamp_min_(0).mul_(1 - SLACK)
-
-    def _refined(self, x: Tensor, rows: Tensor, latents: Tensor, guess: float) -> tuple[Tensor, Tensor, Tensor]:
+    def _refined(self, x: Tensor, guess: float, k: int | None, listing: Any) -> tuple[Tensor, Tensor, Tensor]:
         """The candidates whose float32 value exceeds the guess."""
+        rows, latents = self.candidates(x, guess, k, listing)
         values = products_at(rows, latents, x, self.latents) + self.bias[latents]
         above = (values > guess).nonzero()[:, 0]
         return rows[above], latents[above], values[above]
+
+
+def _kth(least: Tensor, k: int) -> Tensor:
+    """What each row's k-th largest pre-activation is at least, or 0 [n]; from what segments' largest are at least [n, W].
+
+    As many entries as segments reach the k-th largest of those; where there are fewer segments nothing is known.
+    """
+    if least.shape[1] < k:
+        return least.new_zeros(len(least))
+    return least.topk(k, dim=1).values[:, -1].clamp_min(0) * (1 - SLACK)
 
 
 def largest_of_segments(of_latents: Tensor) -> Tensor:
@@ -201,21 +181,6 @@ def products_at(rows: Tensor, latents: Tensor, x: Tensor, matrix: Tensor) -> Ten
     chunk = max(1, CHUNK_BYTES // (4 * x.shape[1]))
     pairs = zip(rows.split(chunk), latents.split(chunk), strict=True)
     return torch.cat([torch.linalg.vecdot(x[row], matrix[latent]) for row, latent in pairs])
-
-
-@phase("encoder product")
-def _product(x: Tensor, weight: Tensor) -> Tensor:
-    """bfloat16 x [n, D] @ weight [D, F], accumulated in float32, then rounded."""
-    if x.is_cuda:
-        matmul = torch.backends.cuda.matmul
-        # Else parts of a sum may be rounded before they are added, which no margin here allows for.
-        before, matmul.allow_bf16_reduced_precision_reduction = matmul.allow_bf16_reduced_precision_reduction, False
-        try:
-            return x @ weight
-        finally:
-            matmul.allow_bf16_reduced_precision_reduction = before
-    # The same numbers up to the order of sums: products of bfloat16 numbers are exact in float32.
-    return (x.float() @ weight.float()).bfloat16()
 
 
 class Memory:
@@ -341,7 +306,7 @@ def screens(weight: Tensor) -> bool:
     """Whether an encoder product with such a weight is worth screening in bfloat16 first, by `Screen`."""
     if weight.dtype != torch.float32 or (weight.requires_grad and torch.is_grad_enabled()):
         return False
-    return interpreted() or (weight.is_cuda and _fast_bfloat16())
+    return kernels_for(weight) is not None and (not weight.is_cuda or _fast_bfloat16())
 
 
 @functools.cache

@@ -9,6 +9,7 @@ The k largest entries of a single row lie in the k segments with the largest max
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -102,6 +103,11 @@ class Encoder:
         buffer[:, : len(bias)] += bias
         return buffer
 
+    def fill(self, x: Tensor, weight: Tensor, bias: Tensor, listed: Any) -> None:
+        """List the pre-activations above their guesses, by kernels."""
+        for rows in x.split(self.block_rows(x, len(bias))):
+            listed.add(self.block(rows, weight, bias), len(bias))
+
     @phase("encoder product")
     def product(self, x: Tensor, weight: Tensor) -> Tensor:
         """x [n, D] @ weight [D, F] as [n, segments·64]; the padding past F holds −inf."""
@@ -193,10 +199,8 @@ def candidates(encoder: Encoder, x: Tensor, prepared: Prepared, guess: float) ->
     if screen is not None:
         return screen.entries_above(x, guess, listing)
     if listing is not None:
-        guesses = x.new_full((len(x),), guess)
-        return listing.above(
-            guesses, lambda: (encoder.block(rows, weight, bias) for rows in x.split(block_rows)), len(bias)
-        )
+        listed = listing.all(x.new_full((len(x),), guess), partial(encoder.fill, x, weight, bias))
+        return listed.rows, listed.latents, listed.values
     found, least = [], _least_products(bias, guess)
     for start in range(0, len(x), block_rows):
         rows, latents, products = _entries_of_segments(encoder.product(x[start : start + block_rows], weight), least)
