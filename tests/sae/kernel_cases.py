@@ -13,7 +13,7 @@ from tsae.config import run as configuration
 from tsae.config.sections import SaeConfig
 from tsae.sae.dictionary import top_k
 from tsae.sae.init import new_dictionary
-from tsae.sae.kernels import candidates, contrast
+from tsae.sae.kernels import candidates, contrast, nested_residuals
 from tsae.sae.selection.listed import batch_top_k_listed, top_k_listed
 from tsae.sae.selection.screens import round_rows
 from tsae.sae.selection.top_k import Encoder, batch_top_k_codes, entries_above, top_k_codes
@@ -23,6 +23,7 @@ from tsae.sae.sparse import (
     add_rows,
     from_dense,
     kernels_for,
+    row_squares,
     sampled_products,
     segment_sums,
     weighted_rows,
@@ -66,6 +67,26 @@ def test_decode_of_an_empty_code() -> None:
     code = from_dense(torch.zeros(3, 4, device=DEVICE))
     assert torch.equal(weighted_rows(code, normal(4, 6)), torch.zeros(3, 6, device=DEVICE))
     assert len(sampled_products(code, normal(3, 6), normal(4, 6))) == 0
+
+
+@pytest.mark.parametrize("columns", [5, 300])
+def test_what_nested_reconstructions_leave(columns: int) -> None:
+    code, matrix, x = ragged_code(7, 30), normal(30, columns), normal(7, 2, columns, seed=2)[:, 1]
+    parts = [slice(0, 4), slice(4, 21), slice(21, 30)]
+    residuals, squares, alone = nested_residuals(*code[:3], matrix, x, parts, [0, 2])
+    decoded = [code.dense()[:, part] @ matrix[part] for part in parts]
+    expected = [x - sum(decoded[: p + 1]) for p in range(3)]
+    torch.testing.assert_close(residuals, torch.stack(expected), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(squares, torch.stack([each.square().sum() for each in expected]))
+    of_groups = [(x - each).square().sum() for each in (decoded[0], decoded[1] + decoded[2])]
+    torch.testing.assert_close(alone[[0, 2]], torch.stack(of_groups))
+
+
+@pytest.mark.parametrize("shifted", [True, False])
+def test_squares_of_rows(shifted: bool) -> None:
+    x, shift = normal(7, 2, 1100)[:, 1], normal(1100, seed=1) if shifted else None
+    expected = (x - shift if shifted else x).square().sum(dim=1)
+    torch.testing.assert_close(row_squares(x, shift), expected)
 
 
 @pytest.mark.parametrize("columns", [1, 5, 300])

@@ -22,10 +22,12 @@ LATENTS = {"BLOCK": candidates.LATENTS}
 
 # Kernel, types of its arguments, its constants, options of the launch.
 KERNELS: list[tuple[Any, list[str], dict[str, Any], dict[str, Any]]] = [
-    (sums._weighted_rows, [INT, INT, *[FLOAT] * 3, *["i32"] * 5], TILE, {}),
+    (sums._weighted_rows, [INT, INT, *[FLOAT] * 3, *["i32"] * 3], TILE, {}),
+    (sums._nested_residuals, [INT, INT, *[FLOAT] * 3, INT, *[FLOAT] * 3, *["i32"] * 7], TILE, {}),
     (sums._sampled_products, [INT, INT, *[FLOAT] * 3, *["i32"] * 4], TILE, {}),
     (sums._segment_sums, [INT, FLOAT, FLOAT], {"BLOCK": sums.SCALARS}, {}),
     (sums._add_rows, [INT, INT, *[FLOAT] * 3, *["i32"] * 4], TILE, {}),
+    (sums._row_squares, [*[FLOAT] * 3, "i32", "i32"], {"SHIFTED": True, "BLOCK_D": sums.SQUARED}, {}),
     (screen._round_rows, [FLOAT, LOW, FLOAT, FLOAT, "i32", "i32"], {"BLOCK_D": screen.ROUNDED}, {}),
 ]
 TILE = {"BLOCK_E": contrast.ENTRIES, "BLOCK_C": contrast.COLUMNS}

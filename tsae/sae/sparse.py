@@ -71,10 +71,14 @@ class SparseCode(NamedTuple):
 
     Then nothing about the code has a size that the host would have to ask for. Only the kernels understand it.
     """
+    known_rows: Tensor | None = None
+    """Row of each entry [n], of an empty one some row, where that need not be found out again each time."""
 
     @property
     def rows(self) -> Tensor:
         """Row of each entry [n]; of an empty one some row."""
+        if self.known_rows is not None:
+            return self.known_rows
         if self.spare:
             entries = torch.arange(len(self.latents), device=self.latents.device)
             return torch.searchsorted(self.offsets[1:], entries, right=True).clamp_max_(len(self.offsets) - 2)
@@ -101,7 +105,8 @@ class SparseCode(NamedTuple):
         if self.spare:
             # As many entries, those of other latents empty.
             own = torch.where(inside, self.latents - latents.start, -1)
-            return Part(SparseCode(self.offsets, own, self.values.where(inside, 0), size, True), slice(None))
+            values = self.values.where(inside, 0)
+            return Part(self._replace(latents=own, values=values, dict_size=size), slice(None))
         chosen = inside.nonzero()[:, 0]
         offsets = torch.searchsorted(chosen, self.offsets)
         return Part(SparseCode(offsets, self.latents[chosen] - latents.start, self.values[chosen], size), chosen)
@@ -191,14 +196,11 @@ def from_dense(f: Tensor) -> SparseCode:
     return from_entries(rows, latents, f[rows, latents], len(f), f.shape[1])
 
 
-def weighted_rows(code: SparseCode, matrix: Tensor, first: int = 0) -> Tensor:
-    """code [N, F] @ matrix [F, D] → [N, D]: each row sums its latents' rows of the matrix.
-
-    Of a code with spare entries the matrix may have the rows of a run of latents alone, from `first` on.
-    """
+def weighted_rows(code: SparseCode, matrix: Tensor) -> Tensor:
+    """code [N, F] @ matrix [F, D] → [N, D]: each row sums its latents' rows of the matrix."""
     kernels = kernels_for(matrix)
     if kernels is not None:
-        return kernels.weighted_rows(code.offsets, code.latents, code.values, matrix, first=first)
+        return kernels.weighted_rows(code.offsets, code.latents, code.values, matrix)
     return embedding_bag(
         code.latents, matrix, code.offsets, mode="sum", per_sample_weights=code.values, include_last_offset=True
     )
@@ -221,6 +223,22 @@ def segment_sums(values: Tensor, offsets: Tensor) -> Tensor:
     if kernels is not None:
         return kernels.segment_sums(values, offsets)
     return torch.segment_reduce(values, "sum", offsets=offsets, initial=0)
+
+
+def row_squares(x: Tensor, shift: Tensor | None = None) -> Tensor:
+    """Sum of the squares of each row of x [N, D], less `shift` [D] if given → [N]."""
+    kernels = kernels_for(x)
+    if kernels is not None:
+        return kernels.row_squares(x, shift)
+    return (x if shift is None else x - shift).square().sum(dim=1)
+
+
+def sum_of_squares(x: Tensor, shift: Tensor | None = None) -> Tensor:
+    """The same of all rows, a scalar."""
+    kernels = kernels_for(x)
+    if kernels is not None:
+        return kernels.row_squares(x, shift).sum()
+    return (x if shift is None else x - shift).square().sum()
 
 
 def add_rows(rows: Tensor, latents: Tensor, values: Tensor, x: Tensor, out: Tensor) -> None:

@@ -34,8 +34,10 @@ from tsae.sae.sparse import (
     SparseCode,
     add_rows,
     kernels_for,
+    row_squares,
     sampled_products,
     side_by_side,
+    sum_of_squares,
     weighted_rows,
 )
 from tsae.training.objective import Encoded, Engine, Losses, Weights
@@ -169,32 +171,21 @@ class SparseEngine(Engine[ThresholdDictionary]):
         n_rows, slices = len(current), weights.parts
         divisor: float | Tensor = n_rows * self._group.world
         if weights.relative:
-            spread = current - self._group.mean(current.mean(dim=0))
-            divisor = divisor * _number(self._group.mean(spread.pow(2).sum(dim=-1).mean()))
+            mean = self._group.mean(current.mean(dim=0))
+            divisor = divisor * _number(self._group.mean(row_squares(current, mean).mean()))
         gradients = SparseGradients(dictionary, self._deterministic, self._group.world == 1, self._shard)
         code = codes.current
         # Among spare entries parts are as long as the whole, and only a term of codes needs one.
         parts = [code.within(group) for group in (slices[:1] if code.spare else slices)]
+        centred = codes.centred[:n_rows]
         with phase("decode"):
-            # x minus each nested reconstruction: part p's adds to that of the parts before it.
-            residuals = [codes.centred[:n_rows]]
-            for p, group in enumerate(slices):
-                rows = dictionary.W_dec[group]
-                decoded = weighted_rows(code, rows, group.start) if code.spare else weighted_rows(parts[p].code, rows)
-                residuals.append(residuals[-1] - decoded)
-        centred, *residuals = residuals
-        # A group's part is what it takes from the residual before it; nothing is decoded again.
-        after_groups = [centred, *(residuals[end] for end in weights.ends)]
-        alone = [(centred - before + after).square().sum() for before, after in pairwise(after_groups)]
+            residuals, squares, alone = _residuals(dictionary, weights, code, parts, centred)
         # A tensor in double precision, as it is on a GPU, would make the losses double.
         single = divisor.to(centred.dtype) if isinstance(divisor, Tensor) else divisor
         group_losses = torch.stack(
-            [
-                weight * residual.square().sum() / single
-                for weight, residual in zip(weights.group_weights, residuals, strict=True)
-            ]
+            [weight * square / single for weight, square in zip(weights.group_weights, squares, strict=True)]
         )
-        auxk, revived = self._auxiliary(dictionary, weights, codes.centred[:n_rows], residuals[-1], dead)
+        auxk, revived = self._auxiliary(dictionary, weights, centred, residuals[-1], dead)
         further = None
         if weights.predicts and partner is not None:
             # What the high-level reconstruction leaves of the partner.
@@ -210,7 +201,7 @@ class SparseEngine(Engine[ThresholdDictionary]):
                 term = weights.temporal.sparse(parts[0].code, partner_high, pairs, weights.temporal_weight)
         here = term.loss if term else group_losses.new_zeros(())
         if further is not None:
-            here = further.square().sum() / single
+            here = sum_of_squares(further) / single
         *summed, temporal = self._group.sums(*group_losses, here)
         # From here on nothing is exchanged but gradients: what came after them would wait for them.
         gradients.decoder(through.entries, through.back, revived)
@@ -303,10 +294,9 @@ class SparseEngine(Engine[ThresholdDictionary]):
             revived = revived.zero_().scatter_(1, strongest.indices, strongest.values)
         W_dec = dictionary.W_dec[latents]
         difference = error - revived @ W_dec
-        spread = error - self._group.mean(error.mean(dim=0))
-        unexplained, variance = self._group.sums(
-            *(deviation.square().sum(dim=1).mean() / self._group.world for deviation in (difference, spread))
-        )
+        mean = self._group.mean(error.mean(dim=0))
+        squares = row_squares(difference), row_squares(error, mean)
+        unexplained, variance = self._group.sums(*(each.mean() / self._group.world for each in squares))
         loss = unexplained / variance
         factor = -2 * weights.auxk_alpha / (len(error) * self._group.world * variance)
         if most is not None:
@@ -315,6 +305,28 @@ class SparseEngine(Engine[ThresholdDictionary]):
             return loss.nan_to_num(0.0), None
         back = difference.mul_(factor)
         return loss.nan_to_num(0.0), Revived(latents, revived.T @ back, (back @ W_dec.T).mul_(revived > 0))
+
+
+def _residuals(
+    dictionary: ThresholdDictionary, weights: Weights, code: SparseCode, parts: list[Part], centred: Tensor
+) -> tuple[Sequence[Tensor], Sequence[Tensor], list[Tensor]]:
+    """Centred inputs [B, D] less each nested reconstruction, and the sum of its squares; and that of each group's alone."""
+    if code.spare:
+        kernels = kernels_for(centred)
+        assert kernels is not None
+        csr = code.offsets, code.latents, code.values
+        residuals, squares, alone = kernels.nested_residuals(
+            *csr, dictionary.W_dec, centred, weights.parts, weights.ends
+        )
+        return residuals.unbind(), squares.unbind(), [alone[end] for end in weights.ends]
+    residuals = [centred]
+    for part, latents in zip(parts, weights.parts, strict=True):
+        # A part's reconstruction adds to that of the parts before it.
+        residuals.append(residuals[-1] - weighted_rows(part.code, dictionary.W_dec[latents]))
+    # A group is what it takes from the residual before it; nothing is decoded again.
+    after_groups = [centred, *(residuals[end + 1] for end in weights.ends)]
+    alone = [(centred - before + after).square().sum() for before, after in pairwise(after_groups)]
+    return residuals[1:], [residual.square().sum() for residual in residuals[1:]], alone
 
 
 class _Through(NamedTuple):
@@ -334,7 +346,7 @@ def _through_decoder(
     weights: Weights,
     code: SparseCode,
     parts: list[Part],
-    residuals: list[Tensor],
+    residuals: Sequence[Tensor],
     further: Tensor | None,
     divisor: float | Tensor,
 ) -> _Through:

@@ -16,7 +16,7 @@ from tsae.runtime.late import Late
 from tsae.sae.dictionary import Dictionary, ThresholdDictionary
 from tsae.sae.init import centre, geometric_median, new_dictionary
 from tsae.sae.kinds import KINDS, MatryoshkaBatchTopKSAE, from_state
-from tsae.sae.sparse import kernels_for
+from tsae.sae.sparse import kernels_for, sum_of_squares
 from tsae.store.moments import Moments
 from tsae.training.objective import DenseEngine, Encoded, Engine, Losses, Weights
 from tsae.training.penalty_engine import PenaltyEngine
@@ -211,8 +211,8 @@ class Trainer:
 
     def _tell(self, encoded: Encoded, losses: Losses, dead: Tensor, current: Tensor) -> Terms:
         """The terms, but for what is no part's."""
-        spread = current - self.group.mean(current.mean(dim=0))
-        squares = losses.error.pow(2).sum(), spread.pow(2).sum()
+        mean = self.group.mean(current.mean(dim=0))
+        squares = sum_of_squares(losses.error), sum_of_squares(current, mean)
         of_groups = encoded.n_active, encoded.mass, losses.group_errors
         by_group = (value for group in zip(*of_groups, strict=True) for value in group)
         error, variance, *summed = self.group.sums(*squares, *by_group)

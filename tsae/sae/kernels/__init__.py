@@ -10,7 +10,14 @@ Every sum but `add_rows` has a fixed order, so results are the same bits in ever
 from tsae.sae.kernels.candidates import Candidates
 from tsae.sae.kernels.contrast import log_sums, through_logits
 from tsae.sae.kernels.screen import least_of_segments, maybe_above, round_rows
-from tsae.sae.kernels.sums import add_rows, sampled_products, segment_sums, weighted_rows
+from tsae.sae.kernels.sums import (
+    add_rows,
+    nested_residuals,
+    row_squares,
+    sampled_products,
+    segment_sums,
+    weighted_rows,
+)
 from tsae.sae.kernels.update import adam_rows, along_and_norm
 
 __all__ = [
@@ -21,7 +28,9 @@ __all__ = [
     "least_of_segments",
     "log_sums",
     "maybe_above",
+    "nested_residuals",
     "round_rows",
+    "row_squares",
     "sampled_products",
     "segment_sums",
     "through_logits",

@@ -9,6 +9,10 @@ Shapes: N rows, D activation_dim, n entries, R rows or segments of entries.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Sequence
+
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -21,6 +25,8 @@ WIDTH = 256
 """Columns of those rows."""
 SCALARS = 256
 """Single values that a program sums at a time."""
+SQUARED = 1024
+"""Columns whose squares a program adds at a time."""
 
 
 @triton.jit
@@ -30,8 +36,6 @@ def _weighted_rows(
     values,
     matrix,
     out,
-    first_column,
-    n_columns,
     width,
     matrix_stride,
     out_stride,
@@ -45,9 +49,8 @@ def _weighted_rows(
     total = tl.zeros((BLOCK_E, BLOCK_D), tl.float32)
     for first in range(start, stop, BLOCK_E):
         entry = first + tl.arange(0, BLOCK_E)
-        live = entry < stop
-        column = tl.load(columns + entry, mask=live, other=-1) - first_column
-        live &= (column >= 0) & (column < n_columns)
+        column = tl.load(columns + entry, mask=entry < stop, other=-1)
+        live = column >= 0
         value = tl.load(values + entry, mask=live, other=0.0)
         tile = tl.load(
             matrix + column[:, None] * matrix_stride + d[None, :], mask=live[:, None] & (d < width)[None, :], other=0.0
@@ -123,11 +126,11 @@ def _add_rows(
 
 
 def weighted_rows(
-    offsets: Tensor, columns: Tensor, values: Tensor, matrix: Tensor, out: Tensor | None = None, first: int = 0
+    offsets: Tensor, columns: Tensor, values: Tensor, matrix: Tensor, out: Tensor | None = None
 ) -> Tensor:
-    """Row r is the sum of values[e] · matrix[columns[e] − first] over e in offsets[r] … offsets[r + 1] → [R, D].
+    """Row r is the sum of values[e] · matrix[columns[e]] over e in offsets[r] … offsets[r + 1] → [R, D].
 
-    Of the entries whose column the matrix has, that is. `columns` and `values` [n], `offsets` [R + 1]; the rows of `matrix` and of `out` are contiguous.
+    `columns` and `values` [n], `offsets` [R + 1]; the rows of `matrix` and of `out` are contiguous.
     """
     n_rows, width = len(offsets) - 1, matrix.shape[1]
     matrix = _row_major(matrix)
@@ -137,9 +140,8 @@ def weighted_rows(
         block = _width(width)
         with on_device_of(out):
             _weighted_rows[(n_rows, triton.cdiv(width, block))](
-                offsets, columns, values, matrix, out, first, len(matrix), width, matrix.stride(0), out.stride(0),
-                ENTRIES, block,
-            )  # fmt: skip
+                offsets, columns, values, matrix, out, width, matrix.stride(0), out.stride(0), ENTRIES, block
+            )
     return out
 
 
@@ -186,3 +188,112 @@ def _row_major(matrix: Tensor) -> Tensor:
 
 def _width(columns: int) -> int:
     return min(WIDTH, triton.next_power_of_2(columns))
+
+
+@triton.jit
+def _nested_residuals(
+    offsets,
+    columns,
+    values,
+    matrix,
+    x,
+    bounds,
+    out,
+    squares,
+    alone,
+    n_rows,
+    n_parts,
+    ends,
+    width,
+    n_tiles,
+    matrix_stride,
+    x_stride,
+    BLOCK_E: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    start = tl.load(offsets + row)
+    stop = tl.load(offsets + row + 1)
+    own = tl.load(x + row * x_stride + d, mask=d < width, other=0.0)
+    residual = own
+    of_group = tl.zeros((BLOCK_D,), tl.float32)
+    for part in range(0, n_parts):
+        first_column = tl.load(bounds + part)
+        last_column = tl.load(bounds + part + 1)
+        total = tl.zeros((BLOCK_E, BLOCK_D), tl.float32)
+        for first in range(start, stop, BLOCK_E):
+            entry = first + tl.arange(0, BLOCK_E)
+            column = tl.load(columns + entry, mask=entry < stop, other=-1)
+            live = (column >= first_column) & (column < last_column)
+            value = tl.load(values + entry, mask=live, other=0.0)
+            tile = tl.load(
+                matrix + column[:, None] * matrix_stride + d[None, :],
+                mask=live[:, None] & (d < width)[None, :],
+                other=0.0,
+            )
+            total += value[:, None] * tile
+        decoded = tl.sum(total, axis=0)
+        residual -= decoded
+        of_group += decoded
+        place = part * n_rows + row
+        tl.store(out + place * width + d, residual, mask=d < width)
+        rest = own - of_group
+        tl.store(squares + place * n_tiles + tl.program_id(1), tl.sum(residual * residual, axis=0))
+        tl.store(alone + place * n_tiles + tl.program_id(1), tl.sum(rest * rest, axis=0))
+        # The next part begins a group.
+        of_group = tl.where(((ends >> part) & 1) == 1, 0.0, of_group)
+
+
+def nested_residuals(
+    offsets: Tensor, columns: Tensor, values: Tensor, matrix: Tensor, x: Tensor, parts: Sequence[slice], ends: Sequence[int]
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """What is left of x [R, D] after each part of the columns has been decoded, and those before it → [P, R, D].
+
+    And the sum of its squares [P]; and that of what is left after one group of parts alone, for each of the parts, which
+    is the group's at its last, of those in `ends`. The other arguments are those of `weighted_rows`.
+    """
+    (n_rows, width), matrix = x.shape, _row_major(matrix)
+    assert x.stride(1) == 1
+    block = _width(width)
+    tiles = triton.cdiv(width, block)
+    out = x.new_empty(len(parts), n_rows, width)
+    squares, alone = x.new_empty(2, len(parts), n_rows * tiles)
+    if out.numel():
+        bounds = _bounds((*(part.start for part in parts), parts[-1].stop), x.device)
+        last = sum(1 << end for end in ends)
+        shape = (n_rows, len(parts), last, width, tiles, matrix.stride(0), x.stride(0), ENTRIES, block)
+        with on_device_of(out):
+            _nested_residuals[(n_rows, tiles)](offsets, columns, values, matrix, x, bounds, out, squares, alone, *shape)
+    return out, squares.sum(dim=1), alone.sum(dim=1)
+
+
+@functools.cache
+def _bounds(numbers: tuple[int, ...], device: torch.device) -> Tensor:
+    """Brought to the device once."""
+    return torch.tensor(numbers, device=device)
+
+
+@triton.jit
+def _row_squares(x, shift, out, width, stride, SHIFTED: tl.constexpr, BLOCK_D: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    total = tl.zeros((BLOCK_D,), tl.float32)
+    for first in range(0, width, BLOCK_D):
+        d = first + tl.arange(0, BLOCK_D)
+        value = tl.load(x + row * stride + d, mask=d < width, other=0.0)
+        if SHIFTED:
+            value -= tl.load(shift + d, mask=d < width, other=0.0)
+        total += value * value
+    tl.store(out + row, tl.sum(total, axis=0))
+
+
+def row_squares(x: Tensor, shift: Tensor | None) -> Tensor:
+    """Sum of the squares of each row of x [R, D], less `shift` [D] → [R]."""
+    n_rows, width = x.shape
+    assert x.stride(1) == 1
+    out = x.new_empty(n_rows)
+    if n_rows:
+        shape = (width, x.stride(0), shift is not None, min(SQUARED, triton.next_power_of_2(width)))
+        with on_device_of(out):
+            _row_squares[(n_rows,)](x, x if shift is None else shift, out, *shape)
+    return out

@@ -133,4 +133,4 @@ def _packed(entries: Entries, kept: Tensor, room: int, n_rows: int, dict_size: i
         for each, fill in zip(entries, empty, strict=True)
     )
     offsets = torch.searchsorted(rows, torch.arange(n_rows + 1, device=rows.device))
-    return SparseCode(offsets, latents, values, dict_size, True)
+    return SparseCode(offsets, latents, values, dict_size, True, rows.clamp_max_(n_rows - 1))
