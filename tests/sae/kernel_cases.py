@@ -13,7 +13,7 @@ from tsae.config import run as configuration
 from tsae.config.sections import SaeConfig
 from tsae.sae.dictionary import top_k
 from tsae.sae.init import new_dictionary
-from tsae.sae.kernels import candidates, contrast, nested_residuals
+from tsae.sae.kernels import candidates, contrast, nested_gradients, nested_residuals
 from tsae.sae.selection.listed import batch_top_k_listed, top_k_listed
 from tsae.sae.selection.screens import round_rows
 from tsae.sae.selection.top_k import Encoder, batch_top_k_codes, entries_above, top_k_codes
@@ -80,6 +80,21 @@ def test_what_nested_reconstructions_leave(columns: int) -> None:
     torch.testing.assert_close(squares, torch.stack([each.square().sum() for each in expected]))
     of_groups = [(x - each).square().sum() for each in (decoded[0], decoded[1] + decoded[2])]
     torch.testing.assert_close(alone[[0, 2]], torch.stack(of_groups))
+
+
+@pytest.mark.parametrize("columns", [5, 1100])
+@pytest.mark.parametrize("predicts", [True, False])
+def test_gradients_of_nested_reconstructions(columns: int, predicts: bool) -> None:
+    residuals, factors, pairs = normal(3, 4, columns), normal(4, seed=1), normal(4, 2, columns, seed=2)
+    current, partner = pairs.unbind(dim=1)
+    found, squares = nested_gradients(residuals, factors, (current, partner) if predicts else None)
+    expected = [sum(factors[q] * residuals[q] for q in range(p, 3)) for p in range(3)]
+    if predicts:
+        further = residuals[0] + partner - current
+        expected[0] = expected[0] + factors[3] * further
+        torch.testing.assert_close(squares, further.square().sum())
+    assert (squares is not None) == predicts
+    torch.testing.assert_close(found, torch.stack(expected), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("shifted", [True, False])

@@ -28,6 +28,7 @@ KERNELS: list[tuple[Any, list[str], dict[str, Any], dict[str, Any]]] = [
     (sums._segment_sums, [INT, FLOAT, FLOAT], {"BLOCK": sums.SCALARS}, {}),
     (sums._add_rows, [INT, INT, *[FLOAT] * 3, *["i32"] * 4], TILE, {}),
     (sums._row_squares, [*[FLOAT] * 3, "i32", "i32"], {"SHIFTED": True, "BLOCK_D": sums.SQUARED}, {}),
+    (sums._nested_gradients, [*[FLOAT] * 6, *["i32"] * 6], {"PREDICTS": True, "BLOCK_D": sums.SQUARED}, {}),
     (screen._round_rows, [FLOAT, LOW, FLOAT, FLOAT, "i32", "i32"], {"BLOCK_D": screen.ROUNDED}, {}),
 ]
 TILE = {"BLOCK_E": contrast.ENTRIES, "BLOCK_C": contrast.COLUMNS}

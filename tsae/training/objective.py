@@ -175,8 +175,7 @@ class Losses(NamedTuple):
     group_errors: Tensor
     """Squared error of what each group reconstructs with the decoder's bias, without the others, summed over the rows [G]."""
     temp_gradient: Tensor
-    """Largest absolute gradient of the temporal term with respect to the current tokens' codes; of prediction, the largest
-    difference of a token from its partner."""
+    """Largest absolute gradient of the temporal term with respect to the current tokens' codes; 0 of prediction."""
     sparsity_loss: Tensor = torch.zeros(())
     """Penalty for dense codes, its weight included; 0 where selection makes them sparse."""
     sparsity_weight: Tensor = torch.zeros(())
@@ -276,7 +275,6 @@ def objective(
             value = weights.temporal.dense(codes.current[:, high], codes.partner[:, high], pairs)
         temporal = weights.temporal_weight * value
     loss = l2_loss + weights.auxk_alpha * auxk + weights.temporal_alpha * temporal
-    apart = l2_loss.new_zeros(())
     if weights.predicts and partner is not None:
         high = weights.parts[0]
         predicted = codes.current[:, high] @ dictionary.W_dec[high] + dictionary.b_dec
@@ -284,8 +282,7 @@ def objective(
         if weights.relative:
             temporal = temporal / variance(current)
         loss = l2_loss + weights.auxk_alpha * auxk + weights.prediction * temporal
-        apart = (partner - current).abs().max()
-    return Losses(loss, l2_loss, group_losses, auxk, temporal, error, alone, apart)
+    return Losses(loss, l2_loss, group_losses, auxk, temporal, error, alone, l2_loss.new_zeros(()))
 
 
 @phase("decode")

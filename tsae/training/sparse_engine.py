@@ -37,7 +37,6 @@ from tsae.sae.sparse import (
     row_squares,
     sampled_products,
     side_by_side,
-    sum_of_squares,
     weighted_rows,
 )
 from tsae.training.objective import Encoded, Engine, Losses, Weights
@@ -186,11 +185,8 @@ class SparseEngine(Engine[ThresholdDictionary]):
             [weight * square / single for weight, square in zip(weights.group_weights, squares, strict=True)]
         )
         auxk, revived = self._auxiliary(dictionary, weights, centred, residuals[-1], dead)
-        further = None
-        if weights.predicts and partner is not None:
-            # What the high-level reconstruction leaves of the partner.
-            further = residuals[0] + (partner - current)
-        through = _through_decoder(dictionary, weights, codes.current, parts, residuals, further, divisor)
+        predicted = (current, partner) if weights.predicts and partner is not None else None
+        through = _through_decoder(dictionary, weights, code, parts, residuals, predicted, divisor)
         term, partner_high = None, None
         if weights.temporal is not None and codes.partner is not None and partner is not None:
             with phase("contrast"):
@@ -200,8 +196,8 @@ class SparseEngine(Engine[ThresholdDictionary]):
                 pairs = Pairs(current, partner, *form, self._group, self._negatives)
                 term = weights.temporal.sparse(parts[0].code, partner_high, pairs, weights.temporal_weight)
         here = term.loss if term else group_losses.new_zeros(())
-        if further is not None:
-            here = sum_of_squares(further) / single
+        if through.unpredicted is not None:
+            here = through.unpredicted / single
         *summed, temporal = self._group.sums(*group_losses, here)
         # From here on nothing is exchanged but gradients: what came after them would wait for them.
         gradients.decoder(through.entries, through.back, revived)
@@ -214,11 +210,9 @@ class SparseEngine(Engine[ThresholdDictionary]):
 
         group_losses = torch.stack(summed)
         l2_loss = group_losses.sum() * weights.reduction
-        weight = weights.temporal_alpha if further is None else weights.prediction
+        weight = weights.prediction if predicted else weights.temporal_alpha
         loss = l2_loss + weights.auxk_alpha * auxk + weight * temporal
         strongest = term.current.abs().max() if term and len(term.current) else l2_loss.new_zeros(())
-        if further is not None and partner is not None:
-            strongest = (partner - current).abs().max()
         losses = Losses(loss, l2_loss, group_losses, auxk, temporal, residuals[-1], torch.stack(alone), strongest)
         return losses, gradients.made
 
@@ -309,7 +303,7 @@ class SparseEngine(Engine[ThresholdDictionary]):
 
 def _residuals(
     dictionary: ThresholdDictionary, weights: Weights, code: SparseCode, parts: list[Part], centred: Tensor
-) -> tuple[Sequence[Tensor], Sequence[Tensor], list[Tensor]]:
+) -> tuple[Tensor | list[Tensor], Sequence[Tensor], list[Tensor]]:
     """Centred inputs [B, D] less each nested reconstruction, and the sum of its squares; and that of each group's alone."""
     if code.spare:
         kernels = kernels_for(centred)
@@ -318,7 +312,7 @@ def _residuals(
         residuals, squares, alone = kernels.nested_residuals(
             *csr, dictionary.W_dec, centred, weights.parts, weights.ends
         )
-        return residuals.unbind(), squares.unbind(), [alone[end] for end in weights.ends]
+        return residuals, squares.unbind(), [alone[end] for end in weights.ends]
     residuals = [centred]
     for part, latents in zip(parts, weights.parts, strict=True):
         # A part's reconstruction adds to that of the parts before it.
@@ -338,6 +332,8 @@ class _Through(NamedTuple):
     """Of W_dec: entries of each group; their rows are of `back`."""
     back: Tensor
     """The outputs' gradients [G, B, D], those of each group's reconstruction and all that include it."""
+    unpredicted: Tensor | None
+    """Sum of squares of what the high-level reconstruction leaves of the partners, if it is to explain those."""
 
 
 @phase("decode")
@@ -346,44 +342,46 @@ def _through_decoder(
     weights: Weights,
     code: SparseCode,
     parts: list[Part],
-    residuals: Sequence[Tensor],
-    further: Tensor | None,
+    residuals: Tensor | list[Tensor],
+    predicted: tuple[Tensor, Tensor] | None,
     divisor: float | Tensor,
 ) -> _Through:
     """Backward through the decoder. `divisor` is that of the sum of squared errors over all processes.
 
-    `further` is the high-level reconstruction's residual of the partners, where it is to explain those.
+    `predicted` are tokens and partners, where the high-level reconstruction is to explain those, too.
 
     Group g is part of the reconstructions g, g + 1, …, so its gradient is the sum of theirs: with three groups and
     residuals r_0, r_1, r_2 a latent of the first gets −2 (w_0 r_0 + w_1 r_1 + w_2 r_2), one of the last −2 w_2 r_2.
     Going backwards over the groups each sum is the one before it and one more residual.
     """
-    value_gradient, entries = torch.zeros_like(code.values), []
     batch = len(residuals[-1])
-    backs = torch.empty(len(residuals), *residuals[-1].shape, dtype=code.values.dtype, device=code.values.device)
-    for g in reversed(range(len(residuals))):
-        torch.mul(residuals[g], -2 * weights.part_weights[g] / divisor, out=backs[g])
-        if g + 1 < len(residuals):
-            backs[g] += backs[g + 1]
-        if g == 0 and further is not None:
-            alpha = -2 * weights.prediction / divisor
-            if isinstance(alpha, Tensor):
-                backs[g] += further * alpha
-            else:
-                backs[g].add_(further, alpha=alpha)
-        if code.spare:
-            continue
-        part, group = parts[g].code, weights.parts[g]
-        parts[g].add(sampled_products(part, backs[g], dictionary.W_dec[group]), value_gradient)
-        entries.append(Entries(part.rows + g * batch, part.latents + group.start, part.values))
-    if code.spare:
+    if isinstance(residuals, Tensor):
+        kernels = kernels_for(residuals)
+        assert kernels is not None
+        numbers = (*weights.part_weights, weights.prediction)
+        factors = torch.stack([n if isinstance(n, Tensor) else residuals.new_full((), n) for n in numbers])
+        backs, unpredicted = kernels.nested_gradients(residuals, -2 * factors / divisor, predicted)
         # Parts have as many entries as the whole: rather all at once.
         rows = code.rows
         for group in weights.parts[1:]:
             rows = rows + batch * (code.latents >= group.start)
         value_gradient = products_at(rows, code.latents, backs.flatten(0, 1), dictionary.W_dec)
-        entries = [Entries(rows, code.latents, code.values)]
-    return _Through(value_gradient, entries, backs)
+        return _Through(value_gradient, [Entries(rows, code.latents, code.values)], backs, unpredicted)
+    value_gradient, entries, unpredicted = torch.zeros_like(code.values), [], None
+    backs = torch.empty(len(residuals), *residuals[-1].shape, dtype=code.values.dtype, device=code.values.device)
+    for g in reversed(range(len(residuals))):
+        torch.mul(residuals[g], -2 * weights.part_weights[g] / divisor, out=backs[g])
+        if g + 1 < len(residuals):
+            backs[g] += backs[g + 1]
+        if g == 0 and predicted is not None:
+            current, partner = predicted
+            further = residuals[0] + (partner - current)
+            unpredicted = further.square().sum()
+            backs[g] += further.mul_(-2 * weights.prediction / divisor)
+        part, group = parts[g].code, weights.parts[g]
+        parts[g].add(sampled_products(part, backs[g], dictionary.W_dec[group]), value_gradient)
+        entries.append(Entries(part.rows + g * batch, part.latents + group.start, part.values))
+    return _Through(value_gradient, entries, backs, unpredicted)
 
 
 class SparseGradients:

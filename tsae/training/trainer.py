@@ -160,12 +160,14 @@ class Trainer:
             recorded = None  # a second pass goes by what has been seen
         self._bound_dead(tokens, _run(recorded, "keep", partial(self._keep, encoded, silence, tokens)))
         must_act = self.steps_done == 0 and self.weights.paired and self.config.objective.temporal_alpha != 0
-        # A term that is a mean over the batch has gradients of about 1/B; a millionth of that is rounding noise.
-        if must_act and (float(losses.temp_loss) == 0 or float(self.group.max(losses.temp_gradient)) < 1e-6 / tokens):
-            raise TsaeError(
-                "the temporal term is switched on but is zero or has no gradient in the first batch: "
-                "are the two halves of every pair equal, or is the high-level split silent?"
-            )
+        if must_act and partner is not None:
+            # A term that is a mean over the batch has gradients of about 1/B; a millionth of that is rounding noise.
+            acts = (partner - current).abs().max() if self.weights.predicts else losses.temp_gradient
+            if float(losses.temp_loss) == 0 or float(self.group.max(acts)) < 1e-6 / tokens:
+                raise TsaeError(
+                    "the temporal term is switched on but is zero or has no gradient in the first batch: "
+                    "are the two halves of every pair equal, or is the high-level split silent?"
+                )
 
         unit_rows = self.kind.unit_rows
         grad_norm = project_and_measure(self.dictionary, gradients, unit_rows, self._shard)

@@ -12,6 +12,7 @@ from tsae.sae.kernels.contrast import log_sums, through_logits
 from tsae.sae.kernels.screen import least_of_segments, maybe_above, round_rows
 from tsae.sae.kernels.sums import (
     add_rows,
+    nested_gradients,
     nested_residuals,
     row_squares,
     sampled_products,
@@ -28,6 +29,7 @@ __all__ = [
     "least_of_segments",
     "log_sums",
     "maybe_above",
+    "nested_gradients",
     "nested_residuals",
     "round_rows",
     "row_squares",

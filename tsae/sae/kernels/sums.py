@@ -297,3 +297,59 @@ def row_squares(x: Tensor, shift: Tensor | None) -> Tensor:
         with on_device_of(out):
             _row_squares[(n_rows,)](x, x if shift is None else shift, out, *shape)
     return out
+
+
+@triton.jit
+def _nested_gradients(
+    residuals,
+    factors,
+    current,
+    partner,
+    out,
+    squares,
+    n_parts,
+    n_rows,
+    width,
+    n_tiles,
+    current_stride,
+    partner_stride,
+    PREDICTS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    inside = d < width
+    total = tl.zeros((BLOCK_D,), tl.float32)
+    for ended in range(0, n_parts):
+        part = n_parts - 1 - ended
+        place = (part * n_rows + row) * width + d
+        residual = tl.load(residuals + place, mask=inside, other=0.0)
+        total += tl.load(factors + part) * residual
+        if PREDICTS and part == 0:
+            other = tl.load(partner + row * partner_stride + d, mask=inside, other=0.0)
+            further = residual + (other - tl.load(current + row * current_stride + d, mask=inside, other=0.0))
+            total += tl.load(factors + n_parts) * further
+            tl.store(squares + row * n_tiles + tl.program_id(1), tl.sum(further * further, axis=0))
+        tl.store(out + place, total, mask=inside)
+
+
+def nested_gradients(
+    residuals: Tensor, factors: Tensor, pairs: tuple[Tensor, Tensor] | None
+) -> tuple[Tensor, Tensor | None]:
+    """Row r of part p is the sum over q ≥ p of factors[q] · residuals[q, r] → [P, R, D].
+
+    With `pairs`, tokens and partners [R, D], the first part's also of factors[P] times its residual of the partners; and
+    the sum of the squares of that, a scalar. `factors` [P] or [P + 1].
+    """
+    n_parts, n_rows, width = residuals.shape
+    assert residuals.is_contiguous()
+    block = min(SQUARED, triton.next_power_of_2(width))
+    tiles = triton.cdiv(width, block)
+    out, squares = torch.empty_like(residuals), residuals.new_empty(n_rows * tiles)
+    current, partner = pairs or (residuals[0], residuals[0])
+    assert current.stride(1) == partner.stride(1) == 1
+    if out.numel():
+        shape = (n_parts, n_rows, width, tiles, current.stride(0), partner.stride(0), pairs is not None, block)
+        with on_device_of(out):
+            _nested_gradients[(n_rows, tiles)](residuals, factors, current, partner, out, squares, *shape)
+    return out, None if pairs is None else squares.sum()
