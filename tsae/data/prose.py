@@ -16,13 +16,15 @@ MIN_CONSTANT = 100  # characters; shorter string constants are names, formats an
 MIN_WORDS = 8
 PLAIN_SHARE = 0.72
 
+# It begins with one set of characters and repeats sets alone, so that the engine skips from one to the next.
 _TOKEN = re.compile(
-    r"""(?P<comment>\#[^\n]*)
-      | (?P<string> \"{3}(?:[^"\\]|\\.|"(?!""))*\"{3} | '{3}(?:[^'\\]|\\.|'(?!''))*'{3}
-                  | "(?:[^"\\\n]|\\.)*" | '(?:[^'\\\n]|\\.)*' )""",
+    r"""[\#"'](?:(?<=\#)[^\n]*
+      | (?<=")(?:""[^"\\]*(?:(?:\\.|"(?!""))[^"\\]*)*"{3} | [^"\\\n]*(?:\\.[^"\\\n]*)*")
+      | (?<=')(?:''[^'\\]*(?:(?:\\.|'(?!''))[^'\\]*)*'{3} | [^'\\\n]*(?:\\.[^'\\\n]*)*'))""",
     re.VERBOSE | re.DOTALL,
 )
 _PREFIX = re.compile(r"\b[rRbBuUfFtT]{1,2}$")
+_PREFIX_ENDS = frozenset("rRbBuUfFtT\n")
 _ROLE = re.compile(r":[a-z:]+:`([^`<]*?)\s*(?:<[^`>]*>)?`")
 _LINK = re.compile(r"!?\[([^\]]*)\]\([^)]*\)|`([^`<]+?)\s*<[^`>]*>`_+|<https?:[^>]*>|\s?\[#?[\w-]+\]_")
 _MARKUP = re.compile(r"\*\*|`+_{0,2}|(?<![\w)])\*(?=\w)|(?<=\w)\*(?![\w(])|\|(?=\w)|(?<=\w)\|")
@@ -50,38 +52,45 @@ def texts(source: str) -> Iterator[str]:
     kind, end = "", 0
     pieces: list[str] = []
     for match in _TOKEN.finditer(source):
-        found, start = ("comment" if match["comment"] else "string"), match.start()
+        start = match.start()
+        found = "comment" if source[start] == "#" else "string"
         # Sought here and not by the pattern, which can so skip to the next quote at once.
-        if found == "string" and (prefix := _PREFIX.search(source, max(start - 3, 0), start)):
-            start = prefix.start()
+        if found == "string" and source[start - 1 : start] in _PREFIX_ENDS:
+            prefix = _PREFIX.search(source, max(start - 3, 0), start)
+            start = prefix.start() if prefix else start
         if found != kind or source[end:start].strip(" \t\r\n\\"):
-            yield from _text(kind, pieces)
+            if text := _text(kind, pieces):
+                yield text
             kind, pieces = found, []
         end = match.end()
         pieces.append(source[start:end])
-    yield from _text(kind, pieces)
+    if text := _text(kind, pieces):
+        yield text
 
 
-def _text(kind: str, pieces: list[str]) -> Iterator[str]:
+def _text(kind: str, pieces: list[str]) -> str:
+    """What pieces that follow each other say; nothing where that is too little to be a text."""
     if kind == "comment":
-        if len(pieces) > 1:
-            yield "\n".join(piece.lstrip("#:") for piece in pieces if not _DIRECTIVE.match(piece))
-        return
+        if len(pieces) == 1:
+            return ""
+        return "\n".join(piece.lstrip("#:") for piece in pieces if not _DIRECTIVE.match(piece))
     triple = bool(pieces) and pieces[0].endswith(('"""', "'''"))
     if not triple and sum(map(len, pieces)) < MIN_CONSTANT:
-        return
+        return ""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             values = [ast.literal_eval(piece) for piece in pieces]
     except (SyntaxError, ValueError):  # an f-string, or an escape that this Python rejects
-        return
-    yield "".join(value for value in values if isinstance(value, str))
+        return ""
+    return "".join(value for value in values if isinstance(value, str))
 
 
 def paragraphs(text: str) -> Iterator[str]:
     """The blocks of `text` that read as English prose, markup removed, each on one line."""
     for chunk in re.split(r"\n\s*\n", inspect.cleandoc(text.replace("\r\n", "\n"))):
+        if chunk.count(" ") + chunk.count("\n") < MIN_WORDS - 1:  # as most are that are names or numbers
+            continue
         for block in _blocks(chunk.split("\n")):
             if block.count(" ") < MIN_WORDS - 1 or ">>>" in block:  # the cheap look first: most blocks end here
                 continue
@@ -119,7 +128,9 @@ def _unmarked(block: str) -> str:
         block = _LINK.sub(lambda link: link[1] or link[2] or "", block)
     block = _ITEM.sub("", block, count=1) if _ITEM.match(block) else block
     block = _PARAMETER.sub("", block, count=1) if _PARAMETER.match(block) else block
-    block = " ".join(_MARKUP.sub("", block).split())
+    if "`" in block or "*" in block or "|" in block:
+        block = _MARKUP.sub("", block)
+    block = " ".join(block.split())
     # A lower-case word at the start is one that followed markup; a name such as csr_array is left as it is spelt.
     return block[:1].upper() + block[1:] if re.match(r"[a-z]+ ", block) else block
 
