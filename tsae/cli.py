@@ -19,6 +19,7 @@ from tsae.interop.commands import add_commands
 from tsae.runtime import preemption
 from tsae.runtime.environment import home, load_dotenv, process_count, process_rank
 from tsae.runtime.errors import TsaeError, os_error_line, suggestion
+from tsae.runtime.processes import end_without_a_search
 from tsae.store.commands import add_commands as add_store_commands
 from tsae.sweep.commands import INEXACT_HELP, PROBE_HELP
 from tsae.sweep.commands import add_commands as add_sweep_commands
@@ -37,6 +38,7 @@ def main(arguments: Sequence[str] | None = None, script: str = "") -> int:
     options = _parse(arguments, script)
     options.status_command = "python launch/status.py" if script else "tsae status"
     speaker = "error" if script else "tsae"
+    end_without_a_search()
     try:
         load_dotenv()
         adopt_place()

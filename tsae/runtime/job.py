@@ -21,6 +21,7 @@ from tsae.runtime.environment import process_count, process_rank
 from tsae.runtime.errors import TsaeError
 from tsae.runtime.locks import LockHeld
 from tsae.runtime.metadata import COUNT
+from tsae.runtime.processes import end_without_a_search
 from tsae.runtime.state import Record, State
 
 MOST_RESTARTS = "TSAE_MOST_RESTARTS"
@@ -83,6 +84,7 @@ def run_stage(call: Call, place: Place | None = None) -> None:
 
     Waits while another process works on the same output. Raises what the stage raises, `Preempted` among it.
     """
+    end_without_a_search()
     first, place, folder = process_rank() == 0, place or Place(), Path(call.record)
     record = Record(
         stage=call.label,

@@ -1,7 +1,9 @@
-"""Which processes are alive, as far as this one can see, and what time it is where files are stamped."""
+"""Which processes are alive, as far as this one can see, what time it is where files are stamped, and how this one ends."""
 
 from __future__ import annotations
 
+import atexit
+import gc
 import os
 import tempfile
 import time
@@ -49,3 +51,9 @@ def clock(folder: Path) -> float:
             return os.fstat(probe.fileno()).st_mtime
     except OSError:
         return time.time()
+
+
+def end_without_a_search() -> None:
+    """Spare this process, at its end, the search for garbage among all that torch and transformers hold: it takes a second."""
+    atexit.unregister(gc.freeze)
+    atexit.register(gc.freeze)
