@@ -8,6 +8,7 @@ import sys
 import zipfile
 from pathlib import Path
 from pydoc_data.topics import topics
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +17,8 @@ import yaml
 from tsae.cli import main
 from tsae.config import run as configuration
 from tsae.evaluation.measures import FVE
-from tsae.lm.model import load_language_model
+from tsae.lm import model as lm_model
+from tsae.lm.model import LanguageModel
 from tsae.store.layout import store_path
 from tsae.store.reader import Store
 
@@ -52,6 +54,15 @@ def smollm2(request: pytest.FixtureRequest, require) -> Path:
 
 def test_a_real_model_from_a_gguf_file(smollm2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TSAE_HOME", str(tmp_path / "home"))
+    unpack, unpacked = lm_model.load_language_model, []
+
+    def load_once(*arguments: Any, **named: Any) -> LanguageModel:
+        """The one model, for both commands and for what is compared: unpacking the file takes half a minute."""
+        if not unpacked:
+            unpacked.append(unpack(*arguments, **named))
+        return unpacked[0]
+
+    monkeypatch.setattr(lm_model, "load_language_model", load_once)
     tree = yaml.safe_load(BASE.read_text())
     for section, settings in SETTINGS.items():
         tree[section] |= settings
@@ -66,7 +77,7 @@ def test_a_real_model_from_a_gguf_file(smollm2: Path, tmp_path: Path, monkeypatc
     assert main(["evaluate", str(run)]) == 0
 
     config = configuration.load(run)
-    store, lm = Store.open(store_path(config)), load_language_model(config.model)
+    store, lm = Store.open(store_path(config)), load_once(config.model)
     assert (lm.n_layers, lm.activation_dim, lm.vocabulary) == (30, 576, 49_152)
     tokens = torch.from_numpy(store.tokens[:2]).long()
     with torch.no_grad():
