@@ -14,7 +14,11 @@ from pathlib import Path
 import pytest
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-TINY = ("training.steps=40", "data.max_tokens=20000", "sae.dict_size=128", "evaluation.sequences=16")
+# One process trains all four points: the wheel is looked at, and each process takes seconds for its imports.
+TINY = (
+    *("training.steps=40", "training.pack=4", "data.max_tokens=20000", "sae.dict_size=128"),
+    *("evaluation.sequences=16", "evaluation.loss_sequences=4"),
+)
 
 
 @pytest.fixture(scope="module")
