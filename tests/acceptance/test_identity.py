@@ -10,8 +10,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -285,73 +283,89 @@ def test_a_measure_that_is_new_or_mended_makes_old_results_incomplete(
     assert stages == {"train": "complete", "evaluate": "to run", "probe": "to run"}
 
 
-def test_a_hub_model_whose_branch_moved_is_read_at_the_commit_of_the_training(place: Place) -> None:
-    hub = place.root / "hub" / "models--me--tiny"
-    for commit in ("a" * 40, "b" * 40):
-        shutil.copytree(place.model, hub / "snapshots" / commit)
-        fine_tuned(place.model)
-    (hub / "refs").mkdir()
-    (hub / "refs/main").write_text("a" * 40)
+@pytest.fixture
+def hub(place: Place, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache of the hub, of which nothing else is asked."""
+    folder = place.root / "hub"
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(folder))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    return folder
 
-    def tsae(*words: str) -> subprocess.CompletedProcess[str]:
-        environment = {**os.environ, "HF_HUB_CACHE": str(hub.parent), "HF_HUB_OFFLINE": "1"}
-        command = [sys.executable, "-m", "tsae.cli", *words]
-        return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+
+@pytest.fixture
+def tsae(capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture) -> Callable[..., tuple[int, str]]:
+    """The exit code of a command, and what it says on stderr."""
+
+    def run(*words: str) -> tuple[int, str]:
+        capsys.readouterr()
+        caplog.clear()
+        code = main([*words])
+        return code, capsys.readouterr().err + caplog.text
+
+    return run
+
+
+def test_a_hub_model_whose_branch_moved_is_read_at_the_commit_of_the_training(
+    place: Place, hub: Path, tsae: Callable[..., tuple[int, str]]
+) -> None:
+    model = hub / "models--me--tiny"
+    for commit in ("a" * 40, "b" * 40):
+        shutil.copytree(place.model, model / "snapshots" / commit)
+        fine_tuned(place.model)
+    (model / "refs").mkdir()
+    (model / "refs/main").write_text("a" * 40)
 
     given = ["run.yaml", "model.name=me/tiny", "--run-name", "hub"]
     run = RunFolder.of(place.home / "checkpoints", "hub")
-    assert tsae("train", *given).returncode == 0
-    assert tsae("evaluate", *given).returncode == 0
+    assert tsae("train", *given)[0] == 0
+    assert tsae("evaluate", *given)[0] == 0
     first = json.loads(run.eval_results.read_text())
-    (hub / "refs/main").write_text("b" * 40)
+    (model / "refs/main").write_text("b" * 40)
     run.eval_results.unlink()
-    again = tsae("evaluate", *given)
-    assert again.returncode == 0, again.stderr
+    code, said = tsae("evaluate", *given)
+    assert code == 0, said
     assert json.loads(run.eval_results.read_text())["loss_original"] == first["loss_original"]
-    assert f"me/tiny is read at commit {'a' * 40}" in again.stderr
-    assert "model.revision" in again.stderr
+    assert f"me/tiny is read at commit {'a' * 40}" in said
+    assert "model.revision" in said
     run.eval_results.unlink()
     stores = place.home / "stores"
     shutil.move(stores, place.root / "kept")
-    assert tsae("harvest", *given[:2]).returncode == 0
-    moved = tsae("evaluate", *given)
-    assert moved.returncode == 2
-    assert "was harvested anew, with another commit" in moved.stderr
-    accepted = tsae("evaluate", *given, "--accept-new-data")
-    assert accepted.returncode == 0, accepted.stderr
+    assert tsae("harvest", *given[:2])[0] == 0
+    code, said = tsae("evaluate", *given)
+    assert code == 2
+    assert "was harvested anew, with another commit" in said
+    code, said = tsae("evaluate", *given, "--accept-new-data")
+    assert code == 0, said
     assert json.loads(run.eval_results.read_text())["loss_original"] != first["loss_original"]
     shutil.rmtree(stores)
     shutil.move(place.root / "kept", stores)
-    shutil.rmtree(hub / "snapshots" / ("a" * 40))
-    gone = tsae("evaluate", *given, "--accept-new-data")
-    assert gone.returncode == 2
-    assert f"me/tiny at commit {'a' * 40}, with which this was made, cannot be loaded" in gone.stderr
+    shutil.rmtree(model / "snapshots" / ("a" * 40))
+    code, said = tsae("evaluate", *given, "--accept-new-data")
+    assert code == 2
+    assert f"me/tiny at commit {'a' * 40}, with which this was made, cannot be loaded" in said
 
 
-def test_a_hub_data_set_that_moved_is_other_text_once_it_is_harvested_anew(place: Place) -> None:
-    hub = place.root / "hub" / "datasets--me--texts"
+def test_a_hub_data_set_that_moved_is_other_text_once_it_is_harvested_anew(
+    place: Place, hub: Path, tsae: Callable[..., tuple[int, str]]
+) -> None:
+    texts = hub / "datasets--me--texts"
     for commit, change in (("a" * 40, None), ("b" * 40, same_size)):
         if change:
             change(place.text)
-        (hub / "snapshots" / commit).mkdir(parents=True)
-        shutil.copy(place.text, hub / "snapshots" / commit / "train.jsonl")
-    (hub / "refs").mkdir()
+        (texts / "snapshots" / commit).mkdir(parents=True)
+        shutil.copy(place.text, texts / "snapshots" / commit / "train.jsonl")
+    (texts / "refs").mkdir()
     given = ["run.yaml", "data.source=me/texts", "--run-name", "hub"]
-
-    def tsae(commit: str, *words: str) -> subprocess.CompletedProcess[str]:
-        (hub / "refs/main").write_text(commit * 40)
-        environment = {**os.environ, "HF_HUB_CACHE": str(hub.parent), "HF_HUB_OFFLINE": "1"}
-        command = [sys.executable, "-m", "tsae.cli", *words]
-        return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-
-    done = tsae("a", "train", *given)
-    assert done.returncode == 0, done.stderr
-    assert tsae("b", "evaluate", *given).returncode == 0  # the store that was trained on is there
+    (texts / "refs/main").write_text("a" * 40)
+    code, said = tsae("train", *given)
+    assert code == 0, said
+    (texts / "refs/main").write_text("b" * 40)
+    assert tsae("evaluate", *given)[0] == 0  # the store that was trained on is there
     shutil.rmtree(place.home / "stores")
-    assert tsae("b", "harvest", *given[:2]).returncode == 0
-    refused = tsae("b", "evaluate", *given)
-    assert refused.returncode == 2
-    assert "was harvested anew, with other text or other held-out documents" in refused.stderr
+    assert tsae("harvest", *given[:2])[0] == 0
+    code, said = tsae("evaluate", *given)
+    assert code == 2
+    assert "was harvested anew, with other text or other held-out documents" in said
 
 
 def test_content_that_is_known_is_not_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
