@@ -11,6 +11,7 @@ os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start; this o
 os.environ.setdefault("MPLBACKEND", "agg")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import fcntl
 import json
 import random
 import signal
@@ -146,3 +147,18 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     documents = [" ".join(generator.choices(WORDS, k=generator.randint(20, 60))) for _ in range(60)]
     path.write_text("".join(json.dumps({"text": document}) + "\n" for document in documents))
     return path
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder `corpus` of a TSAE_HOME, with the embedded text: half a minute's work, which one process does for all."""
+    from tsae.data.embedded import read_corpus
+
+    root = tmp_path_factory.getbasetemp()
+    home = (root.parent if "PYTEST_XDIST_WORKER" in os.environ else root) / "corpus-home"
+    home.mkdir(exist_ok=True)
+    with (home / "lock").open("w") as lock, pytest.MonkeyPatch.context() as patch:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        patch.setenv("TSAE_HOME", str(home))
+        next(read_corpus())
+    return home / "corpus"

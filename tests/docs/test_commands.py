@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -46,7 +47,9 @@ def test_each_block_of_commands_says_whether_it_runs(page: Path) -> None:
 @pytest.mark.parametrize(
     "page", [page for page in PAGES if any(not step.file for step in steps(page))], ids=lambda page: page.stem
 )
-def test_what_a_page_runs_works(page: Path, tmp_path: Path) -> None:
+def test_what_a_page_runs_works(page: Path, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    if page.stem == "quickstart":
+        shutil.copytree(request.getfixturevalue("corpus"), tmp_path / "runs" / "corpus")
     environment = {name: value for name, value in os.environ.items() if not name.startswith("TSAE_")}
     environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
     for step in steps(page):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -13,9 +14,11 @@ NOTEBOOKS = sorted((Path(__file__).resolve().parents[2] / "docs" / "notebooks").
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> Path:
     """Where all of them run: what one has trained, the next one finds."""
-    return tmp_path_factory.mktemp("notebooks")
+    made = tmp_path_factory.mktemp("notebooks")
+    shutil.copytree(corpus, made / "runs" / "corpus")
+    return made
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
