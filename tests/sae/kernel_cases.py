@@ -13,7 +13,7 @@ from tsae.config import run as configuration
 from tsae.config.sections import SaeConfig
 from tsae.sae.dictionary import top_k
 from tsae.sae.init import new_dictionary
-from tsae.sae.kernels import candidates, contrast, nested_gradients, nested_residuals
+from tsae.sae.kernels import candidates, codes, contrast, nested_gradients, nested_residuals
 from tsae.sae.selection.listed import batch_top_k_listed, top_k_listed
 from tsae.sae.selection.screens import round_rows
 from tsae.sae.selection.top_k import Encoder, batch_top_k_codes, entries_above, top_k_codes
@@ -26,6 +26,7 @@ from tsae.sae.sparse import (
     row_squares,
     sampled_products,
     segment_sums,
+    side_by_side,
     weighted_rows,
 )
 from tsae.training.temporal import Pairs, _Logits, _LogitsOnChip, contrastive, sparse_contrastive
@@ -165,20 +166,51 @@ def test_candidates_are_all_entries_above_the_guess_in_order(guess: float, monke
     assert torch.equal(values, dense[expected])
 
 
+def with_spare(code: SparseCode, spare: int) -> SparseCode:
+    """As a selection makes it: what is empty comes last."""
+    empty = code.latents.new_full((spare,), -1)
+    return code._replace(
+        latents=torch.cat([code.latents, empty]),
+        values=torch.cat([code.values, empty * 0.0]),
+        spare=True,
+        known_rows=torch.cat([code.rows, empty + len(code.offsets) - 1]),
+    )
+
+
+def test_codes_with_empty_entries_are_put_side_by_side(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(codes, "OF_ROW", 8)
+    parts = [ragged_code(7, 30), from_dense(torch.zeros(7, 4, device=DEVICE)), ragged_code(7, 12)]
+    together = side_by_side([with_spare(part, spare) for spare, part in enumerate(parts, 2)])
+    expected = side_by_side(parts)
+    count = len(expected.values)
+    assert torch.equal(together.offsets, expected.offsets)
+    assert torch.equal(together.latents[:count], expected.latents)
+    assert torch.equal(together.values[:count], expected.values)
+    assert torch.equal(together.rows[:count], expected.rows)
+    assert (together.latents[count:] == -1).all()
+    assert len(together.latents) == count + 9
+    assert together.dict_size == expected.dict_size == 46
+
+
+def test_groups_of_a_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(codes, "OF_ROW", 8)
+    code, groups = ragged_code(7, 30), [slice(0, 4), slice(4, 21), slice(21, 30)]
+    mass, numbers = with_spare(code, 3).of_groups(groups)
+    expected = code.of_groups(groups)
+    torch.testing.assert_close(mass, expected[0])
+    assert torch.equal(numbers, expected[1])
+
+
 def codes_of_pairs(rows: int = 9, width: int = 14) -> list[SparseCode]:
     """As the high-level split's of a selection: empty entries at the end of rows, between them, and after all."""
-    codes = []
+    pair = []
     for seed in range(2):
         dense = torch.relu(normal(rows, width, seed=seed) - 0.5)
         dense[1, :] = normal(width, seed=7).abs() + 0.1
         dense[4, :10] = 0
         code = from_dense(dense)
-        empty = code.latents.new_full((3,), -1)
-        spare = code._replace(
-            latents=torch.cat([code.latents, empty]), values=torch.cat([code.values, empty * 0.0]), spare=True
-        )
-        codes.append(spare.within(slice(0, 10)).code)
-    return codes
+        pair.append(with_spare(code, 3).within(slice(0, 10)).code)
+    return pair
 
 
 @pytest.mark.parametrize("same_document", [True, False])
@@ -265,6 +297,8 @@ def test_a_selection_that_is_not_read_back_is_the_same(
         assert torch.equal(code.latents[:count], expected.code.latents)
         assert torch.equal(code.values[:count], expected.code.values)
         assert (code.latents[count:] == -1).all()
+        assert torch.equal(code.rows[:count], expected.code.rows)
+        assert torch.equal(selection.smallest, expected.code.smallest())
         assert float(selection.cut) == expected.cut
         assert passes > 1 or first != 30 or per_token
 

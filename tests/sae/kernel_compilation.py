@@ -14,7 +14,7 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from tsae.sae.kernels import candidates, contrast, screen, sums, update
+from tsae.sae.kernels import candidates, codes, contrast, screen, sums, update
 
 INT, FLOAT, LOW = "*i64", "*fp32", "*bf16"
 TILE = {"BLOCK_E": sums.ENTRIES, "BLOCK_D": sums.WIDTH}
@@ -31,12 +31,26 @@ KERNELS: list[tuple[Any, list[str], dict[str, Any], dict[str, Any]]] = [
     (sums._nested_gradients, [*[FLOAT] * 6, *["i32"] * 6], {"PREDICTS": True, "BLOCK_D": sums.SQUARED}, {}),
     (screen._round_rows, [FLOAT, LOW, FLOAT, FLOAT, "i32", "i32"], {"BLOCK_D": screen.ROUNDED}, {}),
 ]
+of_row = {"BLOCK": codes.OF_ROW}
+KERNELS += [
+    (codes._refine, [INT, INT, *[FLOAT] * 5, *["i32"] * 4], TILE, {}),
+    (codes._largest, [INT, FLOAT, FLOAT, "i32", "i32"], of_row, codes.OF_PAIRS),
+    (codes._count_kept, [INT, FLOAT, FLOAT, INT, "i32", "i32"], of_row, codes.OPTIONS),
+    (
+        codes._write_kept,
+        [INT, INT, FLOAT, FLOAT, INT, INT, FLOAT, INT, FLOAT, INT, *["i32"] * 3],
+        of_row,
+        codes.OPTIONS,
+    ),
+    (codes._copy_rows, [INT, INT, INT, INT, FLOAT, INT, FLOAT, INT, "i32"], of_row, codes.OPTIONS),
+    (codes._of_groups, [INT, INT, FLOAT, INT, FLOAT, INT, "i32", "i32"], of_row, codes.OPTIONS),
+]
 TILE = {"BLOCK_E": contrast.ENTRIES, "BLOCK_C": contrast.COLUMNS}
-codes = [INT, INT, FLOAT, FLOAT, INT, INT]
+given = [INT, INT, FLOAT, FLOAT, INT, INT]
 for masked in (True, False):
     constants, shape = {"MASKED": masked, **TILE}, ["i32", "i32", "i32", "fp32"]
-    KERNELS.append((contrast._log_sums, [*codes, *[FLOAT] * 3, *shape], constants, contrast.OPTIONS))
-    KERNELS.append((contrast._through_logits, [*codes, *[FLOAT] * 3, *shape], constants, contrast.OPTIONS))
+    KERNELS.append((contrast._log_sums, [*given, *[FLOAT] * 3, *shape], constants, contrast.OPTIONS))
+    KERNELS.append((contrast._through_logits, [*given, *[FLOAT] * 3, *shape], constants, contrast.OPTIONS))
 for width, warps in ((768, 4), (2304, 16)):
     row = {"BLOCK": triton.next_power_of_2(width)}
     options = {"num_warps": warps}

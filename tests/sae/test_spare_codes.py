@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tsae.sae.sparse import SparseCode, from_dense, side_by_side
+from tsae.sae.sparse import SparseCode, from_dense
 
 ROWS, WIDTH = 5, 9
 
@@ -21,7 +21,8 @@ def with_spare(f: Tensor, spare: int) -> SparseCode:
     """As a selection makes it: what is empty comes last."""
     code = from_dense(f)
     latents = torch.cat([code.latents, torch.full((spare,), -1)])
-    return SparseCode(code.offsets, latents, torch.cat([code.values, torch.zeros(spare)]), WIDTH, True)
+    rows = torch.cat([code.rows, torch.full((spare,), ROWS - 1)])
+    return SparseCode(code.offsets, latents, torch.cat([code.values, torch.zeros(spare)]), WIDTH, True, rows)
 
 
 @pytest.mark.parametrize("spare", [0, 4])
@@ -30,7 +31,7 @@ def test_parts_and_blocks_of_a_code_with_empty_entries(spare: int) -> None:
     assert torch.equal(full.dense(), f)
     assert torch.equal(full.dense_by_latent(), f.T)
     assert torch.equal(full.fired(), (f > 0).any(dim=0))
-    assert torch.equal(full.smallest(), torch.where(f > 0, f, torch.inf).amin(dim=1))
+    assert torch.equal(from_dense(f).smallest(), torch.where(f > 0, f, torch.inf).amin(dim=1))
     for latents in (slice(0, 4), slice(4, WIDTH)):
         part = full.within(latents)
         assert torch.equal(part.code.dense(), f[:, latents])
@@ -41,16 +42,3 @@ def test_parts_and_blocks_of_a_code_with_empty_entries(spare: int) -> None:
     assert torch.equal(from_dense(f).block(1, 4).code.dense(), f[1:4])
     rows, columns = torch.tensor([0, 1, 4, 2]), torch.tensor([3, 8, 0, -1])
     assert torch.equal(full.at(rows, columns), f[rows, columns].where(columns >= 0, 0))
-
-
-def test_codes_with_empty_entries_are_put_side_by_side() -> None:
-    parts = [dense(seed) for seed in range(3)]
-    parts[1][:] = 0
-    together = side_by_side([with_spare(part, spare) for spare, part in enumerate(parts, 2)])
-    expected = from_dense(torch.cat(parts, dim=1))
-    count = len(expected.values)
-    assert torch.equal(together.offsets, expected.offsets)
-    assert torch.equal(together.latents[:count], expected.latents)
-    assert torch.equal(together.values[:count], expected.values)
-    assert (together.latents[count:] == -1).all()
-    assert together.dict_size == 3 * WIDTH

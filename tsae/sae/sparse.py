@@ -72,16 +72,13 @@ class SparseCode(NamedTuple):
     Then nothing about the code has a size that the host would have to ask for. Only the kernels understand it.
     """
     known_rows: Tensor | None = None
-    """Row of each entry [n], of an empty one some row, where that need not be found out again each time."""
+    """Row of each entry [n], of an empty one some row; given where there may be such."""
 
     @property
     def rows(self) -> Tensor:
         """Row of each entry [n]; of an empty one some row."""
         if self.known_rows is not None:
             return self.known_rows
-        if self.spare:
-            entries = torch.arange(len(self.latents), device=self.latents.device)
-            return torch.searchsorted(self.offsets[1:], entries, right=True).clamp_max_(len(self.offsets) - 2)
         counts = self.offsets.diff()
         rows = torch.arange(len(counts), device=counts.device)
         return torch.repeat_interleave(rows, counts, output_size=len(self.latents))
@@ -122,9 +119,16 @@ class SparseCode(NamedTuple):
         """The values at some places [m]; 0 where there is no entry, or the latent is −1."""
         return self.dense_by_latent()[latents, rows].where(latents >= 0, 0)
 
-    def mass_and_number(self, chosen: Tensor) -> tuple[Tensor, Tensor]:
-        """Sum of the chosen ones [n], bool, of the entries, and how many they are: scalars."""
-        return self.values.where(chosen, 0).sum(), chosen.sum()
+    def of_groups(self, groups: Sequence[slice]) -> tuple[Tensor, Tensor]:
+        """Sum of the entries of each group of latents, which follow each other, and how many they are [G]."""
+        if self.spare:
+            kernels = kernels_for(self.values)
+            assert kernels is not None
+            return kernels.of_groups(self.offsets, self.latents, self.values, groups)
+        inside = [self.inside(group) for group in groups]
+        return torch.stack([self.values.where(each, 0).sum() for each in inside]), torch.stack(
+            [each.sum() for each in inside]
+        )
 
     def inside(self, latents: slice) -> Tensor:
         """Which entries are of a run of latents [n], bool."""
@@ -132,9 +136,8 @@ class SparseCode(NamedTuple):
 
     def smallest(self) -> Tensor:
         """The smallest value of each row [N]; infinite where there is none."""
-        values = self.values.where(self.latents >= 0, torch.inf) if self.spare else self.values
-        smallest = values.new_full((len(self.offsets) - 1,), torch.inf)
-        return smallest.scatter_reduce_(0, self.rows, values, "amin")
+        smallest = self.values.new_full((len(self.offsets) - 1,), torch.inf)
+        return smallest.scatter_reduce_(0, self.rows, self.values, "amin")
 
     def fired(self) -> Tensor:
         """Which latents have an entry [F], bool."""
@@ -173,21 +176,23 @@ def side_by_side(codes: Sequence[SparseCode]) -> SparseCode:
     first, *others = codes
     if not others:
         return first
+    size = sum(code.dict_size for code in codes)
+    if first.spare:
+        kernels = kernels_for(first.values)
+        assert kernels is not None
+        offsets, latents, values, rows = kernels.side_by_side(codes, [code.dict_size for code in codes])
+        return SparseCode(offsets, latents, values, size, True, rows)
     offsets = torch.stack([code.offsets for code in codes]).sum(dim=0)
-    size = sum(len(code.latents) for code in codes)
-    # Empty entries are written to the last place, which is not returned.
-    latents, values = offsets.new_full((size + first.spare,), -1), first.values.new_zeros(size + first.spare)
+    entries = sum(len(code.latents) for code in codes)
+    latents, values = offsets.new_empty(entries), first.values.new_empty(entries)
     begins, before = offsets[:-1].clone(), 0
     for code in codes:
-        counts = code.offsets.diff()
         rows = code.rows
         places = begins[rows] + torch.arange(len(rows), device=rows.device) - code.offsets[rows]
-        if code.spare:
-            places = torch.where(code.latents < 0, size, places)
         latents[places], values[places] = code.latents + before, code.values
-        begins += counts
+        begins += code.offsets.diff()
         before += code.dict_size
-    return SparseCode(offsets, latents[:size], values[:size], before, first.spare)
+    return SparseCode(offsets, latents, values, size)
 
 
 def from_dense(f: Tensor) -> SparseCode:

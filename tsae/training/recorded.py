@@ -1,6 +1,6 @@
 """A step's launches, recorded once and given to the GPU as a whole: CUDA graphs.
 
-A step of the sparse engine is about 430 launches, of 5 µs or more each for the host and often less for the GPU, which
+A step of the sparse engine is about 300 launches, of 5 µs or more each for the host and often less for the GPU, which
 then waits. Recorded, most of them are four. What is recorded does not run through Python again: it reads and writes the same
 memory in every step, so that all a step is given lies in fixed places, its numbers too, and what is made of it does.
 What a step returns is overwritten by the next.

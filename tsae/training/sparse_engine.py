@@ -143,15 +143,15 @@ class SparseEngine(Engine[ThresholdDictionary]):
             selected += selections
             for half, selection in zip(parts, selections, strict=True):
                 half.append(selection.code)
-            cuts.append(dictionary.cut_of(self._group.gather(selections[0].code.smallest())))
+            smallest = selections[0].smallest if late else selections[0].code.smallest()
+            cuts.append(dictionary.cut_of(self._group.gather(smallest)))
         checks: tuple[Check, ...] = tuple(each.check for each in selected) if late else ()
         if not late:
             self._guesses = [GUESS_MARGIN * each.cut for each in selected]
         code, *others = map(side_by_side, parts)
         of_selections = checks, tuple(each.cut for each in selected)
         codes = _Codes(centred.flatten(0, 1), code, others[0] if others else None, *of_selections)
-        inside = [code.inside(group) for group in dictionary.group_slices]
-        mass, n_active = (torch.stack(each) for each in zip(*map(code.mass_and_number, inside), strict=True))
+        mass, n_active = code.of_groups(dictionary.group_slices)
         counts = torch.stack([check.counts for check in checks]) if checks else None
         return Encoded(codes, self._group.any(code.fired()), n_active, torch.stack(cuts), mass, counts)
 

@@ -282,10 +282,11 @@ class Trainer:
         if self.steps_done <= self._threshold_start:
             return
         if isinstance(self.dictionary, ThresholdDictionary):
-            beta = self.settings.threshold_beta
-            for threshold, cut in zip(self.dictionary.thresholds, cuts, strict=True):
-                moved = torch.where(threshold < 0, cut, beta * threshold + (1 - beta) * cut)
-                threshold.copy_(torch.where(torch.isfinite(cut), moved, threshold))
+            beta, before = self.settings.threshold_beta, torch.stack(self.dictionary.thresholds)
+            moved = torch.where(before < 0, cuts, beta * before + (1 - beta) * cuts)
+            moved = torch.where(torch.isfinite(cuts), moved, before)
+            for threshold, value in zip(self.dictionary.thresholds, moved, strict=True):
+                threshold.copy_(value)
 
     def _dying(self, tokens: int) -> Tensor:
         """How many latents will be dead unless a step of so many tokens wakes them."""

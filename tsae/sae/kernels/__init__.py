@@ -8,6 +8,7 @@ Every sum but `add_rows` has a fixed order, so results are the same bits in ever
 """
 
 from tsae.sae.kernels.candidates import Candidates
+from tsae.sae.kernels.codes import kept, largest_of_rows, of_groups, refined, side_by_side
 from tsae.sae.kernels.contrast import log_sums, through_logits
 from tsae.sae.kernels.screen import least_of_segments, maybe_above, round_rows
 from tsae.sae.kernels.sums import (
@@ -26,15 +27,20 @@ __all__ = [
     "adam_rows",
     "add_rows",
     "along_and_norm",
+    "kept",
+    "largest_of_rows",
     "least_of_segments",
     "log_sums",
     "maybe_above",
     "nested_gradients",
     "nested_residuals",
+    "of_groups",
+    "refined",
     "round_rows",
     "row_squares",
     "sampled_products",
     "segment_sums",
+    "side_by_side",
     "through_logits",
     "weighted_rows",
 ]

@@ -107,6 +107,7 @@ class List:
         self.capacity, self.guesses, self.next_row = capacity, guesses, 0
         device = guesses.device
         self.found = torch.zeros(1, dtype=torch.int64, device=device)
+        self._ends: list[Tensor] = []
         self.rows = torch.zeros(capacity, dtype=torch.int64, device=device)
         self.latents = torch.full_like(self.rows, -1)
         self.values = torch.empty(capacity, device=device)
@@ -124,7 +125,12 @@ class List:
         with on_device_of(block):
             _write[grid](block, ends - counts, self.rows, self.latents, self.values, self.capacity, *shape, tile)
         self.found = ends[-1:]
+        self._ends.append(ends)
         self.next_row += len(block)
+
+    def ends(self) -> Tensor:
+        """Where the entries of each row end [N], were there room for all."""
+        return self._ends[0] if len(self._ends) == 1 else torch.cat(self._ends)
 
     def shortened(self, count: int) -> List:
         """The first entries alone."""

@@ -137,7 +137,7 @@ def weighted_rows(
     out = matrix.new_empty(n_rows, width) if out is None else out
     assert out.stride(1) == 1
     if out.numel():
-        block = _width(width)
+        block = tile_width(width)
         with on_device_of(out):
             _weighted_rows[(n_rows, triton.cdiv(width, block))](
                 offsets, columns, values, matrix, out, width, matrix.stride(0), out.stride(0), ENTRIES, block
@@ -151,7 +151,7 @@ def sampled_products(rows: Tensor, columns: Tensor, x: Tensor, matrix: Tensor) -
     out = x.new_empty(len(rows))
     if len(rows):
         width = x.shape[1]
-        shape = (len(rows), width, x.stride(0), matrix.stride(0), ENTRIES, _width(width))
+        shape = (len(rows), width, x.stride(0), matrix.stride(0), ENTRIES, tile_width(width))
         with on_device_of(out):
             _sampled_products[(triton.cdiv(len(rows), ENTRIES),)](rows, columns, x, matrix, out, *shape)
     return out
@@ -174,7 +174,7 @@ def add_rows(rows: Tensor, targets: Tensor, values: Tensor, matrix: Tensor, out:
     assert out.stride(1) == 1
     if len(rows) and out.numel():
         matrix, width = _row_major(matrix), matrix.shape[1]
-        block = _width(width)
+        block = tile_width(width)
         shape = (len(rows), width, matrix.stride(0), out.stride(0), ENTRIES, block)
         with on_device_of(out):
             _add_rows[(triton.cdiv(len(rows), ENTRIES), triton.cdiv(width, block))](
@@ -186,7 +186,7 @@ def _row_major(matrix: Tensor) -> Tensor:
     return matrix if matrix.stride(1) == 1 else matrix.contiguous()
 
 
-def _width(columns: int) -> int:
+def tile_width(columns: int) -> int:
     return min(WIDTH, triton.next_power_of_2(columns))
 
 
@@ -197,7 +197,7 @@ def _nested_residuals(
     values,
     matrix,
     x,
-    bounds,
+    starts,
     out,
     squares,
     alone,
@@ -219,8 +219,8 @@ def _nested_residuals(
     residual = own
     of_group = tl.zeros((BLOCK_D,), tl.float32)
     for part in range(0, n_parts):
-        first_column = tl.load(bounds + part)
-        last_column = tl.load(bounds + part + 1)
+        first_column = tl.load(starts + part)
+        last_column = tl.load(starts + part + 1)
         total = tl.zeros((BLOCK_E, BLOCK_D), tl.float32)
         for first in range(start, stop, BLOCK_E):
             entry = first + tl.arange(0, BLOCK_E)
@@ -255,22 +255,27 @@ def nested_residuals(
     """
     (n_rows, width), matrix = x.shape, _row_major(matrix)
     assert x.stride(1) == 1
-    block = _width(width)
+    block = tile_width(width)
     tiles = triton.cdiv(width, block)
     out = x.new_empty(len(parts), n_rows, width)
     squares, alone = x.new_empty(2, len(parts), n_rows * tiles)
     if out.numel():
-        bounds = _bounds((*(part.start for part in parts), parts[-1].stop), x.device)
+        starts = bounds(parts, x.device)
         last = sum(1 << end for end in ends)
         shape = (n_rows, len(parts), last, width, tiles, matrix.stride(0), x.stride(0), ENTRIES, block)
         with on_device_of(out):
-            _nested_residuals[(n_rows, tiles)](offsets, columns, values, matrix, x, bounds, out, squares, alone, *shape)
+            _nested_residuals[(n_rows, tiles)](offsets, columns, values, matrix, x, starts, out, squares, alone, *shape)
     return out, squares.sum(dim=1), alone.sum(dim=1)
 
 
+def bounds(groups: Sequence[slice], device: torch.device) -> Tensor:
+    """Where groups of latents, which follow each other, begin, and where the last one ends [G + 1]."""
+    return _brought((*(group.start for group in groups), groups[-1].stop), device)
+
+
 @functools.cache
-def _bounds(numbers: tuple[int, ...], device: torch.device) -> Tensor:
-    """Brought to the device once."""
+def _brought(numbers: tuple[int, ...], device: torch.device) -> Tensor:
+    """To the device, once."""
     return torch.tensor(numbers, device=device)
 
 

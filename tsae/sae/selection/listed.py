@@ -21,8 +21,8 @@ from torch import Tensor
 
 from tsae.runtime.phases import phase
 from tsae.sae.selection.screens import Screen
-from tsae.sae.selection.top_k import GUESS_MARGIN, Encoder, Entries, Prepared, first_guess, lowered
-from tsae.sae.sparse import SparseCode
+from tsae.sae.selection.top_k import GUESS_MARGIN, Encoder, Prepared, first_guess, lowered
+from tsae.sae.sparse import SparseCode, kernels_for
 
 
 class Check(NamedTuple):
@@ -55,6 +55,8 @@ class Listed(NamedTuple):
     code: SparseCode
     cut: Tensor
     """Smallest selected activation, a scalar; 0 if fewer than k·N were positive."""
+    smallest: Tensor
+    """That of each row [N]; infinite where none was."""
     check: Check
 
 
@@ -80,57 +82,43 @@ def _largest_of_half(encoder: Encoder, x: Tensor, prepared: Prepared, k: float, 
     wanted = min(round(k * len(x)), len(x) * len(prepared.bias))
     if guess is None:
         guess = GUESS_MARGIN * first_guess(x, prepared, k)
-    (rows, latents, values), listed = _candidates(encoder, x, prepared, guess, None, wanted)
-    above = values > guess
-    values = torch.where(above, values, -torch.inf)
+    listed, values = _candidates(encoder, x, prepared, guess, None, wanted)
     cut = values.topk(wanted, sorted=False).values.min()
-    # Among ties at the cut the first ones; where too few are above the guess, all of them.
-    kept, tied = values > cut, (values == cut) & above
-    kept |= tied & (tied.cumsum(0) <= wanted - kept.sum())
-    code = _packed((rows, latents, values), kept, wanted, len(x), len(prepared.bias))
-    counts = torch.cat([listed.found, above.sum()[None], (guess > 0)[None]])
-    return Listed(code, cut.clamp_min(0), Check(counts, guess, wanted, listed.capacity, encoder.listing(x)))
+    return _listed(encoder, x, prepared, listed, values, cut, wanted, guess, wanted)
 
 
 def _largest_of_tokens(encoder: Encoder, x: Tensor, prepared: Prepared, k: int) -> Listed:
     guess, room = x.new_zeros(()), len(x) * min(k, len(prepared.bias))
-    (rows, latents, values), listed = _candidates(encoder, x, prepared, guess, k, room)
-    values = torch.where(values > 0, values, 0)
-    # By row and then by value; ties stay in the order of latents.
-    falling = values.argsort(descending=True, stable=True)
-    rows = torch.where(latents < 0, len(x), rows)
-    order = falling[rows[falling].argsort(stable=True)]
-    places = torch.arange(len(rows), device=x.device)
-    rank = torch.empty_like(order).scatter_(0, order, places) - torch.searchsorted(rows, rows)
-    code = _packed((rows, latents, values), (rank < k) & (values > 0), room, len(x), len(prepared.bias))
-    counts = torch.cat([listed.found, listed.found.new_zeros(2)])
-    return Listed(code, guess, Check(counts, guess, 0, listed.capacity, encoder.listing(x)))
+    listed, values = _candidates(encoder, x, prepared, guess, k, room)
+    kernels = kernels_for(x)
+    assert kernels is not None
+    values, cut = kernels.largest_of_rows(listed, values, k), x.new_full((), -torch.inf)
+    return _listed(encoder, x, prepared, listed, values, cut, room, guess, 0)
+
+
+def _listed(
+    encoder: Encoder, x: Tensor, prepared: Prepared, listed: Any, values: Tensor, cut: Tensor, room: int, guess: Tensor, wanted: int
+) -> Listed:  # fmt: skip
+    """The candidates above the cut, and of those that are equal to it the first ones, `room` in all."""
+    kernels = kernels_for(x)
+    assert kernels is not None
+    (offsets, latents, chosen, rows), smallest, above = kernels.kept(listed, values, cut, room)
+    code = SparseCode(offsets, latents, chosen, len(prepared.bias), True, rows)
+    counts = torch.cat([listed.found, above, (guess > 0)[None]])
+    check = Check(counts, guess, wanted, listed.capacity, encoder.listing(x))
+    return Listed(code, cut.clamp_min(0), smallest, check)
 
 
 def _candidates(
     encoder: Encoder, x: Tensor, prepared: Prepared, guess: Tensor, k: int | None, least: int
-) -> tuple[Entries, Any]:
-    """Row, latent and float32 value [c] of what may be above the guess, first in a list; and that list.
+) -> tuple[Any, Tensor]:
+    """A list of what may be above the guess, and the float32 values [c] of what is; others are −inf.
 
-    Places without one have the latent −1. With `k` only what may be among its row's k largest.
+    With `k` only what may be among its row's k largest.
     """
     weight, bias, screen = prepared
     listing = encoder.listing(x)
     if isinstance(screen, Screen):
         return screen.listed(x, guess, k, listing, least)
     listed = listing.list(guess.expand(len(x)).contiguous(), partial(encoder.fill, x, weight, bias), least)
-    values = torch.where(listed.latents < 0, -torch.inf, listed.values)
-    return (listed.rows, listed.latents, values), listed
-
-
-def _packed(entries: Entries, kept: Tensor, room: int, n_rows: int, dict_size: int) -> SparseCode:
-    """A code of the entries that are `kept` [c], `room` of them at most, in their order; what is empty comes last."""
-    # The last place takes what is not kept, and is not returned.
-    places = torch.where(kept, kept.cumsum(0) - 1, room)
-    empty = (n_rows, -1, 0)
-    rows, latents, values = (
-        each.new_full((room + 1,), fill).scatter_(0, places, each)[:room]
-        for each, fill in zip(entries, empty, strict=True)
-    )
-    offsets = torch.searchsorted(rows, torch.arange(n_rows + 1, device=rows.device))
-    return SparseCode(offsets, latents, values, dict_size, True, rows.clamp_max_(n_rows - 1))
+    return listed, torch.where(listed.latents < 0, -torch.inf, listed.values)

@@ -113,18 +113,16 @@ class Screen:
         listed = listing.all(guesses, functools.partial(self._fill, round_rows(x), k))
         return listed.rows, listed.latents
 
-    def listed(
-        self, x: Tensor, guess: Tensor, k: int | None, listing: Any, least: int
-    ) -> tuple[tuple[Tensor, Tensor, Tensor], Any]:
-        """Row, latent and float32 value [c] of the same candidates; and the list, which knows how many there are.
+    def listed(self, x: Tensor, guess: Tensor, k: int | None, listing: Any, least: int) -> tuple[Any, Tensor]:
+        """The same candidates in a list with room for `least` at least, which knows how many there are, and their values [c].
 
-        They are in a list with room for `least` at least, whose other places have latent −1 and value −inf.
+        Those are float32 pre-activations where they are above the guess, −inf elsewhere.
         """
         guesses = (guess * (1 - SLACK)).expand(len(x)).contiguous()
         listed = listing.list(guesses, functools.partial(self._fill, round_rows(x), k), least)
-        values = products_at(listed.rows, listed.latents, x, self.latents) + self.bias[listed.latents]
-        values = torch.where(listed.latents < 0, -torch.inf, values)
-        return (listed.rows, listed.latents, values), listed
+        kernels = kernels_for(x)
+        assert kernels is not None
+        return listed, kernels.refined(listed, x, self.latents, self.bias, guess)
 
     @phase("encoder product")
     def _fill(self, low: Rounded, k: int | None, listed: Any) -> None:
