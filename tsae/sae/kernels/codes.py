@@ -43,7 +43,8 @@ def _refine(
     x_row = x + tl.load(rows + entry, mask=live, other=0) * x_stride
     matrix_row = matrix + latent * matrix_stride
     total = tl.zeros((BLOCK_E, BLOCK_D), tl.float32)
-    for first in range(0, width, BLOCK_D):
+    # Most of a list's places are empty.
+    for first in range(0, tl.where(tl.max(latent, axis=0) >= 0, width, 0), BLOCK_D):
         d = first + tl.arange(0, BLOCK_D)
         inside = live[:, None] & (d < width)[None, :]
         one = tl.load(x_row[:, None] + d[None, :], mask=inside, other=0.0)
