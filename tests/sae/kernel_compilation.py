@@ -16,6 +16,8 @@ from triton.compiler import ASTSource
 
 from tsae.sae.kernels import candidates, codes, contrast, screen, sums, update
 
+LEAST_SHARED = 99 * 1024
+"""Bytes of shared memory that a program can have on the smallest GPU with tensor cores for bfloat16 (8.6, 8.9, 12.0)."""
 INT, FLOAT, LOW = "*i64", "*fp32", "*bf16"
 TILE = {"BLOCK_E": sums.ENTRIES, "BLOCK_D": sums.WIDTH}
 LATENTS = {"BLOCK": candidates.LATENTS}
@@ -71,17 +73,18 @@ for tile, largest, even in itertools.product((screen.TILE, screen.SMALL_TILE), (
     KERNELS.append((screen._screen, types, constants, options))
 
 
-def compiled(kernel: Any, types: list[str], constants: dict[str, Any], options: dict[str, Any], capability: int) -> str:
-    """PTX for arguments that are aligned as torch's are."""
+def compiled(
+    kernel: Any, types: list[str], constants: dict[str, Any], options: dict[str, Any], capability: int
+) -> tuple[str, int]:
+    """PTX for arguments that are aligned as torch's are, and the bytes of shared memory that it takes."""
     names = kernel.arg_names
     signature = dict(zip(names, types, strict=False)) | dict.fromkeys(constants, "constexpr")
     assert list(signature) == names
     aligned = {(place,): [["tt.divisibility", 16]] for place, kind in enumerate(types) if kind != "fp32"}
     places = {(names.index(name),): value for name, value in constants.items()}
     source = ASTSource(kernel, signature, places, aligned)
-    ptx = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options).asm["ptx"]
-    assert isinstance(ptx, str)
-    return ptx
+    made = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    return made.asm["ptx"], made.metadata.shared
 
 
 def assembled(ptx: str, capability: int) -> str:
@@ -97,9 +100,11 @@ def assembled(ptx: str, capability: int) -> str:
 
 if __name__ == "__main__":
     for capability, (kernel, types, constants, options) in itertools.product(map(int, sys.argv[1:]), KERNELS):
-        if capability < 90 and constants.get("BLOCK_N") == screen.TILE["BLOCK_N"]:
+        large = constants.get("BLOCK_N") == screen.TILE["BLOCK_N"]
+        if large and capability < 90:
             continue  # it has not the shared memory, and takes `SMALL_TILE`
-        ptx = compiled(kernel, types, constants, options, capability)
+        ptx, shared = compiled(kernel, types, constants, options, capability)
+        assert shared <= (screen.TILE_BYTES if large else LEAST_SHARED), (kernel.__name__, shared)
         report = assembled(ptx, capability)
         assert "0 bytes spill stores" in report, f"{kernel.__name__}: {report}"
         if kernel is screen._screen:
