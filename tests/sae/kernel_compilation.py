@@ -36,7 +36,7 @@ KERNELS: list[tuple[Any, list[str], dict[str, Any], dict[str, Any]]] = [
 of_row = {"BLOCK": codes.OF_ROW}
 KERNELS += [
     (codes._refine, [INT, INT, *[FLOAT] * 5, *["i32"] * 4], TILE, {}),
-    (codes._largest, [INT, FLOAT, FLOAT, "i32", "i32"], of_row, codes.OF_PAIRS),
+    (codes._largest, [INT, FLOAT, FLOAT, "i32", "i32"], of_row, codes.OPTIONS),
     (codes._count_kept, [INT, FLOAT, FLOAT, INT, "i32", "i32"], of_row, codes.OPTIONS),
     (
         codes._write_kept,
@@ -89,7 +89,13 @@ def compiled(
 
 def assembled(ptx: str, capability: int) -> str:
     """What the assembler says of registers and spills."""
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
+    tool = (
+        Path(triton.__file__).parent
+        / "backends"
+        / "nvidia"
+        / "bin"
+        / ("ptxas-blackwell" if capability >= 100 else "ptxas")
+    )
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder, "kernel.ptx")
         source.write_text(ptx)
@@ -101,12 +107,12 @@ def assembled(ptx: str, capability: int) -> str:
 if __name__ == "__main__":
     for capability, (kernel, types, constants, options) in itertools.product(map(int, sys.argv[1:]), KERNELS):
         large = constants.get("BLOCK_N") == screen.TILE["BLOCK_N"]
-        if large and capability < 90:
+        if large and capability not in (90, 100):
             continue  # it has not the shared memory, and takes `SMALL_TILE`
         ptx, shared = compiled(kernel, types, constants, options, capability)
         assert shared <= (screen.TILE_BYTES if large else LEAST_SHARED), (kernel.__name__, shared)
         report = assembled(ptx, capability)
         assert "0 bytes spill stores" in report, f"{kernel.__name__}: {report}"
         if kernel is screen._screen:
-            instruction = "wgmma.mma_async" if capability >= 90 else "mma.sync"
-            assert instruction in ptx, "a product that is not on tensor cores"
+            instruction = {90: "wgmma.mma_async", 100: "tcgen05.mma"}.get(capability, "mma.sync")
+            assert instruction in ptx, "a product that is not on the tensor cores as it should be"

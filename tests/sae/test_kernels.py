@@ -40,5 +40,5 @@ def test_compiled_kernels_equal_dense_products() -> None:
     run(["-m", "pytest", "-p", "no:cacheprovider", *CASES])
 
 
-def test_kernels_compile_for_ampere_and_hopper_without_spilled_registers(tmp_path: Path) -> None:
-    run([str(COMPILE), "80", "90"], TRITON_CACHE_DIR=str(tmp_path))
+def test_kernels_compile_for_ampere_hopper_and_blackwell_without_spilled_registers(tmp_path: Path) -> None:
+    run([str(COMPILE), "80", "90", "120"], TRITON_CACHE_DIR=str(tmp_path))

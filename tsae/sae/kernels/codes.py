@@ -22,11 +22,9 @@ from tsae.sae.kernels.candidates import List
 from tsae.sae.kernels.launch import on_device_of
 from tsae.sae.kernels.sums import ENTRIES, bounds, tile_width
 
-OF_ROW = 64
-"""Candidates, or entries, of a row that a program has at a time; of most rows all."""
+OF_ROW = 32
+"""Candidates, or entries, of a row that a program has at a time: one for each thread."""
 OPTIONS = {"num_warps": 1}
-OF_PAIRS = {"num_warps": 4}
-"""For what compares all of them with each other."""
 
 Code = tuple[Tensor, Tensor, Tensor, Tensor]
 """Offsets [N + 1], latents, values and rows [n], as of `SparseCode`; empty entries come last."""
@@ -97,7 +95,7 @@ def largest_of_rows(listed: List, values: Tensor, k: int) -> Tensor:
     """`values` [c], but −inf where they are not among the k largest of their row; of equal ones the first are."""
     out = torch.full_like(values, -torch.inf)
     with on_device_of(out):
-        _largest[(len(listed.guesses),)](listed.ends(), values, out, k, listed.capacity, OF_ROW, **OF_PAIRS)
+        _largest[(len(listed.guesses),)](listed.ends(), values, out, k, listed.capacity, OF_ROW, **OPTIONS)
     return out
 
 

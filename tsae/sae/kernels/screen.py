@@ -28,8 +28,8 @@ ROUNDED = 1024
 WORD = 32
 """Latents to a word of bits."""
 TILE: dict[str, int] = {"BLOCK_N": 256, "BLOCK_F": 128, "BLOCK_D": 64, "num_warps": 8, "num_stages": 4}
-TILE_BYTES = 4 * (128 + 256) * 64 * 2
-"""A product's tiles, and the shared memory that they take: Hopper has it. Tiles of 128 rows and 256 latents would spill registers."""
+TILE_BYTES = 200 * 1024
+"""A product's tiles, and the shared memory that they want: Hopper has it. Tiles of 128 rows and 256 latents would spill registers."""
 SMALL_TILE: dict[str, int] = {"BLOCK_N": 128, "BLOCK_F": 128, "BLOCK_D": 64, "num_warps": 8, "num_stages": 3}
 """For others."""
 BAND = 8
