@@ -11,9 +11,11 @@ from typing import Any
 import pytest
 import torch
 
-from tsae.bench.rounds import Plan, measure
+from tsae.bench import report, rounds
+from tsae.bench.rounds import Plan, Result, measure
 from tsae.bench.shape import PRESETS, Shape, batches
 from tsae.cli import main
+from tsae.runtime.errors import TsaeError
 from tsae.runtime.phases import phase, record
 
 TINY = ["-D", "16", "-F", "96", "-k", "4", "-B", "32", "--rounds", "3", "--warmup", "1", "--store-mb", "1"]
@@ -54,6 +56,60 @@ def test_tells_what_a_resumable_state_costs(bench: dict[str, Any]) -> None:
     assert bench["resuming"]["every"] == 50
     assert bench["resuming"]["share_of_step_time"]["highest"] == pytest.approx((max(ratios) - 1) / 50)
     assert bench["resuming"]["resume_seconds"]["median"] > 0
+
+
+@pytest.mark.parametrize(("objective", "encoded"), [("scale_free", 2), ("predictive", 1)])
+def test_other_objectives_are_timed(objective: str, encoded: int, tmp_path: Path) -> None:
+    arguments = [*TINY, "--objective", objective, "--rounds", "1", "--store-mb", "0", "--out", str(tmp_path)]
+    assert main(["bench", *arguments]) == 0
+    (path,) = tmp_path.glob(f"temporal-{objective}-*.json")
+    sparse, *_, floor = json.loads(path.read_text())["step"]["contestants"]
+    for entry in (sparse, floor):
+        assert entry["encoded_per_second"] == pytest.approx(encoded * entry["pairs_per_second"])
+    assert ("contrast" in sparse["phases"]) == (objective == "scale_free")
+
+
+def test_products_in_tf32_are_a_contestant_of_their_own() -> None:
+    shape = Shape(activation_dim=16, dict_size=96, k=4, batch_size=32)
+    result = measure(["sparse", "dense+tf32"], shape, Plan(rounds=1, warmup=1))
+    assert [entry.name for entry in result.measured] == ["sparse", "dense+tf32"]
+    assert [entry.algorithm.endswith("TF32") for entry in result.measured] == [False, True]
+
+
+class Stub:
+    """A contestant's process; the second one runs out of memory in its second step, which no test is to do."""
+
+    def __init__(self, name: str) -> None:
+        self.name, self.left = name, 1 if name == "dense" else 9
+        self.described = {"library": "tsae", "algorithm": "", "encoded": 1, "state_bytes": 1}
+
+    def ask(self, _: dict[str, Any]) -> dict[str, Any]:
+        self.left -= 1
+        if self.left < 0:
+            raise TsaeError(f"bench: {self.name}: OutOfMemoryError")
+        return {"seconds": 1.0, "phases": {"other": 1.0}, "peak_bytes": 1}
+
+
+def test_what_has_not_the_memory_is_left_out() -> None:
+    shape, plan = Shape(activation_dim=16, dict_size=96, k=4, batch_size=32), Plan(rounds=3, warmup=0)
+    missing: dict[str, str] = {}
+    workers: list[Any] = [Stub("sparse"), Stub("dense"), Stub("floor")]
+    left = Result(rounds._rounds(workers, shape, plan, missing), missing)
+    assert [entry.name for entry in left.measured] == ["sparse", "floor"]
+    assert missing == {"dense": "bench: dense: OutOfMemoryError"}
+    record = report.record_of(shape, plan, left)
+    assert "OutOfMemoryError" in report.table(record)
+    cells = report.growth_table([record]).splitlines()[1].split()
+    assert cells == ["96", "32", "1", "-", "1", "-", "0"]
+    with pytest.raises(TsaeError, match="dense: OutOfMemory"):
+        rounds._rounds(workers[1:], shape, plan, {})
+
+
+def test_what_the_host_asks_of_a_gpu_is_counted() -> None:
+    host = ["cudaLaunchKernel", "cuLaunchKernelEx", "cudaGraphLaunch", "cudaMemcpyAsync", "cudaStreamSynchronize"]
+    gpu = ["Memcpy HtoD (Pinned -> Device)", "_weighted_rows", "_weighted_rows", "Memset (Device)"]
+    events = [(name, True) for name in (*host, "aten::add", "cudaDeviceSynchronize")] + [(name, False) for name in gpu]
+    assert rounds.tally(events) == {"launches": 2, "graphs": 1, "waits": 1, "copies": 1, "kernels": 2}
 
 
 def test_several_processes_are_put_beside_one(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -16,6 +16,7 @@ from tsae.runtime.errors import TsaeError, suggestion
 
 OWN = ("sparse", "sparse-float32", "sparse+state", "dense", "floor")
 GROWING = ("sparse", "dense", "floor")
+OBJECTIVES = ("reference", "scale_free", "predictive")
 LIBRARIES = ("sae_lens", "sparsify", "dictionary_learning")
 GROWTH = "0.25,0.5,2,4"
 
@@ -28,6 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--k", "-k", type=int, help="active latents per token")
     parser.add_argument("--batch-size", "-B", type=int, metavar="B", help="pairs (or tokens) per step")
     parser.add_argument("--kind", default="temporal", help="sae.kind of a run")
+    parser.add_argument("--objective", choices=OBJECTIVES, default="reference", help="of a temporal SAE")
     parser.add_argument(
         "--dtype",
         choices=DTYPES,
@@ -61,7 +63,14 @@ def run(options: argparse.Namespace) -> Path:
         name: size if (given := getattr(options, name)) is None else given
         for name, size in PRESETS[options.preset].items()
     }
-    shape = Shape(**sizes, kind=options.kind, dtype=options.dtype, device=options.device, dead=options.dead)
+    shape = Shape(
+        **sizes,
+        kind=options.kind,
+        objective=options.objective,
+        dtype=options.dtype,
+        device=options.device,
+        dead=options.dead,
+    )
     factors = _numbers("--growth", options.growth, GROWTH)
     against, interpreters = _libraries(options.against)
     _check(options, shape)
@@ -72,6 +81,7 @@ def run(options: argparse.Namespace) -> Path:
     import torch
 
     from tsae.bench import figure, rates, report
+    from tsae.bench.contestants import TF32
     from tsae.bench.rounds import Plan, measure
 
     clock = options.clock or ("cpu" if options.threads == 1 else "wall")
@@ -83,7 +93,10 @@ def run(options: argparse.Namespace) -> Path:
         torch.set_num_threads(options.threads)
         results["rates"] = rates.measure(shape, options.store_mb, options.rounds)
         print(report.rates_table(results["rates"]), flush=True)
-    results["step"] = report.record_of(shape, plan, measure(OWN, shape, plan, against))
+    own: tuple[str, ...] = OWN
+    if shape.device != "cpu":
+        own, against = (*OWN, f"dense{TF32}"), [name for each in against for name in (each, each + TF32)]
+    results["step"] = report.record_of(shape, plan, measure(own, shape, plan, against))
     print(report.table(results["step"]), flush=True)
     results["resuming"] = {
         **report.saving_cost(results["step"]),

@@ -19,7 +19,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from tsae.bench.shape import Shape, halves_of
+from tsae.bench.shape import Shape, is_paired, moments
 from tsae.config.sections import KIND_SETTINGS
 from tsae.runtime.errors import TsaeError, suggestion
 
@@ -31,6 +31,8 @@ OWN = {
     "dense": "autograd through dense codes, the reference's algorithm",
 }
 PRECISION = {"sparse": "exact", "sparse-float32": "float32", "dense": "float32"}
+TF32 = "+tf32"
+"""After a contestant's name: with float32 products that a GPU may round to TF32, as some trainers ask for."""
 IN_BFLOAT16 = "gradients at the selected entries only; the encoder product is rounded to bfloat16: other numbers"
 
 
@@ -51,10 +53,15 @@ class Contestant(Protocol):
 
 def build(name: str, shape: Shape) -> Contestant:
     """Contestant `name`: `sparse`, `sparse-float32` or `dense` (another kind after a colon), `sparse+state`, `floor`, or
-    a library.
+    a library; any of them with `+tf32`.
 
     Raises TsaeError for an unknown name, ImportError if the library is not installed.
     """
+    if name.endswith(TF32):
+        torch.backends.cuda.matmul.allow_tf32 = True
+        contestant = build(name.removesuffix(TF32), shape)
+        contestant.algorithm += ", products in TF32"
+        return contestant
     if name == "sparse+state":
         return Saving(shape)
     engine, _, kind = name.partition(":")
@@ -72,14 +79,14 @@ class Own:
     def __init__(self, shape: Shape, engine: str, kind: str) -> None:
         from tsae.training.trainer import Trainer
 
-        self.library, self._halves = "tsae", halves_of(kind)
+        self.library, self._paired = "tsae", is_paired(kind)
         rounded = engine == "sparse" and shape.dtype == "bfloat16"
         precision = "bf16" if rounded else PRECISION[engine]
         config = shape.run_config("dense" if engine == "dense" else "sparse", kind, precision)
-        self.trainer = Trainer(config, shape.activation_dim, device=shape.device)
+        self.trainer = Trainer(config, shape.activation_dim, device=shape.device, moments=moments(shape))
         self.trainer.dictionary.to(getattr(torch, shape.weights))
         self.algorithm = f"{kind} SAE, {IN_BFLOAT16 if rounded else OWN[engine]}"
-        self.encoded = shape.batch_size * self._halves
+        self.encoded = shape.batch_size * shape.halves_of(kind)
         self.state_bytes = state_bytes(self.trainer.dictionary)
         self._dead = torch.zeros(0, dtype=torch.long, device=shape.device)
         if shape.dead:
@@ -95,7 +102,7 @@ class Own:
                     strong = trainer.dictionary.pre_activations(batch[:32, 0]).amax(dim=1).median()
                 trainer.dictionary.b_enc.data[self._dead] -= strong
             trainer.set_silent(self._dead, trainer.settings.dead_after)
-        trainer.step(batch if self._halves == 2 else batch[:, 0])
+        trainer.step(batch if self._paired else batch[:, 0])
 
 
 class Saving(Own):
@@ -117,13 +124,14 @@ class Saving(Own):
 
 
 class Floor:
-    """The one product that exact training cannot avoid."""
+    """The one product that exact training cannot avoid: on a GPU that is the screen's."""
 
     def __init__(self, shape: Shape) -> None:
-        dtype = getattr(torch, shape.dtype)
+        screened = shape.dtype == "float32" and shape.device != "cpu"
+        dtype = torch.bfloat16 if screened else getattr(torch, shape.dtype)
         self.library = "torch"
         self.state_bytes = shape.dict_size * shape.activation_dim * dtype.itemsize
-        self.algorithm = f"the encoder product alone, in {shape.dtype}" + (
+        self.algorithm = f"the encoder product alone, in {str(dtype).removeprefix('torch.')}" + (
             ", of both halves of the pairs" if shape.halves == 2 else ""
         )
         self.encoded = shape.batch_size * shape.halves

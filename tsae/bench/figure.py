@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -140,8 +141,9 @@ def _line(series: int) -> dict[str, Any]:
 
 
 def _seconds(record: dict[str, Any], name: str) -> float:
-    (entry,) = (entry for entry in record["contestants"] if entry["name"] == name)
-    return float(entry["seconds"]["median"])
+    """Not a number where it had not the memory."""
+    found = (entry["seconds"]["median"] for entry in record["contestants"] if entry["name"] == name)
+    return float(next(found, math.nan))
 
 
 def draw_groups(path: Path, results: dict[str, Any]) -> None:

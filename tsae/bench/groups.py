@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from tsae.bench.rounds import Memory
-from tsae.bench.shape import Shape, batches
+from tsae.bench.shape import Shape, batches, moments
 from tsae.config import run as configuration
 from tsae.parallel.group import Group
 from tsae.parallel.rendezvous import together
@@ -97,7 +97,7 @@ def _train(shape: Shape, steps: int, shard: str, group: Group) -> dict[str, Any]
     device = torch.device("cuda", torch.cuda.current_device()) if shape.device != "cpu" else torch.device("cpu")
     own = [batch[group.share(shape.batch_size // group.world)].clone() for batch in batches(shape, BATCHES)]
     memory = Memory(str(device))
-    trainer = Trainer(config, shape.activation_dim, device=device, group=group)
+    trainer = Trainer(config, shape.activation_dim, device=device, group=group, moments=moments(shape))
     losses, handed, seconds = [], [], []
     for step in range(steps):
         began = time.perf_counter()
@@ -106,7 +106,7 @@ def _train(shape: Shape, steps: int, shard: str, group: Group) -> dict[str, Any]
         seconds.append(time.perf_counter() - began)
         handed.append(terms.bytes_handed)
     parameters = list(trainer.dictionary.parameters())
-    moments = (moment for state in trainer.optimizer.state.values() for moment in state.values())
+    of_adam = (moment for state in trainer.optimizer.state.values() for moment in state.values())
     # One process on a CPU stores no gradients of matrices.
     gradients = (parameter.grad for parameter in parameters if parameter.grad is not None)
     return {
@@ -115,7 +115,7 @@ def _train(shape: Shape, steps: int, shard: str, group: Group) -> dict[str, Any]
         "loss": losses,
         "bytes_handed": handed,
         "seconds": seconds,
-        "state_bytes": sum(tensor.nbytes for tensor in chain(parameters, moments, gradients)),
+        "state_bytes": sum(tensor.nbytes for tensor in chain(parameters, of_adam, gradients)),
         "gradient_bytes": sum(parameter.nbytes for parameter in parameters),
         "peak_bytes": max(group.collect(memory.peak() or 0), default=0),
     }

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from tsae.bench.report import spread
-from tsae.bench.shape import Shape, batches
+from tsae.bench.shape import Shape, batches, moments
 from tsae.config.run import Counted
 from tsae.config.sections import ModelConfig, StoreConfig
 from tsae.data.contexts import Contexts
@@ -151,7 +151,7 @@ def resume_seconds(shape: Shape, rounds: int) -> dict[str, float]:
     config = shape.run_config("sparse")
     (batch,) = batches(shape, 1)
     with tempfile.TemporaryDirectory(prefix="tsae-bench-") as folder:
-        trainer = Trainer(config, shape.activation_dim, device=shape.device)
+        trainer = Trainer(config, shape.activation_dim, device=shape.device, moments=moments(shape))
         trainer.step(batch)
         states = ResumeStates(Path(folder), {}, keep=1)
         states.save(1, trainer.state(), first=lambda: None)
@@ -161,6 +161,6 @@ def resume_seconds(shape: Shape, rounds: int) -> dict[str, float]:
             began = time.perf_counter()
             state = ResumeStates(Path(folder), {}, keep=1).load()
             assert state is not None
-            Trainer(config, shape.activation_dim, device=shape.device).load_state(state)
+            Trainer(config, shape.activation_dim, device=shape.device, moments=moments(shape)).load_state(state)
             seconds.append(time.perf_counter() - began)
     return spread(seconds)

@@ -45,6 +45,7 @@ def _contestant(entry: Measured, sparse: Measured, shape: Shape) -> dict[str, An
         "pairs_per_second": shape.batch_size / entry.median,
         "encoded_per_second": entry.encoded / entry.median,
         "phases": entry.median_phases(),
+        "calls": entry.calls,
         "state_bytes": entry.state_bytes,
         "peak_bytes": entry.peak_bytes,
         "beyond_state_bytes": entry.beyond_state_bytes,
@@ -115,21 +116,32 @@ def table(record: dict[str, Any]) -> str:
             total = sum(entry["phases"].values())
             parts = [f"{name} {100 * part / total:.0f} %" for name, part in entry["phases"].items() if part > 0]
             lines.append(f"  phases of {entry['name']}: {', '.join(parts)}")
+    lines += [_calls_line(entry) for entry in contestants if entry["calls"]]
     return "\n".join(lines)
 
 
+def _calls_line(entry: dict[str, Any]) -> str:
+    calls = entry["calls"]
+    return (
+        f"  a step of {entry['name']}: {calls['launches']} launches and {calls['graphs']} graphs of {calls['kernels']} "
+        f"kernels in all, {calls['copies']} copies; the host waits {calls['waits']} times"
+    )
+
+
 def growth_table(records: list[dict[str, Any]]) -> str:
-    """Seconds and ratios over dictionary and batch sizes."""
+    """Seconds and ratios over dictionary and batch sizes; `-` where a contestant had not the memory."""
     lines = [
         f"{'F':>8}{'B':>8}{'sparse s':>12}{'dense s':>12}{'floor s':>12}{'dense / sparse':>16}{'MB beyond state':>17}"
     ]
     for record in records:
         by_name = {entry["name"]: entry for entry in record["contestants"]}
-        seconds = [by_name[name]["seconds"]["median"] for name in ("sparse", "dense", "floor")]
-        beyond = by_name["sparse"]["beyond_state_bytes"]
-        ratio, memory = seconds[1] / seconds[0], "?" if beyond is None else f"{beyond / MB:.0f}"
+        seconds = [entry and entry["seconds"]["median"] for entry in map(by_name.get, ("sparse", "dense", "floor"))]
+        beyond, (sparse, dense, _) = by_name["sparse"]["beyond_state_bytes"], seconds
+        memory = None if beyond is None else beyond / MB
         sizes = f"{record['shape']['dict_size']:>8}{record['shape']['batch_size']:>8}"
-        lines.append(sizes + "".join(f"{value:>12.4g}" for value in seconds) + f"{ratio:>16.2f}{memory:>17}")
+        cells = [f"{'-' if value is None else f'{value:.4g}':>12}" for value in seconds]
+        ratio = "-" if dense is None else f"{dense / sparse:.2f}"
+        lines.append(sizes + "".join(cells) + f"{ratio:>16}{'?' if memory is None else f'{memory:.0f}':>17}")
     return "\n".join(lines)
 
 

@@ -15,7 +15,8 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,7 +25,7 @@ from typing import Any, NamedTuple, TextIO
 import torch
 
 from tsae.bench import contestants
-from tsae.bench.contestants import INSTALL, PEERS, own_equivalent
+from tsae.bench.contestants import INSTALL, PEERS, TF32, own_equivalent
 from tsae.bench.shape import Shape, batches
 from tsae.runtime.errors import TsaeError
 from tsae.runtime.phases import record
@@ -61,6 +62,8 @@ class Measured:
     seconds: list[float] = field(default_factory=list)
     """Of each round."""
     phases: list[dict[str, float]] = field(default_factory=list)
+    calls: dict[str, int] | None = None
+    """Of a GPU in one step: see `tally`."""
     peak_bytes: int | None = None
     """Memory above the batches and the imported libraries."""
 
@@ -94,13 +97,13 @@ class _Worker:
         # This package is found there by its path alone: the other environment need not have it installed.
         path = os.pathsep.join(filter(None, [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH")]))
         limits = {"OMP_NUM_THREADS": str(plan.threads), "MKL_NUM_THREADS": str(plan.threads)}
-        self.name = name
+        self.name, self.library = name, name.removesuffix(TF32)
         self._process = subprocess.Popen(
-            [plan.interpreters.get(name, sys.executable), "-m", "tsae.bench.rounds"],
+            [plan.interpreters.get(self.library, sys.executable), "-m", "tsae.bench.rounds"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             # What libraries say while they load is not for the reader of a table.
-            stderr=subprocess.DEVNULL if name in PEERS else None,
+            stderr=subprocess.DEVNULL if self.library in PEERS else None,
             env={**os.environ, **limits, "PYTHONPATH": path},
             text=True,
         )
@@ -122,9 +125,9 @@ class _Worker:
         answer: dict[str, Any] = json.loads(line)
         if "missing" in answer:
             raise TsaeError(
-                f"{self.name}: not installed here ({answer['missing']}); install {INSTALL.get(self.name, self.name)} in an "
+                f"{self.name}: not installed here ({answer['missing']}); install {INSTALL.get(self.library, self.library)} in an "
                 "environment of its own that has torch and numpy, and give its interpreter: "
-                f"--against {self.name}=ENVIRONMENT/bin/python"
+                f"--against {self.library}=ENVIRONMENT/bin/python"
             )
         if "error" in answer:
             raise TsaeError(f"bench: {self.name}: {answer['error']}")
@@ -139,7 +142,8 @@ class _Worker:
 def measure(names: Sequence[str], shape: Shape, plan: Plan, against: Sequence[str] = ()) -> Result:
     """Time contestants `names` and the libraries `against`, those with this package's equivalent of each.
 
-    A library that cannot be imported or does not start is left out. Raises TsaeError if a contestant fails.
+    A library that cannot be imported or does not start is left out, and so is what fails later but for the first: dense codes
+    may not fit into the memory. Raises TsaeError if that one fails.
     """
     with ExitStack() as stack:
 
@@ -154,31 +158,42 @@ def measure(names: Sequence[str], shape: Shape, plan: Plan, against: Sequence[st
                 libraries.append(start(name))
             except TsaeError as error:
                 missing[name] = str(error)
-        equivalents = dict.fromkeys(own_equivalent(worker.name, shape) for worker in libraries)
+        equivalents = dict.fromkeys(own_equivalent(worker.library, shape) for worker in libraries)
         own = [name for name in equivalents if name != f"sparse:{shape.kind}"]
         workers = [start(name) for name in (*names, *own)] + libraries
-        measured = _rounds(workers, shape, plan)
+        measured = _rounds(workers, shape, plan, missing)
     return Result(measured, missing)
 
 
-def _rounds(workers: list[_Worker], shape: Shape, plan: Plan) -> list[Measured]:
+def _rounds(workers: list[_Worker], shape: Shape, plan: Plan, missing: dict[str, str]) -> list[Measured]:
     measured = {
         worker.name: Measured(worker.name, **{key: worker.described[key] for key in DESCRIBED}) for worker in workers
     }
     on_gpu = shape.device.startswith("cuda")
     # Timing the phases of a GPU waits for it at each one, so there they get rounds of their own.
     kinds = ["warm"] * plan.warmup + ["time"] * plan.rounds + ["phases"] * (GPU_PHASE_ROUNDS if on_gpu else 0)
+    kinds += ["calls"] * on_gpu
     progress = Progress(f"bench {shape.name}", len(kinds) * len(workers), "steps")
     for number, kind in enumerate(kinds):
         # There and back again, so that nobody always follows the same neighbour.
         for place, worker in enumerate(workers if number % 2 else reversed(workers)):
-            answer = worker.ask({"record": kind == "phases" or not on_gpu})
-            entry = measured[worker.name]
+            entry = measured.get(worker.name)
+            if entry is None:
+                continue
+            try:
+                answer = worker.ask({"record": kind == "phases" or not on_gpu, "calls": kind == "calls"})
+            except TsaeError as error:
+                if worker is workers[0]:
+                    raise
+                missing[worker.name] = str(error)
+                del measured[worker.name]
+                continue
             entry.peak_bytes = answer["peak_bytes"]
             if kind == "time":
                 entry.seconds.append(answer["seconds"])
             if kind == "phases" or (kind == "time" and not on_gpu):
                 entry.phases.append(answer["phases"])
+            entry.calls = answer.get("calls", entry.calls)
             progress.update(number * len(workers) + place + 1, round=number + 1)
     return list(measured.values())
 
@@ -212,8 +227,15 @@ def _serve(first: dict[str, Any], answers: TextIO) -> None:
     _answer(answers, {key: getattr(contestant, key) for key in DESCRIBED})
     for number, line in enumerate(sys.stdin):
         request, batch = json.loads(line), data[number % len(data)]
+        answer: dict[str, Any]
         began = clock()
-        if request["record"]:
+        if request["calls"]:
+            kinds = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+            with torch.profiler.profile(activities=kinds) as profile:
+                contestant.step(batch)
+            on_host = torch.autograd.DeviceType.CPU
+            answer = {"calls": tally((event.name, event.device_type == on_host) for event in profile.events() or ())}
+        elif request["record"]:
             with record(clock) as times:
                 contestant.step(batch)
             answer = {"seconds": clock() - began, "phases": times.seconds}
@@ -221,6 +243,22 @@ def _serve(first: dict[str, Any], answers: TextIO) -> None:
             contestant.step(batch)
             answer = {"seconds": clock() - began}
         _answer(answers, {**answer, "peak_bytes": memory.peak()})
+
+
+def tally(events: Iterable[tuple[str, bool]]) -> dict[str, int]:
+    """Of a profile's events, each a name and whether it was the host's: what the host asked of a GPU, and what that did."""
+    host, device = Counter[str](), Counter[str]()
+    for name, on_host in events:
+        (host if on_host else device)[name] += 1
+    waits = ("cudaStreamSynchronize", "cudaEventSynchronize", "cudaDeviceSynchronize")
+    return {
+        "launches": sum(n for name, n in host.items() if name.startswith(("cudaLaunchKernel", "cuLaunchKernel"))),
+        "graphs": host["cudaGraphLaunch"],
+        # The profiler itself waits once, in its end.
+        "waits": sum(host[name] for name in waits) - (host["cudaDeviceSynchronize"] > 0),
+        "copies": sum(n for name, n in host.items() if name.startswith("cudaMemcpy")),
+        "kernels": sum(n for name, n in device.items() if not name.startswith(("Memcpy", "Memset"))),
+    }
 
 
 def _answer(answers: TextIO, value: dict[str, Any]) -> None:

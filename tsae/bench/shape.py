@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from tsae.config.run import RunConfig
+    from tsae.store.moments import Moments
 
 CONCEPTS = 64
 DTYPES = ("float32", "float64", "bfloat16")
 
 
-def halves_of(kind: str) -> int:
-    """Activations that a step of such a dictionary encodes per pair or token."""
+def is_paired(kind: str) -> bool:
+    """Whether such a dictionary is trained on pairs."""
     from tsae.config.sections import KIND_SETTINGS
 
-    return 2 if kind in KIND_SETTINGS and KIND_SETTINGS[kind].temporal else 1
+    return kind in KIND_SETTINGS and KIND_SETTINGS[kind].temporal
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +32,9 @@ class Shape:
     batch_size: int
     """Pairs of a temporal SAE, single tokens of the other kinds."""
     kind: str = "temporal"
+    objective: str = "reference"
+    """Preset of a temporal SAE's objective; `reference` is what the other libraries' steps, and the figures that others have
+    measured, are to be compared with."""
     dtype: str = "float32"
     """Of weights and activations; bfloat16 is that of the encoder product alone, where it can be chosen."""
     device: str = "cpu"
@@ -39,8 +43,8 @@ class Shape:
 
     @property
     def halves(self) -> int:
-        """Activations that a step encodes per pair or token."""
-        return halves_of(self.kind)
+        """Activations that a step encodes per pair or token: prediction wants no codes of the partners."""
+        return self.halves_of(self.kind)
 
     @property
     def weights(self) -> str:
@@ -51,10 +55,15 @@ class Shape:
     def name(self) -> str:
         """As a part of a file name."""
         dead = f"-dead{self.dead:g}" if self.dead else ""
+        objective = "" if self.objective == "reference" else f"-{self.objective}"
         return (
-            f"{self.kind}-D{self.activation_dim}-F{self.dict_size}-k{self.k}-B{self.batch_size}"
+            f"{self.kind}{objective}-D{self.activation_dim}-F{self.dict_size}-k{self.k}-B{self.batch_size}"
             f"-{self.dtype}-{self.device.replace(':', '')}{dead}"
         )
+
+    def halves_of(self, kind: str) -> int:
+        """The same of another kind."""
+        return 2 if is_paired(kind) and self.objective != "predictive" else 1
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -65,8 +74,7 @@ class Shape:
 
         tree = {
             "sae": {"kind": kind or self.kind, "dict_size": self.dict_size, "k": self.k},
-            # What the other libraries' steps, and the figures that others have measured, are to be compared with.
-            "objective": "reference",
+            "objective": self.objective if is_paired(kind or self.kind) else "reference",
             "training": {"batch_size": self.batch_size, "engine": engine, "encoder_precision": encoder_precision},
         }
         return configuration.from_mapping(tree, "bench")
@@ -93,3 +101,12 @@ def batches(shape: Shape, count: int) -> list[Tensor]:
         noise = torch.randn(shape.batch_size, 2, shape.activation_dim, generator=generator)
         made.append(((concepts @ directions + noise) / 8).to(shape.device, getattr(torch, shape.weights)))
     return made
+
+
+def moments(shape: Shape) -> Moments:
+    """Of such activations: what a training takes from a store to centre and to scale them."""
+    from tsae.store.moments import Moments
+
+    (some,) = batches(replace(shape, batch_size=256, device="cpu"), 1)
+    x = some.flatten(0, 1)
+    return Moments(len(x), x.mean(dim=0).float(), x.double().var(dim=0), float(x.square().sum(dim=1).mean()))
