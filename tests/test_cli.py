@@ -1,9 +1,10 @@
-"""The command line itself: words that it does not know."""
+"""The command line itself: words that it does not know, and how it ends when it is interrupted."""
 
 from __future__ import annotations
 
 import pytest
 
+from tsae import cli
 from tsae.cli import main
 
 
@@ -29,3 +30,22 @@ def test_an_option_is_not_taken_by_half_its_name(words: list[str], capsys: pytes
     assert said.count("\n") == 1
     assert said.startswith(f"tsae {words[0]}: error: unrecognized arguments: --")
     assert f"did you mean '{'--run-name' if words[0] == 'train' else '--dry-run'}'?" in said
+
+
+def way_out_that_fails(interrupt: BaseException) -> None:
+    """As matplotlib's PDF does it when it is left half begun."""
+    try:
+        raise interrupt
+    finally:
+        raise AttributeError("'Stream' object has no attribute 'pos'")
+
+
+def test_what_fails_on_the_way_out_of_an_interrupt_does_not_hide_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(cli, "load_dotenv", lambda: way_out_that_fails(KeyboardInterrupt()))
+    assert main(["status"]) == 130
+    assert capsys.readouterr().err == "tsae: interrupted; the same command continues\n"
+    monkeypatch.setattr(cli, "load_dotenv", lambda: way_out_that_fails(ValueError()))
+    with pytest.raises(AttributeError):
+        main(["status"])

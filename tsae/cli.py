@@ -55,9 +55,18 @@ def main(arguments: Sequence[str] | None = None, script: str = "") -> int:
     except preemption.Preempted as preempted:
         print(f"tsae: {preempted}", file=sys.stderr)
         return preemption.REQUEUE
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, Exception) as error:
+        if not _interrupted(error):
+            raise
         print(f"{speaker}: interrupted; the same command continues", file=sys.stderr)
         return 130
+
+
+def _interrupted(error: BaseException | None) -> bool:
+    """Whether it is an interrupt, or what a library's way out of one has run into, such as that of a PDF half begun."""
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__context__
+    return error is not None
 
 
 def door(command: str) -> int:
