@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.interpreter import quicken
+from tests.sae.screen_inputs import KINDS, encoder_inputs
 from tsae.sae import kernels
 from tsae.sae.dictionary import top_k
 from tsae.sae.kernels import Candidates, screen
@@ -37,28 +38,15 @@ def several_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
 shapes = st.tuples(st.integers(1, 10), st.integers(1, 90), st.integers(1, 70), st.integers(0, 2**16))
 
 
-def encoder_inputs(shape: tuple[int, int, int, int], kind: str) -> tuple[Tensor, Tensor, Tensor]:
-    """x [N, D], weight [D, F] in the memory order [F, D], bias [F]."""
-    rows, width, dim, seed = shape
-    generator = torch.Generator().manual_seed(seed)
-    x, weight = torch.randn(rows, dim, generator=generator), torch.randn(width, dim, generator=generator)
-    bias = torch.randn(width, generator=generator)
-    if kind == "worst":
-        # Just below the middle of two bfloat16 numbers, all of one sign: every rounding errs most, and the same way.
-        x, weight = (torch.full_like(tensor, 1 + 2.0**-8 - 2.0**-20) for tensor in (x, weight))
-        bias = -0.999 * dim * (1 + torch.rand(width, generator=generator) * 0.01)
-    elif kind == "scaled":
-        x *= 10 ** torch.empty(rows, 1).uniform_(-4, 4, generator=generator)
-        weight *= 10 ** torch.empty(width, 1).uniform_(-4, 4, generator=generator)
-    elif kind == "ties":
-        x, weight, bias = x.round(), weight.round(), bias.round()
-    return x.to(DEVICE), weight.to(DEVICE).T, bias.to(DEVICE)
-
-
-@given(shapes, st.sampled_from(["random", "worst", "scaled", "ties"]), st.floats(0, 1))
-@settings(max_examples=40, deadline=None)
-def test_no_entry_above_the_guess_is_missed(shape: tuple[int, int, int, int], kind: str, quantile: float) -> None:
+def on_device(shape: tuple[int, int, int, int], kind: str) -> tuple[Tensor, Tensor, Tensor]:
     x, weight, bias = encoder_inputs(shape, kind)
+    return x.to(DEVICE), weight.to(DEVICE), bias.to(DEVICE)
+
+
+@given(shapes, st.sampled_from(KINDS), st.floats(0, 1))
+@settings(max_examples=150, deadline=None)
+def test_no_entry_above_the_guess_is_missed(shape: tuple[int, int, int, int], kind: str, quantile: float) -> None:
+    x, weight, bias = on_device(shape, kind)
     true = x.double() @ weight.double() + bias.double()
     guess = max(0.0, float(true.flatten().quantile(quantile)))
     # Float32 itself cannot tell values closer than this.
@@ -99,11 +87,11 @@ def test_few_candidates_are_computed_twice(monkeypatch: pytest.MonkeyPatch) -> N
 @given(
     shapes, st.integers(1, 5), st.sampled_from([None, 0.0, 1.0, 1e4]), st.sampled_from([batch_top_k_codes, top_k_codes])
 )
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=60, deadline=None)
 def test_screened_selection_is_that_of_float32(
     shape: tuple[int, int, int, int], k: int, guess: float | None, select_codes: Select
 ) -> None:
-    x, weight, bias = encoder_inputs(shape, "random")
+    x, weight, bias = on_device(shape, "random")
     (screened,) = select_codes(Encoder("exact"), [x], weight, bias, k, [guess])
     (plain,) = select_codes(Encoder("float32"), [x], weight, bias, k, [guess])
     torch.testing.assert_close(screened.code.dense(), plain.code.dense(), rtol=1e-5, atol=1e-5)
@@ -111,11 +99,11 @@ def test_screened_selection_is_that_of_float32(
 
 
 @given(shapes, st.integers(1, 5), st.sampled_from(["worst", "ties"]))
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=40, deadline=None)
 def test_screened_top_k_keeps_the_largest_values_of_each_row(
     shape: tuple[int, int, int, int], k: int, kind: str
 ) -> None:
-    x, weight, bias = encoder_inputs(shape, kind)
+    x, weight, bias = on_device(shape, kind)
     bias += 0.5 * shape[2]
     rows, latents, values = Screen(weight, bias).largest_of_rows(x, k, Candidates())
     found = torch.zeros(len(x), len(bias))

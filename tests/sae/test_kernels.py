@@ -15,29 +15,31 @@ import torch
 
 pytest.importorskip("triton")
 
-CASES = [str(Path(__file__).parent / name) for name in ("kernel_cases.py", "screen_cases.py")]
+CASES = ["kernel_cases.py", "screen_cases.py"]
 COMPILE = Path(__file__).parent / "kernel_compilation.py"
 
 
 def run(arguments: list[str], **environment: str) -> str:
     own = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run(
-        [sys.executable, *arguments], env={**own, **environment}, capture_output=True, text=True, timeout=300
+        [sys.executable, *arguments], env={**own, **environment}, capture_output=True, text=True, timeout=600
     )
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     return done.stdout
 
 
-def test_interpreted_kernels_equal_dense_products() -> None:
-    output = run(["-m", "pytest", "-p", "no:cacheprovider", *CASES], TRITON_INTERPRET="1")
+@pytest.mark.parametrize("cases", CASES)
+def test_interpreted_kernels_equal_dense_products(cases: str) -> None:
+    output = run(["-m", "pytest", "-p", "no:cacheprovider", str(Path(__file__).parent / cases)], TRITON_INTERPRET="1")
     assert "passed" in output
     assert "skipped" not in output
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_compiled_kernels_equal_dense_products() -> None:
-    run(["-m", "pytest", "-p", "no:cacheprovider", *CASES])
+@pytest.mark.parametrize("cases", CASES)
+def test_compiled_kernels_equal_dense_products(cases: str) -> None:
+    run(["-m", "pytest", "-p", "no:cacheprovider", str(Path(__file__).parent / cases)])
 
 
 def test_kernels_compile_for_ampere_hopper_and_blackwell_without_spilled_registers(tmp_path: Path) -> None:

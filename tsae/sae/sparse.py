@@ -45,6 +45,13 @@ def kernels_for(tensor: Tensor) -> ModuleType | None:
     return _kernels()
 
 
+def kernels_that_run(tensor: Tensor) -> ModuleType:
+    """The same where they are known to: a code with spare entries, or a screen, has been made by them."""
+    kernels = kernels_for(tensor)
+    assert kernels is not None
+    return kernels
+
+
 @functools.cache
 def _kernels() -> ModuleType | None:
     if importlib.util.find_spec("triton") is None:
@@ -122,9 +129,7 @@ class SparseCode(NamedTuple):
     def of_groups(self, groups: Sequence[slice]) -> tuple[Tensor, Tensor]:
         """Sum of the entries of each group of latents, which follow each other, and how many they are [G]."""
         if self.spare:
-            kernels = kernels_for(self.values)
-            assert kernels is not None
-            return kernels.of_groups(self.offsets, self.latents, self.values, groups)
+            return kernels_that_run(self.values).of_groups(self.offsets, self.latents, self.values, groups)
         inside = [self.inside(group) for group in groups]
         return torch.stack([self.values.where(each, 0).sum() for each in inside]), torch.stack(
             [each.sum() for each in inside]
@@ -178,8 +183,7 @@ def side_by_side(codes: Sequence[SparseCode]) -> SparseCode:
         return first
     size = sum(code.dict_size for code in codes)
     if first.spare:
-        kernels = kernels_for(first.values)
-        assert kernels is not None
+        kernels = kernels_that_run(first.values)
         offsets, latents, values, rows = kernels.side_by_side(codes, [code.dict_size for code in codes])
         return SparseCode(offsets, latents, values, size, True, rows)
     offsets = torch.stack([code.offsets for code in codes]).sum(dim=0)

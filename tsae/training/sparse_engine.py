@@ -34,6 +34,7 @@ from tsae.sae.sparse import (
     SparseCode,
     add_rows,
     kernels_for,
+    kernels_that_run,
     row_squares,
     sampled_products,
     side_by_side,
@@ -306,8 +307,7 @@ def _residuals(
 ) -> tuple[Tensor | list[Tensor], Sequence[Tensor], list[Tensor]]:
     """Centred inputs [B, D] less each nested reconstruction, and the sum of its squares; and that of each group's alone."""
     if code.spare:
-        kernels = kernels_for(centred)
-        assert kernels is not None
+        kernels = kernels_that_run(centred)
         csr = code.offsets, code.latents, code.values
         residuals, squares, alone = kernels.nested_residuals(
             *csr, dictionary.W_dec, centred, weights.parts, weights.ends
@@ -356,8 +356,7 @@ def _through_decoder(
     """
     batch = len(residuals[-1])
     if isinstance(residuals, Tensor):
-        kernels = kernels_for(residuals)
-        assert kernels is not None
+        kernels = kernels_that_run(residuals)
         numbers = (*weights.part_weights, weights.prediction)
         factors = torch.stack([n if isinstance(n, Tensor) else residuals.new_full((), n) for n in numbers])
         backs, unpredicted = kernels.nested_gradients(residuals, -2 * factors / divisor, predicted)

@@ -21,7 +21,7 @@ from torch.nn.functional import cosine_similarity, cross_entropy
 
 from tsae.config.run import RunConfig, group_weights
 from tsae.parallel.group import ALONE, Group, starts
-from tsae.sae.sparse import Part, SparseCode, kernels_for, sampled_products, weighted_rows
+from tsae.sae.sparse import Part, SparseCode, kernels_for, kernels_that_run, sampled_products, weighted_rows
 
 EXCLUDED = -1e30
 """The logit of a pair that is not to count."""
@@ -268,7 +268,7 @@ class _LogitsOnChip(_Logits):
 
     @property
     def _kernels(self) -> Any:
-        return kernels_for(self.high.values)
+        return kernels_that_run(self.high.values)
 
 
 def _of_all_processes(code: SparseCode, group: Group) -> tuple[SparseCode, slice]:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from tsae.sae.kernels.candidates import List
 from tsae.sae.kernels.launch import on_device_of
-from tsae.sae.kernels.sums import ENTRIES, bounds, tile_width
+from tsae.sae.kernels.sums import ENTRIES, bounds, products, tile_width
 
 OF_ROW = 32
 """Candidates, or entries, of a row that a program has at a time: one for each thread."""
@@ -38,17 +38,8 @@ def _refine(
     entry = tl.program_id(0).to(tl.int64) * BLOCK_E + tl.arange(0, BLOCK_E)
     latent = tl.load(latents + entry, mask=entry < count, other=-1)
     live = latent >= 0
-    x_row = x + tl.load(rows + entry, mask=live, other=0) * x_stride
-    matrix_row = matrix + latent * matrix_stride
-    total = tl.zeros((BLOCK_E, BLOCK_D), tl.float32)
-    # Most of a list's places are empty.
-    for first in range(0, tl.where(tl.max(latent, axis=0) >= 0, width, 0), BLOCK_D):
-        d = first + tl.arange(0, BLOCK_D)
-        inside = live[:, None] & (d < width)[None, :]
-        one = tl.load(x_row[:, None] + d[None, :], mask=inside, other=0.0)
-        other = tl.load(matrix_row[:, None] + d[None, :], mask=inside, other=0.0)
-        total += one * other
-    value = tl.sum(total, axis=1) + tl.load(bias + latent, mask=live, other=0.0)
+    value = products(rows, entry, latent, x, matrix, width, x_stride, matrix_stride, BLOCK_E, BLOCK_D)
+    value += tl.load(bias + latent, mask=live, other=0.0)
     value = tl.where(live & (value > tl.load(guess)), value, float("-inf"))
     tl.store(out + entry, value, mask=entry < count)
 

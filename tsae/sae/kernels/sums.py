@@ -27,6 +27,25 @@ SCALARS = 256
 """Single values that a program sums at a time."""
 SQUARED = 1024
 """Columns whose squares a program adds at a time."""
+ALL = tl.constexpr(2**31 - 1)
+"""More than there are columns."""
+
+
+@triton.jit
+def _decoded(
+    columns, values, matrix, start, stop, first_column, last_column, d, width, matrix_stride,
+    BLOCK_E: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """What the entries of a row that are of some columns sum of the matrix's rows, at the places d."""
+    total = tl.zeros((BLOCK_E, BLOCK_D), tl.float32)
+    for first in range(start, stop, BLOCK_E):
+        entry = first + tl.arange(0, BLOCK_E)
+        column = tl.load(columns + entry, mask=entry < stop, other=-1)
+        live = (column >= first_column) & (column < last_column)
+        value = tl.load(values + entry, mask=live, other=0.0)
+        inside = live[:, None] & (d < width)[None, :]
+        total += value[:, None] * tl.load(matrix + column[:, None] * matrix_stride + d[None, :], mask=inside, other=0.0)
+    return tl.sum(total, axis=0)
 
 
 @triton.jit
@@ -46,17 +65,27 @@ def _weighted_rows(
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     start = tl.load(offsets + row)
     stop = tl.load(offsets + row + 1)
+    total = _decoded(columns, values, matrix, start, stop, 0, ALL, d, width, matrix_stride, BLOCK_E, BLOCK_D)
+    tl.store(out + row * out_stride + d, total, mask=d < width)
+
+
+@triton.jit
+def products(
+    rows, entry, column, x, matrix, width, x_stride, matrix_stride, BLOCK_E: tl.constexpr, BLOCK_D: tl.constexpr
+):
+    """x[row] · matrix[column] of some entries, 0 of empty ones."""
+    live = column >= 0
+    x_row = x + tl.load(rows + entry, mask=live, other=0) * x_stride
+    matrix_row = matrix + column * matrix_stride
     total = tl.zeros((BLOCK_E, BLOCK_D), tl.float32)
-    for first in range(start, stop, BLOCK_E):
-        entry = first + tl.arange(0, BLOCK_E)
-        column = tl.load(columns + entry, mask=entry < stop, other=-1)
-        live = column >= 0
-        value = tl.load(values + entry, mask=live, other=0.0)
-        tile = tl.load(
-            matrix + column[:, None] * matrix_stride + d[None, :], mask=live[:, None] & (d < width)[None, :], other=0.0
-        )
-        total += value[:, None] * tile
-    tl.store(out + row * out_stride + d, tl.sum(total, axis=0), mask=d < width)
+    # Most of a list's places are empty.
+    for first in range(0, tl.where(tl.max(column, axis=0) >= 0, width, 0), BLOCK_D):
+        d = first + tl.arange(0, BLOCK_D)
+        inside = live[:, None] & (d < width)[None, :]
+        one = tl.load(x_row[:, None] + d[None, :], mask=inside, other=0.0)
+        other = tl.load(matrix_row[:, None] + d[None, :], mask=inside, other=0.0)
+        total += one * other
+    return tl.sum(total, axis=1)
 
 
 @triton.jit
@@ -75,17 +104,8 @@ def _sampled_products(
 ):
     entry = tl.program_id(0).to(tl.int64) * BLOCK_E + tl.arange(0, BLOCK_E)
     column = tl.load(columns + entry, mask=entry < count, other=-1)
-    live = column >= 0
-    x_row = x + tl.load(rows + entry, mask=live, other=0) * x_stride
-    matrix_row = matrix + column * matrix_stride
-    total = tl.zeros((BLOCK_E, BLOCK_D), tl.float32)
-    for first in range(0, width, BLOCK_D):
-        d = first + tl.arange(0, BLOCK_D)
-        inside = live[:, None] & (d < width)[None, :]
-        one = tl.load(x_row[:, None] + d[None, :], mask=inside, other=0.0)
-        other = tl.load(matrix_row[:, None] + d[None, :], mask=inside, other=0.0)
-        total += one * other
-    tl.store(out + entry, tl.sum(total, axis=1), mask=entry < count)
+    product = products(rows, entry, column, x, matrix, width, x_stride, matrix_stride, BLOCK_E, BLOCK_D)
+    tl.store(out + entry, product, mask=entry < count)
 
 
 @triton.jit
@@ -221,19 +241,9 @@ def _nested_residuals(
     for part in range(0, n_parts):
         first_column = tl.load(starts + part)
         last_column = tl.load(starts + part + 1)
-        total = tl.zeros((BLOCK_E, BLOCK_D), tl.float32)
-        for first in range(start, stop, BLOCK_E):
-            entry = first + tl.arange(0, BLOCK_E)
-            column = tl.load(columns + entry, mask=entry < stop, other=-1)
-            live = (column >= first_column) & (column < last_column)
-            value = tl.load(values + entry, mask=live, other=0.0)
-            tile = tl.load(
-                matrix + column[:, None] * matrix_stride + d[None, :],
-                mask=live[:, None] & (d < width)[None, :],
-                other=0.0,
-            )
-            total += value[:, None] * tile
-        decoded = tl.sum(total, axis=0)
+        decoded = _decoded(
+            columns, values, matrix, start, stop, first_column, last_column, d, width, matrix_stride, BLOCK_E, BLOCK_D
+        )
         residual -= decoded
         of_group += decoded
         place = part * n_rows + row

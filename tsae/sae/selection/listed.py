@@ -22,7 +22,7 @@ from torch import Tensor
 from tsae.runtime.phases import phase
 from tsae.sae.selection.screens import Screen
 from tsae.sae.selection.top_k import GUESS_MARGIN, Encoder, Prepared, first_guess, lowered
-from tsae.sae.sparse import SparseCode, kernels_for
+from tsae.sae.sparse import SparseCode, kernels_that_run
 
 
 class Check(NamedTuple):
@@ -90,8 +90,7 @@ def _largest_of_half(encoder: Encoder, x: Tensor, prepared: Prepared, k: float, 
 def _largest_of_tokens(encoder: Encoder, x: Tensor, prepared: Prepared, k: int) -> Listed:
     guess, room = x.new_zeros(()), len(x) * min(k, len(prepared.bias))
     listed, values = _candidates(encoder, x, prepared, guess, k, room)
-    kernels = kernels_for(x)
-    assert kernels is not None
+    kernels = kernels_that_run(x)
     values, cut = kernels.largest_of_rows(listed, values, k), x.new_full((), -torch.inf)
     return _listed(encoder, x, prepared, listed, values, cut, room, guess, 0)
 
@@ -100,8 +99,7 @@ def _listed(
     encoder: Encoder, x: Tensor, prepared: Prepared, listed: Any, values: Tensor, cut: Tensor, room: int, guess: Tensor, wanted: int
 ) -> Listed:  # fmt: skip
     """The candidates above the cut, and of those that are equal to it the first ones, `room` in all."""
-    kernels = kernels_for(x)
-    assert kernels is not None
+    kernels = kernels_that_run(x)
     (offsets, latents, chosen, rows), smallest, above = kernels.kept(listed, values, cut, room)
     code = SparseCode(offsets, latents, chosen, len(prepared.bias), True, rows)
     counts = torch.cat([listed.found, above, (guess > 0)[None]])

@@ -30,14 +30,14 @@ import torch
 from torch import Tensor
 
 from tsae.runtime.phases import phase
-from tsae.sae.sparse import from_entries, kernels_for, sampled_products
+from tsae.sae.sparse import from_entries, kernels_for, kernels_that_run, sampled_products
 
 SEGMENT = 64
 """Latents that are judged together, by their largest entry, before any single one is."""
 CHUNK_BYTES = 256 * 2**20
-"""Bytes of a matrix that torch's operations work on at a time on CUDA."""
+"""Bytes of a matrix of which products at entries are made at a time."""
 CACHE_BYTES = 512 * 2**10
-"""The same on a CPU, where they stay in the cache."""
+"""Of a matrix that is rounded: they stay in the cache."""
 BLOCK_BYTES, BLOCK_ROWS = 32 * 2**20, 512
 """Size of a block of screened products on a CPU, and the fewest rows that it has."""
 CUDA_BLOCK_BYTES, CUDA_BLOCK_ROWS = 32 * 2**20, 256
@@ -72,7 +72,7 @@ def round_rows(matrix: Tensor, out: Tensor | None = None) -> Rounded:
         return Rounded(*kernels.round_rows(matrix))
     low = torch.empty_like(matrix, dtype=torch.bfloat16) if out is None else out
     norms, errors = matrix.new_empty(len(matrix)), matrix.new_empty(len(matrix))
-    size = max(1, (CHUNK_BYTES if matrix.is_cuda else CACHE_BYTES) // (4 * matrix.shape[1]))
+    size = max(1, CACHE_BYTES // (4 * matrix.shape[1]))
     scratch = torch.empty_like(matrix[:size])
     parts = (tensor.split(size) for tensor in (matrix, low, norms, errors))
     for rows, low_rows, norm, error in zip(*parts, strict=True):
@@ -120,15 +120,12 @@ class Screen:
         """
         guesses = (guess * (1 - SLACK)).expand(len(x)).contiguous()
         listed = listing.list(guesses, functools.partial(self._fill, round_rows(x), k), least)
-        kernels = kernels_for(x)
-        assert kernels is not None
-        return listed, kernels.refined(listed, x, self.latents, self.bias, guess)
+        return listed, kernels_that_run(x).refined(listed, x, self.latents, self.bias, guess)
 
     @phase("encoder product")
     def _fill(self, low: Rounded, k: int | None, listed: Any) -> None:
         """List the candidates by kernels; with `k` each row's guess is set just before."""
-        kernels = kernels_for(self.latents)
-        assert kernels is not None
+        kernels = kernels_that_run(self.latents)
         block_rows = max(CUDA_BLOCK_ROWS, 8 * CUDA_BLOCK_BYTES // len(self.bias))
         for start in range(0, len(low.rows), block_rows):
             block, guesses = low.block(start, start + block_rows), listed.guesses[start : start + block_rows]
