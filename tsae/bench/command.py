@@ -9,7 +9,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from tsae.bench.shape import DTYPES, PRESETS, Shape
+from tsae.bench.shape import DTYPES, PRESETS, Shape, is_paired
 from tsae.runtime import metadata
 from tsae.runtime.environment import home
 from tsae.runtime.errors import TsaeError, suggestion
@@ -162,6 +162,8 @@ def _check(options: argparse.Namespace, shape: Shape) -> None:
         value = getattr(shape, name, None) or getattr(options, name)
         if value < 1:
             raise TsaeError(f"--{name.replace('_', '-')} {value} is impossible; it must be at least 1")
+    if shape.objective != "reference" and not is_paired(shape.kind):
+        raise TsaeError(f"--objective {shape.objective}: a {shape.kind} SAE has no temporal term; leave it out")
     if not 0 <= shape.dead < 1:
         raise TsaeError(f"--dead {shape.dead} is impossible; a share in [0, 1) is allowed")
     for name in ("warmup", "store_mb"):

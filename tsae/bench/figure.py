@@ -70,7 +70,9 @@ def _draw_times(axes: Axes, record: dict[str, Any]) -> None:
     axes.set_xlabel(f"{unit} per step (× sparse)")
     axes.grid(axis="y", visible=False)
     shape = record["shape"]
-    axes.set_title(f"D {shape['activation_dim']}, F {shape['dict_size']}, B {shape['batch_size']}, k {shape['k']}")
+    objective = "" if shape["objective"] == "reference" else f", {shape['objective']}"
+    sizes = f"D {shape['activation_dim']}, F {shape['dict_size']}, B {shape['batch_size']}, k {shape['k']}"
+    axes.set_title(sizes + objective)
 
 
 def _draw_phases(axes: Axes, record: dict[str, Any]) -> None:

@@ -142,8 +142,8 @@ class _Worker:
 def measure(names: Sequence[str], shape: Shape, plan: Plan, against: Sequence[str] = ()) -> Result:
     """Time contestants `names` and the libraries `against`, those with this package's equivalent of each.
 
-    A library that cannot be imported or does not start is left out, and so is what fails later but for the first: dense codes
-    may not fit into the memory. Raises TsaeError if that one fails.
+    A library that cannot be imported or does not start is left out, and so are one and the dense
+    path where they fail later: dense codes may not fit into the memory. Raises TsaeError if another contestant fails.
     """
     with ExitStack() as stack:
 
@@ -183,7 +183,7 @@ def _rounds(workers: list[_Worker], shape: Shape, plan: Plan, missing: dict[str,
             try:
                 answer = worker.ask({"record": kind == "phases" or not on_gpu, "calls": kind == "calls"})
             except TsaeError as error:
-                if worker is workers[0]:
+                if worker.library not in (*PEERS, "dense"):
                     raise
                 missing[worker.name] = str(error)
                 del measured[worker.name]
