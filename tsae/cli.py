@@ -18,7 +18,7 @@ from tsae.experiments.commands import add_commands as add_experiment_commands
 from tsae.interop.commands import add_commands
 from tsae.runtime import preemption
 from tsae.runtime.environment import home, load_dotenv, process_count, process_rank
-from tsae.runtime.errors import TsaeError, os_error_line, suggestion
+from tsae.runtime.errors import TsaeError, interrupted, os_error_line, suggestion
 from tsae.runtime.processes import end_without_a_search
 from tsae.store.commands import add_commands as add_store_commands
 from tsae.sweep.commands import INEXACT_HELP, PROBE_HELP
@@ -56,17 +56,10 @@ def main(arguments: Sequence[str] | None = None, script: str = "") -> int:
         print(f"tsae: {preempted}", file=sys.stderr)
         return preemption.REQUEUE
     except (KeyboardInterrupt, Exception) as error:
-        if not _interrupted(error):
+        if not interrupted(error):
             raise
         print(f"{speaker}: interrupted; the same command continues", file=sys.stderr)
         return 130
-
-
-def _interrupted(error: BaseException | None) -> bool:
-    """Whether it is an interrupt, or what a library's way out of one has run into, such as that of a PDF half begun."""
-    while error is not None and not isinstance(error, KeyboardInterrupt):
-        error = error.__context__
-    return error is not None
 
 
 def door(command: str) -> int:

@@ -82,6 +82,19 @@ def take(path: str) -> None:
         pass
 
 
+def left_badly() -> None:
+    try:
+        raise KeyboardInterrupt
+    finally:
+        raise AttributeError("of a library that was left half way")
+
+
+def test_an_interrupt_that_a_library_hides_is_no_failure(tmp_path: Path) -> None:
+    with pytest.raises(AttributeError):
+        run_stage(call(tmp_path, f"{__name__}:left_badly"))
+    assert state(tmp_path)["state"] == "running"  # as of any stage that ended without a word
+
+
 def test_fewer_processes_than_were_asked_for_are_refused(tmp_path: Path) -> None:
     with pytest.raises(Exception, match="4 processes were asked for and 1 started"):
         run_stage(call(tmp_path, "os:getcwd", processes=4))

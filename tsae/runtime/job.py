@@ -18,7 +18,7 @@ from typing import Any
 
 from tsae.runtime import metadata, preemption
 from tsae.runtime.environment import process_count, process_rank
-from tsae.runtime.errors import TsaeError
+from tsae.runtime.errors import TsaeError, interrupted
 from tsae.runtime.locks import LockHeld
 from tsae.runtime.metadata import COUNT
 from tsae.runtime.processes import end_without_a_search
@@ -113,7 +113,8 @@ def run_stage(call: Call, place: Place | None = None) -> None:
         record.enter(folder, State.PREEMPTED)
         raise
     except Exception as error:
-        record.enter(folder, State.FAILED, _line(error))
+        if not interrupted(error):  # of an interrupt nothing is said: the stage is one that ended without a word
+            record.enter(folder, State.FAILED, _line(error))
         raise
     if first:
         record.enter(folder, State.DONE)
