@@ -12,7 +12,9 @@ from hypothesis import strategies as st
 
 from tsae.config.run import Counted
 from tsae.runtime.errors import TsaeError
+from tsae.store import pools
 from tsae.store.pairs import PairStream
+from tsae.store.pools import GpuPools, Pools, StagedPools
 from tsae.store.reader import Store
 
 WriteStore = Callable[..., Store]
@@ -144,6 +146,66 @@ def test_iterating_gives_the_same_batches_across_epochs_and_from_any_step(store:
         batches = list(stream_of(store, "random", 96).iterate(start, len(expected)))
         assert len(batches) == len(expected) - start
         assert all(map(torch.equal, batches, expected[start:]))
+
+
+@pytest.mark.parametrize("way", [StagedPools, GpuPools])
+@pytest.mark.parametrize(("rule", "world", "dtype"), [("random", 1, "float32"), ("none", 4, "bfloat16")])
+def test_pools_beside_a_gpu_and_on_it_give_the_same_batches_as_those_in_memory(
+    way: Any,
+    rule: str,
+    world: int,
+    dtype: str,
+    write_store: WriteStore,
+    ragged: np.ndarray,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    store, share = write_store(ragged, heldout=100, dtype=dtype), {"rank": world // 2, "world": world}
+    here = stream_of(store, rule, 96, **share)
+    # No GPU is needed to see that they are the same; the memory of this machine stands for a GPU's.
+    monkeypatch.setattr("tsae.store.pairs.pools_for", lambda _, store, __: way(store, torch.device("cpu")))
+    there = stream_of(store, rule, 96, **share)
+    check_same(here, there)
+    assert torch.equal(there[here.steps_per_epoch + 1].float(), here[here.steps_per_epoch + 1])
+
+
+def check_same(here: PairStream, there: PairStream, work: Callable[[], object] = lambda: None) -> None:
+    """Batches of several pools and epochs are the same, `there` in the store's dtype; all are kept, so that memory used
+    twice would show. `work` is done with each."""
+    steps = here.steps_per_epoch
+    assert len(here._pool_starts) > 3
+    for start in (0, steps - 1, steps + 7):
+        found = []
+        for batch in there.with_documents(start, 2 * steps + 3):
+            work()
+            found.append(batch)
+        for (batch, document), (wanted, of) in zip(found, here.with_documents(start, 2 * steps + 3), strict=True):
+            assert batch.dtype == here._store.dtype
+            assert torch.equal(batch.float().cpu(), wanted)
+            assert torch.equal(document.cpu(), of)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize(("free", "way"), [(pools.MOST_OF_FREE, GpuPools), (0.0, StagedPools)])
+def test_a_gpu_gets_the_same_batches_while_it_is_busy(
+    store: Store, free: float, way: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pools, "MOST_OF_FREE", free)
+    here, there = (stream_of(store, "random", 96, device=device) for device in (None, torch.device("cuda")))
+    assert type(there._pools) is way
+    big = torch.randn(4096, 4096, device="cuda")
+    check_same(here, there, lambda: big @ big)  # what is copied meanwhile must not be what a step still reads
+
+
+def test_pools_are_on_the_gpu_where_half_of_what_is_free_there_holds_them(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "Stream", lambda _: None)
+    gpu, wanted = torch.device("cuda"), 300 * 32 * (store.activation_dim * store.dtype.itemsize + pools.BESIDE)
+    for free, way in ((2 * wanted, GpuPools), (2 * wanted - 1, StagedPools)):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _, free=free: (free, 2 * free))
+        assert type(pools.pools_for(gpu, store, 300)) is way
+    assert type(pools.pools_for(torch.device("cpu"), store, 300)) is Pools
 
 
 @pytest.mark.parametrize("rule", ["random", "none"])

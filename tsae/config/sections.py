@@ -350,7 +350,7 @@ class TrainingConfig:
     negatives: Literal["global", "local"] = "global"
     """`global`: a token's contrastive negatives are the partners of the whole batch; `local`: those of its process's share, which saves an exchange and lets results depend on the number of processes."""
     pool_sequences: Count = 16384
-    """Sequences mixed at a time, over all processes; at least half the batch size mixes well. Twice as many are held in memory."""
+    """Sequences mixed at a time, over all processes; at least half the batch size mixes well. Twice as many are held in memory, on a GPU where half of what is free there holds them."""
     log_every: Count = 10
     """Steps between lines of metrics.jsonl."""
     save_steps: tuple[Natural, ...] = ()

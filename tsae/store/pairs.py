@@ -22,11 +22,11 @@ from __future__ import annotations
 import logging
 import math
 import time
-import weakref
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
+from functools import partial
 from threading import Event
 from typing import NamedTuple
 
@@ -39,14 +39,12 @@ from tsae.config.sections import parse_pair_rule
 from tsae.runtime.errors import TsaeError
 from tsae.store.geometry import block_sequences
 from tsae.store.norms import of as norms_of
-from tsae.store.reader import Store, uninitialised
+from tsae.store.pools import pools_for
+from tsae.store.reader import Store
 
 MOST_LANES = 8
-BATCHES_AHEAD = 3
 WAIT_SECONDS = 10.0
-SCRATCH_BYTES = 512 * 1024
 SEQUENCES_AT_A_TIME = 4096
-MOST_FREE = 8
 BLOCK_ORDER, PAIR_ORDER = 1, 2  # keep the two kinds of random streams apart
 
 log = logging.getLogger("tsae")
@@ -87,9 +85,8 @@ class Pool(NamedTuple):
     key: tuple[int, int]  # epoch, number of the pool in it
     blocks: np.ndarray  # in file order
     buffer: Tensor  # [sequences, L, D]: the blocks, one after the other
-    scratch: Tensor  # [rows, D]
     norms: np.ndarray | None  # [sequences, L], where they decide which pairs are left out
-    document: np.ndarray  # [sequences, L]
+    document: Tensor  # [sequences·L]
     pairs: Tensor  # [lanes, n, 2 or 1] rows of the buffer seen as [sequences·L, D]: current, partner
 
 
@@ -142,8 +139,8 @@ class Waits:
 class PairStream:
     """Batches of pairs from the training part of a store.
 
-    `stream[step]` is [B / world, 2, D] float32 (slot 0 the current token, slot 1 its partner), or [B / world, D] for
-    the rule `none`. The batches of all ranks, put together in order, are the batch of a single process. Positions that
+    `stream[step]` is [B / world, 2, D] (slot 0 the current token, slot 1 its partner), or [B / world, D] for the rule
+    `none`: float32, or on `device`, where that is a GPU, in the store's dtype. The batches of all ranks, put together in order, are the batch of a single process. Positions that
     are not `counted` (see `Store.valid`) never enter, and part what stands before them from what follows; a partner is
     an earlier token of the same document in the same context. `pool_sequences` contexts are mixed at a time, over all ranks, and
     twice as many are in memory.
@@ -160,6 +157,7 @@ class PairStream:
         pool_sequences: int,
         rank: int = 0,
         world: int = 1,
+        device: torch.device | None = None,
     ) -> None:
         if batch_size % world or not 0 <= rank < world:
             raise TsaeError(f"training.batch_size: {batch_size} cannot be shared by {world} processes; use a multiple")
@@ -197,7 +195,7 @@ class PairStream:
         begin = rank * share - self._my_lanes.start * lane
         self._my_rows = slice(begin, begin + share)
         self._pool: Pool | None = None
-        self._batches = Recycled()
+        self._pools = pools_for(device, store, -(-min(len(store.train), 2 * pool_sequences) // world))
         self._orders: dict[int, tuple[np.ndarray, np.ndarray]] = {}
         self.waits = Waits()
 
@@ -210,7 +208,7 @@ class PairStream:
             # Forgotten first: should reading fail, its buffer is half overwritten.
             before, self._pool = self._pool, None
             self._pool = self._load(key, before, None if before is None else before.buffer)
-        return self._batch(self._pool, offset)
+        return self._pools.received(*self._batch(self._pool, offset))[0]
 
     def read_first(self, step: int, leaving: Callable[[], bool]) -> None:
         """Read what iterating from `step` begins with, which may take long; given up once `leaving` says so."""
@@ -228,11 +226,14 @@ class PairStream:
         waiting: deque[Future[tuple[Tensor, Tensor]]] = deque()
         try:
             for step in range(start, stop):
+                if not self._pools.ahead:
+                    yield ahead.batch(step)
+                    continue
                 waiting.append(gatherer.submit(ahead.batch, step))
-                if len(waiting) > BATCHES_AHEAD:
-                    yield waiting.popleft().result()
+                if len(waiting) > self._pools.ahead:
+                    yield self._pools.received(*waiting.popleft().result())
             while waiting:
-                yield waiting.popleft().result()
+                yield self._pools.received(*waiting.popleft().result())
         finally:
             # The process could not end before its threads do.
             over.set()
@@ -251,26 +252,12 @@ class PairStream:
         """The first step of a pool."""
         return key[0] * self.steps_per_epoch + int(self._pool_starts[key[1]])
 
-    def _batch(self, pool: Pool, offset: int) -> Tensor:
-        mine = self._rows(pool, offset)
-        source, rows, scratch = pool.buffer.flatten(0, 1), mine.flatten(), pool.scratch
-        batch = self._batches.take((len(rows), self._store.activation_dim))
-        # A piece at a time, so that what is gathered is still in the processor's cache when it is widened.
-        for begin in range(0, len(rows), len(scratch)):
-            piece = rows[begin : begin + len(scratch)]
-            gathered = torch.index_select(source, 0, piece, out=scratch[: len(piece)])
-            batch[begin : begin + len(piece)] = gathered
-        return batch.view(*mine.shape, -1).squeeze(1)
-
-    def _rows(self, pool: Pool, offset: int) -> Tensor:
-        """[B / world, 2 or 1] rows of a pool's buffer."""
+    def _batch(self, pool: Pool, offset: int) -> tuple[Tensor, Tensor]:
+        """The batch at a place of a pool, and the documents of its pairs [B / world]."""
         n = self._lane_rows
-        return pool.pairs[:, offset * n : (offset + 1) * n].flatten(0, 1)[self._my_rows]
-
-    def _documents(self, pool: Pool, offset: int) -> Tensor:
-        """[B / world]: document of each pair."""
-        place, position = np.divmod(self._rows(pool, offset)[:, 0].numpy(), pool.buffer.shape[1])
-        return torch.from_numpy(pool.document[place, position])
+        rows = pool.pairs[:, offset * n : (offset + 1) * n].flatten(0, 1)[self._my_rows]
+        batch, document = self._pools.batch(pool.buffer.flatten(0, 1), pool.document, rows)
+        return batch.squeeze(1), document
 
     def _load(
         self,
@@ -286,12 +273,10 @@ class PairStream:
             buffer, norms, document = resident.buffer, resident.norms, resident.document
         else:
             buffer, norms = self._read(key, part, blocks, spare, leaving)
-            document = self._store.document[self._sequences(blocks)]
-        pairs = self._pairs_of(key, part, blocks, norms)
-        dim, dtype = self._store.activation_dim, self._store.dtype
-        scratch = uninitialised((max(1, SCRATCH_BYTES // (dim * dtype.itemsize)), dim), dtype)
+            document = self._pools.table(self._store.document[self._sequences(blocks)].reshape(-1))
+        pairs = self._pools.table(self._pairs_of(key, part, blocks, norms))
         self.waits.ready = time.monotonic()
-        return Pool(key, blocks, buffer, scratch, norms, document, torch.from_numpy(pairs))
+        return Pool(key, blocks, buffer, norms, document, pairs)
 
     def _order(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """All blocks in the order of an epoch, and the place of each in it."""
@@ -405,7 +390,7 @@ class PairStream:
         store = self._store
         per_chunk, last_chunk = store.chunk_sequences, -(-len(store.train) // store.chunk_sequences)
         needed = len(blocks) * self._block
-        buffer = spare if spare is not None and len(spare) >= needed else store.empty(needed + needed // 16)
+        buffer = self._pools.buffer(needed, spare)
         norms = np.zeros((needed, store.context_length), np.float32) if self._limited else None
         for block in blocks.tolist() if store.maker is None else self._provided(key, part, leaving):
             if leaving():
@@ -414,9 +399,9 @@ class PairStream:
             place = slice(slot * self._block, (slot + 1) * self._block)
             first = block * self._block // per_chunk
             count = min(self._block // per_chunk, last_chunk - first)
-            store.read_chunks(first, count, buffer[place])
+            read = self._pools.fill(buffer[place], partial(store.read_chunks, first, count))
             if norms is not None:
-                norms[place] = norms_of(buffer[place])
+                norms[place] = norms_of(read)
         if leaving():
             raise Abandoned
         return buffer, norms
@@ -448,7 +433,7 @@ class _Ahead:
         if self._pool is None or self._pool.key != key:
             self._advance(key)
         assert self._pool is not None
-        return self._stream._batch(self._pool, offset), self._stream._documents(self._pool, offset)
+        return self._stream._batch(self._pool, offset)
 
     def _advance(self, key: tuple[int, int]) -> None:
         before = self._pool
@@ -472,23 +457,3 @@ class _Ahead:
             step, since = self._stream._begins(found.key), time.monotonic() - waits.began
             waits.pools.append(Waited(step, since, training, reading, maker.window.held_bytes()))
         return found
-
-
-class Recycled:
-    """Memory for batches that serves again once no tensor refers to it: new pages cost as much as filling them."""
-
-    def __init__(self) -> None:
-        self._free: list[np.ndarray] = []
-
-    def take(self, shape: tuple[int, ...]) -> Tensor:
-        """An uninitialised float32 tensor."""
-        fitting = self._free and self._free[-1].shape == shape
-        memory = self._free.pop() if fitting else np.empty(shape, np.float32)
-        # torch holds this very object until the last view of the tensor is gone.
-        held = memory[:]
-        weakref.finalize(held, self._give_back, memory).atexit = False
-        return torch.from_numpy(held)
-
-    def _give_back(self, memory: np.ndarray) -> None:
-        if len(self._free) < MOST_FREE:
-            self._free.append(memory)

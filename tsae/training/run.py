@@ -101,6 +101,7 @@ def _train(runs: Sequence[tuple[RunConfig, RunFolder]], group: Group, inexact: b
         pool_sequences=settings.pool_sequences,
         rank=group.rank,
         world=group.world,
+        device=running[0].device,
     )
     stream.read_first(first, preemption.requested)
     if group.start_any([preemption.requested()])()[0]:
@@ -166,11 +167,11 @@ class _Training:
         # The name of this run in the trackers, and the step that comes next there.
         self._tracking = state.get("tracking") or {"id": uuid.uuid4().hex, "step": 0}
         self._metrics_before = state.get("metrics_bytes", 0), state.get("metrics_crc32c")
-        self._device = Accelerator(cpu=config.training.device == "cpu").device
+        self.device = Accelerator(cpu=config.training.device == "cpu").device
         moments = moments_of(store, config.counted)
         start = None if state else load_start(config, store.activation_dim)
         self._trainer = Trainer(
-            config, store.activation_dim, device=self._device, moments=moments, group=group, start=start
+            config, store.activation_dim, device=self.device, moments=moments, group=group, start=start
         )
         self._first_fve = first_fve(run.metrics) if state else None
         if state:
@@ -274,7 +275,7 @@ class _Training:
         self._states.raise_failure()
         first = self._group.rank == 0
         kept = copy.deepcopy(self._trainer.dictionary) if first and step in settings.save_steps else None
-        terms = self._trainer.step(*(part.to(self._device, non_blocking=True) for part in (batch, document)))
+        terms = self._trainer.step(*(part.to(self.device, non_blocking=True) for part in (batch, document)))
         last = self.step == self.steps
         logged = last or step % settings.log_every == 0
         if logged:

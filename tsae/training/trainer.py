@@ -69,8 +69,8 @@ class Trainer:
     many processes there are (but for rounding).
 
     `config` gives kind, objective and schedule. `state_dict`, in the reference's names, replaces the fresh weights.
-    `step(batch)` takes pairs [B, 2, D] (slot 0 current, slot 1 partner) or single tokens [B, D], as they are: where
-    the configuration says so, `shift`, their mean [D], is subtracted and they are divided by `scale`, both from the
+    `step(batch)` takes pairs [B, 2, D] (slot 0 current, slot 1 partner) or single tokens [B, D], as a store has them,
+    float32 or shorter: where the configuration says so, `shift`, their mean [D], is subtracted and they are divided by `scale`, both from the
     store's `moments`. `start`, a dictionary for raw activations that is not larger, gives the first latents of each group
     and the decoder's bias. Weights are kept for activations so changed; `dictionary.to_file(scale, shift)` and every file
     are for raw ones.
@@ -265,9 +265,11 @@ class Trainer:
     def _halves(self, batch: Tensor) -> tuple[Tensor, Tensor | None]:
         """Tokens and, where they are paired, partners, in the units of training."""
         if self.shift is not None:
-            batch = (batch - self.shift).div_(self.scale)
-        elif self.scale != 1:
-            batch = batch / self.scale
+            batch = (batch - self.shift).div_(self.scale)  # float32, in whatever type a store keeps it
+        else:
+            batch = batch.to(torch.promote_types(batch.dtype, torch.float32))
+            if self.scale != 1:
+                batch = batch / self.scale
         paired = batch.ndim == 3 and batch.shape[1] == 2
         if not paired and batch.ndim != 2:
             raise TsaeError(f"a batch of shape {tuple(batch.shape)} is neither pairs [B, 2, D] nor tokens [B, D]")
