@@ -10,7 +10,7 @@ import json
 import logging
 import shutil
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from glob import escape
 from importlib.metadata import version
@@ -25,7 +25,6 @@ from tsae.lm.source import check_tokens
 from tsae.runtime import locks, preemption
 from tsae.runtime.errors import BrokenOff, TsaeError
 from tsae.runtime.progress import Progress
-from tsae.runtime.space import free_for, shown
 from tsae.store.layout import StoreLayout, content_hash, sources, store_path
 from tsae.store.window import Window
 
@@ -109,6 +108,8 @@ def harvest_places(configs: Sequence[RunConfig], task: int = 0, tasks: int = 1) 
 
 
 def _harvest(missing: Sequence[tuple[RunConfig, StoreLayout]], task: int, tasks: int, commit: str | None) -> None:
+    from tsae.store.filling import require_room, write_missing
+
     one, *others = (config for config, _ in missing)
     sources = [source_of(one, commit, others)]
     for config in others:
@@ -143,55 +144,6 @@ def _harvest(missing: Sequence[tuple[RunConfig, StoreLayout]], task: int, tasks:
             from tsae.store.reader import Store
 
             log.warning("%s: %s", layout.path.name, MassiveTokens.of(Store.open(layout.path), config.counted).line())
-
-
-def write_missing(
-    layouts: Sequence[StoreLayout],
-    shards: Sequence[int],
-    activations: Callable[[int, Sequence[int]], Iterator[Sequence[Tensor]]],
-    windows: Sequence[Window | None] | None = None,
-) -> None:
-    """Write those of `shards` that are not there, and finish each store, all cut alike, once all of its are.
-
-    `activations(shard, numbers)` gives a shard's batches in order, a tensor for each of the stores that lack it. Of a
-    rolling store, shards that come and go are kept within its window.
-    """
-    from tsae.store.writer import finalise, writing
-
-    for layout in layouts:
-        if layout.attributes["complete"]:
-            # A shard was lost since; until it is back nobody may take the store for whole.
-            layout.set_attributes(complete=False)
-    for shard in shards:
-        lacking = [number for number, layout in enumerate(layouts) if not layout.is_settled(shard)]
-        if not lacking:
-            continue
-        with ExitStack() as held:
-            for number in lacking:
-                if windows is not None and (window := windows[number]) and shard not in layouts[number].kept:
-                    held.enter_context(window.room([shard]))
-            writers = [held.enter_context(writing(layouts[number], shard)) for number in lacking]
-            for blocks in activations(shard, lacking):
-                for write, block in zip(writers, blocks, strict=True):
-                    write(block)
-    for layout in layouts:
-        if all(map(layout.is_settled, layout.measured)):
-            finalise(layout)
-            layout.progress.unlink(missing_ok=True)
-
-
-def require_room(wanted: Sequence[tuple[StoreLayout, Sequence[int]]]) -> None:
-    """Refuse to begin what the disk, or a quota, has no room for: now the size is exact. Raises TsaeError."""
-    missing: dict[int, int] = defaultdict(int)
-    for layout, shards in wanted:
-        free = free_for(layout.path)
-        lacking = (shard for shard in shards if shard in layout.kept and not layout.is_written(shard))
-        missing[free.disk] += sum(map(layout.geometry.shard_bytes, lacking))
-        if missing[free.disk] > free.bytes:
-            raise TsaeError(
-                f"{layout.path}: {shown(missing[free.disk])} of activations are to be written and there is room for "
-                f"{shown(free.bytes)}; make room and run the same harvest again, or lower data.max_tokens"
-            )
 
 
 def _prepare_once(missing: Sequence[tuple[RunConfig, StoreLayout]], sources: Sequence[Source]) -> None:
@@ -272,6 +224,7 @@ class _Reading:
 
     def __init__(self, layouts: Sequence[StoreLayout], sources: Sequence[Source]) -> None:
         self._layouts, self._layout, self._sources = layouts, layouts[0], sources
+        self._given = set[int]()
         self._progress = Progress(
             "harvest",
             self._tokens(self._layout.measured),
@@ -292,11 +245,14 @@ class _Reading:
             yield _read_all(sources, self._layout, np.array(batch))
             finished += int(self._layout.lengths[batch.start : batch.stop].sum())
             self._progress.update(finished, shard=f"{shard + 1}/{self._layout.geometry.shards}")
+        self._given.add(shard)
 
     def _finished_tokens(self) -> int:
-        """Tokens in shards that are finished in every store, whoever wrote them."""
+        """Tokens in shards that are finished in every store, whoever wrote them, or are on their way there."""
         return self._tokens(
-            shard for shard in self._layout.measured if all(layout.marker(shard).exists() for layout in self._layouts)
+            shard
+            for shard in self._layout.measured
+            if shard in self._given or all(layout.marker(shard).exists() for layout in self._layouts)
         )
 
     def _tokens(self, shards: Iterable[int]) -> int:

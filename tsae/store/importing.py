@@ -27,7 +27,7 @@ from tsae.data.contexts import Contexts
 from tsae.runtime import contents, locks, preemption
 from tsae.runtime.errors import TsaeError
 from tsae.runtime.progress import Progress
-from tsae.store.harvest import require_room, write_missing
+from tsae.store.filling import require_room, write_missing
 from tsae.store.layout import StoreLayout, digest
 from tsae.store.writer import prepare
 

@@ -271,7 +271,7 @@ def writing(layout: StoreLayout, shard: int) -> Iterator[Callable[[Tensor], None
                 values = _storable(layout, rows.start + given, block, summary)
                 if layout.is_measured(shard):
                     lengths.append(norms.of(values))
-                chunks.append(values.cpu().view(torch.uint8).numpy().reshape(len(values), -1))
+                chunks.append(_in_memory(values).view(torch.uint8).numpy().reshape(len(values), -1))
                 given += len(block)
 
             yield write
@@ -315,6 +315,15 @@ def _storable(layout: StoreLayout, first: int, block: Tensor, summary: Summary) 
     sequences = torch.arange(first, first + len(block), device=block.device)
     summary.add(values[(document >= 0) & (positions > 0) & (sequences < layout.sample)[:, None]])
     return values
+
+
+def _in_memory(values: Tensor) -> Tensor:
+    """`values` where the processor can read them; those of a GPU come without it, beside what else goes on there."""
+    if not values.is_cuda:
+        return values
+    copied = torch.empty(values.shape, dtype=values.dtype, pin_memory=True).copy_(values, non_blocking=True)
+    torch.cuda.current_stream(values.device).synchronize()
+    return copied
 
 
 class _ChunkStream:

@@ -36,7 +36,7 @@ from tsae.runtime.environment import home
 from tsae.runtime.errors import TsaeError, suggestion
 from tsae.runtime.progress import Progress
 from tsae.store.binding import model_identity
-from tsae.store.harvest import write_missing
+from tsae.store.filling import write_missing
 from tsae.store.layout import StoreLayout, store_path
 from tsae.store.reader import Store
 from tsae.store.writer import prepare
