@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from tsae.bench import report, rounds
+from tsae.bench import command, loop, report, rounds
 from tsae.bench.rounds import Plan, Result, measure
 from tsae.bench.shape import PRESETS, Shape, batches
 from tsae.cli import main
@@ -26,7 +26,9 @@ STEP_PHASES = {"encoder product", "selection", "decode", "contrast", "weight gra
 def bench(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """The results of one run with growth, and where they are."""
     folder = tmp_path_factory.mktemp("bench")
-    assert main(["bench", *TINY, "--growth", "2", "--growth-rounds", "1", "--out", str(folder)]) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "SECONDS", 0.05)
+        assert main(["bench", *TINY, "--growth", "2", "--growth-rounds", "1", "--out", str(folder)]) == 0
     (path,) = folder.glob("*.json")
     return {"path": path, **json.loads(path.read_text())}
 
@@ -147,9 +149,37 @@ def test_names_every_phase_of_both_paths(bench: dict[str, Any]) -> None:
 
 
 def test_measures_rates_and_growth(bench: dict[str, Any]) -> None:
-    assert all(bench["rates"][name]["median"] > 0 for name in bench["rates"] if name != "store_mb")
+    rates = bench["rates"]
+    spreads = [value for value in rates.values() if isinstance(value, dict) and "median" in value]
+    assert len(spreads) == 3
+    assert all(0 < value["lowest"] <= value["median"] for value in spreads)
     shapes = [record["shape"] for record in bench["growth"]]
     assert [(shape["dict_size"], shape["batch_size"]) for shape in shapes] == [(96, 32), (192, 32), (96, 64)]
+
+
+def test_measures_training_and_harvest_from_end_to_end(bench: dict[str, Any]) -> None:
+    training, harvest = bench["rates"]["training"], bench["rates"]["harvest"]
+    assert training["steps"] >= loop.FEWEST
+    for rates, unit in ((training, "pairs"), (harvest, "tokens")):
+        whole, bare = rates[f"{unit}_per_second"], rates[f"bare_{unit}_per_second"]
+        assert (
+            whole["lowest"] / bare["highest"] <= rates["share_of_bare"]["median"] <= whole["highest"] / bare["lowest"]
+        )
+    assert (harvest["model"], harvest["hook_path"]) == ("embedded", "gpt_neox.layers.2")
+    assert harvest["tokens"] % (harvest["batch_size"] * harvest["context_length"]) == 0
+    assert 2 * 128 < harvest["bytes_per_token"] < 2.1 * 128  # bfloat16, and checksums
+    assert harvest["disk_bytes_per_second"]["median"] > 0
+
+
+def test_another_language_model_is_harvested(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loop, "SECONDS", 0.01)
+    tree = {"model": {"name": str(tiny_model), "layer": 1, "batch_size": 4}, "data": {"context_length": 16}}
+    (tmp_path / "run.yaml").write_text(json.dumps(tree))
+    config = command._read_by_harvest(str(tmp_path / "run.yaml"), "cpu")
+    found = loop.harvest_rates(config, tmp_path)
+    assert (found["hook_path"], found["batch_size"], found["context_length"]) == ("gpt_neox.layers.1", 4, 16)
+    assert 2 * 32 < found["bytes_per_token"] < 2.2 * 32
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["plain", "run.yaml"]
 
 
 def test_phases_sum_to_the_step_and_nested_time_counts_once() -> None:
@@ -209,6 +239,7 @@ def test_a_library_that_is_not_there_costs_one_line(
         (["--processes", "2,1.5"], "whole numbers"),
         (["--processes", "3"], "cannot be shared by 3 processes"),
         (["--out", "/dev/null/results"], "/dev/null"),
+        (["--config", "/nowhere.yaml"], "/nowhere.yaml"),
     ],
 )
 def test_what_cannot_be_measured_is_refused_in_one_line(

@@ -7,12 +7,15 @@ import dataclasses
 import os
 import re
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tsae.bench.shape import DTYPES, PRESETS, Shape, is_paired
 from tsae.runtime import metadata
 from tsae.runtime.environment import home
 from tsae.runtime.errors import TsaeError, suggestion
+
+if TYPE_CHECKING:
+    from tsae.config.run import RunConfig
 
 OWN = ("sparse", "sparse-float32", "sparse+state", "dense", "floor")
 GROWING = ("sparse", "dense", "floor")
@@ -54,6 +57,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--steps", type=int, default=60, help="how long those train")
     parser.add_argument("--store-mb", type=int, default=256, help="size of the store that is read; 0: no rates")
+    parser.add_argument(
+        "--config",
+        metavar="CONFIG",
+        help="a run's configuration: its language model, in its contexts, is what the harvest reads (default: the embedded one)",
+    )
     parser.add_argument("--out", type=Path, help="folder for JSON and figure (default: TSAE_HOME/benchmarks)")
 
 
@@ -74,6 +82,7 @@ def run(options: argparse.Namespace) -> Path:
     factors = _numbers("--growth", options.growth, GROWTH)
     against, interpreters = _libraries(options.against)
     _check(options, shape)
+    read = _read_by_harvest(options.config, shape.device)
     folder = options.out or home() / "benchmarks"
     if options.processes:
         return _run_groups(options, shape, folder)
@@ -91,7 +100,7 @@ def run(options: argparse.Namespace) -> Path:
     results: dict[str, Any] = {"rates": None, "step": None, "growth": []}
     if options.store_mb:
         torch.set_num_threads(options.threads)
-        results["rates"] = rates.measure(shape, options.store_mb, options.rounds)
+        results["rates"] = rates.measure(shape, options.store_mb, options.rounds, read)
         print(report.rates_table(results["rates"]), flush=True)
     own: tuple[str, ...] = OWN
     if shape.device != "cpu":
@@ -113,6 +122,16 @@ def run(options: argparse.Namespace) -> Path:
     metadata.write(path, results)
     figure.draw(path.with_suffix(".png"), results)
     return path
+
+
+def _read_by_harvest(path: str | None, device: str) -> RunConfig:
+    """The configuration whose language model is harvested. Raises TsaeError for one without."""
+    from tsae.config import run as configuration
+
+    config = configuration.from_mapping({}, "bench") if path is None else configuration.load(path)
+    if config.without_text:
+        raise TsaeError(f"--config {path}: trains on {config.without_text}, so no language model is harvested for it")
+    return configuration.replace(config, model={"device": device})
 
 
 def _make(folder: Path) -> None:

@@ -35,17 +35,23 @@ SHOWN = (3e-13, 1e-4)
 
 def draw(path: Path, results: dict[str, Any]) -> None:
     """Write the figure of a benchmark's results to `path`."""
-    growth = results["growth"]
-    with plotting.figure(path, rows=2 if growth else 1, columns=3, size=(11, 6.2 if growth else 3.2)) as (_, panels):
+    growth, rates = results["growth"], results["rates"]
+    columns = 4 if rates else 3
+    size = (11 / 3 * columns, 6.2 if growth else 3.2)
+    with plotting.figure(path, rows=2 if growth else 1, columns=columns, size=size) as (_, panels):
         _draw_times(panels[0], results["step"])
         _draw_phases(panels[1], results["step"])
         _draw_memory(panels[2], results["step"])
+        if rates:
+            _draw_shares(panels[3], rates)
         if growth:
-            base = results["step"]["shape"]
-            for axes, varied, fixed in ((panels[3], "dict_size", "batch_size"), (panels[4], "batch_size", "dict_size")):
+            base, (over_f, over_b, ratios, *more) = results["step"]["shape"], panels[columns:]
+            for axes, varied, fixed in ((over_f, "dict_size", "batch_size"), (over_b, "batch_size", "dict_size")):
                 records = [record for record in growth if record["shape"][fixed] == base[fixed]]
                 _draw_growth(axes, records, varied)
-            _draw_ratios(panels[5], growth, base)
+            _draw_ratios(ratios, growth, base)
+            for axes in more:
+                axes.set_axis_off()
 
 
 def _draw_times(axes: Axes, record: dict[str, Any]) -> None:
@@ -67,6 +73,7 @@ def _draw_times(axes: Axes, record: dict[str, Any]) -> None:
         )
     axes.set_yticks(range(len(entries)), [entry["name"] for entry in entries])
     axes.set_xlim(0, 1.6 * max(entry["seconds"]["highest"] for entry in entries))
+    axes.locator_params(axis="x", nbins=4)
     axes.set_xlabel(f"{unit} per step (× sparse)")
     axes.grid(axis="y", visible=False)
     shape = record["shape"]
@@ -103,6 +110,32 @@ def _draw_memory(axes: Axes, record: dict[str, Any]) -> None:
     axes.set_xlabel("MB beyond the training state")
     axes.grid(axis="y", visible=False)
     axes.set_title("Peak memory")
+
+
+def _draw_shares(axes: Axes, rates: dict[str, Any]) -> None:
+    """How much of what is possible a training from a store and a harvest reach."""
+    training, harvest = rates["training"], rates["harvest"]
+    written = harvest["bytes_per_token"] * harvest["tokens_per_second"]["median"]
+    found = {
+        "harvest\nof the disk": (written / harvest["disk_bytes_per_second"]["median"], f"{written / 1e6:.3g} MB/s"),
+        "harvest of the\nbare forward pass": (
+            harvest["share_of_bare"]["median"],
+            f"{harvest['tokens_per_second']['median']:,.0f} tokens/s",
+        ),
+        "training of\nits bare steps": (
+            training["share_of_bare"]["median"],
+            f"{training['pairs_per_second']['median']:,.0f} pairs/s",
+        ),
+    }
+    for place, (share, rate) in enumerate(found.values()):
+        axes.barh(place, 100 * share, color=plotting.PALETTE[0], height=0.65)
+        axes.annotate(rate, (100 * share, place), xytext=(4, 0), textcoords="offset points", va="center", fontsize=7.5)
+    axes.set_yticks(range(len(found)), list(found))
+    axes.axvline(100, color="#444444", linestyle="--", linewidth=1)
+    axes.set_xlim(0, 175)
+    axes.set_xlabel("share of what is possible (%)")
+    axes.grid(axis="y", visible=False)
+    axes.set_title("End to end")
 
 
 def _draw_growth(axes: Axes, records: list[dict[str, Any]], varied: str) -> None:

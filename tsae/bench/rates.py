@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from tsae.bench import loop
 from tsae.bench.report import spread
 from tsae.bench.shape import Shape, batches, moments
-from tsae.config.run import Counted
-from tsae.config.sections import ModelConfig, StoreConfig
-from tsae.data.contexts import Contexts
+from tsae.config.run import Counted, RunConfig
+from tsae.config.sections import StoreConfig
 from tsae.runtime.progress import Progress
 from tsae.store.pairs import PairStream
 from tsae.store.reader import Store
@@ -24,61 +24,58 @@ from tsae.training.resume import ResumeStates
 from tsae.training.trainer import Trainer
 
 CONTEXT = 128
-LM_SEQUENCES = 64
 SMOOTHNESS_ROUNDS, SMOOTHNESS_WARMUP = 50, 5
 PERSISTENCE = 0.55
 
 
-def measure(shape: Shape, megabytes: int, rounds: int) -> dict[str, Any]:
-    """Spreads of all rates, as they are written down; the store that is read has about `megabytes`."""
-    store, memmap = _read_rates(shape, megabytes, rounds)
-    return {
-        "store_mb": megabytes,
-        "store_pairs_per_second": spread(store),
-        "memmap_pairs_per_second": spread(memmap),
-        "harvest_tokens_per_second": spread(_harvest_rate(shape.device, rounds)),
-        "smoothness_seconds_per_context": spread(_smoothness_cost(shape, SMOOTHNESS_ROUNDS)),
-    }
+def measure(shape: Shape, megabytes: int, rounds: int, read: RunConfig) -> dict[str, Any]:
+    """Spreads of all rates, as they are written down; the store that is read has about `megabytes`.
+
+    What is harvested are random tokens by the language model of `read`.
+    """
+    with tempfile.TemporaryDirectory(prefix="tsae-bench-") as made:
+        folder = Path(made)
+        store = _write_store(folder, shape, megabytes)
+        read_rate, memmap_rate = _read_rates(folder, store, shape, rounds)
+        return {
+            "store_mb": megabytes,
+            "store_pairs_per_second": spread(read_rate),
+            "memmap_pairs_per_second": spread(memmap_rate),
+            "training": loop.training_rates(shape, store, folder / "runs"),
+            "harvest": loop.harvest_rates(read, folder),
+            "smoothness_seconds_per_context": spread(_smoothness_cost(shape, SMOOTHNESS_ROUNDS)),
+        }
 
 
-def _read_rates(shape: Shape, megabytes: int, rounds: int) -> tuple[list[float], list[float]]:
+def _read_rates(folder: Path, store: Store, shape: Shape, rounds: int) -> tuple[list[float], list[float]]:
     """Pairs per wall second of whole epochs of a temporary bfloat16 store, a quarter of it in memory at a time, and of
     as many random rows of a memory map of the same numbers, in turns.
 
     Of the store's pairs checksums, mixing and widening to float32 are included; the others are widened as well.
     """
-    with tempfile.TemporaryDirectory(prefix="tsae-bench-") as folder:
-        store = _write_store(Path(folder), shape, megabytes)
-        batch, pool = min(shape.batch_size, len(store.train) * CONTEXT // 8), max(1, len(store.train) // 4)
-        stream = PairStream(store, "previous", batch, 0, counted=Counted(1), pool_sequences=pool)
-        steps = stream.steps_per_epoch
-        flat = np.memmap(Path(folder) / "flat", np.uint16, mode="r").reshape(-1, shape.activation_dim)
-        ways = (stream.iterate(0, (rounds + 1) * steps), _random_rows(flat, batch))
-        rates: tuple[list[float], list[float]] = ([], [])
-        for _ in range(rounds + 1):
-            for way, found in zip(ways, rates, strict=True):
-                began = time.perf_counter()
-                for _ in range(steps):
-                    next(way)
-                found.append(steps * batch / (time.perf_counter() - began))
-        # The first round fills the pool and the page cache.
-        return rates[0][1:], rates[1][1:]
+    batch, pool = min(shape.batch_size, len(store.train) * CONTEXT // 8), max(1, len(store.train) // 4)
+    stream = PairStream(store, "previous", batch, 0, counted=Counted(1), pool_sequences=pool)
+    steps = stream.steps_per_epoch
+    flat = np.memmap(folder / "flat", np.uint16, mode="r").reshape(-1, shape.activation_dim)
+    ways = (stream.iterate(0, (rounds + 1) * steps), _random_rows(flat, batch))
+    rates: tuple[list[float], list[float]] = ([], [])
+    for _ in range(rounds + 1):
+        for way, found in zip(ways, rates, strict=True):
+            began = time.perf_counter()
+            for _ in range(steps):
+                next(way)
+            found.append(steps * batch / (time.perf_counter() - began))
+    # The first round fills the pool and the page cache.
+    return rates[0][1:], rates[1][1:]
 
 
 def _write_store(folder: Path, shape: Shape, megabytes: int) -> Store:
     sequences = max(64, megabytes * 10**6 // (2 * CONTEXT * shape.activation_dim))
-    document = np.repeat(np.arange(sequences, dtype=np.int32)[:, None], CONTEXT, axis=1)
-    document[:, 0] = -1
-    contexts = Contexts(
-        tokens=np.zeros((sequences, CONTEXT), np.int32),
-        lengths=np.full(sequences, CONTEXT, np.int32),
-        document=document,
-        label=np.full(sequences, -1, np.int32),
-        label_names=(),
-        heldout=0,
-        fingerprint="bench",
+    contexts = loop.contexts_of(np.zeros((sequences, CONTEXT), np.int32))
+    attributes = {"model": {"name": "bench"}}
+    layout = prepare(
+        folder / "store", contexts, shape.activation_dim, store=StoreConfig(shard_mb=64), attributes=attributes
     )
-    layout = prepare(folder / "store", contexts, shape.activation_dim, store=StoreConfig(shard_mb=64))
     generator = torch.Generator().manual_seed(0)
     shards = layout.geometry.shards
     progress = Progress("writing the store that is read", shards, "shards")
@@ -100,22 +97,6 @@ def _random_rows(flat: np.ndarray, batch: int) -> Iterator[torch.Tensor]:
         rows = random.integers(1, len(flat), batch)
         pairs = np.stack([flat[rows], flat[rows - 1]], axis=1)
         yield torch.from_numpy(pairs).view(torch.bfloat16).float()
-
-
-def _harvest_rate(device: str, rounds: int) -> list[float]:
-    """Tokens per wall second of the embedded language model up to its hook point; no text, no store."""
-    from tsae.lm.model import load_language_model
-
-    lm = load_language_model(ModelConfig(device=device))
-    tokens = torch.randint(lm.vocabulary, (LM_SEQUENCES, CONTEXT), generator=torch.Generator().manual_seed(0))
-    lengths = torch.full((LM_SEQUENCES,), CONTEXT)
-    rates = []
-    for _ in range(rounds + 1):
-        began = time.perf_counter()
-        # The transfer waits for a GPU to be done.
-        lm.read(tokens, lengths).cpu()
-        rates.append(tokens.numel() / (time.perf_counter() - began))
-    return rates[1:]
 
 
 def _smoothness_cost(shape: Shape, rounds: int) -> list[float]:

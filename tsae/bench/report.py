@@ -148,14 +148,24 @@ def growth_table(records: list[dict[str, Any]]) -> str:
 def rates_table(rates: dict[str, Any]) -> str:
     """How fast activations are read and made, and what smoothness costs."""
     store, memmap = rates["store_pairs_per_second"], rates["memmap_pairs_per_second"]
-    harvest, smoothness = rates["harvest_tokens_per_second"], rates["smoothness_seconds_per_context"]
+    training, harvest, smoothness = rates["training"], rates["harvest"], rates["smoothness_seconds_per_context"]
+    megabytes = harvest["bytes_per_token"] * harvest["tokens_per_second"]["median"] / MB
     return "\n".join(
         [
             f"store: {_rate(store)} pairs/s (mixed, checked, widened); random rows of a memory map: {_rate(memmap)}",
-            f"harvest: {_rate(harvest)} tokens/s of the embedded language model alone",
+            f"training from it: {_rate(training['pairs_per_second'])} pairs/s, {_share(training)} of the bare steps; "
+            f"start and end {training['start_and_end_seconds']['median']:.2g} s",
+            f"harvest of {harvest['model']}, {harvest['hook_path']}, {harvest['dtype']}, {harvest['batch_size']} contexts of "
+            f"{harvest['context_length']}: {_rate(harvest['tokens_per_second'])} tokens/s, {_share(harvest)} of the bare "
+            f"forward pass; {megabytes:.0f} MB/s, where the disk takes {harvest['disk_bytes_per_second']['median'] / MB:.0f}",
             f"smoothness, all measures: {1000 * smoothness['median']:.2f} CPU ms per context of 128 tokens",
         ]
     )
+
+
+def _share(rates: dict[str, Any]) -> str:
+    share = rates["share_of_bare"]
+    return f"{share['median']:.0%} ({share['lowest']:.0%}-{share['highest']:.0%})"
 
 
 def _rate(values: dict[str, float]) -> str:
