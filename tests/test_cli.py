@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import signal
+import time
+import weakref
+
 import pytest
 
 from tsae import cli
@@ -49,3 +53,22 @@ def test_what_fails_on_the_way_out_of_an_interrupt_does_not_hide_it(
     monkeypatch.setattr(cli, "load_dotenv", lambda: way_out_that_fails(ValueError()))
     with pytest.raises(AttributeError):
         main(["status"])
+
+
+class Whatever:
+    """Can be referred to weakly."""
+
+
+def test_an_interrupt_is_not_lost_where_python_passes_over_errors(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def wait() -> None:
+        thing = Whatever()
+        _watched = weakref.ref(thing, lambda _: signal.raise_signal(signal.SIGINT))
+        del thing  # what its end raises is ignored
+        time.sleep(60)
+        pytest.fail("nobody heard it")
+
+    monkeypatch.setattr(cli, "load_dotenv", wait)
+    assert main(["status"]) == 130
+    assert capsys.readouterr().err == "tsae: interrupted; the same command continues\n"

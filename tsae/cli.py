@@ -18,7 +18,8 @@ from tsae.experiments.commands import add_commands as add_experiment_commands
 from tsae.interop.commands import add_commands
 from tsae.runtime import preemption
 from tsae.runtime.environment import home, load_dotenv, process_count, process_rank
-from tsae.runtime.errors import TsaeError, interrupted, os_error_line, suggestion
+from tsae.runtime.errors import TsaeError, os_error_line, suggestion
+from tsae.runtime.interrupts import interrupted, repeat_lost_interrupts
 from tsae.runtime.processes import end_without_a_search
 from tsae.store.commands import add_commands as add_store_commands
 from tsae.sweep.commands import INEXACT_HELP, PROBE_HELP
@@ -39,6 +40,7 @@ def main(arguments: Sequence[str] | None = None, script: str = "") -> int:
     options.status_command = "python launch/status.py" if script else "tsae status"
     speaker = "error" if script else "tsae"
     end_without_a_search()
+    repeat_lost_interrupts()
     try:
         load_dotenv()
         adopt_place()

@@ -34,10 +34,3 @@ def suggestion(word: object, allowed: Iterable[str], likeness: float = 0.5) -> s
     """`did you mean 'x'? ` for the nearest allowed name, else the empty string."""
     near = difflib.get_close_matches(str(word), list(allowed), n=1, cutoff=likeness)
     return f"did you mean '{near[0]}'? " if near else ""
-
-
-def interrupted(error: BaseException | None) -> bool:
-    """Whether it is an interrupt, or what a library's way out of one has run into, such as that of a PDF half begun."""
-    while error is not None and not isinstance(error, KeyboardInterrupt):
-        error = error.__context__
-    return error is not None

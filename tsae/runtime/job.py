@@ -18,7 +18,8 @@ from typing import Any
 
 from tsae.runtime import metadata, preemption
 from tsae.runtime.environment import process_count, process_rank
-from tsae.runtime.errors import TsaeError, interrupted
+from tsae.runtime.errors import TsaeError
+from tsae.runtime.interrupts import interrupted
 from tsae.runtime.locks import LockHeld
 from tsae.runtime.metadata import COUNT
 from tsae.runtime.processes import end_without_a_search
