@@ -106,7 +106,11 @@ def _train(runs: Sequence[tuple[RunConfig, RunFolder]], group: Group, inexact: b
     stream.read_first(first, preemption.requested)
     if group.start_any([preemption.requested()])()[0]:
         raise preemption.Preempted
-    failed = _steps(running, stream, first, end, group)
+    try:
+        failed = _steps(list(running), stream, first, end, group)
+    finally:
+        for training in running:
+            training.settle()
     if failed:
         raise failed[0]
 
@@ -348,6 +352,13 @@ class _Training:
                 "inexact": self._inexact,
             }
             self._states.save(self.step, state, first=self._metrics.sync)
+
+    def settle(self) -> None:
+        """Return when nothing of this run is being written any more, whatever it ends by."""
+        try:
+            self._states.wait()
+        except TsaeError as error:
+            log.warning("%s", error)
 
     def leave(self, waits: Waits) -> None:
         """Return when the last resumable state is on the disk, and what was waited for until then."""
