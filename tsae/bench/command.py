@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import os
 import re
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -62,11 +63,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="CONFIG",
         help="a run's configuration: its language model, in its contexts, is what the harvest reads (default: the embedded one)",
     )
+    parser.add_argument(
+        "--sweep",
+        default="",
+        metavar="'SWEEP section.key=value …'",
+        help="instead of all that: run a sweep from nothing on this machine, and see what is busy meanwhile",
+    )
     parser.add_argument("--out", type=Path, help="folder for JSON and figure (default: TSAE_HOME/benchmarks)")
 
 
 def run(options: argparse.Namespace) -> Path:
     """Measure, print tables, write `<shape>.json` and `<shape>.png`; return the JSON's path. Raises TsaeError."""
+    if options.sweep:
+        return _run_sweep(options.sweep, options.out or home() / "benchmarks")
     sizes = {
         name: size if (given := getattr(options, name)) is None else given
         for name, size in PRESETS[options.preset].items()
@@ -139,6 +148,24 @@ def _make(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     if not os.access(folder, os.W_OK):
         raise TsaeError(f"--out {folder}: nothing may be written there; name another folder")
+
+
+def _run_sweep(given: str, folder: Path) -> Path:
+    from tsae.bench import busy, figure, report
+
+    try:
+        arguments = shlex.split(given)
+    except ValueError as error:
+        raise TsaeError(f"--sweep: {given!r} cannot be read as a command line: {error}") from error
+    if not arguments:
+        raise TsaeError("--sweep: name a sweep, such as --sweep split_fraction")
+    _make(folder)
+    results = busy.measure(arguments, folder)
+    print(report.busy_table(results), flush=True)
+    path = folder / f"sweep-{Path(results['sweep'][0]).stem}.json"
+    metadata.write(path, {**results, "machine": report.machine("cpu")})
+    figure.draw_busy(path.with_suffix(".png"), results)
+    return path
 
 
 def _run_groups(options: argparse.Namespace, shape: Shape, folder: Path) -> Path:

@@ -181,6 +181,37 @@ def _seconds(record: dict[str, Any], name: str) -> float:
     return float(next(found, math.nan))
 
 
+def draw_busy(path: Path, results: dict[str, Any]) -> None:
+    """Write the figure of what a sweep kept busy to `path`: its stages, and below them cores and GPUs over the same time."""
+    stages, at = results["stages"], [sample["at"] for sample in results["samples"]]
+    rows = 3 if results["gpus"] else 2
+    heights = [1 + 0.16 * len(stages), *[1.3] * (rows - 1)]
+    size = (8, sum(heights) + 1)
+    with plotting.figure(path, rows=rows, size=size, sharex=True, height_ratios=heights) as (_, panels):
+        kinds = list(dict.fromkeys(stage["stage"].partition(" ")[0] for stage in stages))
+        for place, stage in enumerate(stages):
+            kind = stage["stage"].partition(" ")[0]
+            colour = plotting.PALETTE[kinds.index(kind) % len(plotting.PALETTE)]
+            panels[0].barh(-place, stage["end"] - stage["start"], left=stage["start"], color=colour, height=0.7)
+            if stage["first_step_after"] is not None:
+                first = stage["start"] + stage["first_step_after"]
+                panels[0].plot([first, first], [-place - 0.35, -place + 0.35], color="black", linewidth=1.5)
+        panels[0].set_yticks([-place for place in range(len(stages))], [stage["stage"] for stage in stages], fontsize=7)
+        panels[0].grid(axis="y", visible=False)
+        panels[0].set_title("Stages (a black mark: the first step)")
+        cores = [sample["cores"] for sample in results["samples"]]
+        panels[1].fill_between(at, cores, step="pre", color=plotting.PALETTE[0], linewidth=0)
+        panels[1].set(ylabel="cores", ylim=(0, None), title="Busy cores")
+        for series, (index, name) in enumerate(results["gpus"].items()):
+            shares = [100 * sample["gpus"].get(index, math.nan) for sample in results["samples"]]
+            colour = plotting.PALETTE[series % len(plotting.PALETTE)]
+            panels[2].plot(at, shares, color=colour, linewidth=1, drawstyle="steps-pre", label=f"{index}: {name}")
+        if results["gpus"]:
+            panels[2].set(ylabel="% of the time", ylim=(0, 105), title="Busy GPUs")
+            panels[2].legend()
+        panels[-1].set_xlabel("s since the launch")
+
+
 def draw_groups(path: Path, results: dict[str, Any]) -> None:
     """Write the figure of the records of one shape to `path`."""
     records = results["groups"]

@@ -181,6 +181,22 @@ def resuming_line(costs: dict[str, Any]) -> str:
     )
 
 
+def busy_table(results: dict[str, Any]) -> str:
+    """One line for each stage of a sweep."""
+    wide = max(len(stage["stage"]) for stage in results["stages"])
+    lines = [
+        f"{'stage':{wide}}{'from s':>9}{'seconds':>9}{'first step after s':>20}{'cores busy':>12}{'GPUs busy':>11}"
+    ]
+    for stage in results["stages"]:
+        first, cores, gpus = stage["first_step_after"], stage["cores"], stage["gpus"]
+        lines.append(
+            f"{stage['stage']:{wide}}{stage['start']:>9.1f}{stage['end'] - stage['start']:>9.1f}"
+            f"{'-' if first is None else f'{first:.1f}':>20}{'?' if cores is None else f'{cores:.2f}':>12}"
+            f"{'-' if gpus is None else f'{gpus:.0%}':>11}"
+        )
+    return "\n".join([*lines, f"{results['seconds']:.0f} s in all"])
+
+
 def groups_table(records: Sequence[dict[str, Any]]) -> str:
     """One line for each training by one or several processes."""
     lines = [
