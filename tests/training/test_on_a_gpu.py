@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
 from tsae.config import run as configuration
 from tsae.config.sections import KIND_SETTINGS
 from tsae.store.moments import Moments
+from tsae.training import resume
+from tsae.training.resume import ResumeStates
 from tsae.training.trainer import Trainer
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
@@ -68,3 +72,22 @@ def test_what_is_recorded_is_what_runs_and_gives_the_same_bits(
     assert not caplog.records
     for name, value in one.dictionary.state_dict().items():
         assert torch.equal(value, other.dictionary.state_dict()[name]), name
+
+
+@pytest.mark.parametrize("room", [resume.MOST_OF_FREE, 0.0])
+def test_a_state_is_that_of_its_step_whatever_is_trained_meanwhile(
+    room: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(resume, "MOST_OF_FREE", room)
+    weights, states = torch.randn(4096, 4096, device="cuda"), ResumeStates(tmp_path, {}, keep=1)
+    for step in range(1, 4):
+        weights @= weights.clone()  # what is still under way belongs to the state
+        states.save(step, {"trainer": {"weights": weights, "step": step}}, first=lambda: None)
+        expected = weights.clone()
+        for _ in range(100):
+            weights.add_(1)
+        states.wait()
+        state = ResumeStates(tmp_path, {}, keep=1).load()
+        assert state is not None
+        assert torch.equal(state["trainer"]["weights"], expected.cpu())
+        weights.div_(weights.norm())

@@ -12,9 +12,10 @@ from __future__ import annotations
 import logging
 import random
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -31,6 +32,9 @@ PREFIX = "step_"
 RECORD = {"bytes": NATURAL, "crc32c": NATURAL, "belongs_to": {str: str}}
 PASSABLE = ("version of tsae", "version of torch")
 """Of what a state depends on, what may be another: the training then goes on, to rounding and other random numbers."""
+
+MOST_OF_FREE = 0.5
+"""Share of a GPU's free memory that a copy of the state may take for a moment."""
 
 log = logging.getLogger("tsae")
 
@@ -84,10 +88,8 @@ class ResumeStates:
         Waits for the state before it, if that is still being written. Raises TsaeError if that failed.
         """
         self.wait()
-        self._copy = _host_copy(state, self._copy)
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        self._writing = self._writer.submit(self._write, step, self._copy, first)
+        self._copy, there = _begin_host_copy(state, self._copy)
+        self._writing = self._writer.submit(self._write, step, self._copy, first, there)
         self.newest = step
 
     @property
@@ -115,7 +117,11 @@ class ResumeStates:
         self.wait()
         self._writer.shutdown()
 
-    def _write(self, step: int, state: dict[str, Any], first: Callable[[], object]) -> None:
+    def _write(
+        self, step: int, state: dict[str, Any], first: Callable[[], object], there: Callable[[], None] | None
+    ) -> None:
+        if there is not None:
+            there()
         first()
         folder = self.path / f"{PREFIX}{step}"
         checksum = Checksum()
@@ -179,20 +185,59 @@ def _step(folder: Path) -> int:
     return int(folder.name.removeprefix(PREFIX))
 
 
-def _host_copy(value: Any, spare: Any) -> Any:
-    """`value` with its tensors copied to host memory: that of `spare`, an earlier copy, where it fits."""
+def _begin_host_copy(state: dict[str, Any], spare: Any) -> tuple[Any, Callable[[], None] | None]:
+    """`state`, as it is now, in host memory, and what returns once it is there, for another thread; None: it is.
+
+    On a GPU it is copied within its memory first, in a thousandth of the time that it takes to leave it; from there it
+    leaves while training goes on. Where there is no room for that, training waits.
+    """
+    on_gpu = [tensor for tensor in _tensors(state) if tensor.is_cuda]
+    if not on_gpu:
+        return _host_copy(state, spare), None
+    device = on_gpu[0].device
+    free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    if sum(tensor.nbytes for tensor in on_gpu) > MOST_OF_FREE * free:
+        copy = _host_copy(state, spare)
+        torch.cuda.synchronize(device)
+        return copy, None
+    taken = {id(tensor): tensor.detach().clone() for tensor in on_gpu}
+    stream = torch.cuda.Stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream):
+        copy = _host_copy(state, spare, taken)
+
+    def there() -> None:
+        stream.synchronize()
+        taken.clear()  # not only when all is on the disk
+
+    return copy, there
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
     if isinstance(value, Tensor):
-        value = value.detach()
+        yield value
+    elif isinstance(value, (dict, list, tuple)):
+        for entry in value.values() if isinstance(value, dict) else value:
+            yield from _tensors(entry)
+
+
+def _host_copy(value: Any, spare: Any, taken: Mapping[int, Tensor] = MappingProxyType({})) -> Any:
+    """`value` with its tensors copied to host memory: that of `spare`, an earlier copy, where it fits.
+
+    `taken` has copies of some of them, by their ids.
+    """
+    if isinstance(value, Tensor):
+        value = taken.get(id(value), value.detach())
         fits = isinstance(spare, Tensor) and (spare.shape, spare.dtype) == (value.shape, value.dtype)
         if not fits or spare.stride() != value.stride():
             spare = torch.empty_like(value, device="cpu", pin_memory=value.is_cuda)
         return spare.copy_(value, non_blocking=True)
     if isinstance(value, dict):
         named = spare if isinstance(spare, dict) else {}
-        return {key: _host_copy(entry, named.get(key)) for key, entry in value.items()}
+        return {key: _host_copy(entry, named.get(key), taken) for key, entry in value.items()}
     if isinstance(value, (list, tuple)):
         spares = spare if isinstance(spare, (list, tuple)) and len(spare) == len(value) else [None] * len(value)
-        return type(value)(_host_copy(entry, before) for entry, before in zip(value, spares, strict=True))
+        return type(value)(_host_copy(entry, before, taken) for entry, before in zip(value, spares, strict=True))
     return value
 
 
