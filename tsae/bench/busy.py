@@ -25,6 +25,8 @@ from tsae.runtime.state import Record
 
 EVERY = 0.25
 """Seconds between samples."""
+LONGEST = 40
+"""Letters of a stage's name that are shown."""
 TICKS = os.sysconf("SC_CLK_TCK")
 
 
@@ -131,7 +133,7 @@ def _stage(record: Record, samples: list[dict[str, Any]], began: float, appeared
     gpus = [share for sample in within for share in sample["gpus"].values()]
     first = [at - start for at in appeared if start < at <= end + EVERY and record.stage.startswith("train")]
     return {
-        "stage": record.stage,
+        "stage": record.stage if len(record.stage) <= LONGEST else f"{record.stage[: LONGEST - 1]}…",
         "start": start,
         "end": end,
         "cores": statistics.fmean(sample["cores"] for sample in within) if within else None,
