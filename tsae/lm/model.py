@@ -14,7 +14,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from importlib import import_module
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -47,6 +47,7 @@ from tsae.lm.pretrained import from_pretrained, require_complete
 from tsae.lm.source import cached_commit, local_path, weights_fingerprint
 from tsae.runtime.environment import own_device
 from tsae.runtime.errors import TsaeError
+from tsae.runtime.kept import kept
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -260,6 +261,11 @@ def load_language_model(
     Of a hub model, `commit` is the one that a store or a run was made with, whatever the branch means by now. `read_at`
     says that it is only read, and at which places. Raises TsaeError.
     """
+    asked = repr((model, commit, tuple(read_at)))
+    return kept("language model", asked, partial(_load, model, commit, read_at))
+
+
+def _load(model: ModelConfig, commit: str | None, read_at: Sequence[ModelConfig]) -> LanguageModel:
     from transformers import AutoModelForCausalLM, GgufConfig
     from transformers.utils import logging as hf_logging
 

@@ -5,18 +5,20 @@ Schedulers are asked only whether a job lives; what became of it is what it wrot
 
 from __future__ import annotations
 
+import gc
 import importlib
 import os
 import socket
 import sys
 import time
 import traceback
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from tsae.runtime import metadata, preemption
+from tsae.runtime import kept, metadata, preemption
 from tsae.runtime.environment import process_count, process_rank
 from tsae.runtime.errors import TsaeError
 from tsae.runtime.interrupts import interrupted
@@ -33,6 +35,7 @@ WAIT_SECONDS = 5.0
 CALL = {
     **{"record": str, "function": str, "arguments": list, "label": str, "attempt?": str, "executor?": str},
     **{"processes?": COUNT, "log?": (None, str)},
+    "then?": [{"record": str, "function": str, "arguments": list, "label": str, "after": [str]}],
 }
 
 
@@ -55,6 +58,9 @@ class Call:
     """How many processes do it together."""
     log: str | None = None
     """File that holds the output, where whoever starts the job knows it before."""
+    then: Sequence[Mapping[str, Any]] = ()
+    """Stages that follow in the same process, each with its `record`, `function`, `arguments` and `label`, and the records
+    of those among them that it comes `after`."""
 
     def save(self, path: Path) -> None:
         """Write it as JSON, for `python -m tsae.runtime.job`."""
@@ -81,9 +87,10 @@ class Place:
 
 
 def run_stage(call: Call, place: Place | None = None) -> None:
-    """Run the stage, as one process of its group where several were started, and keep its record.
+    """Run the stage, as one process of its group where several were started, and keep its record; then those that follow.
 
-    Waits while another process works on the same output. Raises what the stage raises, `Preempted` among it.
+    Waits while another process works on the same output. Raises what the stage raises, `Preempted` among it. One that
+    follows and fails keeps no other from being done; TsaeError names the first of them at the end.
     """
     end_without_a_search()
     first, place, folder = process_rank() == 0, place or Place(), Path(call.record)
@@ -106,7 +113,10 @@ def run_stage(call: Call, place: Place | None = None) -> None:
             _require_company(call)
             if first:
                 record.enter(folder, State.RUNNING)
+            if call.then:
+                kept.keep()
             _leaving_when_asked(lambda: _when_free(_resolved(call.function), call.arguments))
+            _follow(call.then, record)
     except preemption.Preempted:
         if not first:
             # The first process may still be writing, and its scheduler would kill it if this one ended with another code.
@@ -119,6 +129,40 @@ def run_stage(call: Call, place: Place | None = None) -> None:
         raise
     if first:
         record.enter(folder, State.DONE)
+
+
+def _follow(stages: Sequence[Mapping[str, Any]], job: Record) -> None:
+    """Run the stages that come after the first one of `job`, each with a record of its own."""
+    failed: dict[str, str] = {}
+    for stage in stages:
+        folder, own = Path(stage["record"]), replace(job, stage=stage["label"], started=time.time())
+        if missing := [failed[record] for record in stage["after"] if record in failed]:
+            failed[stage["record"]] = missing[0]
+            continue
+        _free_memory()
+        own.enter(folder, State.RUNNING)
+        try:
+            _leaving_when_asked(partial(_when_free, _resolved(stage["function"]), stage["arguments"]))
+        except preemption.Preempted:
+            own.enter(folder, State.PREEMPTED)
+            raise
+        except Exception as error:
+            if interrupted(error):
+                raise
+            traceback.print_exc()
+            own.enter(folder, State.FAILED, _line(error))
+            failed[stage["record"]] = f"{stage['label']}: {_line(error)}"
+        else:
+            own.enter(folder, State.DONE)
+    if failed:
+        raise TsaeError(next(iter(failed.values())))
+
+
+def _free_memory() -> None:
+    """Give back what the stage before had on a GPU, where the next one may need all of it."""
+    gc.collect()
+    if (torch := sys.modules.get("torch")) is not None and torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -251,6 +251,31 @@ def _merged(members: Sequence[Stage]) -> Stage:
     )
 
 
+def chained(plan: Sequence[Stage]) -> list[Stage]:
+    """The stages with what reads an unfinished training put behind it, into one job of one process."""
+    trainings = {stage.key for stage in plan if stage.kind == "train" and not stage.is_done()}
+    behind: dict[str, list[Stage]] = defaultdict(list)
+    for stage in plan:
+        for key in trainings.intersection(stage.depends_on):
+            behind[key].append(stage)
+    following = {stage.key for members in behind.values() for stage in members}
+    return [
+        _followed(stage, tuple(behind[stage.key])) if stage.key in behind else stage
+        for stage in plan
+        if stage.key not in following
+    ]
+
+
+def _followed(training: Stage, members: tuple[Stage, ...]) -> Stage:
+    return dataclasses.replace(
+        training,
+        then=members,
+        points=tuple(dict.fromkeys(name for stage in (training, *members) for name in stage.points)),
+        resources=dataclasses.replace(training.resources, nodes=1, tasks=1),
+        is_done=partial(_all_done, (training, *members)),
+    )
+
+
 def _all_done(members: Sequence[Stage]) -> bool:
     return all(stage.is_done() for stage in members)
 

@@ -98,10 +98,11 @@ def cost_of_launch(plan: Plan, stages: Sequence[Stage], site: Cluster | None) ->
         given = (wanted.gpus or 0) * (wanted.nodes or 1)
         if site is None:
             given = min(gpus, given if wanted.gpus is not None else int(stage.on_gpu))
-        for name in [stage.config] if isinstance(stage.config, str) else stage.config or ():
-            point = configs[name]
-            folder = store_path(point.config) if stage.kind == "harvest" else plan.run(point).path
-            works.append(Work(stage.kind, point.config, folder, given))
+        for one in stage.all:
+            for name in [one.config] if isinstance(one.config, str) else one.config or ():
+                point = configs[name]
+                folder = store_path(point.config) if one.kind == "harvest" else plan.run(point).path
+                works.append(Work(one.kind, point.config, folder, given))
     return cost_of(works, here=site is None)
 
 

@@ -201,7 +201,8 @@ def require_packages(plan: Plan, stages: Sequence[Stage]) -> None:
 
     points = {point.name: point.config for point in plan.points}
     configs = {
-        kind: [points[name] for stage in stages if stage.kind == kind for name in stage.points] for kind in KINDS
+        kind: [points[name] for stage in stages for one in stage.all if one.kind == kind for name in one.points]
+        for kind in KINDS
     }
     trackers.require(name for config in configs["train"] for name in config.training.trackers)
     named = {("tsne", config.experiments.tsne.tagger, config.experiments.tsne.dataset) for config in configs["tsne"]}

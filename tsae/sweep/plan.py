@@ -26,7 +26,7 @@ from tsae.config.schema import flatten
 from tsae.report.compared import Compared
 from tsae.runtime import metadata
 from tsae.runtime.errors import TsaeError
-from tsae.sweep.chain import Chain, merge
+from tsae.sweep.chain import Chain, chained, merge
 from tsae.sweep.points import expand
 from tsae.sweep.stage import KINDS, Stage
 from tsae.sweep.sweepfile import Sweep
@@ -69,12 +69,13 @@ class Plan:
 
     def unfinished(self) -> list[Stage]:
         """Stages to run: not done, and asked for by the user or by a stage that has to run itself."""
-        listed = {stage.kind for stage in self.stages}
+        listed = {stage.kind for each in self.stages for stage in each.all}
         asked = listed - set(FEEDING) or {max(listed, key=KINDS.index)}
         needed: list[Stage] = []
         wanted: set[str] = set()
         for stage in reversed(self.stages):
-            if (stage.kind in asked or stage.key in wanted) and not stage.is_done():
+            is_asked = any(one.kind in asked for one in stage.all)
+            if (is_asked or stage.key in wanted) and not stage.is_done():
                 needed.append(stage)
                 wanted.update(stage.depends_on)
         return needed[::-1]
@@ -149,7 +150,8 @@ class Plan:
 
     def config_texts(self, stages: list[Stage]) -> dict[str, str]:
         """The resolved configuration of each point that `stages` read, as YAML."""
-        named = [[stage.config] if isinstance(stage.config, str) else stage.config or [] for stage in stages]
+        every = [one.config for stage in stages for one in stage.all]
+        named = [[config] if isinstance(config, str) else config or [] for config in every]
         wanted = {name for names in named for name in names}
         return {point.name: _as_yaml(point.config) for point in self.points if point.name in wanted}
 
@@ -204,7 +206,8 @@ def make_plan(sweep: Sweep, to_look_at: bool = False) -> Plan:
         else stage
         for stage in ordered
     ]
-    return Plan(sweep, tuple(points), tuple(merge(points, readable)), damaged)
+    together = merge(points, readable)
+    return Plan(sweep, tuple(points), tuple(chained(together) if sweep.config.resources.chain else together), damaged)
 
 
 def _as_yaml(config: configuration.RunConfig) -> str:

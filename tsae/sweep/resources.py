@@ -124,6 +124,14 @@ class Resources:
         return found
 
 
+@dataclass(frozen=True, kw_only=True)
+class SweepResources(Resources):
+    """What a sweep asks for."""
+
+    chain: bool = False
+    """Whether the evaluation and the experiments of a point follow in the process that trained it, with what `train` may use: what they import and the language model are loaded once, and there are fewer jobs."""
+
+
 def laid_over(over: StageResources, below: StageResources) -> StageResources:
     """`over`, with what it does not say from `below`."""
     values = {

@@ -44,11 +44,33 @@ class Stage:
     is_done: Callable[[], bool]
     after_failures: bool = False
     """Whether it runs once those before it have ended, however that was; else all of them must be done."""
+    then: tuple[Stage, ...] = ()
+    """Stages that follow in its job, in this order (`chained` in chain.py)."""
 
     @property
     def label(self) -> str:
         """For people: `train split_fraction=0.2`."""
-        return f"{self.kind} {self.subject}"
+        kinds = dict.fromkeys(stage.kind for stage in self.then)
+        return f"{self.kind} {self.subject}" + (f", then {', '.join(kinds)}" if kinds else "")
+
+    @property
+    def all(self) -> tuple[Stage, ...]:
+        """Itself and those that follow in its job."""
+        return (self, *self.then)
+
+    def then_in(self, configs: Path) -> list[dict[str, Any]]:
+        """Those that follow, as `tsae.runtime.job.Call` has them."""
+        records = {stage.key: str(stage.record) for stage in self.then}
+        return [
+            {
+                "record": str(stage.record),
+                "function": stage.function,
+                "arguments": list(stage.arguments_in(configs)),
+                "label": stage.label,
+                "after": [records[key] for key in stage.depends_on if key in records],
+            }
+            for stage in self.then
+        ]
 
     def arguments_in(self, configs: Path) -> tuple[Any, ...]:
         """What its function is called with, where folder `configs` holds the configuration of each point."""

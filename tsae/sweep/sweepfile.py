@@ -18,7 +18,7 @@ from tsae.config.sections import DataConfig
 from tsae.report.compared import ReportConfig
 from tsae.runtime.environment import SWEEPS
 from tsae.runtime.errors import TsaeError, suggestion
-from tsae.sweep.resources import Resources
+from tsae.sweep.resources import SweepResources
 
 StageKind = Literal[
     "harvest", "train", "evaluate", "probe", "tsne", "sequences", "align", "steer", "explain", "features", "report"
@@ -46,7 +46,7 @@ class SweepConfig:
     """Settings that differ from the base in every point."""
     stages: tuple[StageKind, ...] = ("harvest", "train", "evaluate", "report")
     """What to do; experiments of the paper may be among it."""
-    resources: Resources = field(default_factory=Resources)
+    resources: SweepResources = field(default_factory=SweepResources)
     """What the jobs of each stage may use."""
     max_parallel: Count | None = None
     """Jobs that run at the same time, at most: of this sweep on one machine, of each of its arrays on Slurm."""
@@ -101,6 +101,11 @@ def load_sweep(
     config = _located(schema.build(SweepConfig, tree, str(path)), folder)
     if not config.stages or set(config.stages) <= {"report"}:
         raise TsaeError(f"{path}: stages: nothing to run; allowed: {', '.join(get_args(StageKind))}")
+    if config.resources.chain and config.resources.train.processes > 1:
+        raise TsaeError(
+            f"{path}: resources.chain: true is impossible where train asks for {config.resources.train.processes} processes; "
+            "experiments are made by one"
+        )
     # An empty name, as of a shell's variable that is not set, is not the lack of one.
     asked, where = (config.base, f"{path}: base") if base is None else (base, "--base")
     base_path = find_base(asked, path, where)

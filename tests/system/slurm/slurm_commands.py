@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -27,10 +28,10 @@ class CommandLine:
         (home / "cluster.yaml").write_text(yaml.safe_dump(CLUSTER))
         self.write([0.2, 0.4])
 
-    def write(self, fractions: list[float]) -> None:
+    def write(self, fractions: list[float], **sections: Any) -> None:
         """Write the sweep."""
-        grid = {"sae.split_fraction": fractions}
-        self.file.write_text(yaml.safe_dump({"base": str(self.home / "base.yaml"), "grid": grid}))
+        tree = {"base": str(self.home / "base.yaml"), "grid": {"sae.split_fraction": fractions}, **sections}
+        self.file.write_text(yaml.safe_dump(tree))
 
     def start(self, *words: str) -> subprocess.Popen[str]:
         """`sweep.py`, while other things happen."""

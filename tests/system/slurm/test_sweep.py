@@ -66,6 +66,23 @@ def test_a_sweep_launched_twice_at_once_runs_once_on_two_nodes_and_can_be_extend
         slurm_command("scontrol", "update", "partitionname=main", "state=up")
 
 
+def test_what_is_chained_is_one_job_of_one_process(sweep: SweepOnSlurm, tiny: CommandLine) -> None:
+    tiny.write([0.2, 0.4], resources={"chain": True})
+    assert "--ntasks-per-node=2" not in tiny.sweep("--dry-run")  # which the cluster's file asks for
+    tiny.sweep()
+    (attempt,) = attempts(sweep.folder)
+    jobs = {kind: [] for kind in ("harvest", "train", "evaluate", "report")}
+    for entry in attempt.jobs():
+        jobs[entry.label.split()[0]].append(entry.job)
+    assert jobs["train"] == jobs["evaluate"]
+    assert len(set(jobs["train"])) == 2
+    assert len(jobs["harvest"]) == len(jobs["report"]) == 1
+    sweep.wait_until_over()
+    assert all(set(states) == {"done"} for states in tiny.counts().values()), tiny.status()
+    assert tiny.counts()["evaluate"]["done"] == "2/2"
+    assert "nothing to do" in tiny.sweep()
+
+
 def logs_of(first: str) -> str:
     """The logs of all processes of a job, of whose first one is the log given."""
     path = Path(first)

@@ -237,8 +237,8 @@ class _Both:
 def _note_jobs(stages: Sequence[Stage], attempt: Attempt, process: int) -> None:
     attempt.add_jobs(
         Submitted(
-            stage=stage.key,
-            label=stage.label,
+            stage=one.key,
+            label=one.label,
             job=str(process),
             cluster=None,
             submitted=time.time(),
@@ -247,6 +247,7 @@ def _note_jobs(stages: Sequence[Stage], attempt: Attempt, process: int) -> None:
             attempt=attempt.stamp,
         )
         for stage in stages
+        for one in stage.all
     )
 
 

@@ -273,6 +273,7 @@ def _call(stage: Stage, attempt: Attempt, executor: str, processes: int = 1) -> 
         executor=executor,
         processes=processes,
         log=str(log_path(stage, attempt)),
+        then=stage.then_in(attempt.points),
     )
 
 

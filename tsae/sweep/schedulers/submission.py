@@ -6,6 +6,7 @@ that submits the rest: one wave after the other, without anybody watching.
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import shlex
 import sys
@@ -74,7 +75,12 @@ class Submission:
             left = [stage for stage in stages if stage.key not in wave.jobs]
             points = dict.fromkeys(point for stage in left for point in stage.points)
             self.attempt.leave(Rest(tuple(stage.key for stage in left), tuple(points), full.limit, behind))
-        self.attempt.add_jobs(wave.jobs.values())
+        self.attempt.add_jobs(
+            dataclasses.replace(wave.jobs[stage.key], stage=one.key, label=one.label)
+            for stage in [*stages, *([self.rest] if self.rest else [])]
+            if stage.key in wave.jobs
+            for one in stage.all
+        )
         try:
             self.scheduler.release(wave.held)
         except TsaeError as error:
@@ -113,6 +119,7 @@ class Submission:
                     attempt=self.attempt.stamp,
                     executor=self.scheduler.name,
                     processes=array.resources.processes,
+                    then=stage.then_in(self.attempt.points),
                 )
                 for stage in array.stages
             ],
