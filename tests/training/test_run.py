@@ -8,8 +8,8 @@ import multiprocessing
 import os
 import re
 import signal
-import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,6 +21,7 @@ from tsae.config.sections import OBJECTIVE_PRESETS
 from tsae.runtime.errors import TsaeError
 from tsae.store.harvest import harvest
 from tsae.training.metrics import has_diverged
+from tsae.training.resume import ResumeStates
 from tsae.training.run import train, train_together
 from tsae.training.splits import last_line, trouble
 
@@ -61,12 +62,6 @@ def outputs(run: RunFolder) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in (run.weights, run.metrics, run.checkpoint(20), run.config_json)}
 
 
-def start_training(config: RunConfig, run: RunFolder) -> multiprocessing.process.BaseProcess:
-    process = multiprocessing.get_context("spawn").Process(target=train, args=(config, run))
-    process.start()
-    return process
-
-
 def test_run_writes_the_checkpoint_layout(config: RunConfig, tmp_path: Path) -> None:
     run = RunFolder.of(tmp_path, "whole")
     train(config, run)
@@ -88,19 +83,28 @@ def test_run_writes_the_checkpoint_layout(config: RunConfig, tmp_path: Path) -> 
     assert torch.allclose(norms[:19], norms[0].expand(19), atol=1e-6)
 
 
+def be_killed(config: RunConfig, run: RunFolder, least_step: int) -> None:
+    """Train until a state of `least_step` or later is on the disk; then this process ends as by `kill -9`."""
+    write = ResumeStates._write
+
+    def killing(states: ResumeStates, step: int, *rest: Any) -> None:
+        write(states, step, *rest)
+        if step >= least_step:  # the training goes on meanwhile, to whichever step
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    ResumeStates._write = killing  # type: ignore[method-assign, assignment]
+    ResumeStates.busy = False  # type: ignore[method-assign, assignment]  # none is left out where the disk is slow
+    train(config, run)
+
+
 def test_resume_is_bit_exact_after_kills(config: RunConfig, tmp_path: Path) -> None:
     # What is subtracted comes from the store again, and from no state.
     config = configuration.replace(config, training={"normalize": "centred"})
     whole, killed = RunFolder.of(tmp_path, "whole"), RunFolder.of(tmp_path, "killed")
     train(config, whole)
     for least_step in (7, 28):
-        process = start_training(config, killed)
-        latest = killed.resume / "latest"
-        deadline = time.monotonic() + 120
-        while process.is_alive() and time.monotonic() < deadline:
-            if latest.exists() and int(latest.read_text().removeprefix("step_")) >= least_step:
-                os.kill(process.pid or 0, signal.SIGKILL)
-            time.sleep(0.002)
+        process = multiprocessing.get_context("spawn").Process(target=be_killed, args=(config, killed, least_step))
+        process.start()
         process.join()
         assert process.exitcode == -signal.SIGKILL
         assert not killed.is_trained(config)
