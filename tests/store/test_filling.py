@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -99,6 +101,38 @@ def test_what_goes_wrong_in_writing_ends_the_reading(layout: StoreLayout, expect
         fill(layout, endless)
     assert [layout.is_written(shard) for shard in range(3)] == [True, False, False]
     assert not drafts(layout)
+
+
+@pytest.mark.parametrize("batches_a_shard", [1, 2, 3])
+def test_what_goes_wrong_in_any_shard_is_told(
+    layout: StoreLayout, expected: torch.Tensor, batches_a_shard: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, under_way, most = writer._storable, list[int](), 0
+
+    def full(at: StoreLayout, first: int, *rest: Any) -> torch.Tensor:
+        if first >= at.geometry.sequences_of(1).start:
+            raise OSError(errno.ENOSPC, "No space left on device", "here")
+        return real(at, first, *rest)
+
+    def read(shard: int, _: Sequence[int]) -> Given:
+        nonlocal most
+        under_way.append(shard)
+        most = max(most, sum(not layout.is_written(each) for each in under_way))
+        rows = layout.geometry.sequences_of(shard)
+        size = -(-len(rows) // batches_a_shard)
+        return ([block] for block in expected[rows.start : rows.stop].split(size))
+
+    monkeypatch.setattr(writer, "_storable", full)
+    with pytest.raises(OSError, match="No space left"):
+        fill(layout, read)
+    assert layout.is_written(0)
+    assert len(under_way) <= 3
+    assert not drafts(layout)
+    monkeypatch.setattr(writer, "_storable", real)
+    under_way.clear()
+    fill(layout, read)
+    assert most <= 2  # no more than one waits behind the one that is written
+    assert Store.open(layout.path).n_sequences == len(expected)
 
 
 def test_what_goes_wrong_in_reading_leaves_whole_shards_alone(layout: StoreLayout, expected: torch.Tensor) -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -162,26 +163,35 @@ def test_pools_beside_a_gpu_and_on_it_give_the_same_batches_as_those_in_memory(
     store, share = write_store(ragged, heldout=100, dtype=dtype), {"rank": world // 2, "world": world}
     here = stream_of(store, rule, 96, **share)
     # No GPU is needed to see that they are the same; the memory of this machine stands for a GPU's.
-    monkeypatch.setattr("tsae.store.pairs.pools_for", lambda _, store, __: way(store, torch.device("cpu")))
+    monkeypatch.setattr("tsae.store.pairs.pools_for", lambda _, store, n, __: way(store, n, torch.device("cpu")))
     there = stream_of(store, rule, 96, **share)
+    assert there[0].dtype == store.dtype
     check_same(here, there)
     assert torch.equal(there[here.steps_per_epoch + 1].float(), here[here.steps_per_epoch + 1])
 
 
 def check_same(here: PairStream, there: PairStream, work: Callable[[], object] = lambda: None) -> None:
-    """Batches of several pools and epochs are the same, `there` in the store's dtype; all are kept, so that memory used
-    twice would show. `work` is done with each."""
+    """Batches of several pools and epochs are the same, `there` in the store's dtype; `work` is done before each.
+
+    Once all are kept, so that memory used twice would show; once each is dropped, so that its memory is.
+    """
     steps = here.steps_per_epoch
     assert len(here._pool_starts) > 3
-    for start in (0, steps - 1, steps + 7):
-        found = []
-        for batch in there.with_documents(start, 2 * steps + 3):
+    for start, keep in ((0, True), (steps - 1, False), (steps + 7, True)):
+        kept: list[Any] = []
+        both = zip(there.with_documents(start, 2 * steps + 3), here.with_documents(start, 2 * steps + 3), strict=True)
+        for batches in both:
             work()
-            found.append(batch)
-        for (batch, document), (wanted, of) in zip(found, here.with_documents(start, 2 * steps + 3), strict=True):
-            assert batch.dtype == here._store.dtype
-            assert torch.equal(batch.float().cpu(), wanted)
-            assert torch.equal(document.cpu(), of)
+            kept = [*kept, batches] if keep else [batches]
+            if not keep:
+                compare(*batches)
+        for batches in kept:
+            compare(*batches)
+
+
+def compare(found: tuple[torch.Tensor, torch.Tensor], wanted: tuple[torch.Tensor, torch.Tensor]) -> None:
+    assert torch.equal(found[0].float().cpu(), wanted[0])
+    assert torch.equal(found[1].cpu(), wanted[1])
 
 
 @pytest.mark.gpu
@@ -201,11 +211,44 @@ def test_pools_are_on_the_gpu_where_half_of_what_is_free_there_holds_them(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "Stream", lambda _: None)
-    gpu, wanted = torch.device("cuda"), 300 * 32 * (store.activation_dim * store.dtype.itemsize + pools.BESIDE)
+    gpu, wanted = (
+        torch.device("cuda"),
+        2 * (320 + 20) * 32 * (store.activation_dim * store.dtype.itemsize + pools.BESIDE),
+    )
     for free, way in ((2 * wanted, GpuPools), (2 * wanted - 1, StagedPools)):
-        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _, free=free: (free, 2 * free))
-        assert type(pools.pools_for(gpu, store, 300)) is way
-    assert type(pools.pools_for(torch.device("cpu"), store, 300)) is Pools
+        monkeypatch.setattr(pools, "free_on_gpu", lambda _, free=free: free)
+        assert type(pools.pools_for(gpu, store, 320, 2)) is way
+    assert type(pools.pools_for(torch.device("cpu"), store, 320, 2)) is Pools
+
+
+@pytest.mark.parametrize(
+    ("world", "pool_sequences", "held"), [(1, 10_000, 1), (1, 200, 2), (2, 10_000, 2), (2, 200, 2)]
+)
+def test_no_more_pools_are_in_memory_than_a_gpu_is_asked_for(
+    store: Store, world: int, pool_sequences: int, held: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: weakref.WeakSet[torch.Tensor] = weakref.WeakSet()
+    most, asked = 0, 0
+
+    class Counting(Pools):
+        def _empty(self, sequences: int) -> torch.Tensor:
+            nonlocal most
+            buffer = super()._empty(sequences)
+            made.add(buffer)
+            most = max(most, sum(map(len, made)))
+            return buffer
+
+    def counting(_: object, store: Store, sequences: int, number: int) -> Pools:
+        nonlocal asked
+        assert number == held
+        asked = number * pools.with_spare(sequences)
+        return Counting(store, sequences)
+
+    monkeypatch.setattr("tsae.store.pairs.pools_for", counting)
+    stream = stream_of(store, "random", 96, pool_sequences=pool_sequences, world=world)
+    for _ in stream.iterate(0, 3 * stream.steps_per_epoch):
+        pass
+    assert 0 < most <= asked
 
 
 @pytest.mark.parametrize("rule", ["random", "none"])

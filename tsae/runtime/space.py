@@ -7,7 +7,10 @@ import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    import torch
 
 QUOTA_BLOCK = 1024
 CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
@@ -43,6 +46,14 @@ def gpu_bytes() -> int | None:
     """Memory of the smallest GPU of this machine, found without loading torch; None where there is none."""
     sizes = _answer(["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"])
     return min((int(line) * 2**20 for line in sizes if line.strip().isdecimal()), default=None)
+
+
+def free_on_gpu(device: torch.device) -> int:
+    """Bytes of a GPU that this process may still take, what torch keeps for it among them."""
+    import torch
+
+    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return int(torch.cuda.mem_get_info(device)[0]) + kept
 
 
 def shown(size: float) -> str:

@@ -20,7 +20,7 @@ from tsae.store.window import Window
 from tsae.store.writer import finalise, writing
 
 BLOCKS_AHEAD = 2
-"""Batches of a language model that may wait to be written."""
+"""Batches of a shard that may wait to be written."""
 POLL_SECONDS = 0.1
 
 Activations = Callable[[int, Sequence[int]], Iterator[Sequence[Tensor]]]
@@ -69,6 +69,8 @@ def write_missing(
                 except BaseException:
                     coming.abandon()
                     raise
+                if before is not None:
+                    before.result()  # no more than one shard is written while the next one is read
                 before = written
         if before is not None:
             before.result()

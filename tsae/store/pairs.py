@@ -195,7 +195,9 @@ class PairStream:
         begin = rank * share - self._my_lanes.start * lane
         self._my_rows = slice(begin, begin + share)
         self._pool: Pool | None = None
-        self._pools = pools_for(device, store, -(-min(len(store.train), 2 * pool_sequences) // world))
+        # A pool begins and ends within a block. Where there is but one it stays, unless each epoch gives a process others.
+        blocks = min(-(-len(store.train) // (pools * world * self._block)) + 2, len(self._pairs))
+        self._pools = pools_for(device, store, blocks * self._block, 1 if pools == 1 and world == 1 else 2)
         self._orders: dict[int, tuple[np.ndarray, np.ndarray]] = {}
         self.waits = Waits()
 

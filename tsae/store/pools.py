@@ -15,11 +15,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tsae.runtime.space import free_on_gpu
 from tsae.store.reader import Store, uninitialised
 
 BATCHES_AHEAD = 3
 SCRATCH_BYTES = 512 * 1024
 MOST_FREE = 8
+SPARE = 16
 BESIDE = 12
 """Bytes of a position beside its activation: its pair of rows and its document."""
 MOST_OF_FREE = 0.5
@@ -32,12 +34,15 @@ class Pools:
     ahead = BATCHES_AHEAD
     """Batches that are made before they are needed."""
 
-    def __init__(self, store: Store) -> None:
-        self._store, self._batches = store, Recycled()
+    def __init__(self, store: Store, sequences: int) -> None:
+        """`sequences` is what a pool has, more or less."""
+        self._store, self._sequences, self._batches = store, sequences, Recycled()
 
     def buffer(self, sequences: int, spare: Tensor | None) -> Tensor:
         """[≥ `sequences`, L, D] in the store's dtype, to be filled: `spare` where that is large enough."""
-        return spare if spare is not None and len(spare) >= sequences else self._empty(sequences + sequences // 16)
+        if spare is not None and len(spare) >= sequences:
+            return spare
+        return self._empty(with_spare(max(sequences, self._sequences)))
 
     def _empty(self, sequences: int) -> Tensor:
         return self._store.empty(sequences)
@@ -71,8 +76,8 @@ class Pools:
 class StagedPools(Pools):
     """In the machine's memory; batches are gathered in the store's dtype, and are on a GPU when they are needed."""
 
-    def __init__(self, store: Store, device: torch.device) -> None:
-        super().__init__(store)
+    def __init__(self, store: Store, sequences: int, device: torch.device) -> None:
+        super().__init__(store, sequences)
         self._device, self._stream = device, _stream(device)
 
     def batch(self, activations: Tensor, document: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -96,8 +101,8 @@ class GpuPools(Pools):
 
     ahead = 0
 
-    def __init__(self, store: Store, device: torch.device) -> None:
-        super().__init__(store)
+    def __init__(self, store: Store, sequences: int, device: torch.device) -> None:
+        super().__init__(store, sequences)
         self._device, self._stream = device, _stream(device)
 
     def buffer(self, sequences: int, spare: Tensor | None) -> Tensor:
@@ -134,16 +139,22 @@ class GpuPools(Pools):
             self._stream.wait_stream(torch.cuda.default_stream(self._device))
 
 
-def pools_for(device: torch.device | None, store: Store, sequences: int) -> Pools:
+def pools_for(device: torch.device | None, store: Store, sequences: int, pools: int) -> Pools:
     """The fastest of those that a training on `device` (None: this machine's memory) has room for.
 
-    `sequences` contexts are in memory at a time, and no more than half of what a GPU has free is taken for them.
+    So many `pools` of `sequences` contexts are there at a time, and no more than half of what a GPU has free is taken for them.
     """
     if device is None or device.type != "cuda":
-        return Pools(store)
+        return Pools(store, sequences)
     position = store.activation_dim * store.dtype.itemsize + BESIDE
-    wanted, (free, _) = sequences * store.context_length * position, torch.cuda.mem_get_info(device)
-    return GpuPools(store, device) if wanted <= MOST_OF_FREE * free else StagedPools(store, device)
+    wanted = pools * with_spare(sequences) * store.context_length * position
+    fits = wanted <= MOST_OF_FREE * free_on_gpu(device)
+    return (GpuPools if fits else StagedPools)(store, sequences, device)
+
+
+def with_spare(sequences: int) -> int:
+    """A little more than a pool has, since the next one may be larger."""
+    return sequences + sequences // SPARE
 
 
 def _stream(device: torch.device) -> torch.cuda.Stream | None:

@@ -9,11 +9,13 @@ A process may die anywhere in between: states after `latest`, and those that the
 
 from __future__ import annotations
 
+import functools
 import logging
 import random
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -27,6 +29,7 @@ from tsae.runtime import files, metadata
 from tsae.runtime.checksums import Checksum, checksum_of
 from tsae.runtime.errors import TsaeError
 from tsae.runtime.metadata import NATURAL
+from tsae.runtime.space import free_on_gpu
 
 PREFIX = "step_"
 RECORD = {"bytes": NATURAL, "crc32c": NATURAL, "belongs_to": {str: str}}
@@ -195,13 +198,15 @@ def _begin_host_copy(state: dict[str, Any], spare: Any) -> tuple[Any, Callable[[
     if not on_gpu:
         return _host_copy(state, spare), None
     device = on_gpu[0].device
-    free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    if sum(tensor.nbytes for tensor in on_gpu) > MOST_OF_FREE * free:
+    taken: dict[int, Tensor] = {}
+    if sum(tensor.nbytes for tensor in on_gpu) <= MOST_OF_FREE * free_on_gpu(device):
+        with suppress(torch.OutOfMemoryError):  # what is free may lie in pieces
+            taken = {id(tensor): tensor.detach().clone() for tensor in on_gpu}
+    if not taken:
         copy = _host_copy(state, spare)
         torch.cuda.synchronize(device)
         return copy, None
-    taken = {id(tensor): tensor.detach().clone() for tensor in on_gpu}
-    stream = torch.cuda.Stream(device)
+    stream = _stream(device)
     stream.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(stream):
         copy = _host_copy(state, spare, taken)
@@ -211,6 +216,12 @@ def _begin_host_copy(state: dict[str, Any], spare: Any) -> tuple[Any, Callable[[
         taken.clear()  # not only when all is on the disk
 
     return copy, there
+
+
+@functools.cache
+def _stream(device: torch.device) -> torch.cuda.Stream:
+    """One for all states: torch has only so many, and hands them out again."""
+    return torch.cuda.Stream(device)
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:
