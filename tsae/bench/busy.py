@@ -8,6 +8,7 @@ computed, as that tells them; those are of whole GPUs, whoever uses them.
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import statistics
 import subprocess
@@ -16,7 +17,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +26,8 @@ from tsae.runtime.state import Record
 
 EVERY = 0.25
 """Seconds between samples."""
-LONGEST = 40
-"""Letters of a stage's name that are shown."""
+LEAVE_SECONDS = 30.0
+"""For a sweep that is interrupted to end its stages."""
 TICKS = os.sysconf("SC_CLK_TCK")
 
 
@@ -37,7 +38,7 @@ def measure(arguments: Sequence[str], folder: Path) -> dict[str, Any]:
     """
     if not Path("/proc/self/environ").exists():
         raise TsaeError("--sweep: what is busy is read from /proc, which only Linux has")
-    with tempfile.TemporaryDirectory(prefix="sweep-", dir=folder) as made:
+    with tempfile.TemporaryDirectory(prefix="sweep-", dir=folder, ignore_cleanup_errors=True) as made:
         home, samples, metrics = Path(made), list[dict[str, Any]](), dict[Path, float]()
         with _gpus() as (gpus, names):
             seen, began = dict[str, float](), time.time()
@@ -55,12 +56,18 @@ def measure(arguments: Sequence[str], folder: Path) -> dict[str, Any]:
                     for path in home.glob("checkpoints/*/*/*/metrics.jsonl"):  # which begins with the first step
                         metrics.setdefault(path, now - began)
             finally:
-                process.terminate()  # which ends its stages too, where this process is interrupted
+                # Where Ctrl-C came here it came there, too, and a second word would keep it from ending its stages.
+                with suppress(subprocess.TimeoutExpired):
+                    process.wait(LEAVE_SECONDS)
+                process.terminate()
                 process.wait()
         if process.returncode:
             raise TsaeError(f"--sweep: `tsae sweep {' '.join(arguments)}` failed; what it said stands above")
-        records = filter(None, (Record.of(folder) for folder in home.glob("sweeps/*/stages/*")))
-        stages = [_stage(record, samples, began, list(metrics.values())) for record in records]
+        told = [record for place in home.glob("sweeps/*/stages/*") if (record := Record.of(place)) is not None]
+        first_steps = {path.parent.parent.name: at for path, at in metrics.items()}
+        stages = [_stage(record, samples, began, first_steps) for record in told if record.started and record.ended]
+    if not stages:
+        raise TsaeError(f"--sweep: `tsae sweep {' '.join(arguments)}` had nothing to run")
     stages.sort(key=lambda stage: stage["start"])
     return {
         "sweep": list(arguments),
@@ -110,8 +117,8 @@ def _gpus() -> Iterator[tuple[dict[str, float], dict[str, str]]]:
     def follow() -> None:
         assert process.stdout is not None
         for line in process.stdout:
-            index, percent, name = (part.strip() for part in line.split(",", 2))
-            if percent.isdigit():
+            index, percent, name = (part.strip() for part in f"{line},,".split(",")[:3])
+            if percent.isdigit():  # else it says that there is no GPU, or cannot tell
                 shares[index], names[index] = int(percent) / 100, name
 
     reader = threading.Thread(target=follow)
@@ -124,19 +131,23 @@ def _gpus() -> Iterator[tuple[dict[str, float], dict[str, str]]]:
         reader.join()
 
 
-def _stage(record: Record, samples: list[dict[str, Any]], began: float, appeared: list[float]) -> dict[str, Any]:
+def _stage(
+    record: Record, samples: list[dict[str, Any]], began: float, first_steps: dict[str, float]
+) -> dict[str, Any]:
     """When a stage ran, and the mean of what was busy meanwhile; other stages may have run beside it."""
     assert record.started is not None
     assert record.ended is not None
     start, end = record.started - began, record.ended - began
     within = [sample for sample in samples if start < sample["at"] <= end + EVERY]
     gpus = [share for sample in within for share in sample["gpus"].values()]
-    first = [at - start for at in appeared if start < at <= end + EVERY and record.stage.startswith("train")]
+    # `train k=5`, `train k=5 and 2 more` of a pack, `train k=5, then evaluate` where it is chained.
+    subject = re.split(r" and \d+ more|, then ", record.stage.partition(" ")[2])[0]
+    first = first_steps.get(subject) if record.stage.startswith("train ") else None
     return {
-        "stage": record.stage if len(record.stage) <= LONGEST else f"{record.stage[: LONGEST - 1]}…",
+        "stage": record.stage,
         "start": start,
         "end": end,
         "cores": statistics.fmean(sample["cores"] for sample in within) if within else None,
         "gpus": statistics.fmean(gpus) if gpus else None,
-        "first_step_after": min(first, default=None),
+        "first_step_after": None if first is None else first - start,
     }

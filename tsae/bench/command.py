@@ -65,7 +65,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--sweep",
-        default="",
         metavar="'SWEEP section.key=value …'",
         help="instead of all that: run a sweep from nothing on this machine, and see what is busy meanwhile",
     )
@@ -74,7 +73,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> Path:
     """Measure, print tables, write `<shape>.json` and `<shape>.png`; return the JSON's path. Raises TsaeError."""
-    if options.sweep:
+    if options.sweep is not None:
         return _run_sweep(options.sweep, options.out or home() / "benchmarks")
     sizes = {
         name: size if (given := getattr(options, name)) is None else given
@@ -109,7 +108,7 @@ def run(options: argparse.Namespace) -> Path:
     results: dict[str, Any] = {"rates": None, "step": None, "growth": []}
     if options.store_mb:
         torch.set_num_threads(options.threads)
-        results["rates"] = rates.measure(shape, options.store_mb, options.rounds, read)
+        results["rates"] = rates.measure(shape, options.store_mb, options.rounds, read, folder)
         print(report.rates_table(results["rates"]), flush=True)
     own: tuple[str, ...] = OWN
     if shape.device != "cpu":
@@ -152,17 +151,27 @@ def _make(folder: Path) -> None:
 
 def _run_sweep(given: str, folder: Path) -> Path:
     from tsae.bench import busy, figure, report
+    from tsae.config.points import file_name
 
     try:
         arguments = shlex.split(given)
     except ValueError as error:
         raise TsaeError(f"--sweep: {given!r} cannot be read as a command line: {error}") from error
+    words = iter(arguments)
+    for word in words:
+        if word in ("--base", "--name"):
+            next(words, None)
+        elif word.startswith("-"):
+            raise TsaeError(
+                f"--sweep: {word}: beside the sweep and its settings only --base and --name may stand there"
+            )
     if not arguments:
         raise TsaeError("--sweep: name a sweep, such as --sweep split_fraction")
     _make(folder)
     results = busy.measure(arguments, folder)
     print(report.busy_table(results), flush=True)
-    path = folder / f"sweep-{Path(results['sweep'][0]).stem}.json"
+    name = [Path(arguments[0]).stem, *arguments[1:]]
+    path = folder / f"{file_name('-'.join(['sweep', *name]))}.json"
     metadata.write(path, {**results, "machine": report.machine("cpu")})
     figure.draw_busy(path.with_suffix(".png"), results)
     return path

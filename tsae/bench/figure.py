@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tsae import plotting
-from tsae.bench.report import differences
+from tsae.bench.report import differences, shortened
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -196,7 +196,9 @@ def draw_busy(path: Path, results: dict[str, Any]) -> None:
             if stage["first_step_after"] is not None:
                 first = stage["start"] + stage["first_step_after"]
                 panels[0].plot([first, first], [-place - 0.35, -place + 0.35], color="black", linewidth=1.5)
-        panels[0].set_yticks([-place for place in range(len(stages))], [stage["stage"] for stage in stages], fontsize=7)
+        panels[0].set_yticks(
+            [-place for place in range(len(stages))], [shortened(stage["stage"]) for stage in stages], fontsize=7
+        )
         panels[0].grid(axis="y", visible=False)
         panels[0].set_title("Stages (a black mark: the first step)")
         cores = [sample["cores"] for sample in results["samples"]]

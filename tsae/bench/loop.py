@@ -7,6 +7,7 @@ the same round.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import os
 import shutil
@@ -29,6 +30,7 @@ from tsae.config import run as configuration
 from tsae.config.run import STORED, RunConfig
 from tsae.data.contexts import Contexts
 from tsae.lm.model import LanguageModel, load_language_model
+from tsae.runtime.errors import TsaeError
 from tsae.store.filling import write_missing
 from tsae.store.layout import StoreLayout
 from tsae.store.reader import Store
@@ -39,7 +41,8 @@ from tsae.training.trainer import Trainer
 SECONDS = 2.0
 """Of bare steps, or bare forward passes, in a round."""
 ROUNDS = 3
-FEWEST = 4
+FEWEST, FEWEST_BATCHES = 20, 4
+"""Steps, and batches of a language model, in a round."""
 
 
 def contexts_of(tokens: np.ndarray) -> Contexts:
@@ -61,7 +64,8 @@ def contexts_of(tokens: np.ndarray) -> Contexts:
 def training_rates(shape: Shape, store: Store, folder: Path) -> dict[str, Any]:
     """Pairs per wall second of trainings from `store`, a quarter of it in memory at a time, and of bare steps.
 
-    A training of 3n steps less one of n is what 2n steps take; the rest is its start and its end.
+    A training of 3n steps less one of n is what 2n steps take; the rest is its start and its end. Rounds in which the machine
+    was so busy that the longer one took no longer are left out; raises TsaeError if none is left.
     """
     bare = Trainer(shape.run_config("sparse"), shape.activation_dim, device=shape.device, moments=moments(shape))
     document = torch.arange(shape.batch_size, device=shape.device)
@@ -77,17 +81,22 @@ def training_rates(shape: Shape, store: Store, folder: Path) -> dict[str, Any]:
 
     steps(FEWEST)
     n = max(FEWEST, math.ceil(SECONDS / (steps(FEWEST) / FEWEST)))
+    _seconds_of_training(shape, store, folder, FEWEST)  # what is imported and initialised once
     rates: dict[str, list[float]] = {"whole": [], "bare": [], "start": []}
-    for number in range(ROUNDS):
-        short, long = (
-            _seconds_of_training(shape, store, folder / f"{number}-{each}" / "sae", each) for each in (n, 3 * n)
-        )
+    for _ in range(ROUNDS):
+        short, long = (_seconds_of_training(shape, store, folder, each) for each in (n, 3 * n))
+        alone = steps(n)
+        if long <= short:
+            continue
         step = (long - short) / (2 * n)
         rates["whole"].append(shape.batch_size / step)
         rates["start"].append(short - n * step)
-        rates["bare"].append(shape.batch_size * n / steps(n))
+        rates["bare"].append(shape.batch_size * n / alone)
+    if not rates["whole"]:
+        raise TsaeError("bench: this machine is too busy to time trainings; run it again when others are done")
     return {
         "steps": n,
+        "batch_size": shape.batch_size,
         "pairs_per_second": spread(rates["whole"]),
         "bare_pairs_per_second": spread(rates["bare"]),
         "share_of_bare": spread([whole / bare for whole, bare in zip(rates["whole"], rates["bare"], strict=True)]),
@@ -103,26 +112,29 @@ def _seconds_of_training(shape: Shape, store: Store, folder: Path, steps: int) -
         training={"steps": steps, "device": shape.device, "pool_sequences": max(1, len(store.train) // 4)},
     )
     began = time.perf_counter()
-    train(config, RunFolder(folder))
+    train(config, RunFolder(folder / "sae"))
     _wait(shape.device)
-    return time.perf_counter() - began
+    seconds = time.perf_counter() - began
+    shutil.rmtree(folder)
+    return seconds
 
 
 def harvest_rates(config: RunConfig, folder: Path) -> dict[str, Any]:
     """Tokens per wall second of a harvest of random tokens, once the model is loaded; of the forward pass to the same place
     by torch alone; and bytes per second that the disk of `folder` takes, of those that were harvested."""
-    lm = load_language_model(config.model)
+    lm, settings = load_language_model(config.model), dataclasses.replace(config.store, window=None)
     context = config.data.context_length
     size = config.model.batch_size
     generator = torch.Generator().manual_seed(0)
     one = torch.randint(lm.vocabulary, (size, context), generator=generator)
+    lm.read(one, torch.full((size,), context))  # which refuses what is impossible
     _bare_seconds(lm, [one])
-    count = max(FEWEST, math.ceil(SECONDS / _bare_seconds(lm, [one])))
+    count = max(FEWEST_BATCHES, math.ceil(SECONDS / _bare_seconds(lm, [one])))
     tokens = torch.randint(lm.vocabulary, (count * size, context), generator=generator)
     rates: dict[str, list[float]] = {"whole": [], "bare": [], "disk": []}
     for number in range(ROUNDS):
         path = folder / str(number)
-        layout = prepare(path, contexts_of(tokens.int().numpy()), lm.activation_dim, store=config.store)
+        layout = prepare(path, contexts_of(tokens.int().numpy()), lm.activation_dim, store=settings)
         began = time.perf_counter()
         write_missing([layout], layout.measured, partial(_read, lm, tokens, layout, size))
         rates["whole"].append(tokens.numel() / (time.perf_counter() - began))

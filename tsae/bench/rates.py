@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,21 +29,25 @@ SMOOTHNESS_ROUNDS, SMOOTHNESS_WARMUP = 50, 5
 PERSISTENCE = 0.55
 
 
-def measure(shape: Shape, megabytes: int, rounds: int, read: RunConfig) -> dict[str, Any]:
-    """Spreads of all rates, as they are written down; the store that is read has about `megabytes`.
+def measure(shape: Shape, megabytes: int, rounds: int, read: RunConfig, place: Path) -> dict[str, Any]:
+    """Spreads of all rates, as they are written down; the store that is read has about `megabytes`, on the disk of `place`.
 
     What is harvested are random tokens by the language model of `read`.
     """
-    with tempfile.TemporaryDirectory(prefix="tsae-bench-") as made:
+    if shape.device.startswith("cuda:"):
+        torch.cuda.set_device(shape.device)  # a training takes the current one
+    with tempfile.TemporaryDirectory(prefix="rates-", dir=place) as made:
         folder = Path(made)
+        harvest = loop.harvest_rates(read, folder)
         store = _write_store(folder, shape, megabytes)
         read_rate, memmap_rate = _read_rates(folder, store, shape, rounds)
+        fitting = replace(shape, batch_size=_fitting(shape, store), dtype="float32")
         return {
             "store_mb": megabytes,
             "store_pairs_per_second": spread(read_rate),
             "memmap_pairs_per_second": spread(memmap_rate),
-            "training": loop.training_rates(shape, store, folder / "runs"),
-            "harvest": loop.harvest_rates(read, folder),
+            "training": loop.training_rates(fitting, store, folder / "runs"),
+            "harvest": harvest,
             "smoothness_seconds_per_context": spread(_smoothness_cost(shape, SMOOTHNESS_ROUNDS)),
         }
 
@@ -53,7 +58,7 @@ def _read_rates(folder: Path, store: Store, shape: Shape, rounds: int) -> tuple[
 
     Of the store's pairs checksums, mixing and widening to float32 are included; the others are widened as well.
     """
-    batch, pool = min(shape.batch_size, len(store.train) * CONTEXT // 8), max(1, len(store.train) // 4)
+    batch, pool = _fitting(shape, store), max(1, len(store.train) // 4)
     stream = PairStream(store, "previous", batch, 0, counted=Counted(1), pool_sequences=pool)
     steps = stream.steps_per_epoch
     flat = np.memmap(folder / "flat", np.uint16, mode="r").reshape(-1, shape.activation_dim)
@@ -67,6 +72,11 @@ def _read_rates(folder: Path, store: Store, shape: Shape, rounds: int) -> tuple[
             found.append(steps * batch / (time.perf_counter() - began))
     # The first round fills the pool and the page cache.
     return rates[0][1:], rates[1][1:]
+
+
+def _fitting(shape: Shape, store: Store) -> int:
+    """The batch size, or what of it a small store has several batches of."""
+    return min(shape.batch_size, len(store.train) * CONTEXT // 8)
 
 
 def _write_store(folder: Path, shape: Shape, megabytes: int) -> Store:
@@ -129,6 +139,7 @@ def _persistent_codes(dict_size: int, k: int) -> torch.Tensor:
 
 def resume_seconds(shape: Shape, rounds: int) -> dict[str, float]:
     """Wall seconds from nothing to a trainer that continues, state checked and read; the store's first pool is not in it."""
+    shape = replace(shape, dtype="float32")  # of which a training is, whatever is timed
     config = shape.run_config("sparse")
     (batch,) = batches(shape, 1)
     with tempfile.TemporaryDirectory(prefix="tsae-bench-") as folder:

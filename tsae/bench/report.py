@@ -16,6 +16,7 @@ from tsae.bench.shape import Shape
 from tsae.runtime.secrets import hide
 
 MB = 10**6
+LONGEST = 44
 STATE_EVERY = 50
 """Steps between states, for which the cost is told."""
 
@@ -181,16 +182,22 @@ def resuming_line(costs: dict[str, Any]) -> str:
     )
 
 
+def shortened(name: str) -> str:
+    """A stage's name where there is little room."""
+    return name if len(name) <= LONGEST else f"{name[: LONGEST - 1]}…"
+
+
 def busy_table(results: dict[str, Any]) -> str:
     """One line for each stage of a sweep."""
-    wide = max(len(stage["stage"]) for stage in results["stages"])
+    names = [shortened(stage["stage"]) for stage in results["stages"]]
+    wide = max(map(len, names))
     lines = [
         f"{'stage':{wide}}{'from s':>9}{'seconds':>9}{'first step after s':>20}{'cores busy':>12}{'GPUs busy':>11}"
     ]
-    for stage in results["stages"]:
+    for name, stage in zip(names, results["stages"], strict=True):
         first, cores, gpus = stage["first_step_after"], stage["cores"], stage["gpus"]
         lines.append(
-            f"{stage['stage']:{wide}}{stage['start']:>9.1f}{stage['end'] - stage['start']:>9.1f}"
+            f"{name:{wide}}{stage['start']:>9.1f}{stage['end'] - stage['start']:>9.1f}"
             f"{'-' if first is None else f'{first:.1f}':>20}{'?' if cores is None else f'{cores:.2f}':>12}"
             f"{'-' if gpus is None else f'{gpus:.0%}':>11}"
         )

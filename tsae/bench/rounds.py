@@ -33,6 +33,7 @@ from tsae.runtime.progress import Progress
 
 BATCHES = 2
 GPU_PHASE_ROUNDS = 3
+LEAVE_SECONDS = 30.0
 DESCRIBED = ("library", "algorithm", "encoded", "state_bytes")
 
 
@@ -133,10 +134,20 @@ class _Worker:
             raise TsaeError(f"bench: {self.name}: {answer['error']}")
         return answer
 
+    def leave(self) -> None:
+        """Let the process come to its end, in which it removes what it has written."""
+        if self._process.stdin is not None:
+            with suppress(BrokenPipeError):
+                self._process.stdin.close()
+            self._process.stdin = None  # `communicate` would flush it
+
     def close(self) -> None:
         """End the process."""
+        self.leave()
+        with suppress(subprocess.TimeoutExpired):
+            self._process.communicate(timeout=LEAVE_SECONDS)
         self._process.kill()
-        self._process.communicate()
+        self._process.wait()
 
 
 def measure(names: Sequence[str], shape: Shape, plan: Plan, against: Sequence[str] = ()) -> Result:
@@ -162,6 +173,8 @@ def measure(names: Sequence[str], shape: Shape, plan: Plan, against: Sequence[st
         own = [name for name in equivalents if name != f"sparse:{shape.kind}"]
         workers = [start(name) for name in (*names, *own)] + libraries
         measured = _rounds(workers, shape, plan, missing)
+        for worker in workers:
+            worker.leave()  # all at once
     return Result(measured, missing)
 
 
