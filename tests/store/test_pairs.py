@@ -222,10 +222,12 @@ def test_pools_are_on_the_gpu_where_half_of_what_is_free_there_holds_them(
 
 
 @pytest.mark.parametrize(
-    ("world", "pool_sequences", "held"), [(1, 10_000, 1), (1, 200, 2), (2, 10_000, 2), (2, 200, 2)]
+    ("world", "pool_sequences", "batch_size", "held"),
+    # Of batches of 4,096 so many pairs are left over that an epoch does without whole blocks.
+    [(1, 10_000, 96, 1), (1, 10_000, 4096, 1), (1, 200, 96, 2), (2, 10_000, 96, 2), (2, 200, 96, 2)],
 )
 def test_no_more_pools_are_in_memory_than_a_gpu_is_asked_for(
-    store: Store, world: int, pool_sequences: int, held: int, monkeypatch: pytest.MonkeyPatch
+    store: Store, world: int, pool_sequences: int, batch_size: int, held: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made: weakref.WeakSet[torch.Tensor] = weakref.WeakSet()
     most, asked = 0, 0
@@ -245,8 +247,8 @@ def test_no_more_pools_are_in_memory_than_a_gpu_is_asked_for(
         return Counting(store, sequences)
 
     monkeypatch.setattr("tsae.store.pairs.pools_for", counting)
-    stream = stream_of(store, "random", 96, pool_sequences=pool_sequences, world=world)
-    for _ in stream.iterate(0, 3 * stream.steps_per_epoch):
+    stream = stream_of(store, "random", batch_size, pool_sequences=pool_sequences, world=world)
+    for _ in stream.iterate(0, 5 * stream.steps_per_epoch):
         pass
     assert 0 < most <= asked
 

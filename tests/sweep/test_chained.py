@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +15,23 @@ import yaml
 
 from tsae.cli import main
 from tsae.experiments import driver
-from tsae.runtime import kept
+from tsae.runtime import files, kept, locks
 from tsae.runtime.errors import TsaeError
-from tsae.runtime.state import Record
+from tsae.runtime.state import Record, State, state_path
 from tsae.sweep import sweepfile
-from tsae.sweep.plan import Plan
+from tsae.sweep.attempt import Attempt, Submitted
+from tsae.sweep.dryrun import dry_run
+from tsae.sweep.launcher import Options, choose
+from tsae.sweep.plan import Plan, make_plan
+from tsae.sweep.queue.background import OtherQueues, QueueFile, lock_of, read_queue
+from tsae.sweep.queue.runner import Task
+from tsae.sweep.schedulers.base import Seen
+from tsae.sweep.schedulers.slurm.scheduler import Slurm
+from tsae.sweep.stage import Stage
+from tsae.sweep.status import status_lines
+from tsae.sweep.survey import Survey
 
-STAGES = ["harvest", "train", "evaluate", "sequences", "features", "report"]
+STAGES = ["harvest", "train", "evaluate", "sequences", "explain", "report"]
 
 
 @pytest.fixture
@@ -98,17 +110,94 @@ def test_a_point_that_is_trained_is_measured_by_a_job_of_its_own(plan_of: Callab
     assert harvest.kind == "harvest"
     assert [stage.kind for stage in trainings] == ["train", "train"]
     for training in trainings:
-        assert [stage.kind for stage in training.then] == ["evaluate", "sequences", "features"]
+        # What shows explanations comes after them.
+        assert [stage.kind for stage in training.then] == ["evaluate", "explain", "sequences"]
         assert training.depends_on == (harvest.key,)
-        assert training.label == f"train {training.subject}, then evaluate, sequences, features"
+        assert training.label == f"train {training.subject}, then evaluate, explain, sequences"
     report = plan.report()
     assert report is not None
-    assert {training.key for training in trainings} <= set(report.depends_on)
+    assert {one.key for training in trainings for one in training.apart} <= set(report.depends_on)
     apart = plan_of(**{**sections, "resources": {}})
-    assert [stage.kind for stage in apart.unfinished()] == [
-        "harvest",
-        *(kind for kind in STAGES[1:-1] for _ in range(2)),
-    ]
+    kinds = ["train", "evaluate", "explain", "sequences"]
+    assert [stage.kind for stage in apart.unfinished()] == ["harvest", *(kind for kind in kinds for _ in range(2))]
+    lines = dry_run(plan, Options(executor="debug"))
+    assert sum(f"in the job of train {training.subject}" in line for line in lines for training in trainings) == 6
+    assert "10 stages, 10 to run" in lines
+    assert "0 of 10 stages done" in status_lines(plan, 200)[0][0]
+
+
+@pytest.fixture
+def on_slurm(plan_of: Callable[..., Plan], monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[Plan, list[Stage]]]:
+    """A chain that Slurm has as one job, of which it says what it is told to; the training has begun, and no more."""
+    kinds = ["harvest", "train", "evaluate", "sequences"]
+
+    def make(seen: Seen, stages: Sequence[str] = kinds) -> tuple[Plan, list[Stage]]:
+        sections = {"base": "synthetic", "grid": {"sae.k": [4]}, "resources": {"chain": True}}
+        plan = plan_of(**sections, stages=kinds)
+        (chain,) = (stage for stage in plan.stages if stage.then)
+        attempt = Attempt.begin(plan.folder, {}, {})
+        common = {"cluster": None, "submitted": time.time(), "executor": "slurm", "attempt": attempt.stamp}
+        attempt.add_jobs(
+            Submitted(stage=one.key, label=one.label, job="7_0", log=str(attempt.folder / "log"), **common)  # type: ignore[arg-type]
+            for one in chain.apart
+        )
+        monkeypatch.setattr(Slurm, "queued", lambda *_: {"7_0": seen} if seen.alive else {})
+        monkeypatch.setattr(Slurm, "accounted", lambda *_: {"7_0": seen})
+        said = {"attempt": attempt.stamp, "host": "node", "started": time.time()}
+        files.write_json(state_path(chain.record), {"state": "running", **said})
+        return plan_of(**sections, stages=list(stages)), [*chain.apart]
+
+    return make
+
+
+def test_what_a_dead_job_never_came_to_has_not_failed(on_slurm: Callable[..., tuple[Plan, list[Stage]]]) -> None:
+    plan, (train, evaluate, sequences) = on_slurm(Seen(State.FAILED, why="out of memory"))
+    files.write_json(state_path(evaluate.record), json.loads(state_path(train.record).read_text()))
+    found = Survey(plan).standings([evaluate, sequences])
+    assert found[evaluate.key].state == "failed"
+    assert found[evaluate.key].error == "out of memory"
+    assert found[sequences.key].state == "waiting"
+
+
+def test_what_a_job_has_not_come_to_yet_is_queued(on_slurm: Callable[..., tuple[Plan, list[Stage]]]) -> None:
+    plan, (train, evaluate, sequences) = on_slurm(Seen(State.RUNNING, node="node", since=1.0))
+    files.write_json(state_path(evaluate.record), json.loads(state_path(train.record).read_text()))
+    found = Survey(plan).standings([evaluate, sequences])
+    assert [str(found[stage.key].state) for stage in (evaluate, sequences)] == ["running", "queued"]
+
+
+def test_a_stage_that_is_added_while_the_job_runs_has_a_job_of_its_own(
+    on_slurm: Callable[..., tuple[Plan, list[Stage]]],
+) -> None:
+    seen = Seen(State.RUNNING, node="node", since=1.0)
+    plan, of_job = on_slurm(seen, ["harvest", "train", "evaluate", "sequences", "probe"])
+    choice = choose(plan, "slurm", retry_failed=False)
+    assert [stage.kind for stage in choice.start] == ["harvest", "probe"]
+    (chain,) = choice.left
+    assert [stage.key for stage in chain.apart] == [stage.key for stage in of_job]
+    assert chain.key in choice.start[1].depends_on
+
+
+def test_another_launch_leaves_to_a_job_what_follows_in_it(sweep_file: Callable[..., Path], home: Path) -> None:
+    del home
+    plan = make_plan(sweepfile.load_sweep(sweep_file("one", ks=(5,), chain=True)))
+    (chain,) = (stage for stage in plan.stages if stage.then)
+    task, attempt = Task(chain), Attempt.begin(plan.folder, {}, {})
+    shown = QueueFile(attempt)
+    task.status.state = State.RUNNING
+    shown.changed(task)
+    shown.refresh([task])
+    claims = OtherQueues(plan, Attempt(attempt.folder.with_name("other")))
+    with locks.hold(lock_of(attempt), "queue"):
+        for stage in chain.then:
+            claim = claims(stage)
+            assert claim is not None
+            assert claim.state == "waiting"
+    Record(State.FAILED, error="no room").save(chain.then[0].record)
+    task.status.state = State.FAILED
+    shown.changed(task)
+    shown.refresh([task])
+    assert [str(read_queue(attempt)[stage.key].state) for stage in chain.then] == ["failed", "interrupted"]
 
 
 def test_one_that_fails_keeps_no_other_from_being_done_and_is_tried_alone(

@@ -155,14 +155,14 @@ def test_experiments_follow_training_and_those_that_show_explanations_follow_the
     plan = plan_of(grid={"sae.k": [8]}, stages=asked)
     harvest, train, _evaluate, *experiments = plan.stages
     by_kind = {stage.kind: stage for stage in experiments}
-    assert list(by_kind) == ["probe", "explain", "features"]
+    assert list(by_kind) == ["explain", "probe", "features"]
     assert by_kind["probe"].depends_on == by_kind["explain"].depends_on == (harvest.key, train.key)
     assert by_kind["features"].depends_on == (harvest.key, train.key, by_kind["explain"].key)
     report = plan.report()
     assert report.after_failures
     assert set(report.depends_on) == {stage.key for stage in plan.stages}
     finish(plan, plan.points[0], l0=8.0)
-    assert kinds(plan.unfinished()) == ["harvest", "probe", "explain", "features"]
+    assert kinds(plan.unfinished()) == ["harvest", "explain", "probe", "features"]
 
 
 def test_a_store_that_is_read_by_nothing_unfinished_is_not_needed_but_training_alone_can_be_asked_for(plan_of):

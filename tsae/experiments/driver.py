@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
+import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -65,6 +66,23 @@ def run(
     if explanations is not None:
         _ = subject.explanations
     splits: Sequence[int | None] = (subject.chunks if chunks is None else chunks) if experiment.splits else (None,)
+    try:
+        return _made(name, subject, splits, checkpoint)
+    finally:
+        forget(name)
+
+
+def forget(name: str) -> None:
+    """Let go of what an experiment keeps from split to split, its language model among it; another stage may follow here."""
+    package = str(module_of(name).__package__)
+    for module in [each for path, each in sys.modules.items() if path.startswith(f"{package}.")]:
+        for value in vars(module).values():
+            if callable(clear := getattr(value, "cache_clear", None)):
+                clear()
+
+
+def _made(name: str, subject: Subject, splits: Sequence[int | None], checkpoint: str | None) -> list[str]:
+    experiment, config, run = EXPERIMENTS[name], subject.config, subject.run
     made = []
     for chunk in splits:
         path = run.result(_stem(config, name, chunk, checkpoint), "json")

@@ -90,7 +90,7 @@ def run_stage(call: Call, place: Place | None = None) -> None:
     """Run the stage, as one process of its group where several were started, and keep its record; then those that follow.
 
     Waits while another process works on the same output. Raises what the stage raises, `Preempted` among it. One that
-    follows and fails keeps no other from being done; TsaeError names the first of them at the end.
+    follows and fails keeps no other from being done; TsaeError names them at the end.
     """
     end_without_a_search()
     first, place, folder = process_rank() == 0, place or Place(), Path(call.record)
@@ -155,7 +155,7 @@ def _follow(stages: Sequence[Mapping[str, Any]], job: Record) -> None:
         else:
             own.enter(folder, State.DONE)
     if failed:
-        raise TsaeError(next(iter(failed.values())))
+        raise TsaeError("; ".join(dict.fromkeys(failed.values())))
 
 
 def _free_memory() -> None:

@@ -195,9 +195,11 @@ class PairStream:
         begin = rank * share - self._my_lanes.start * lane
         self._my_rows = slice(begin, begin + share)
         self._pool: Pool | None = None
-        # A pool begins and ends within a block. Where there is but one it stays, unless each epoch gives a process others.
+        # Where there is but one pool it stays, unless each epoch gives a process others of its blocks.
+        self._stays = pools == 1 and world == 1
+        # A pool begins and ends within a block.
         blocks = min(-(-len(store.train) // (pools * world * self._block)) + 2, len(self._pairs))
-        self._pools = pools_for(device, store, blocks * self._block, 1 if pools == 1 and world == 1 else 2)
+        self._pools = pools_for(device, store, blocks * self._block, 1 if self._stays else 2)
         self._orders: dict[int, tuple[np.ndarray, np.ndarray]] = {}
         self.waits = Waits()
 
@@ -298,6 +300,8 @@ class PairStream:
         begin, end = (first + lane * per_lane for lane in (self._my_lanes.start, self._my_lanes.stop))
         begins, low = (int(np.searchsorted(ends, pair, side="right")) for pair in (first, begin))
         high = int(np.searchsorted(ends, end, side="left")) + 1
+        if self._stays and self._store.maker is None:
+            high = len(order)  # with the blocks of the remainder, which are others in each epoch, it is always the same
         return Part(order, low, high, begin - (int(ends[low - 1]) if low else 0), per_lane, begins)
 
     def _pairs_of(self, key: tuple[int, int], part: Part, blocks: np.ndarray, norms: np.ndarray | None) -> np.ndarray:

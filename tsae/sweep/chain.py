@@ -96,7 +96,7 @@ class Chain:
             config=None,
             arguments=(list(self.sweep.overrides), self.sweep.folder_name),
             points=(),
-            depends_on=tuple(stage.key for stage in after),
+            depends_on=tuple(one.key for stage in after for one in stage.apart),
             record=self.folder / "stages" / f"report-{key[:8]}",
             progress=self.folder / "report" / "progress.json",
             lock=self.folder / "report.lock",
@@ -270,6 +270,7 @@ def _followed(training: Stage, members: tuple[Stage, ...]) -> Stage:
     return dataclasses.replace(
         training,
         then=members,
+        alone=training,
         points=tuple(dict.fromkeys(name for stage in (training, *members) for name in stage.points)),
         resources=dataclasses.replace(training.resources, nodes=1, tasks=1),
         is_done=partial(_all_done, (training, *members)),

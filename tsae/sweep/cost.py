@@ -98,7 +98,7 @@ def cost_of_launch(plan: Plan, stages: Sequence[Stage], site: Cluster | None) ->
         given = (wanted.gpus or 0) * (wanted.nodes or 1)
         if site is None:
             given = min(gpus, given if wanted.gpus is not None else int(stage.on_gpu))
-        for one in stage.all:
+        for one in stage.apart:
             for name in [one.config] if isinstance(one.config, str) else one.config or ():
                 point = configs[name]
                 folder = store_path(point.config) if one.kind == "harvest" else plan.run(point).path

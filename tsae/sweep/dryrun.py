@@ -33,7 +33,8 @@ def dry_run(plan: Plan, options: Options) -> list[str]:
     stages = [*choice.start, *([report] if report and choice.start else [])]
     lines = [f"{plan.name}: {len(plan.points)} points", *_points(plan), ""]
     every = [*plan.stages, *([report] if report else [])]
-    lines += [f"{len(every)} stages, {len(stages)} to run", *_stages(every, choice, stages), ""]
+    counted, to_run = (sum(len(stage.apart) for stage in some) for some in (every, stages))
+    lines += [f"{counted} stages, {to_run} to run", *_stages(every, choice, stages), ""]
     cost = cost_of_launch(plan, choice.start, site if scheduler else None)
     lines += [*cost.lines, *_gpu_hours(choice.start, site)]
     if options.probe:
@@ -81,7 +82,10 @@ def _stages(every: Sequence[Stage], choice: Choice, to_run: Sequence[Stage]) -> 
     for stage in every:
         unasked = "once the others have ended" if stage.after_failures else "not needed: what reads it is complete"
         verdict = verdicts.get(stage.key) or ("complete" if stage.is_done() else unasked)
-        rows.append([stage.kind, stage.subject, str(len(stage.points) or ""), verdict])
+        one, *behind = stage.apart
+        rows.append([one.kind, one.subject, str(len(one.points) or ""), verdict])
+        for other in behind:
+            rows.append([other.kind, other.subject, str(len(other.points)), f"in the job of {one.label}"])
     return table(rows)
 
 

@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -76,8 +76,9 @@ class Choice:
 
 def choose(plan: Plan, executor: str, retry_failed: bool, rest: Rest | None = None) -> Choice:
     """What becomes of each unfinished stage, or of those of `rest`; nothing is started."""
-    unfinished = plan.unfinished()
-    standings = Survey(plan).standings(unfinished)
+    survey = Survey(plan)
+    unfinished = [part for stage in plan.unfinished() for part in _added(stage, survey)]
+    standings = survey.standings(unfinished)
     start: list[Stage] = []
     own: list[Stage] = []
     left: list[Stage] = []
@@ -105,6 +106,17 @@ def choose(plan: Plan, executor: str, retry_failed: bool, rest: Rest | None = No
             start.append(stage)
             own.append(stage)
     return Choice(tuple(start), tuple(own), tuple(left), tuple(failed), tuple(blocked), standings)
+
+
+def _added(stage: Stage, survey: Survey) -> list[Stage]:
+    """A chain without what the job that has it does not know of, and that: the sweep may list more stages than then."""
+    entry = survey.jobs.get(stage.key)
+    if not stage.then or entry is None or survey.standings([stage])[stage.key].state not in LIVE:
+        return [stage]
+    others = {one.key: survey.jobs.get(one.key) for one in stage.then}
+    known = [key for key, job in others.items() if job and (job.job, job.attempt) == (entry.job, entry.attempt)]
+    of_job = tuple(one for one in stage.then if one.key in known)
+    return [replace(stage, then=of_job), *(one for one in stage.then if one.key not in known)]
 
 
 @dataclass(frozen=True)
@@ -201,7 +213,7 @@ def require_packages(plan: Plan, stages: Sequence[Stage]) -> None:
 
     points = {point.name: point.config for point in plan.points}
     configs = {
-        kind: [points[name] for stage in stages for one in stage.all if one.kind == kind for name in one.points]
+        kind: [points[name] for stage in stages for one in stage.apart if one.kind == kind for name in one.points]
         for kind in KINDS
     }
     trackers.require(name for config in configs["train"] for name in config.training.trackers)

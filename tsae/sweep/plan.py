@@ -69,12 +69,12 @@ class Plan:
 
     def unfinished(self) -> list[Stage]:
         """Stages to run: not done, and asked for by the user or by a stage that has to run itself."""
-        listed = {stage.kind for each in self.stages for stage in each.all}
+        listed = {stage.kind for each in self.stages for stage in each.apart}
         asked = listed - set(FEEDING) or {max(listed, key=KINDS.index)}
         needed: list[Stage] = []
         wanted: set[str] = set()
         for stage in reversed(self.stages):
-            is_asked = any(one.kind in asked for one in stage.all)
+            is_asked = any(one.kind in asked for one in stage.apart)
             if (is_asked or stage.key in wanted) and not stage.is_done():
                 needed.append(stage)
                 wanted.update(stage.depends_on)
@@ -150,7 +150,7 @@ class Plan:
 
     def config_texts(self, stages: list[Stage]) -> dict[str, str]:
         """The resolved configuration of each point that `stages` read, as YAML."""
-        every = [one.config for stage in stages for one in stage.all]
+        every = [one.config for stage in stages for one in stage.apart]
         named = [[config] if isinstance(config, str) else config or [] for config in every]
         wanted = {name for names in named for name in names}
         return {point.name: _as_yaml(point.config) for point in self.points if point.name in wanted}

@@ -10,8 +10,8 @@ from typing import Any
 from tsae.experiments.registry import EXPERIMENTS
 from tsae.sweep.resources import StageResources
 
-KINDS = ("harvest", "train", "evaluate", *EXPERIMENTS, "report")
-"""Every kind of stage, in the order in which a plan lists them."""
+KINDS = ("harvest", "train", "evaluate", *sorted(EXPERIMENTS, key=lambda name: name != "explain"), "report")
+"""Every kind of stage, in the order in which a plan lists them and a chain makes them: others show explanations."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,8 @@ class Stage:
     """Whether it runs once those before it have ended, however that was; else all of them must be done."""
     then: tuple[Stage, ...] = ()
     """Stages that follow in its job, in this order (`chained` in chain.py)."""
+    alone: Stage | None = None
+    """Itself without them, where there are any."""
 
     @property
     def label(self) -> str:
@@ -54,9 +56,9 @@ class Stage:
         return f"{self.kind} {self.subject}" + (f", then {', '.join(kinds)}" if kinds else "")
 
     @property
-    def all(self) -> tuple[Stage, ...]:
-        """Itself and those that follow in its job."""
-        return (self, *self.then)
+    def apart(self) -> tuple[Stage, ...]:
+        """Itself and those that follow in its job, each alone."""
+        return (self.alone or self, *self.then)
 
     def then_in(self, configs: Path) -> list[dict[str, Any]]:
         """Those that follow, as `tsae.runtime.job.Call` has them."""

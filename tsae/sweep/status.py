@@ -36,7 +36,8 @@ def show(plan: Plan, *, logs: str | None = None, watch: bool = False, everything
 
 def status_lines(plan: Plan, width: int, everything: bool = False, watch: bool = False) -> tuple[list[str], bool]:
     """The whole picture in lines of at most `width` columns (paths and errors may be longer); whether anything lives."""
-    stages = [*plan.stages, *(stage for stage in [plan.report()] if stage)]
+    every = [one for stage in plan.stages for one in stage.apart]
+    stages = [*every, *(stage for stage in [plan.report()] if stage)]
     survey = Survey(plan, whatever_answers=True)
     standings = survey.standings(stages)
     lines = [*headline(plan, stages, standings), *_changes(plan), "", *counts(stages, standings), ""]
@@ -92,7 +93,7 @@ def _logs(plan: Plan, point: str) -> list[str]:
         raise TsaeError(
             f"--logs {point}: no such point; {suggestion(point, names)}the sweep has {', '.join(names[:20])}"
         )
-    stages = [stage for stage in plan.stages if point in stage.points]
+    stages = [one for stage in plan.stages for one in stage.apart if point in one.points]
     return log_texts(stages, Survey(plan, whatever_answers=True).standings(stages))
 
 

@@ -43,11 +43,13 @@ class Survey:
         self._queued: dict[str, dict[str, Seen] | None] = {}
         self._accounted: dict[str, dict[str, Seen]] = {}
         self.jobs = {}
+        self._first: dict[tuple[str, str, str], str] = {}  # the stage with which a job begins
         newest: dict[tuple[str | None, str], str] = {}
         for attempt in self.sweep_attempts:
             for entry in self._jobs_of(attempt):
                 self.jobs[entry.stage] = entry
                 newest[entry.cluster, entry.job] = attempt.stamp
+                self._first.setdefault((entry.executor, entry.job, entry.attempt), entry.stage)
         # Ids begin again when a scheduler's state is wiped: the latest job with an id is the one that it means now.
         self._reused = {
             key
@@ -138,6 +140,10 @@ class Survey:
         if queued is None:
             return replace(own, ended=None)
         seen = None if stage.key in self._reused else queued.get(entry.job)
+        if said is None and self._first[entry.executor, entry.job, entry.attempt] != stage.key:
+            # Its job has done what came before, and not come to it yet, or to its end before.
+            lives = seen is not None and seen.alive
+            return replace(own, state=State.QUEUED, error="") if lives else Record()
         if seen is not None and seen.alive:
             if seen.state == State.RUNNING:
                 return replace(own, state=State.RUNNING, host=seen.node, started=seen.since, ended=None)

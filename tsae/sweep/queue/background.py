@@ -105,13 +105,25 @@ class QueueFile:
     def changed(self, task: Task) -> None:
         """Remember the new state."""
         self._tasks[task.stage.key] = task.status.for_queue()
+        for stage in task.stage.then:
+            self._tasks[stage.key] = Record(self._of_follower(stage, task)).for_queue()
         self._stale = True
+
+    @staticmethod
+    def _of_follower(stage: Stage, task: Task) -> State:
+        """How a stage that follows in the job of `task` is doing, for other queues: they leave it alone while that lives."""
+        if task.state in OPEN:
+            return State.WAITING
+        said = Record.of(stage.record)
+        if stage.is_done():
+            return State.DONE
+        return State.FAILED if said is not None and said.state == State.FAILED else State.INTERRUPTED
 
     def refresh(self, tasks: list[Task]) -> None:
         """Write all that has changed since."""
         if not self._stale:
             return
-        plain = {task.stage.key: self._tasks.get(task.stage.key, {}) for task in tasks}
+        plain = {one.key: self._tasks.get(one.key, {}) for task in tasks for one in task.stage.apart}
         metadata.write(self._path, plain)
         self._stale = False
 
@@ -247,7 +259,7 @@ def _note_jobs(stages: Sequence[Stage], attempt: Attempt, process: int) -> None:
             attempt=attempt.stamp,
         )
         for stage in stages
-        for one in stage.all
+        for one in stage.apart
     )
 
 

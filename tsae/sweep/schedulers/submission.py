@@ -79,7 +79,7 @@ class Submission:
             dataclasses.replace(wave.jobs[stage.key], stage=one.key, label=one.label)
             for stage in [*stages, *([self.rest] if self.rest else [])]
             if stage.key in wave.jobs
-            for one in stage.all
+            for one in stage.apart
         )
         try:
             self.scheduler.release(wave.held)
