@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
+from functools import lru_cache
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -76,3 +78,13 @@ def test_a_sweep_makes_again_what_shows_other_explanations(config: RunConfig, ch
     finally:
         explanations.unlink()
     assert not driver.is_done(own, run, "align")
+
+
+def test_what_an_experiment_keeps_goes_with_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    experiment = import_module("tsae.experiments.probe.experiment")
+    kept = lru_cache(maxsize=1)(lambda: object())
+    monkeypatch.setattr(experiment, "_material", kept)
+    kept()
+    assert kept.cache_info().currsize == 1
+    driver.forget("probe")
+    assert kept.cache_info().currsize == 0
