@@ -206,7 +206,6 @@ def test_one_that_fails_keeps_no_other_from_being_done_and_is_tried_alone(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(kept, "_kept", None)  # this process goes on to other tests
     path = sweep_file("one", ks=(5,), chain=True)
     real = driver.run
 
@@ -238,13 +237,13 @@ def test_several_processes_of_a_training_are_refused(write_sweep: Callable[..., 
         sweepfile.load_sweep(path)
 
 
-def test_a_process_that_keeps_things_makes_them_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kept, "_kept", None)
+def test_a_process_that_keeps_things_makes_them_once() -> None:
     make: Callable[[], object] = object
     assert kept.kept("model", 1, make) is not kept.kept("model", 1, make)
-    kept.keep()
-    first = kept.kept("model", 1, make)
-    assert kept.kept("model", 1, make) is first
-    other = kept.kept("model", 2, make)
-    assert other is not first
-    assert kept.kept("model", 1, make) is not first  # one at a time
+    with kept.keeping(wanted=True):
+        first = kept.kept("model", 1, make)
+        assert kept.kept("model", 1, make) is first
+        other = kept.kept("model", 2, make)
+        assert other is not first
+        assert kept.kept("model", 1, make) is not first  # one at a time
+    assert kept.kept("model", 1, make) is not kept.kept("model", 1, make)

@@ -161,6 +161,8 @@ def _run_sweep(given: str, folder: Path) -> Path:
     for word in words:
         if word in ("--base", "--name"):
             next(words, None)
+        elif word.startswith(("--base=", "--name=")):
+            continue
         elif word.startswith("-"):
             raise TsaeError(
                 f"--sweep: {word}: beside the sweep and its settings only --base and --name may stand there"

@@ -108,13 +108,11 @@ def run_stage(call: Call, place: Place | None = None) -> None:
         started=time.time(),
     )
     try:
-        with preemption.watched():
+        with preemption.watched(), kept.keeping(bool(call.then)):
             _require_restarts_left(place)
             _require_company(call)
             if first:
                 record.enter(folder, State.RUNNING)
-            if call.then:
-                kept.keep()
             _leaving_when_asked(lambda: _when_free(_resolved(call.function), call.arguments))
             _follow(call.then, record)
     except preemption.Preempted:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 Made = TypeVar("Made")
@@ -10,10 +11,15 @@ Made = TypeVar("Made")
 _kept: dict[str, tuple[Hashable, Any]] | None = None
 
 
-def keep() -> None:
-    """From now on `kept` keeps things until the process ends."""
+@contextmanager
+def keeping(wanted: bool) -> Iterator[None]:
+    """Have `kept` keep things while the block runs, where that is `wanted`."""
     global _kept
-    _kept = {} if _kept is None else _kept
+    _kept = {} if wanted else None
+    try:
+        yield
+    finally:
+        _kept = None
 
 
 def kept(what: str, key: Hashable, make: Callable[[], Made]) -> Made:
