@@ -277,14 +277,13 @@ def save_dictionary(
 
     `announce` is told its CRC-32C before it is there.
     """
-    import torch
 
     from tsae.runtime.checksums import Checksum
 
     state, checksum = dictionary.to_file(scale, shift), Checksum()
 
     def write(stream: BinaryIO) -> None:
-        torch.save(state, checksum.over(stream))
+        checksum.save(state, stream)
         if announce is not None:
             announce(checksum.value)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -9,6 +11,7 @@ import google_crc32c
 import numpy as np
 
 PIECE_BYTES = 2**23
+_saving = threading.Lock()
 
 
 class Checksum:
@@ -21,6 +24,18 @@ class Checksum:
         """This, writing on to `stream`."""
         self._stream = stream
         return self
+
+    def save(self, value: Any, stream: BinaryIO, zip_checksums: bool = True) -> None:
+        """`torch.save` to `stream`, by one thread of this process at a time.
+
+        In torch 2.11 that option is one for all threads: a state that is written without them left weights that were
+        written meanwhile without them, too, and `load_dictionary` called those damaged.
+        """
+        import torch
+        from torch.utils.serialization import config
+
+        with _saving, nullcontext() if zip_checksums else config.patch("save.compute_crc32", False):  # type: ignore[attr-defined]
+            torch.save(value, self.over(stream))
 
     def write(self, data: Any) -> int:
         """Write and count."""

@@ -23,7 +23,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.serialization import config as torch_files
 
 from tsae.runtime import files, metadata
 from tsae.runtime.checksums import Checksum, checksum_of
@@ -129,8 +128,7 @@ class ResumeStates:
         folder = self.path / f"{PREFIX}{step}"
         checksum = Checksum()
         # The format's own checksums would take a third of the time, and say nothing that this one does not.
-        with torch_files.patch("save.compute_crc32", False):  # type: ignore[attr-defined]  # of this thread alone
-            files.write_atomically(folder / "state.pt", lambda stream: torch.save(state, checksum.over(stream)))
+        files.write_atomically(folder / "state.pt", lambda stream: checksum.save(state, stream, zip_checksums=False))
         record = {"bytes": checksum.bytes, "crc32c": checksum.value, "belongs_to": self._belongs_to}
         metadata.write(folder / "state.json", record)
         files.sync_folder(self.path)
