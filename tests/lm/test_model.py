@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tsae.config.sections import ModelConfig
 from tsae.interop.place import Place, lens_hook
-from tsae.lm.model import LanguageModel, load_language_model, load_tokenizer, read_places
+from tsae.lm.model import LanguageModel, load_language_model, load_tokenizer, readings
 from tsae.lm.unembedding import unembedding
 from tsae.runtime.errors import TsaeError
 
@@ -66,7 +66,7 @@ def test_several_places_are_read_by_one_forward_pass(load: Load, rows: Rows, nam
     places, passes = [lm, *map(lm.at, others), lm], []
     alone = [place.read(*rows) for place in places]
     handle = lm.module.get_input_embeddings().register_forward_hook(lambda *seen: passes.append(len(seen[2])))
-    together = read_places(places, *rows)
+    (together,) = readings(places, [rows])
     handle.remove()
     assert passes.count(4) == 1  # the other one finds out in which order the places come
     assert all(map(torch.equal, together, alone))

@@ -123,9 +123,9 @@ def test_several_places_are_read_together_and_each_store_comes_out_as_if_alone(
     made = contexts.make_contexts
     monkeypatch.setattr(contexts, "make_contexts", lambda *given: tokenised.append(1) or made(*given))
     rows: Counter[int] = Counter()  # places of a forward pass → sequences that were read for so many
-    read = model.read_places
+    read = model.begin_reading
     monkeypatch.setattr(
-        model, "read_places", lambda *given: rows.update({len(given[0]): len(given[1])}) or read(*given)
+        model, "begin_reading", lambda *given: rows.update({len(given[0]): len(given[1])}) or read(*given)
     )
     configs = [make_config(tmp_path / str(number), model=place) for number, place in enumerate(PLACES)]
     harvest_places(configs)

@@ -75,7 +75,7 @@ def test_a_preempted_evaluation_is_done_again(
     assert is_evaluated(config, run)
 
 
-@pytest.mark.parametrize("at", ["tsae.lm.model:read_places", "tsae.data.contexts:make_contexts"])
+@pytest.mark.parametrize("at", ["tsae.lm.model:begin_reading", "tsae.data.contexts:make_contexts"])
 def test_a_preempted_harvest_keeps_its_finished_shards(
     unharvested: RunConfig, tmp_path: Path, run_process: Callable[..., int], at: str
 ) -> None:

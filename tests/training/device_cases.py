@@ -45,13 +45,13 @@ CASES = [("temporal", objective) for objective in TEMPORAL] + [
 ]
 
 
-def trainer(kind: str, objective: dict[str, Any], **training: Any) -> Trainer:
+def trainer(kind: str, objective: dict[str, Any], device: str = "cpu", **training: Any) -> Trainer:
     sae = {"kind": kind, "dict_size": 24, "k": 3, **(SPLIT if kind in ("temporal", "matryoshka") else {})}
     # Some latents are dead by the last step, so that aux-k works; the thresholds are tracked.
     given = {"batch_size": BATCH, "dead_after": 2 * BATCH, "steps": 40, "threshold_start_step": 0, "warmup_steps": 1}
     tree = {"sae": sae, "objective": objective, "training": given | {"lr": 0.003} | training}
     moments = Moments(1, torch.zeros(DIM), torch.full((DIM,), 1 / DIM), 1.0)
-    return Trainer(configuration.from_mapping(tree, "test"), DIM, moments=moments)
+    return Trainer(configuration.from_mapping(tree, "test"), DIM, device=device, moments=moments)
 
 
 def batches(steps: int = STEPS) -> list[Tensor]:

@@ -7,7 +7,7 @@ the other each has for itself here: that a part looks at nothing but what the pa
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -26,7 +26,7 @@ log: list[str] = []
 
 def record(part: Callable[[], Any], host: Iterable[Tensor] = ()) -> Recording:
     """What `part()` returns, and what launches again all that it launched. Tensors of `host` would not be on the GPU."""
-    mode = _Recording({_place(tensor) for tensor in host})
+    mode = Writing({_place(tensor) for tensor in host})
     with mode.kernels(), mode:
         result = part()
     mode.undo()
@@ -34,9 +34,7 @@ def record(part: Callable[[], Any], host: Iterable[Tensor] = ()) -> Recording:
 
     def launch() -> None:
         log.append("launched")
-        with _disable_current_modes(), torch._C.DisableTorchFunction(), torch._C._AutoDispatchBelowAutograd():
-            for call in mode.calls:
-                call()
+        mode.launch()
 
     return result, launch
 
@@ -49,8 +47,8 @@ def _bytes(tensor: Tensor) -> Tensor:
     return torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage())
 
 
-class _Recording(TorchDispatchMode):
-    def __init__(self, host: set[int]) -> None:
+class Writing(TorchDispatchMode):
+    def __init__(self, host: Container[int]) -> None:
         super().__init__()
         self._host = host
         self.calls: list[Callable[[], Any]] = []
@@ -81,6 +79,12 @@ class _Recording(TorchDispatchMode):
 
         self.calls.append(call)
         return found
+
+    def launch(self) -> None:
+        """Do all that was written down once more."""
+        with _disable_current_modes(), torch._C.DisableTorchFunction(), torch._C._AutoDispatchBelowAutograd():
+            for call in self.calls:
+                call()
 
     @contextmanager
     def kernels(self) -> Iterator[None]:

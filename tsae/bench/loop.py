@@ -29,7 +29,7 @@ from tsae.checkpoint import RunFolder
 from tsae.config import run as configuration
 from tsae.config.run import STORED, RunConfig
 from tsae.data.contexts import Contexts
-from tsae.lm.model import LanguageModel, load_language_model
+from tsae.lm.model import LanguageModel, load_language_model, readings
 from tsae.runtime.errors import TsaeError
 from tsae.store.filling import write_missing
 from tsae.store.layout import StoreLayout
@@ -161,8 +161,8 @@ def _read(
     lm: LanguageModel, tokens: Tensor, layout: StoreLayout, size: int, shard: int, _: Sequence[int]
 ) -> Iterator[list[Tensor]]:
     rows = layout.geometry.sequences_of(shard)
-    for batch in tokens[rows.start : rows.stop].split(size):
-        yield [lm.read(batch, torch.full((len(batch),), batch.shape[1]))]
+    batches = tokens[rows.start : rows.stop].split(size)
+    return readings([lm], ((batch, torch.full((len(batch),), batch.shape[1])) for batch in batches))
 
 
 class _There(Exception):

@@ -13,12 +13,12 @@ import hashlib
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property, partial
 from importlib import import_module
 from importlib.metadata import version
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 # nnsight gives every object of the process a `.save`, after which beartype, which SAELens and SAEBench need, can no
 # longer be imported ("unhashable type: 'instancemethod'"); before it, it can.
@@ -48,6 +48,7 @@ from tsae.lm.source import cached_commit, local_path, weights_fingerprint
 from tsae.runtime.environment import own_device
 from tsae.runtime.errors import TsaeError
 from tsae.runtime.kept import kept
+from tsae.runtime.late import Late
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -117,7 +118,9 @@ class LanguageModel:
 
         Raises TsaeError if any of a real token is not finite.
         """
-        return read_places([self], tokens, lengths)[0]
+        (found,), check = begin_reading([self], tokens, lengths)
+        check()
+        return found
 
     def logits(self, tokens: Tensor, lengths: Tensor) -> Tensor:
         """[S, L, V] next-token scores. Raises TsaeError if those of a real token are not finite."""
@@ -125,7 +128,8 @@ class LanguageModel:
         with torch.no_grad():
             logits = self.module(**inputs).logits
         # Some models give minus infinity to tokens that cannot be.
-        self._require_finite(logits.amax(-1).isfinite(), inputs, lengths)
+        if not self._all_finite(logits.amax(-1).isfinite(), lengths):
+            self._refuse(inputs, lengths)
         return logits
 
     def splice(self, tokens: Tensor, lengths: Tensor, replace: Callable[[Tensor], Tensor]) -> Tensor:
@@ -200,11 +204,15 @@ class LanguageModel:
                 f"module to read in model.hook_point; {self.hook_path} itself is model.hook_point={self.hook_path}"
             )
 
-    def _require_finite(self, finite: Tensor, inputs: dict[str, Any], lengths: Tensor) -> None:
-        """Raise a TsaeError that says where values first overflow unless all are finite; [S, L], one for each token."""
-        real = torch.arange(finite.shape[1], device=finite.device) < lengths.to(finite.device)[:, None]
-        if bool((finite | ~real).all()):
-            return
+    def _all_finite(self, finite: Tensor, lengths: Tensor) -> Tensor:
+        """Whether [S, L], one for each token, holds for all real ones, on the device."""
+        real = torch.arange(finite.shape[1], device=finite.device) < _sent(lengths, finite.device)[:, None]
+        return (finite | ~real).all()
+
+    def _refuse(self, inputs: dict[str, Any], lengths: Tensor) -> NoReturn:
+        """Raise a TsaeError that says where values first overflow."""
+        ids = inputs["input_ids"]
+        real = torch.arange(ids.shape[1], device=ids.device) < lengths.to(ids.device)[:, None]
         with torch.no_grad():
             place = first_not_finite(self.module, inputs, real) or self.hook_path
         dtype = str(self.module.dtype).removeprefix("torch.")
@@ -229,14 +237,31 @@ class LanguageModel:
                 f"model: token {int(ids.max())} is not in the vocabulary of {self.vocabulary}; "
                 "the tokens come from another model's tokenizer"
             )
-        return {"input_ids": ids.to(self.device), "use_cache": False}
+        return {"input_ids": _sent(ids, self.device), "use_cache": False}
 
 
-def read_places(places: Sequence[LanguageModel], tokens: Tensor, lengths: Tensor) -> list[Tensor]:
+def readings(places: Sequence[LanguageModel], batches: Iterable[tuple[Tensor, Tensor]]) -> Iterator[list[Tensor]]:
     """[S, L, D] activations at each of several places of one language model (see `LanguageModel.at`), by one forward pass.
 
-    Nothing after the last place is computed. Raises TsaeError if any of a real token is not finite.
+    For each batch of tokens [S, L] and lengths [S] in turn, which is waited for once a GPU has the next one to do. Nothing
+    after the last place is computed. Raises TsaeError if any of a real token is not finite.
     """
+    before: tuple[list[Tensor], Callable[[], None]] | None = None
+    for batch in batches:
+        begun = begin_reading(places, *batch)
+        if before is not None:
+            before[1]()
+            yield before[0]
+        before = begun
+    if before is not None:
+        before[1]()
+        yield before[0]
+
+
+def begin_reading(
+    places: Sequence[LanguageModel], tokens: Tensor, lengths: Tensor
+) -> tuple[list[Tensor], Callable[[], None]]:
+    """Activations as `readings` gives them, which may be under way yet, and what waits for them, and raises."""
     lm = places[0]
     inputs = lm._inputs(tokens, lengths)
     turns = list(range(len(places)))
@@ -248,9 +273,20 @@ def read_places(places: Sequence[LanguageModel], tokens: Tensor, lengths: Tensor
         nnsight.save(outputs)
         tracer.stop()
     found = [hidden_of(outputs[turns.index(place)]) for place in range(len(places))]
-    for hidden in found:
-        lm._require_finite(hidden.isfinite().all(-1), inputs, lengths)
-    return found
+    finite = [Late(lm._all_finite(hidden.isfinite().all(-1), lengths)) for hidden in found]
+
+    def check() -> None:
+        if not all(each.read() for each in finite):
+            lm._refuse(inputs, lengths)
+
+    return found, check
+
+
+def _sent(values: Tensor, device: torch.device) -> Tensor:
+    """`values` on their way to a device; a copy of memory that is not pinned would wait for all that is under way there."""
+    if device.type != "cuda" or values.is_cuda:
+        return values.to(device)
+    return values.pin_memory().to(device, non_blocking=True)
 
 
 def load_language_model(

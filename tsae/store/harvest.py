@@ -240,9 +240,10 @@ class _Reading:
         """
         sources = [self._sources[number] for number in numbers]
         finished, rows = self._finished_tokens(), self._layout.geometry.sequences_of(shard)
-        for begin in preemption.polled(range(rows.start, rows.stop, sources[0].batch_size)):
-            batch = range(begin, min(begin + sources[0].batch_size, rows.stop))
-            yield _read_all(sources, self._layout, np.array(batch))
+        size = sources[0].batch_size
+        batches = [range(begin, min(begin + size, rows.stop)) for begin in range(rows.start, rows.stop, size)]
+        for batch, blocks in zip(batches, _read_all(sources, self._layout, batches), strict=True):
+            yield blocks
             finished += int(self._layout.lengths[batch.start : batch.stop].sum())
             self._progress.update(finished, shard=f"{shard + 1}/{self._layout.geometry.shards}")
         self._given.add(shard)
@@ -331,14 +332,15 @@ class SyntheticSource:
         return torch.from_numpy(np.concatenate([self._world.read(run)[1] for run in runs]))
 
 
-def _read_all(sources: Sequence[Source], layout: StoreLayout, sequences: np.ndarray) -> list[Tensor]:
-    """What each of the sources gives; places of one language model are read by one forward pass."""
+def _read_all(sources: Sequence[Source], layout: StoreLayout, batches: Sequence[range]) -> Iterator[list[Tensor]]:
+    """What each of the sources gives of each batch; places of one language model are read by one forward pass."""
     models = [source.lm for source in sources if isinstance(source, LanguageModelSource)]
+    numbers = map(np.array, preemption.polled(batches))
     if len(models) < len(sources):
-        return [source.read(layout, sequences) for source in sources]
-    from tsae.lm.model import read_places
+        return ([source.read(layout, sequences) for source in sources] for sequences in numbers)
+    from tsae.lm.model import readings
 
-    return read_places(models, *_rows(layout, sequences))
+    return readings(models, (_rows(layout, sequences) for sequences in numbers))
 
 
 def _rows(layout: StoreLayout, sequences: np.ndarray) -> tuple[Tensor, Tensor]:

@@ -17,6 +17,7 @@ from tsae.config.run import RunConfig
 from tsae.data.labelled import LabelledText
 from tsae.experiments.shared.subject import Subject
 from tsae.experiments.shared.texts import draw_texts, harvest_dataset, harvest_texts, sample_texts, texts_read
+from tsae.lm import model
 from tsae.runtime.errors import TsaeError
 from tsae.runtime.preemption import Preempted
 
@@ -163,15 +164,14 @@ def test_a_harvest_that_was_stopped_continues(subject, labelled_text, monkeypatc
     whole = harvest_dataset(subject, str(labelled_text))
     expected = whole.read(range(30))
     shutil.rmtree(whole.store.path)
-    read = type(subject.language_model).read
 
     def stop(*_):
         raise Preempted
 
-    monkeypatch.setattr(type(subject.language_model), "read", stop)
-    with pytest.raises(Preempted):
-        harvest_dataset(subject, str(labelled_text))
-    monkeypatch.setattr(type(subject.language_model), "read", read)
+    with monkeypatch.context() as patched:
+        patched.setattr(model, "begin_reading", stop)
+        with pytest.raises(Preempted):
+            harvest_dataset(subject, str(labelled_text))
     torch.testing.assert_close(harvest_dataset(subject, str(labelled_text)).read(range(30)), expected, rtol=0, atol=0)
 
 

@@ -358,17 +358,21 @@ def _write(subject: Subject, layout: StoreLayout, contexts: Contexts, read: _Tok
 def _activations(
     subject: Subject, read: _Tokenised, contexts: Contexts, rows: range, progress: Progress
 ) -> Iterator[Tensor]:
-    lm, step, kept = subject.language_model, subject.config.model.batch_size, contexts.tokens.shape[1]
+    from tsae.lm.model import readings
+
+    step, kept = subject.config.model.batch_size, contexts.tokens.shape[1]
     whole = kept == read.tokens.shape[1]
-    for start in preemption.polled(range(rows.start, rows.stop, step)):
-        batch = slice(start, min(start + step, rows.stop))
+    batches = [slice(start, min(start + step, rows.stop)) for start in range(rows.start, rows.stop, step)]
+
+    def inputs(batch: slice) -> tuple[Tensor, Tensor]:
         longest = read.tokens.shape[1] if whole else int(read.lengths[batch].max())
-        tokens = torch.from_numpy(read.tokens[batch, :longest]).long()
-        lengths = torch.from_numpy(read.lengths[batch]).long()
-        x = lm.read(tokens, lengths)
+        return torch.from_numpy(read.tokens[batch, :longest]).long(), torch.from_numpy(read.lengths[batch]).long()
+
+    coming = readings([subject.language_model], map(inputs, preemption.polled(batches)))
+    for batch, (x,) in zip(batches, coming, strict=True):
         if not whole:
-            first = (lengths - kept).clamp_min(0)[:, None]
-            places = (first + torch.arange(kept)).clamp_max(longest - 1).to(x.device)
+            first = (torch.from_numpy(read.lengths[batch]).long() - kept).clamp_min(0)[:, None]
+            places = (first + torch.arange(kept)).clamp_max(x.shape[1] - 1).to(x.device)
             x = x.gather(1, places[..., None].expand(-1, -1, x.shape[2]))
         yield x
         progress.update(batch.stop)

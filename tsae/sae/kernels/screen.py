@@ -169,6 +169,6 @@ def _screened(x: Rounded, latents: Rounded, bias: Tensor, guesses: Tensor, out: 
 @functools.cache
 def _tile(device: torch.device) -> dict[str, int]:
     """What is listed does not depend on it: bits are bounds, and what is kept is computed in float32."""
-    if device.type != "cuda" or torch.cuda.get_device_properties(device).shared_memory_per_block_optin >= TILE_BYTES:
+    if device.type != "cuda" or torch.cuda.get_device_properties(device).shared_memory_per_block_optin >= TILE_BYTES:  # type: ignore[attr-defined]
         return TILE
     return SMALL_TILE

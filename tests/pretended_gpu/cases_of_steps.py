@@ -1,0 +1,77 @@
+"""Steps of every kind on a GPU that is not there, through the kernels; `test_pretended_gpu.py` runs this file."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from tests.pretended_gpu.order import Order, Race, Waits
+from tests.pretended_gpu.places import Misplaced
+from tests.training.device_cases import BATCH, CASES, batches, trainer
+from tsae.training import recorded
+
+
+@pytest.mark.parametrize(("kind", "objective"), CASES)
+def test_a_step_and_codes_lie_where_they_should(kind: str, objective: dict[str, Any]) -> None:
+    built = trainer(kind, objective, device="cuda", cuda_graphs=False)
+    document = (torch.arange(BATCH) // 2).to("cuda")
+    for batch in batches():
+        terms = built.step(batch.to("cuda"), document)
+    assert torch.isfinite(torch.as_tensor(terms.loss))
+    assert all(value.is_cuda for value in built.dictionary.parameters())
+    x = batches(1)[0][:, 0].to("cuda")
+    codes = built.dictionary.encode(x)
+    assert codes.is_cuda
+    assert built.dictionary.decode(codes).is_cuda
+
+
+@pytest.mark.parametrize(
+    ("kind", "objective"), [("temporal", {}), ("temporal", {"preset": "scale_free"}), ("topk", {})]
+)
+def test_what_is_recorded_waits_for_nothing(
+    kind: str, objective: dict[str, Any], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(recorded, "EAGER", 1)
+    launched, launch = [], torch.cuda.CUDAGraph.replay
+    monkeypatch.setattr(torch.cuda.CUDAGraph, "replay", lambda graph: launched.append(graph) or launch(graph))
+    built = trainer(kind, objective, device="cuda")
+    document = (torch.arange(BATCH) // 2).to("cuda")
+    for batch in batches(6):
+        built.step(batch.to("cuda"), document)
+    assert len(set(launched)) >= 4
+    assert not caplog.records
+
+
+def test_what_a_gpu_would_refuse_is_refused(order: Order) -> None:
+    there, here = torch.ones(2, device="cuda"), torch.ones(2)
+    assert (there + torch.tensor(1.0)).is_cuda
+    assert not there.cpu().is_cuda
+    with pytest.raises(Misplaced, match="add"):
+        there + here
+    with pytest.raises(Misplaced, match="numpy"):
+        there.numpy()
+    with order.recording():
+        for wait in (there.tolist, there[0].item, lambda: torch.tensor([1.0], device="cuda"), there.nonzero):
+            with pytest.raises(Waits):
+                wait()
+
+
+def test_what_nothing_orders_is_refused() -> None:
+    stream = torch.cuda.Stream()
+    there = torch.ones(2, device="cuda") + 1
+    with torch.cuda.stream(stream):
+        with pytest.raises(Race, match="mul does not wait for aten::add"):
+            there * 2
+        stream.wait_stream(torch.cuda.default_stream())
+        there * 2
+    with pytest.raises(Race, match="add_ does not wait for aten::mul"):
+        there.add_(1)
+    stream.synchronize()
+    there.add_(1)
+    pinned = torch.empty(2, pin_memory=True).copy_(there, non_blocking=True)
+    with pytest.raises(Race, match="numpy does not wait for a copy"):
+        pinned.numpy()
+    torch.cuda.current_stream().synchronize()
+    assert pinned.numpy().tolist() == there.tolist()
