@@ -19,7 +19,13 @@ def test_a_step_and_codes_lie_where_they_should(kind: str, objective: dict[str, 
     document = (torch.arange(BATCH) // 2).to("cuda")
     for batch in batches():
         terms = built.step(batch.to("cuda"), document)
-    assert torch.isfinite(torch.as_tensor(terms.loss))
+    assert terms.loss.isfinite()
+    for there, here in zip(terms, terms.on_host(), strict=True):
+        if isinstance(there, torch.Tensor):
+            assert torch.equal(there.cpu(), here)
+            assert there.dtype == here.dtype
+        else:
+            assert there == here
     assert all(value.is_cuda for value in built.dictionary.parameters())
     x = batches(1)[0][:, 0].to("cuda")
     codes = built.dictionary.encode(x)

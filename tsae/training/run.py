@@ -283,6 +283,7 @@ class _Training:
         last = self.step == self.steps
         logged = last or step % settings.log_every == 0
         if logged:
+            terms = terms.on_host()
             self._require_finite(terms.loss)
             self._require_sense(terms, last)
         self._open()

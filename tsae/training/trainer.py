@@ -61,6 +61,22 @@ class Terms(NamedTuple):
     bytes_handed: int
     """What this process put into collectives for this step; 0 in one process."""
 
+    def on_host(self) -> Terms:
+        """The same in the host's memory; a GPU is waited for once, not at each number."""
+        if not self.loss.is_cuda:
+            return self
+        there = {
+            name: value.detach()
+            for name, value in self._asdict().items()
+            if isinstance(value, Tensor) and value.is_cuda
+        }
+        numbers = torch.cat([value.double().flatten() for value in there.values()]).cpu()  # float64 holds each of them
+        parts = numbers.split([value.numel() for value in there.values()])
+        here = {
+            name: part.view(there[name].shape).to(there[name].dtype) for name, part in zip(there, parts, strict=True)
+        }
+        return self._replace(**here)
+
 
 class Trainer:
     """A dictionary in training, by one process or by the processes of `group` together.
