@@ -89,21 +89,24 @@ class _Everything:
 
 
 class _Recording:
-    """torch.cuda.graph: what is read back is refused by `order` already."""
+    """torch.cuda.graph. What is read back is refused by `order` already; it then leaves the stream current on which it recorded."""
 
     order: Order
 
-    def __init__(self, graph: _Graph, **_: Any) -> None:
-        self.graph, self.within = graph, ExitStack()
+    def __init__(self, graph: _Graph, stream: _Stream, **_: Any) -> None:
+        self.graph, self.stream, self.within = graph, stream, ExitStack()
 
     def __enter__(self) -> None:
         self.mode = emulated_graphs.Writing(_Everything())
+        self.before = self.order.current
+        self.order.set_current(self.stream.number)
         for each in (self.order.recording(), self.mode.kernels(), self.mode):
             self.within.enter_context(each)
 
     def __exit__(self, *error: Any) -> None:
         self.within.close()
         if error[0] is None:
+            self.order.set_current(self.before)
             self.graph.recorded = self.mode.launch
             with _disable_current_modes(), torch._C.DisableTorchFunction():
                 self.mode.undo()
@@ -177,6 +180,7 @@ def pretended() -> Iterator[Order]:
         "set_sync_debug_mode": order.refuse_waits,
         "Event": type("Event", (_Event,), {"order": order}),
         "stream": on,
+        "set_stream": lambda given: order.set_current(given.number),
         "current_stream": lambda _=None: stream(number=order.current),
         "default_stream": lambda _=None: stream(number=DEFAULT),
         "synchronize": lambda _=None: order.wait_for_all(),
@@ -202,6 +206,7 @@ def pretended() -> Iterator[Order]:
     with ExitStack() as stack:
         for name, stand_in in stand_ins.items():
             stack.enter_context(patch.object(torch.cuda, name, stand_in))
+        stack.enter_context(patch.object(torch._C, "_cuda_clearCublasWorkspaces", lambda: None, create=True))
         # Torch looks at the stream before a mode may.
         stack.enter_context(patch.object(torch.Tensor, "record_stream", places.record_stream))
         stack.enter_context(patch.object(torch, "save", save_there))

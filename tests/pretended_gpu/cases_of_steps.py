@@ -6,10 +6,12 @@ from typing import Any
 
 import pytest
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from tests.pretended_gpu.order import Order, Race, Waits
-from tests.pretended_gpu.places import Misplaced
+from tests.pretended_gpu.places import Misplaced, storage_of
 from tests.training.device_cases import BATCH, CASES, batches, trainer
+from tsae.sae.selection.top_k import Encoder
 from tsae.training import recorded
 
 
@@ -48,6 +50,25 @@ def test_what_is_recorded_waits_for_nothing(
         built.step(batch.to("cuda"), document)
     assert len(set(launched)) >= 4
     assert not caplog.records
+
+
+def test_what_cannot_be_recorded_runs_where_it_did_before(caplog: pytest.LogCaptureFixture) -> None:
+    device, there = torch.device("cuda"), torch.ones(2, device="cuda")
+    recordings = recorded.Recordings(recorded.on_cuda(device))
+    for _ in range(recorded.EAGER):
+        assert recordings.of("kind") is None
+    before, part = torch.cuda.current_stream(device).number, recordings.of("kind")
+    assert part is not None
+    assert part.run("reads", lambda: there.sum().item()) == 2.0
+    assert torch.cuda.current_stream(device).number == before
+    assert "without CUDA graphs" in caplog.text
+
+
+def test_memory_that_a_recorded_step_may_write_to_stays() -> None:
+    encoder, weight = Encoder("float32"), torch.ones(4, 64, device="cuda")
+    scratch = StorageWeakRef(storage_of(encoder.product(torch.ones(2, 4, device="cuda"), weight)))
+    encoder.product(torch.ones(9, 4, device="cuda"), weight)
+    assert not scratch.expired()
 
 
 def test_what_a_gpu_would_refuse_is_refused(order: Order) -> None:

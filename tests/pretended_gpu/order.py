@@ -71,13 +71,17 @@ class Order:
     def current(self) -> int:
         return getattr(self._thread, "stream", DEFAULT)
 
+    def set_current(self, stream: int) -> None:
+        self._thread.stream = stream
+
     @contextmanager
     def on(self, stream: int) -> Iterator[None]:
-        before, self._thread.stream = self.current, stream
+        before = self.current
+        self.set_current(stream)
         try:
             yield
         finally:
-            self._thread.stream = before
+            self.set_current(before)
 
     def clock(self, stream: int) -> Counter[int]:
         return self._clocks.setdefault(stream, Counter())

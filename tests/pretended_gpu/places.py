@@ -197,8 +197,8 @@ class Operators(TorchDispatchMode):
             places.copied(args[0], args[1], kwargs.get("non_blocking", len(args) > 2 and args[2]))
             return func(*args, **kwargs)
         strangers = [each for each in tensors if places.of(each) == CPU]
-        if name in INDEXED and any(each is index for each in strangers for index in args[1]):
-            # CUDA takes an index of the host, and waits for its copy.
+        if name in INDEXED and strangers:
+            # CUDA takes an index of the host, and a number to be put there (`x[index] = 1`), and waits for their copies.
             strangers = [each for each in strangers if not any(each is index for index in args[1])]
             places.order.wait(places.order.host, places.order.snapshot(places.order.current))
         # Also a number of the host, as a tensor of no dimension, but nothing else.

@@ -210,7 +210,8 @@ def test_a_gpu_gets_the_same_batches_while_it_is_busy(
 def test_pools_are_on_the_gpu_where_half_of_what_is_free_there_holds_them(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(torch.cuda, "Stream", lambda _: None)
+    monkeypatch.setattr(pools, "stream_for", lambda *_: None)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: None)
     gpu, wanted = (
         torch.device("cuda"),
         2 * (320 + 20) * 32 * (store.activation_dim * store.dtype.itemsize + pools.BESIDE),

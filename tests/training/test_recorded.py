@@ -51,10 +51,10 @@ def test_what_a_step_is_given_lies_in_one_place() -> None:
     assert len(places) == 1
 
 
-def test_the_oldest_of_too_many_kinds_is_recorded_again() -> None:
+def test_of_too_many_kinds_the_one_that_was_met_least_recently_is_recorded_again() -> None:
     found: list[str] = []
     recordings = Recordings(counting(found))
-    for kind in (*range(MOST + 1), MOST, 0):
+    for kind in (*range(MOST), 0, MOST, 0, 1):
         for _ in range(EAGER + 1):
             recorded = recordings.of(kind)
         assert recorded is not None

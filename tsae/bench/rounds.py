@@ -30,6 +30,7 @@ from tsae.bench.shape import Shape, batches
 from tsae.runtime.errors import TsaeError
 from tsae.runtime.phases import record
 from tsae.runtime.progress import Progress
+from tsae.training.recorded import EAGER
 
 BATCHES = 2
 GPU_PHASE_ROUNDS = 3
@@ -183,8 +184,10 @@ def _rounds(workers: list[_Worker], shape: Shape, plan: Plan, missing: dict[str,
         worker.name: Measured(worker.name, **{key: worker.described[key] for key in DESCRIBED}) for worker in workers
     }
     on_gpu = shape.device.startswith("cuda")
+    # The first steps of a GPU compile kernels, and record graphs once they have met a kind of step often enough.
+    warmup = max(plan.warmup, EAGER + 4) if on_gpu else plan.warmup
     # Timing the phases of a GPU waits for it at each one, so there they get rounds of their own.
-    kinds = ["warm"] * plan.warmup + ["time"] * plan.rounds + ["phases"] * (GPU_PHASE_ROUNDS if on_gpu else 0)
+    kinds = ["warm"] * warmup + ["time"] * plan.rounds + ["phases"] * (GPU_PHASE_ROUNDS if on_gpu else 0)
     kinds += ["calls"] * on_gpu
     progress = Progress(f"bench {shape.name}", len(kinds) * len(workers), "steps")
     for number, kind in enumerate(kinds):

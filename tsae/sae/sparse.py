@@ -147,7 +147,7 @@ class SparseCode(NamedTuple):
     def fired(self) -> Tensor:
         """Which latents have an entry [F], bool."""
         fired = torch.zeros(self.dict_size + self.spare, dtype=torch.bool, device=self.latents.device)
-        fired[self.latents] = True
+        fired.index_fill_(0, self.latents, True)  # fired[...] = True would wait for a GPU
         return fired[: self.dict_size]
 
     def sum_values(self, values: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from tsae.runtime.errors import TsaeError
 from tsae.runtime.space import free_for, shown
+from tsae.runtime.streams import stream_for
 from tsae.store.layout import StoreLayout
 from tsae.store.window import Window
 from tsae.store.writer import finalise, writing
@@ -89,7 +90,7 @@ def _write(layouts: Sequence[StoreLayout], windows: Sequence[Window], shard: int
         stream: torch.cuda.Stream | None = None
         for blocks, ready in coming:
             if ready is not None:
-                stream = stream or torch.cuda.Stream(blocks[0].device)
+                stream = stream_for("stores", blocks[0].device)
                 stream.wait_event(ready)
             with nullcontext() if stream is None else torch.cuda.stream(stream):
                 for write, block in zip(writers, blocks, strict=True):

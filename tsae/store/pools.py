@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from tsae.runtime.space import free_on_gpu
+from tsae.runtime.streams import stream_for
 from tsae.store.reader import Store, uninitialised
 
 BATCHES_AHEAD = 3
@@ -104,6 +105,7 @@ class GpuPools(Pools):
     def __init__(self, store: Store, sequences: int, device: torch.device) -> None:
         super().__init__(store, sequences)
         self._device, self._stream = device, _stream(device)
+        self._training = torch.cuda.current_stream(device) if device.type == "cuda" else None
 
     def buffer(self, sequences: int, spare: Tensor | None) -> Tensor:
         buffer = super().buffer(sequences, spare)
@@ -135,8 +137,8 @@ class GpuPools(Pools):
 
     def _after_training(self) -> None:
         """Copy only once the steps that were launched so far are done with the memory that is copied to."""
-        if self._stream is not None:
-            self._stream.wait_stream(torch.cuda.default_stream(self._device))
+        if self._stream is not None and self._training is not None:
+            self._stream.wait_stream(self._training)
 
 
 def pools_for(device: torch.device | None, store: Store, sequences: int, pools: int) -> Pools:
@@ -158,8 +160,7 @@ def with_spare(sequences: int) -> int:
 
 
 def _stream(device: torch.device) -> torch.cuda.Stream | None:
-    """A new one of a GPU."""
-    return torch.cuda.Stream(device) if device.type == "cuda" else None
+    return stream_for("pools", device) if device.type == "cuda" else None
 
 
 def _on(stream: torch.cuda.Stream | None) -> AbstractContextManager[None]:

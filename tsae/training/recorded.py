@@ -10,7 +10,6 @@ Where something cannot be recorded, it runs as it stands, which gives the same n
 
 from __future__ import annotations
 
-import functools
 import logging
 from collections import Counter
 from collections.abc import Callable, Hashable
@@ -20,6 +19,7 @@ import torch
 from torch import Tensor
 
 from tsae.runtime import phases
+from tsae.runtime.streams import stream_for
 
 logger = logging.getLogger(__name__)
 
@@ -79,6 +79,7 @@ class Recordings:
             if len(self._kept) == MOST:
                 self._kept.pop(next(iter(self._kept)))
             self._kept[kind] = Recorded(self._recorded)
+        self._kept[kind] = self._kept.pop(kind)  # the one that has been met least recently goes first
         return self._kept[kind]
 
     def _recorded(self, part: Callable[[], Any]) -> Recording | None:
@@ -94,20 +95,22 @@ class Recordings:
 
 
 def on_cuda(device: torch.device) -> Record:
-    """Records CUDA graphs on a GPU."""
+    """Records CUDA graphs on a GPU, in memory that those of a trainer share: no step needs what another made."""
+    pool = torch.cuda.graph_pool_handle()
 
     def record(part: Callable[[], Any]) -> Recording:
-        graph, (pool, stream) = torch.cuda.CUDAGraph(), _shared(device)
+        graph, stream = torch.cuda.CUDAGraph(), stream_for("graphs", device)
         # Other threads read pools and write states meanwhile, which is none of the graph's.
         local = torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local")
-        with torch.cuda.device(device), local:
-            result = part()
+        before = torch.cuda.current_stream(device)
+        # cuBLAS keeps a workspace for each stream: one from the memory of another trainer's graphs, which are gone, makes
+        # the next recording fail.
+        torch._C._cuda_clearCublasWorkspaces()
+        try:
+            with torch.cuda.device(device), local:
+                result = part()
+        finally:
+            torch.cuda.set_stream(before)  # torch does not go back to it where recording fails
         return result, graph.replay
 
     return record
-
-
-@functools.cache
-def _shared(device: torch.device) -> tuple[Any, torch.cuda.Stream]:
-    """Memory and stream of all graphs of a GPU: no two steps are under way at once, and none needs what another made."""
-    return torch.cuda.graph_pool_handle(), torch.cuda.Stream(device)

@@ -9,7 +9,6 @@ A process may die anywhere in between: states after `latest`, and those that the
 
 from __future__ import annotations
 
-import functools
 import logging
 import random
 import shutil
@@ -29,6 +28,7 @@ from tsae.runtime.checksums import Checksum, checksum_of
 from tsae.runtime.errors import TsaeError
 from tsae.runtime.metadata import NATURAL
 from tsae.runtime.space import free_on_gpu
+from tsae.runtime.streams import stream_for
 
 PREFIX = "step_"
 RECORD = {"bytes": NATURAL, "crc32c": NATURAL, "belongs_to": {str: str}}
@@ -204,7 +204,7 @@ def _begin_host_copy(state: dict[str, Any], spare: Any) -> tuple[Any, Callable[[
         copy = _host_copy(state, spare)
         torch.cuda.synchronize(device)
         return copy, None
-    stream = _stream(device)
+    stream = stream_for("states", device)
     stream.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(stream):
         copy = _host_copy(state, spare, taken)
@@ -214,12 +214,6 @@ def _begin_host_copy(state: dict[str, Any], spare: Any) -> tuple[Any, Callable[[
         taken.clear()  # not only when all is on the disk
 
     return copy, there
-
-
-@functools.cache
-def _stream(device: torch.device) -> torch.cuda.Stream:
-    """One for all states: torch has only so many, and hands them out again."""
-    return torch.cuda.Stream(device)
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:

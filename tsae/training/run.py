@@ -171,7 +171,9 @@ class _Training:
         # The name of this run in the trackers, and the step that comes next there.
         self._tracking = state.get("tracking") or {"id": uuid.uuid4().hex, "step": 0}
         self._metrics_before = state.get("metrics_bytes", 0), state.get("metrics_crc32c")
-        self.device = Accelerator(cpu=config.training.device == "cpu").device
+        device = Accelerator(cpu=config.training.device == "cpu").device
+        # In one process accelerate names no GPU, and each thread would take the one that is its own.
+        self.device = torch.device("cuda", torch.cuda.current_device()) if device == torch.device("cuda") else device
         moments = moments_of(store, config.counted)
         start = None if state else load_start(config, store.activation_dim)
         self._trainer = Trainer(

@@ -259,7 +259,7 @@ class Trainer:
 
     def set_silent(self, latents: Tensor, tokens: int) -> None:
         """Take some latents to have been silent for so many tokens."""
-        self.tokens_since_fired[latents] = tokens
+        self.tokens_since_fired.index_fill_(0, latents, tokens)
         self._bound_dead(self.settings.batch_size)
 
     def learning_rate(self, step: int) -> float:

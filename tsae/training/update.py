@@ -209,7 +209,7 @@ class RowSums:
     def measure(self, weights: Tensor | None) -> list[Tensor]:
         live = self._entries.offsets.diff() > 0
         if self._added is not None:
-            live[self._added.latents] = True
+            live.index_fill_(0, self._added.latents, True)
         if weights is not None:
             self._along = self._x.new_zeros(len(live))
         places = live.nonzero()[:, 0]

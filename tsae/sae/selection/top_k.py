@@ -71,7 +71,7 @@ class Encoder:
 
     def __init__(self, precision: str = "exact") -> None:
         self.precision = precision
-        self._scratch, self._memory = torch.empty(0), Memory()
+        self._scratch, self._outgrown, self._memory = torch.empty(0), list[Tensor](), Memory()
         self._listing: Any = None
 
     def block_rows(self, x: Tensor, dict_size: int) -> int:
@@ -114,6 +114,8 @@ class Encoder:
         rows, width = len(x), weight.shape[1]
         padded = -(-width // SEGMENT) * SEGMENT
         if self._scratch.numel() < rows * padded or self._scratch.dtype != x.dtype or self._scratch.device != x.device:
+            if self._scratch.is_cuda:
+                self._outgrown.append(self._scratch)  # where a recorded step may write, nothing else may be
             self._scratch = x.new_empty(rows * padded)
         buffer = self._scratch[: rows * padded].view(rows, padded)
         if padded != width:
