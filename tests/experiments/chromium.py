@@ -63,6 +63,15 @@ class Browser:
         """Open a file, and wait until it says that it is ready, or `ready` is true of one that says nothing."""
         self._ask("Page.navigate", url="about:blank")
         self._ask("Page.navigate", url=f"{path.as_uri()}{address}")
+        self._wait(ready)
+
+    def reload(self, ready: str = "document.documentElement?.dataset?.ready") -> None:
+        """The same file once more, in the process that has it: another one may not know yet what this one has stored."""
+        self.run("window.before = true")
+        self._ask("Page.reload")
+        self._wait(f"!window.before && ({ready})")
+
+    def _wait(self, ready: str) -> None:
         until = time.monotonic() + 60
         while not self.run(ready):
             assert time.monotonic() < until, self.run("document.body.innerText")

@@ -193,7 +193,7 @@ def test_dark_colours_follow_the_system_and_the_button_and_are_remembered(experi
     assert (browser.run(paper), browser.run(pressed)) == (white, "false")
     browser.click("#colours")
     assert browser.run(paper) != white
-    browser.open(page, ready=LOADED)
+    browser.reload(ready=LOADED)
     assert browser.run(paper) != white
     assert browser.run(pressed) == "true"
     dark = browser.run(CONTRASTS)
@@ -203,5 +203,5 @@ def test_dark_colours_follow_the_system_and_the_button_and_are_remembered(experi
     assert browser.run(paper) == white
     browser.run("localStorage.clear()")
     browser.set_media("prefers-color-scheme", "dark")
-    browser.open(page, ready=LOADED)
+    browser.reload(ready=LOADED)
     assert (browser.run(paper) != white, browser.run(pressed)) == (True, "true")
