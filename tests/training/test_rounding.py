@@ -57,7 +57,11 @@ def test_a_step_from_the_same_state_differs_by_rounding(kind: str, preset: str, 
         rounded = batch * (1 + LAST_BIT * torch.randn(batch.shape, generator=noise)) if device == "cpu" else batch
         expected, found = float(one.step(batch).loss), float(other.step(rounded.to(device)).loss)
         losses.append(abs(found - expected) / abs(expected))
-        updates.append(float((flat(other) - flat(one)).norm() / (flat(one) - before).norm()))
+        # A GPU brings the decoder's rows back to norm 1 by sums in another order: all weights may differ by their last bits,
+        # which is much beside the update while the learning rate still rises.
+        weights = 0.0 if device == "cpu" else 4 * LAST_BIT * float(before.norm())
+        difference = max(0.0, float((flat(other) - flat(one)).norm()) - weights)
+        updates.append(difference / float((flat(one) - before).norm()))
     assert statistics.median(losses) < 1e-6
     assert statistics.median(updates) < 2e-5
     # In a few steps rounding may turn a choice: which of two entries of the same size is selected, which side of an edge
