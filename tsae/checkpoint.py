@@ -277,7 +277,6 @@ def save_dictionary(
 
     `announce` is told its CRC-32C before it is there.
     """
-
     from tsae.runtime.checksums import Checksum
 
     state, checksum = dictionary.to_file(scale, shift), Checksum()

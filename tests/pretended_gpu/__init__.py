@@ -25,11 +25,9 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from tests.interpreter import all_kernels, quicken
 from tests.pretended_gpu.order import DEFAULT, Order
-from tests.pretended_gpu.places import Methods, Misplaced, Operators, Places
+from tests.pretended_gpu.places import Methods, Operators, Places
 from tests.training import emulated_graphs
 from tsae.sae import sparse
-
-__all__ = ["FREE_BYTES", "Misplaced", "pretended"]
 
 FREE_BYTES = 1 << 33
 PROPERTIES = SimpleNamespace(

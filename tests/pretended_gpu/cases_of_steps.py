@@ -85,6 +85,14 @@ def test_what_a_gpu_would_refuse_is_refused(order: Order) -> None:
                 wait()
 
 
+def test_a_gradient_goes_back_to_the_place_of_what_it_is_of() -> None:
+    weights = torch.ones(2, requires_grad=True)
+    (3 * weights.to("cuda")).sum().backward()
+    assert weights.grad is not None
+    assert not weights.grad.is_cuda
+    assert weights.grad.tolist() == [3.0, 3.0]
+
+
 def test_what_nothing_orders_is_refused() -> None:
     stream = torch.cuda.Stream()
     there = torch.ones(2, device="cuda") + 1

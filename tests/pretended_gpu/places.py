@@ -166,15 +166,29 @@ class Methods(TorchFunctionMode):
             return Tensor.to(tensor, CPU if device is not None and device.type == "cuda" else device, dtype)
         if device is None or device.type == self.places.of(tensor).type:
             return Tensor.to(tensor, dtype, copy=copy, memory_format=layout)
+        if tensor.requires_grad and torch.is_grad_enabled():
+            moved: Tensor = _Move.apply(tensor, device, self._moved)  # type: ignore[no-untyped-call]
+            return moved.to(dtype)
         with torch._C.DisableTorchFunction(), _disable_current_modes():
             result = tensor.to(dtype, copy=True, memory_format=layout)
-        if tensor.requires_grad and torch.is_grad_enabled():
-            raise NotImplementedError("a gradient through a copy from place to place")
         self.places.put(result, device)
         if non_blocking and device.type == "cpu":
             self.places.pinned.add(storage_of(result))  # torch does so
         self.places.copied(result, tensor, non_blocking)
         return result
+
+
+class _Move(torch.autograd.Function):
+    """A copy to another place, whose gradient goes back to the first."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, device: torch.device, move: Callable[..., Tensor]) -> Tensor:
+        ctx.place, ctx.move = tensor.device, move
+        return move("to", (tensor.detach(), device), {})
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        return ctx.move("to", (gradient, ctx.place), {}), None, None
 
 
 class Operators(TorchDispatchMode):

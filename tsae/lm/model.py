@@ -118,9 +118,7 @@ class LanguageModel:
 
         Raises TsaeError if any of a real token is not finite.
         """
-        (found,), check = begin_reading([self], tokens, lengths)
-        check()
-        return found
+        return begin_reading([self], tokens, lengths)()[0]
 
     def logits(self, tokens: Tensor, lengths: Tensor) -> Tensor:
         """[S, L, V] next-token scores. Raises TsaeError if those of a real token are not finite."""
@@ -246,22 +244,18 @@ def readings(places: Sequence[LanguageModel], batches: Iterable[tuple[Tensor, Te
     For each batch of tokens [S, L] and lengths [S] in turn, which is waited for once a GPU has the next one to do. Nothing
     after the last place is computed. Raises TsaeError if any of a real token is not finite.
     """
-    before: tuple[list[Tensor], Callable[[], None]] | None = None
+    before: Callable[[], list[Tensor]] | None = None
     for batch in batches:
         begun = begin_reading(places, *batch)
         if before is not None:
-            before[1]()
-            yield before[0]
+            yield before()
         before = begun
     if before is not None:
-        before[1]()
-        yield before[0]
+        yield before()
 
 
-def begin_reading(
-    places: Sequence[LanguageModel], tokens: Tensor, lengths: Tensor
-) -> tuple[list[Tensor], Callable[[], None]]:
-    """Activations as `readings` gives them, which may be under way yet, and what waits for them, and raises."""
+def begin_reading(places: Sequence[LanguageModel], tokens: Tensor, lengths: Tensor) -> Callable[[], list[Tensor]]:
+    """Have a GPU begin with a batch; what waits for it, and gives what `readings` does, or raises."""
     lm = places[0]
     inputs = lm._inputs(tokens, lengths)
     turns = list(range(len(places)))
@@ -275,11 +269,12 @@ def begin_reading(
     found = [hidden_of(outputs[turns.index(place)]) for place in range(len(places))]
     finite = [Late(lm._all_finite(hidden.isfinite().all(-1), lengths)) for hidden in found]
 
-    def check() -> None:
+    def end() -> list[Tensor]:
         if not all(each.read() for each in finite):
             lm._refuse(inputs, lengths)
+        return found
 
-    return found, check
+    return end
 
 
 def _sent(values: Tensor, device: torch.device) -> Tensor:

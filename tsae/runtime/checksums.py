@@ -26,10 +26,10 @@ class Checksum:
         return self
 
     def save(self, value: Any, stream: BinaryIO, zip_checksums: bool = True) -> None:
-        """`torch.save` to `stream`, by one thread of this process at a time.
+        """`torch.save` to `stream`, by one thread of this process at a time, with or without the zip format's own checksums.
 
-        In torch 2.11 that option is one for all threads: a state that is written without them left weights that were
-        written meanwhile without them, too, and `load_dictionary` called those damaged.
+        Torch 2.11 keeps that choice for all threads at once: a state that was written without left weights that were
+        written meanwhile without, too, and `load_dictionary` called those damaged.
         """
         import torch
         from torch.utils.serialization import config
