@@ -13,6 +13,7 @@ from tsae.cli import main
 from tsae.runtime.errors import TsaeError
 from tsae.store.pairs import Waits
 from tsae.training import run as training
+from tsae.training.resume import ResumeStates
 
 WORLD = {
     "data": {"source": "synthetic", "context_length": 32},
@@ -50,6 +51,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
         assert main(["calibrate", "home/checkpoints/world"]) == 0
         # Without its end, as a run that was killed at the last step.
         patched.setattr(training._Training, "_finish", killed)
+        # A state that is due while the disk is still at the one before is left out; here those of steps 16 and 24 are wanted.
+        patched.setattr(ResumeStates, "busy", False)
         assert main(["train", "world.yaml", "--run-name", "part"]) == 2
     return folder
 
