@@ -155,6 +155,19 @@ def test_the_weight_falls_to_its_own_over_the_first_half() -> None:
     assert config_of({"preset": "reference"}).objective.temporal_anneal == 1
 
 
+@pytest.mark.parametrize("steps", [5, 6])
+def test_a_weight_that_has_fallen_is_that_of_a_continued_run(steps: int) -> None:
+    built = Trainer(config_of({"temporal_alpha": 0.3, "temporal_anneal": 3.0}, steps=steps), DIM)
+    for step in range(steps):
+        continued = Trainer(built.config, DIM)
+        continued.load_state(built.state())
+        for trainer in (built, continued):
+            trainer.step(pairs(step))
+        assert continued.weights == built.weights
+        assert torch.equal(continued.dictionary.W_enc, built.dictionary.W_enc)
+    assert built.weights == built.weights.at(1.0)
+
+
 def test_what_follows_from_the_objective() -> None:
     ours = configuration.from_mapping({}, "here")
     assert (ours.pair_rule, ours.normalize, ours.counted.max_norm_multiple) == ("within:16", "centred", 6.0)

@@ -152,7 +152,7 @@ class Trainer:
         """
         tokens = len(batch) * self.group.world
         self.group.take_bytes()  # only this step's are counted
-        if 2 * self.steps_done <= self.settings.steps:  # afterwards they stay
+        if 2 * (self.steps_done - 1) < self.settings.steps:  # in the step before they may still have changed
             self.weights = self.weights.at(self.steps_done / self.settings.steps)
             if self._numbers is not None:
                 self.weights = self.weights.on_device(self._numbers)
