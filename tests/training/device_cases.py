@@ -5,6 +5,8 @@ After the first step, which may look whether the temporal term acts at all, noth
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
@@ -137,6 +139,13 @@ def test_a_recorded_step_is_few_launches_and_the_same_bits(
     # Of what is launched one by one most is the update, to which the host gives a learning rate each time.
     assert counts
     assert max(counts) <= 45
+    gc.collect()
+    gc.disable()  # a GPU's memory is wanted before Python comes to look for cycles
+    weights = weakref.ref(recorded.dictionary.W_enc)
+    del recorded, built, watched
+    gone = weights() is None
+    gc.enable()
+    assert gone
 
 
 def flat(state: Any, name: str = "") -> Iterator[tuple[str, Any]]:

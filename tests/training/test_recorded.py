@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -79,3 +81,32 @@ def test_where_nothing_can_be_recorded_steps_run_as_they_stand(caplog: pytest.Lo
     assert len(tries) == 1
     assert "without CUDA graphs" in caplog.text
     assert "not permitted" in caplog.text
+
+
+@pytest.mark.parametrize("end", ["their trainer is gone", "another cannot be recorded"])
+def test_what_recordings_keep_is_free_when(end: str) -> None:
+    def record(part: Callable[[], Any]) -> Recording:
+        if (result := part()) == 5:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        return result, lambda: None
+
+    recordings = Recordings(record)
+    for _ in range(EAGER + 1):
+        recorded = recordings.of("kind")
+    assert recorded is not None
+    kept = weakref.ref(recorded.run("part", lambda: torch.ones(())))
+    assert kept() is not None
+    gc.disable()  # a GPU's memory is wanted before Python comes to look for cycles
+    try:
+        del recorded
+        if end == "their trainer is gone":
+            del recordings
+        else:
+            for _ in range(EAGER + 1):
+                failing = recordings.of("another")
+            assert failing is not None
+            assert failing.run("fails", lambda: 5) == 5
+            assert recordings.of("kind") is None
+        assert kept() is None
+    finally:
+        gc.enable()

@@ -34,17 +34,35 @@ MOST = 8
 """Kinds of steps of which recordings are kept."""
 
 
+class _Recorder:
+    """Records, until that fails. It knows no recordings: what they keep on a GPU is free as soon as their trainer is gone."""
+
+    def __init__(self, record: Record) -> None:
+        self.record: Record | None = record
+
+    def recording_of(self, part: Callable[[], Any]) -> Recording | None:
+        """None, from now on, where a part cannot be recorded."""
+        if self.record is None:
+            return None
+        try:
+            return self.record(part)
+        except RuntimeError as error:
+            self.record = None
+            logger.warning("training goes on without CUDA graphs, more slowly and with the same numbers: %s", error)
+            return None
+
+
 class Recorded:
     """The recordings of the steps of one kind, part by part; a part without one is recorded, if that can be."""
 
-    def __init__(self, record: Callable[[Callable[[], Any]], Recording | None]) -> None:
-        self._record = record
+    def __init__(self, recorder: _Recorder) -> None:
+        self._recorder = recorder
         self._recordings: dict[str, Recording] = {}
         self._fixed: dict[str, Tensor] = {}
 
     def run(self, name: str, part: Callable[[], Result]) -> Result:
         """What `part()` returns. It may look at fixed tensors alone, and at what earlier parts of the step returned."""
-        recording = self._recordings.get(name) or self._record(part)
+        recording = self._recordings.get(name) or self._recorder.recording_of(part)
         if recording is None:
             return part()
         self._recordings[name] = recording
@@ -64,13 +82,15 @@ class Recordings:
     """Those of one trainer, by kind of step: steps of a kind launch the same on tensors of the same shapes."""
 
     def __init__(self, record: Record) -> None:
-        self._record: Record | None = record
+        self._recorder = _Recorder(record)
         self._kept: dict[Hashable, Recorded] = {}
         self._met: Counter[Hashable] = Counter()
 
     def of(self, kind: Hashable) -> Recorded | None:
         """What to run a step of a kind by; None where it runs as it stands, as one does of the kind None."""
-        if self._record is None or kind is None or phases.recording():
+        if self._recorder.record is None:
+            self._kept.clear()  # nothing launches them any more, and each keeps memory of the GPU
+        if self._recorder.record is None or kind is None or phases.recording():
             return None
         if kind not in self._kept:
             self._met[kind] += 1
@@ -78,20 +98,9 @@ class Recordings:
                 return None
             if len(self._kept) == MOST:
                 self._kept.pop(next(iter(self._kept)))
-            self._kept[kind] = Recorded(self._recorded)
+            self._kept[kind] = Recorded(self._recorder)
         self._kept[kind] = self._kept.pop(kind)  # the one that has been met least recently goes first
         return self._kept[kind]
-
-    def _recorded(self, part: Callable[[], Any]) -> Recording | None:
-        """None, from now on, where a part cannot be recorded."""
-        if self._record is None:
-            return None
-        try:
-            return self._record(part)
-        except RuntimeError as error:
-            self._record = None
-            logger.warning("training goes on without CUDA graphs, more slowly and with the same numbers: %s", error)
-            return None
 
 
 def on_cuda(device: torch.device) -> Record:
@@ -102,15 +111,17 @@ def on_cuda(device: torch.device) -> Record:
         graph, stream = torch.cuda.CUDAGraph(), stream_for("graphs", device)
         # Other threads read pools and write states meanwhile, which is none of the graph's.
         local = torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local")
-        before = torch.cuda.current_stream(device)
         # cuBLAS keeps a workspace for each stream: one from the memory of another trainer's graphs, which are gone, makes
         # the next recording fail.
         torch._C._cuda_clearCublasWorkspaces()
-        try:
-            with torch.cuda.device(device), local:
-                result = part()
-        finally:
-            torch.cuda.set_stream(before)  # torch does not go back to it where recording fails
+        with torch.cuda.device(device):
+            before = torch.cuda.current_stream(device)
+            try:
+                with local:
+                    result = part()
+            finally:
+                # torch does not go back to it where recording fails. Outside this GPU would become the current one.
+                torch.cuda.set_stream(before)
         return result, graph.replay
 
     return record
