@@ -157,13 +157,34 @@ def test_candidates_are_all_entries_above_the_guess_in_order(guess: float, monke
     encoder = Encoder("float32")
     monkeypatch.setattr(encoder, "block_rows", lambda *_: 4)
     monkeypatch.setattr(candidates, "FIRST_ROOM", 1)
-    monkeypatch.setattr(candidates, "LATENTS", 32)
+    monkeypatch.setattr(candidates, "TILE", 32)
     rows, latents, values = entries_above(encoder, x.round(), weight, bias, guess)
     dense = x.round() @ weight + bias
     expected = (dense > guess).nonzero(as_tuple=True)
     assert torch.equal(rows, expected[0])
     assert torch.equal(latents, expected[1])
     assert torch.equal(values, dense[expected])
+
+
+def test_bits_are_listed_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(candidates, "FIRST_ROOM", 1)
+    monkeypatch.setattr(candidates, "TILE", 4)
+    chosen = torch.rand(9, 300, generator=torch.Generator().manual_seed(0)) < 0.1
+    chosen[2], chosen[4] = True, False
+    bits = torch.zeros(9, 320, dtype=torch.int64)
+    bits[:, :300] = chosen
+    numbers = (bits.view(9, 10, 32) << torch.arange(32)).sum(dim=2)
+    words = torch.where(numbers >= 2**31, numbers - 2**32, numbers).to(torch.int32).to(DEVICE)
+
+    def fill(listed: candidates.List) -> None:
+        for block in words.split(5):
+            listed.add(block, 300)
+
+    listed = candidates.Candidates().all(torch.zeros(9, device=DEVICE), fill)
+    rows, latents = chosen.nonzero(as_tuple=True)
+    assert torch.equal(listed.rows.cpu(), rows)
+    assert torch.equal(listed.latents.cpu(), latents)
+    assert torch.equal(listed.ends().cpu(), chosen.sum(dim=1).cumsum(0))
 
 
 def with_spare(code: SparseCode, spare: int) -> SparseCode:

@@ -20,7 +20,7 @@ LEAST_SHARED = 99 * 1024
 """Bytes of shared memory that a program can have on the smallest GPU with tensor cores for bfloat16 (8.6, 8.9, 12.0)."""
 INT, FLOAT, LOW = "*i64", "*fp32", "*bf16"
 TILE = {"BLOCK_E": sums.ENTRIES, "BLOCK_D": sums.WIDTH}
-LATENTS = {"BLOCK": candidates.LATENTS}
+LIST = {"BLOCK": candidates.TILE}
 
 # Kernel, types of its arguments, its constants, options of the launch.
 KERNELS: list[tuple[Any, list[str], dict[str, Any], dict[str, Any]]] = [
@@ -60,11 +60,13 @@ for width, warps in ((768, 4), (2304, 16)):
     KERNELS.append((update._along_and_norm, [*[FLOAT] * 4, "i32", "fp32"], row, options))
     types = [*[FLOAT] * 6, "*fp64", *["fp32"] * 5, "i32"]
     KERNELS += [(update._adam, types, {"PROJECTED": both, "UNIT": both, **row}, options) for both in (True, False)]
-for bits in (True, False):
-    shape, constants = [FLOAT, "i32", "i32", "i32"], {"BITS": bits, **LATENTS}
-    block = "*i32" if bits else FLOAT
-    KERNELS.append((candidates._count, [block, INT, *shape], constants, {}))
-    KERNELS.append((candidates._write, [block, INT, INT, INT, FLOAT, "i32", *shape], constants, {}))
+shape = [FLOAT, "i32", "i32", "i32"]
+KERNELS += [
+    (candidates._count, [FLOAT, INT, *shape], LIST, {}),
+    (candidates._write, [FLOAT, INT, INT, INT, FLOAT, "i32", *shape], LIST, {}),
+    (candidates._count_bits, ["*i32", INT, "i32"], LIST, {}),
+    (candidates._write_bits, ["*i32", INT, INT, INT, *["i32"] * 3], LIST, {}),
+]
 for tile, largest, even in itertools.product((screen.TILE, screen.SMALL_TILE), (True, False), (True, False)):
     options = {name: tile[name] for name in ("num_warps", "num_stages")}
     constants = {"LARGEST": largest, "EVEN": even, "LOW": tl.bfloat16, "WORD": screen.WORD, "BAND": screen.BAND}

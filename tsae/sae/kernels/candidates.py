@@ -9,6 +9,7 @@ Shapes: N rows, D activation_dim, F dict_size, n candidates.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import triton
@@ -17,8 +18,8 @@ from torch import Tensor
 
 from tsae.sae.kernels.launch import on_device_of
 
-LATENTS = 1024
-"""Pre-activations that a program looks at, at a time."""
+TILE = 1024
+"""Pre-activations, or words of bits, that a program looks at, at a time."""
 FIRST_ROOM = 64
 """Entries per row that the first list has room for."""
 
@@ -29,47 +30,78 @@ FIRST_ROOM = 64
 
 
 @triton.jit
-def _entries(block, row, latent, width, stride, guess, BITS: tl.constexpr):
-    """Which of a row's latents are to be listed, and their values; of bits those are none."""
-    if BITS:
-        word = tl.load(block + row * stride + latent // 32, mask=latent < width, other=0)
-        chosen = (word >> (latent % 32)) & 1
-        value = tl.zeros_like(chosen).to(tl.float32)
-    else:
-        value = tl.load(block + row * stride + latent, mask=latent < width, other=float("-inf")).to(tl.float32)
-        chosen = (value > guess).to(tl.int32)
-    return chosen, value
-
-
-@triton.jit
-def _count(block, counts, guesses, first_row, width, stride, BITS: tl.constexpr, BLOCK: tl.constexpr):
+def _count(block, counts, guesses, first_row, width, stride, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     guess = tl.load(guesses + first_row + row)
     found = tl.zeros((BLOCK,), tl.int32)
     for first in range(0, width, BLOCK):
         latent = first + tl.arange(0, BLOCK)
-        chosen, _ = _entries(block, row, latent, width, stride, guess, BITS)
-        found += chosen
+        value = tl.load(block + row * stride + latent, mask=latent < width, other=float("-inf")).to(tl.float32)
+        found += (value > guess).to(tl.int32)
     tl.store(counts + row, tl.sum(found, axis=0).to(tl.int64))
 
 
 @triton.jit
 def _write(
-    block, starts, rows, latents, values, capacity, guesses, first_row, width, stride, BITS: tl.constexpr, BLOCK: tl.constexpr,
+    block, starts, rows, latents, values, capacity, guesses, first_row, width, stride, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     guess = tl.load(guesses + first_row + row)
     place = tl.load(starts + row)
     for first in range(0, width, BLOCK):
         latent = first + tl.arange(0, BLOCK)
-        chosen, value = _entries(block, row, latent, width, stride, guess, BITS)
+        value = tl.load(block + row * stride + latent, mask=latent < width, other=float("-inf")).to(tl.float32)
+        chosen = (value > guess).to(tl.int32)
         target = place + tl.cumsum(chosen, axis=0) - 1
         fits = (chosen > 0) & (target < capacity)
         tl.store(rows + target, first_row + row, mask=fits)
         tl.store(latents + target, latent.to(tl.int64), mask=fits)
-        if not BITS:
-            tl.store(values + target, value, mask=fits)
+        tl.store(values + target, value, mask=fits)
         place += tl.sum(chosen, axis=0)
+
+
+# Of bits, 32 latents are a word, and few words have any: a row that lists 50 of 16,384 latents has 512 words, of which
+# fifty have one bit, one or two have two. So words are looked at, not latents, and the bits of all words are taken out
+# one by one at the same time, as often as the fullest has some.
+
+
+@triton.jit
+def _bits(word):
+    """How many bits are set: added up within pairs, fours and bytes, then over the bytes."""
+    word = word.to(tl.uint32, bitcast=True)
+    word = word - ((word >> 1) & 0x55555555)
+    word = (word & 0x33333333) + ((word >> 2) & 0x33333333)
+    word = (word + (word >> 4)) & 0x0F0F0F0F
+    return ((word * 0x01010101) >> 24).to(tl.int32)
+
+
+@triton.jit
+def _count_bits(block, counts, words, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    found = tl.zeros((BLOCK,), tl.int32)
+    for first in range(0, words, BLOCK):
+        column = first + tl.arange(0, BLOCK)
+        found += _bits(tl.load(block + row * words + column, mask=column < words, other=0))
+    tl.store(counts + row, tl.sum(found, axis=0).to(tl.int64))
+
+
+@triton.jit
+def _write_bits(block, starts, rows, latents, capacity, first_row, words, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    place = tl.load(starts + row)
+    for first in range(0, words, BLOCK):
+        column = first + tl.arange(0, BLOCK)
+        word = tl.load(block + row * words + column, mask=column < words, other=0)
+        number = _bits(word)
+        target = place + tl.cumsum(number, axis=0) - number
+        place += tl.sum(number, axis=0)
+        for _ in range(tl.max(number, axis=0)):
+            fits = (word != 0) & (target < capacity)
+            lowest = _bits((word & -word) - 1)
+            tl.store(rows + target, first_row + row, mask=fits)
+            tl.store(latents + target, (column * 32 + lowest).to(tl.int64), mask=fits)
+            word &= word - 1
+            target += 1
 
 
 class Candidates:
@@ -117,13 +149,21 @@ class List:
         if len(block) == 0:
             return
         counts = torch.empty(len(block), dtype=torch.int64, device=block.device)
-        shape = (self.guesses, self.next_row, width, block.stride(0), block.dtype == torch.int32)
-        grid, tile = (len(block),), min(LATENTS, triton.next_power_of_2(width))
+        grid, bits = (len(block),), block.dtype == torch.int32
+        shape: tuple[Any, ...] = (self.guesses, self.next_row, width, block.stride(0))
+        tile = min(TILE, triton.next_power_of_2(block.shape[1] if bits else width))
         with on_device_of(block):
-            _count[grid](block, counts, *shape, tile)
+            if bits:
+                _count_bits[grid](block, counts, block.shape[1], tile)
+            else:
+                _count[grid](block, counts, *shape, tile)
         ends = counts.cumsum(0) + self.found
+        place = (ends - counts, self.rows, self.latents)
         with on_device_of(block):
-            _write[grid](block, ends - counts, self.rows, self.latents, self.values, self.capacity, *shape, tile)
+            if bits:
+                _write_bits[grid](block, *place, self.capacity, self.next_row, block.shape[1], tile)
+            else:
+                _write[grid](block, *place, self.values, self.capacity, *shape, tile)
         self.found = ends[-1:]
         self._ends.append(ends)
         self.next_row += len(block)

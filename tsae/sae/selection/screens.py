@@ -40,8 +40,8 @@ CACHE_BYTES = 512 * 2**10
 """Of a matrix that is rounded: they stay in the cache."""
 BLOCK_BYTES, BLOCK_ROWS = 32 * 2**20, 512
 """Size of a block of screened products on a CPU, and the fewest rows that it has."""
-CUDA_BLOCK_BYTES, CUDA_BLOCK_ROWS = 32 * 2**20, 256
-"""The same on a GPU, where a product is a bit for each pre-activation."""
+CUDA_BLOCK_BYTES, CUDA_BLOCK_ROWS = 256 * 2**20, 256
+"""The same on a GPU, where a product is a bit for each pre-activation: 8,192 rows with F 262,144 are one block."""
 HALF_UNIT = 2.0**-8 * 1.01
 """How far, relative to itself, a number in bfloat16 can be from what was rounded to it."""
 FEWEST_WEIGHTS, FEWEST_ROWS = 2**20, 512
