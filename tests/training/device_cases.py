@@ -40,7 +40,7 @@ TEMPORAL: list[dict[str, Any]] = [
     {"preset": "scale_free", "temporal": "l2"},
     {"preset": "scale_free", "same_document": False},
 ]
-LAUNCHES = {"temporal": 365, "matryoshka": 265, "batch_topk": 252, "topk": 268}
+LAUNCHES = {"temporal": 360, "matryoshka": 250, "batch_topk": 240, "topk": 255}
 """What a step may launch at most, 180 where nothing is said, of which recording its gradients takes up to 20."""
 CASES = [("temporal", objective) for objective in TEMPORAL] + [
     (kind, {}) for kind in KIND_SETTINGS if kind != "temporal"

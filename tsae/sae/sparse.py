@@ -281,6 +281,10 @@ class ByLatent(NamedTuple):
         bounds = torch.arange(dict_size + 1, dtype=torch.int32, device=latents.device)
         return cls(order, rows[order], torch.searchsorted(ascending, bounds))
 
+    def of_other_rows(self, rows: Tensor) -> ByLatent:
+        """Entries of the same latents in the same order, but of these rows [n]."""
+        return self._replace(rows=rows[self.order])
+
     def sum_rows(self, values: Tensor, x: Tensor, out: Tensor, chunk: int) -> None:
         """Σ over a latent's entries of value · x[row], into `out` [F, D]; `values` [n] in the code's own order.
 

@@ -271,6 +271,8 @@ class SparseEngine(Engine[ThresholdDictionary]):
     ) -> tuple[Tensor, Revived | None]:
         """Aux-k on the columns of the dead latents alone; `error` [B, D] is what they are to explain."""
         most = self.most_dead
+        if most == 0:
+            return error.new_zeros(()), None
         latents = dead.nonzero()[:, 0] if most is None else _first_set(dead, most)
         if len(latents) == 0:
             return error.new_zeros(()), None
@@ -396,6 +398,8 @@ class SparseGradients:
     def __init__(self, dictionary: ThresholdDictionary, deterministic: bool, alone: bool, shard: Shard) -> None:
         W_dec = dictionary.W_dec
         self._dictionary, self._shard, self.made = dictionary, shard, {}
+        self._sorted: tuple[Tensor, ByLatent] | None = None
+        """Latents of entries, and their order: the encoder's are the decoder's where no partner is coded."""
         self._whole = not alone or W_dec.is_cuda or kernels_for(W_dec) is not None
         # Atomic additions pay only on CUDA.
         self._in_order = deterministic or not W_dec.is_cuda
@@ -438,7 +442,13 @@ class SparseGradients:
 
     def _matrix(self, parameter: Tensor, entries: Entries, x: Tensor, dense: DenseRows | None) -> ByLatent | None:
         """Take in the gradient of a matrix; returns the order of its entries if they were sorted."""
-        in_order = ByLatent.of(entries.rows, entries.latents, self._dictionary.dict_size) if self._in_order else None
+        in_order = None
+        if self._in_order:
+            if self._sorted is not None and self._sorted[0] is entries.latents:
+                in_order = self._sorted[1].of_other_rows(entries.rows)
+            else:
+                in_order = ByLatent.of(entries.rows, entries.latents, self._dictionary.dict_size)
+                self._sorted = entries.latents, in_order
         if in_order is not None and not self._whole:
             self.made[parameter] = RowSums(in_order, entries.gradient, x, dense)
             return in_order
@@ -472,6 +482,8 @@ def _first_set(flags: Tensor, most: int) -> Tensor:
 
 
 def _joined(entries: list[Entries]) -> Entries:
+    if len(entries) == 1:
+        return entries[0]
     return Entries(*(torch.cat(parts) for parts in zip(*entries, strict=True)))
 
 

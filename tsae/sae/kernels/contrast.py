@@ -5,7 +5,7 @@ The logits of a row are its few entries' values times as many rows of the other 
     S_ij = Σ over the entries e of row i of values[e] · columns[latents[e], j] / temperature.
 
 One program has one row. It goes through the row's logits a tile at a time, which costs as many reads as the row has
-entries, and keeps two numbers: the largest so far, and the sum of exponentials relative to it. What a [B, B] array would
+entries (what they are is read once, if they are not more than a program has at a time), and keeps two numbers: the largest so far, and the sum of exponentials relative to it. What a [B, B] array would
 hold, 256 MB for a batch of 8,192, never leaves the chip. The other direction is the same with the codes exchanged.
 
 Shapes: n entries, R rows of the codes, h latents, C columns: rows of the other codes.
@@ -45,18 +45,30 @@ def _last(latents, start, stop, BLOCK_E: tl.constexpr):
 
 
 @triton.jit
-def _logits(
-    latents, values, columns, row_document, documents, start, stop, column, own, n_columns, stride, temperature,
-    MASKED: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
-    total = tl.zeros((BLOCK_E, BLOCK_C), tl.float32)
+def _products(
+    latents, values, columns, start, stop, but, column, n_columns, stride, BLOCK_E: tl.constexpr, BLOCK_C: tl.constexpr
+):
+    """Products of a row and the other codes [C], without its entries of one block."""
+    total = tl.zeros((BLOCK_C,), tl.float32)
     for first in range(start, stop, BLOCK_E):
-        entry = first + tl.arange(0, BLOCK_E)
-        latent = tl.load(latents + entry, mask=entry < stop, other=-1)
-        value = tl.load(values + entry, mask=latent >= 0, other=0.0)
-        inside = (latent >= 0)[:, None] & (column < n_columns)[None, :]
-        total += value[:, None] * tl.load(columns + latent[:, None] * stride + column[None, :], mask=inside, other=0.0)
-    logits = tl.sum(total, axis=0) / temperature
+        if first != but:
+            entry = first + tl.arange(0, BLOCK_E)
+            latent = tl.load(latents + entry, mask=entry < stop, other=-1)
+            value = tl.load(values + entry, mask=latent >= 0, other=0.0)
+            total += tl.sum(value[:, None] * _tile(columns, latent, column, n_columns, stride), axis=0)
+    return total
+
+
+@triton.jit
+def _tile(columns, latent, column, n_columns, stride):
+    """The other codes at some latents and columns; 0 for empty entries."""
+    inside = (latent >= 0)[:, None] & (column < n_columns)[None, :]
+    return tl.load(columns + latent[:, None] * stride + column[None, :], mask=inside, other=0.0)
+
+
+@triton.jit
+def _logits(products, row_document, documents, column, own, n_columns, per_temperature, MASKED: tl.constexpr):
+    logits = products * per_temperature
     if MASKED:
         document = tl.load(documents + column, mask=column < n_columns, other=0)
         # As of all codes: a pair that is not to count.
@@ -66,24 +78,29 @@ def _logits(
 
 @triton.jit
 def _log_sums(
-    offsets, latents, values, columns, row_documents, documents, tops, sums, true, first_own, n_columns, stride, temperature,
-    MASKED: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_C: tl.constexpr,
+    offsets, latents, values, columns, row_documents, documents, tops, sums, true, first_own, n_columns, stride,
+    per_temperature, MASKED: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     own = first_own + row
     start = tl.load(offsets + row)
     stop = _last(latents, start, tl.load(offsets + row + 1), BLOCK_E)
     row_document = tl.load(row_documents + row) if MASKED else 0
+    entry = start + tl.arange(0, BLOCK_E)
+    latent = tl.load(latents + entry, mask=entry < stop, other=-1)
+    value = tl.load(values + entry, mask=latent >= 0, other=0.0)
     # Of each place in a tile by itself, until the end.
     top = tl.full((BLOCK_C,), -3e38, tl.float32)
     total = tl.zeros((BLOCK_C,), tl.float32)
     true_logit = tl.zeros((BLOCK_C,), tl.float32)
     for first in range(0, n_columns, BLOCK_C):
         column = first + tl.arange(0, BLOCK_C)
-        logits = _logits(
-            latents, values, columns, row_document, documents, start, stop, column, own, n_columns, stride, temperature,
-            MASKED, BLOCK_E, BLOCK_C,
-        )  # fmt: skip
+        products = tl.sum(value[:, None] * _tile(columns, latent, column, n_columns, stride), axis=0)
+        if start + BLOCK_E < stop:  # of few rows: those that have more live entries
+            products += _products(
+                latents, values, columns, start, stop, start, column, n_columns, stride, BLOCK_E, BLOCK_C
+            )
+        logits = _logits(products, row_document, documents, column, own, n_columns, per_temperature, MASKED)
         higher = tl.maximum(top, logits)
         total = total * tl.exp(top - higher) + tl.exp(logits - higher)
         top = higher
@@ -97,7 +114,7 @@ def _log_sums(
 @triton.jit
 def _through_logits(
     offsets, latents, values, columns, row_documents, documents, row_lse, column_lse, out, first_own, n_columns, stride,
-    temperature, MASKED: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_C: tl.constexpr,
+    per_temperature, MASKED: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     own = first_own + row
@@ -108,17 +125,19 @@ def _through_logits(
     for first_entry in range(start, stop, BLOCK_E):
         entry = first_entry + tl.arange(0, BLOCK_E)
         latent = tl.load(latents + entry, mask=entry < stop, other=-1)
+        value = tl.load(values + entry, mask=latent >= 0, other=0.0)
         total = tl.zeros((BLOCK_E, BLOCK_C), tl.float32)
         for first in range(0, n_columns, BLOCK_C):
             column = first + tl.arange(0, BLOCK_C)
-            logits = _logits(
-                latents, values, columns, row_document, documents, start, stop, column, own, n_columns, stride, temperature,
-                MASKED, BLOCK_E, BLOCK_C,
-            )  # fmt: skip
+            tile = _tile(columns, latent, column, n_columns, stride)
+            products = tl.sum(value[:, None] * tile, axis=0)
+            if start + BLOCK_E < stop:
+                products += _products(
+                    latents, values, columns, start, stop, first_entry, column, n_columns, stride, BLOCK_E, BLOCK_C
+                )
+            logits = _logits(products, row_document, documents, column, own, n_columns, per_temperature, MASKED)
             of_column = tl.load(column_lse + column, mask=column < n_columns, other=0.0)
             gradient = tl.exp(logits - of_row) + tl.exp(logits - of_column) - tl.where(column == own, 2.0, 0.0)
-            inside = (latent >= 0)[:, None] & (column < n_columns)[None, :]
-            tile = tl.load(columns + latent[:, None] * stride + column[None, :], mask=inside, other=0.0)
             total += gradient[None, :] * tile
         tl.store(out + entry, tl.sum(total, axis=1), mask=latent >= 0)
 
@@ -135,7 +154,7 @@ def log_sums(
     given = (offsets, latents, values, columns, *(documents or (latents, latents)))
     with on_device_of(values):
         _log_sums[(n_rows,)](
-            *given, tops, sums, true, first, columns.shape[1], columns.stride(0), temperature,
+            *given, tops, sums, true, first, columns.shape[1], columns.stride(0), 1 / temperature,
             documents is not None, ENTRIES, COLUMNS, **OPTIONS,
         )  # fmt: skip
     return tops, sums, true
@@ -153,7 +172,7 @@ def through_logits(
     given = (offsets, latents, values, columns, *(documents or (latents, latents)))
     with on_device_of(values):
         _through_logits[(n_rows,)](
-            *given, row_lse, column_lse, out, first, columns.shape[1], columns.stride(0), temperature,
+            *given, row_lse, column_lse, out, first, columns.shape[1], columns.stride(0), 1 / temperature,
             documents is not None, ENTRIES, COLUMNS, **OPTIONS,
         )  # fmt: skip
     return out

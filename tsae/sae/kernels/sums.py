@@ -65,8 +65,12 @@ def _weighted_rows(
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     start = tl.load(offsets + row)
     stop = tl.load(offsets + row + 1)
-    total = _decoded(columns, values, matrix, start, stop, 0, ALL, d, width, matrix_stride, BLOCK_E, BLOCK_D)
-    tl.store(out + row * out_stride + d, total, mask=d < width)
+    place = out + row * out_stride + d
+    if start == stop:  # of latents, most
+        tl.store(place, tl.zeros((BLOCK_D,), tl.float32), mask=d < width)
+    else:
+        total = _decoded(columns, values, matrix, start, stop, 0, ALL, d, width, matrix_stride, BLOCK_E, BLOCK_D)
+        tl.store(place, total, mask=d < width)
 
 
 @triton.jit
