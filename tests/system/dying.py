@@ -43,6 +43,7 @@ def _die_at(moment: str, count: int) -> None:
     if moment == "after a time":
         threading.Timer(count / 100, _die).start()
     elif moment == "in a step":
+        ResumeStates.busy = False  # type: ignore[assignment]  # states are waited for, not left out, where the disk is slow
         _at(Trainer, "_track_thresholds", count, before=_die)
     elif moment == "in a write":
         _at(torch, "save", count, before=_write_half)

@@ -86,7 +86,7 @@ def test_a_killed_run_goes_on_without_the_other(normalised, trained, tmp_path):
     straight, cut = RunFolder.of(tmp_path, "straight"), RunFolder.of(tmp_path, "cut")
     train(config, straight)
 
-    # In step 25 the state of step 10 is whole, since that of step 20 waited for it.
+    # In step 25 the state of step 10 is whole, since that of step 20 waits for it there.
     killed = multiprocessing.get_context("spawn").Process(target=train_and_die, args=(config, cut, "in a step", 25))
     killed.start()
     killed.join()

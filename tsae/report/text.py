@@ -45,7 +45,13 @@ def _ranges(summary: Summary, groups: list[Group], world: str) -> str:
             high, low = (
                 f"{summary.name(group, summary.given(group))} ({_number(group, measure)})" for group in (best, worst)
             )
-            parts.append(_sentence(f"{in_words(measure)} is largest with {high} and smallest with {low}"))
+            least_is_best = measure in REGISTRY and REGISTRY[measure].better == "lower"
+            said = (
+                f"best (lowest) with {low} and worst (highest) with {high}"
+                if least_is_best
+                else f"largest with {high} and smallest with {low}"
+            )
+            parts.append(_sentence(f"{in_words(measure)} is {said}"))
     return world + " ".join(parts) if parts else ""
 
 
