@@ -5,8 +5,10 @@ from __future__ import annotations
 import signal
 import time
 import weakref
+from pathlib import Path
 
 import pytest
+import yaml
 
 from tsae import cli
 from tsae.cli import main
@@ -53,6 +55,26 @@ def test_what_fails_on_the_way_out_of_an_interrupt_does_not_hide_it(
     monkeypatch.setattr(cli, "load_dotenv", lambda: way_out_that_fails(ValueError()))
     with pytest.raises(AttributeError):
         main(["status"])
+
+
+def test_a_run_of_other_settings_is_refused_before_a_store_is_made_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("TSAE_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("MPLBACKEND", "module://not.here")  # as a notebook's kernel leaves it to commands
+    world = {"sequences": 64, "activation_dim": 16, "n_slow": 6, "n_fast": 12}
+    training = {"steps": 4, "batch_size": 16, "warmup_steps": 1, "threshold_start_step": 1, "device": "cpu"}
+    tree = {"data": {"source": "synthetic", "context_length": 16}, "synthetic": world, "training": training}
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump({**tree, "sae": {"dict_size": 40, "k": 4}}))
+    assert main(["train", str(tmp_path / "run.yaml")]) == 0
+    assert main(["evaluate", str(tmp_path / "run.yaml"), "evaluation.sequences=8"]) == 0
+    stores = list((tmp_path / "home/stores").iterdir())
+    capsys.readouterr()
+    assert main(["train", str(tmp_path / "run.yaml"), "data.seed=7"]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert "holds a run of another configuration (data.seed is 0 there, 7 here)" in said
+    assert list((tmp_path / "home/stores").iterdir()) == stores
 
 
 class Whatever:

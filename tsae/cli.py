@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import io
 import os
 import re
 import signal
@@ -39,10 +40,15 @@ def main(arguments: Sequence[str] | None = None, script: str = "") -> int:
     options = _parse(arguments, script)
     options.status_command = "python launch/status.py" if script else "tsae status"
     speaker = "error" if script else "tsae"
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # where the terminal's encoding lacks a letter
     end_without_a_search()
     repeat_lost_interrupts()
     try:
         load_dotenv()
+        # That of a notebook may name what is not here; no window is ever opened.
+        os.environ["MPLBACKEND"] = "agg"
         adopt_place()
         return int(options.run(options) or 0)
     except TsaeError as error:
@@ -277,10 +283,11 @@ def _train(options: argparse.Namespace) -> None:
 
     run = _run_of(options)
     config = RunFolder.of(*run).as_begun(configuration.load(options.config, options.overrides))
-    require_processes(config, process_count())  # before the harvest, which may take long
+    RunFolder.of(*run).require_free(config)  # before the harvest, as all of these
+    require_processes(config, process_count())
     require_trackers(config.training.trackers if process_rank() == 0 else ())
     _accept(options, config, RunFolder.of(*run))
-    refuse_other_data(config, RunFolder.of(*run))  # before its harvest
+    refuse_other_data(config, RunFolder.of(*run))
     if _costs_first(config, RunFolder.of(*run), options):
         return
     harvest_stage(config)
@@ -406,10 +413,18 @@ def _run_of(options: argparse.Namespace) -> tuple[Path, str]:
     place = options.config.absolute().parent
     if options.run_name is None and options.config.name == "resolved.yaml" and place.name == "trainer_0":
         return place.parents[1], place.parent.name
+    if options.config.is_dir():
+        raise TsaeError(f"{options.config}: a folder; the YAML file of a run is expected")
     name = options.config.stem if options.run_name is None else options.run_name
-    if not name or Path(name).is_absolute() or any(part in ("", ".", "..") for part in name.split("/")):
+    checkpoints, parts = options.checkpoints_path or home() / "checkpoints", name.split("/")
+    if not name.isprintable() or Path(name).is_absolute() or any(part in ("", ".", "..") for part in parts):
         raise TsaeError(f"--run-name {name!r}: a folder name below the checkpoints is expected")
-    return options.checkpoints_path or home() / "checkpoints", name
+    around = (checkpoints.joinpath(*parts[:depth]) for depth in range(1, len(parts)))
+    if "trainer_0" in parts or any((folder / "trainer_0").exists() for folder in around):
+        raise TsaeError(
+            f"--run-name {name!r}: it would lie inside a run, whose folder has a trainer_0/; give another name"
+        )
+    return checkpoints, name
 
 
 def _settings(options: argparse.Namespace) -> None:

@@ -133,6 +133,14 @@ def refused(tree: dict) -> str:
             "objective.high_share: 0.005 is impossible; of the 64 active latents that are selected among 16 tokens",
         ),
         (
+            {"sae": {"kind": "batch_topk"}, "training": {"batch_size": 1}},
+            "training.batch_size: 1 is impossible; a single token has no variance",
+        ),
+        (
+            {"training": {"dead_after": 10**23}},
+            "training.dead_after: 100000000000000000000000 is impossible; its size must",
+        ),
+        (
             {"objective": {"temporal_alpha": 1e20, "temporal_anneal": 1e20}},
             "objective.temporal_anneal: 1e+20 is impossible; times objective.temporal_alpha it is 1e+40, and weights up",
         ),
@@ -200,6 +208,7 @@ def test_overrides_change_the_file_and_are_blamed_themselves(tmp_path: Path) -> 
         ("a: [1", "line 1: not valid YAML"),
         ("a: {k: 1}\na: {}", "line 2: not valid YAML: 'a' stands twice"),
         ("- 1", "a mapping of settings is expected"),
+        ("sae: &all {k: 4, again: *all}", "not valid YAML: it is nested too deeply, or refers to itself"),
         (None, "No such file"),
     ],
 )
@@ -266,6 +275,11 @@ def test_dotenv_sets_what_is_not_set(tmp_path: Path) -> None:
 
     assert printed() == "/from/dotenv"
     assert printed(TSAE_HOME="/from/shell") == "/from/shell"
+    (tmp_path / ".env").write_bytes(b"SOME=/with/\0\n")
+    (tmp_path / "run.yaml").write_text("{}")
+    done = command("settings", "run.yaml", home=str(tmp_path), folder=tmp_path)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert ".env: not plain UTF-8 text" in done.stderr
 
 
 def test_help_and_configuration_load_nothing_heavy() -> None:
@@ -317,7 +331,20 @@ def test_what_the_file_system_refuses_is_one_line(tmp_path: Path) -> None:
 
 def test_overrides_may_follow_options_and_run_names_stay_below_the_checkpoints(tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_text("{}")
+    (tmp_path / "home/checkpoints/one/trainer_0").mkdir(parents=True)
     for arguments, said in (
+        (["train", "run.yaml", "--run-name", "one/trainer_0"], "--run-name 'one/trainer_0': it would lie inside a run"),
+        (["train", "run.yaml", "--run-name", "one/two"], "--run-name 'one/two': it would lie inside a run"),
+        (["train", "run.yaml", "--run-name", "a\x1b[31mred"], "--run-name 'a\\x1b[31mred': a folder name"),
+        (["train", "."], "tsae: .: a folder; the YAML file of a run is expected"),
+        (["runs", "nowhere"], "tsae: nowhere: no such folder"),
+        (["runs", "run.yaml"], "tsae: run.yaml: no such folder"),
+        (["sweep", "seeds", "--cancel", "--dry-run"], "--cancel: it starts nothing; leave --dry-run out"),
+        (
+            ["sweep", "seeds", "--executor", "debug", "--detach"],
+            "--detach: the executor debug works in this very process",
+        ),
+        (["status", "seeds", "--logs", "x", "--watch"], "--logs: it prints the end of logs once; leave --watch out"),
         (["train", "run.yaml", "--run-name", "x", "sae.kk=3"], "command line: sae.kk: unknown key"),
         (["evaluate", "run.yaml", "--run-name", "../evil"], "--run-name '../evil'"),
         (["evaluate", "run.yaml", "--run-name", ""], "--run-name ''"),

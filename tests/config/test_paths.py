@@ -117,17 +117,19 @@ def test_a_sweep_and_its_base_have_folders_of_their_own(project: Path, tmp_path:
     sweeps = project / "sweeps"
     sweeps.mkdir()
     (sweeps / "b.jsonl").write_text("")
-    sweep = {"base": "../run.yaml", "grid": {"data.source": ["b.jsonl", "embedded"]}, "container": "image.sif"}
+    sweep = {"base": "../run.yaml", "container": "image.sif"}
+    sweep["zip"] = {"data.source": ["b.jsonl", "embedded"], "store.path": ["one", "two"]}
     (sweeps / "image.sif").write_text("")
     (sweeps / "both.yaml").write_text(yaml.safe_dump(sweep))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("TSAE_HOME", str(tmp_path / "home"))
-    made = load_sweep(sweeps / "both.yaml", overrides=["store.path=here"])
+    made = load_sweep(sweeps / "both.yaml", overrides=["experiments.steer.judge.recorded=here"])
     plan = make_plan(made)
-    assert [point.name for point in plan.points] == ["source=b.jsonl", "source=embedded"]
+    assert [point.name for point in plan.points] == ["source=b.jsonl,path=one", "source=embedded,path=two"]
     assert [point.config.data.source for point in plan.points] == [str(sweeps / "b.jsonl"), "embedded"]
     assert {point.config.model.name for point in plan.points} == {str(project / "models/tiny")}
-    assert {point.config.store.path for point in plan.points} == {str(tmp_path / "here")}
+    assert [point.config.store.path for point in plan.points] == [str(sweeps / "one"), str(sweeps / "two")]
+    assert {point.config.experiments.steer.judge.recorded for point in plan.points} == {str(tmp_path / "here")}
     assert made.config.container == str(sweeps / "image.sif")
     # The copies that a launch makes lie elsewhere and mean the same.
     attempt = plan.folder / "attempts" / "20260101-000000"

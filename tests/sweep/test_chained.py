@@ -104,7 +104,7 @@ def test_what_follows_in_one_process_comes_to_the_same_bytes(
 
 
 def test_a_point_that_is_trained_is_measured_by_a_job_of_its_own(plan_of: Callable[..., Plan]) -> None:
-    sections = {"base": "synthetic", "grid": {"sae.k": [4, 5]}, "resources": {"chain": True}, "stages": STAGES}
+    sections = {"base": "embedded", "grid": {"sae.k": [4, 5]}, "resources": {"chain": True}, "stages": STAGES}
     plan = plan_of(**sections)
     harvest, *trainings = plan.unfinished()
     assert harvest.kind == "harvest"
@@ -132,7 +132,7 @@ def on_slurm(plan_of: Callable[..., Plan], monkeypatch: pytest.MonkeyPatch) -> C
     kinds = ["harvest", "train", "evaluate", "sequences"]
 
     def make(seen: Seen, stages: Sequence[str] = kinds) -> tuple[Plan, list[Stage]]:
-        sections = {"base": "synthetic", "grid": {"sae.k": [4]}, "resources": {"chain": True}}
+        sections = {"base": "embedded", "grid": {"sae.k": [4]}, "resources": {"chain": True}}
         plan = plan_of(**sections, stages=kinds)
         (chain,) = (stage for stage in plan.stages if stage.then)
         attempt = Attempt.begin(plan.folder, {}, {})

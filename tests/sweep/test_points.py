@@ -112,6 +112,30 @@ def test_overrides_and_base_that_change_results_get_folders_of_their_own(plan_of
         ({"grid": {"sae.k": [8]}, "stages": ["trian"]}, "stages[0]: 'trian' is not allowed; did you mean 'train'"),
         ({"grid": {"sae.k": [8]}, "report": {"x": "sae.kk"}}, "report.x: sae.kk is not swept; did you mean 'sae.k'"),
         ({"grid": {"sae.k": [8]}, "resources": {"train": {"cpu": 1}}}, "resources.train.cpu: unknown key"),
+        (
+            {"grid": {"sae.k": [8]}, "report": {"baseline": {"sae.kk": 8}}},
+            "report.baseline: sae.kk is no setting; did you mean 'sae.k'",
+        ),
+        (
+            {"grid": {"sae.k": [8]}, "report": {"baseline": {"sae.k": 9, "training.seed": 0}}},
+            "report.baseline: no point of this sweep has sae.k=9, training.seed=0",
+        ),
+        (
+            {"grid": {"sae.k": [8]}, "overrides": {"data.source": "synthetic"}, "stages": ["train", "probe"]},
+            "k=8: probe: the run is trained on a synthetic world, without text to experiment with",
+        ),
+        (
+            {
+                "grid": {"sae.k": [8]},
+                "overrides": {"experiments.steer.judge.backend": "endpoint"},
+                "stages": ["train", "steer"],
+            },
+            "k=8: experiments.steer.judge.model: is needed for the backend endpoint",
+        ),
+        (
+            {"grid": {"data.seed": [1, 2], "store.path": ["st"]}},
+            "is that of seed=1",
+        ),
     ],
 )
 def test_bad_sweeps_are_refused_in_one_line_that_names_the_file(plan_of, home, sections, message):

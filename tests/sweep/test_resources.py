@@ -55,6 +55,8 @@ def test_a_time_limit_that_can_be_misread_is_refused(text: str) -> None:
         ("train: {gpus: -1}", "train.gpus: -1"),
         ("train: {mem: 1.5G}", "train.mem: 1.5G is impossible; allowed: '32G'"),
         ("train: {gres: 'gpu:{count}', gpus: 1}", "gres"),
+        ("defaults: {extra: {array: 1-5}}", "defaults.extra: .* is impossible; allowed: names of options"),
+        ("train: {extra: {job_name: mine}}", "and none that tsae sets itself"),
     ],
 )
 def test_a_bad_cluster_file_is_refused_in_one_line(tmp_path: Path, text: str, words: str) -> None:

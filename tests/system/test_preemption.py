@@ -109,6 +109,17 @@ def test_handlers_of_others_are_put_back() -> None:
     assert not preemption.requested()
 
 
+@pytest.mark.parametrize("deaf", [False, True], ids=["in a terminal", "under nohup"])
+def test_the_end_of_a_terminal_is_heard_unless_nohup_said_otherwise(deaf: bool) -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN if deaf else signal.SIG_DFL)
+    try:
+        with preemption.watched():
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert preemption.requested() == (not deaf)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 def test_a_forked_helper_ends_when_it_is_told_to() -> None:
     with preemption.watched():
         child = os.fork()

@@ -18,6 +18,7 @@ from tsae.config.bounds import (
     some,
 )
 from tsae.config.paths import MODEL_FILES, Place
+from tsae.runtime.errors import TsaeError
 from tsae.runtime.secrets import holds_key
 
 Dataset = Annotated[str, Place(names=("embedded", "finefineweb", "wikipedia", "mmlu", "pile", "pile-10k", "hh-rlhf"))]
@@ -64,6 +65,13 @@ class AnswersConfig:
     """Price of a million tokens of answers."""
     recorded: Annotated[str, Place(always=True)] | None = None
     """File or folder of recorded answers (JSON lines, as the cache under TSAE_HOME/answers keeps them)."""
+
+    def require_whole(self, where: str) -> None:
+        """Raise TsaeError if the backend needs what is not given; `where` is the key path of these settings."""
+        needed = {"none": (), "local": ("model",), "endpoint": ("model", "base_url"), "replay": ("model", "recorded")}
+        for name in needed[self.backend]:
+            if not getattr(self, name):
+                raise TsaeError(f"{where}.{name}: is needed for the backend {self.backend}")
 
 
 @dataclass(frozen=True, kw_only=True)

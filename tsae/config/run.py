@@ -453,6 +453,11 @@ def _validate(config: RunConfig, where: str) -> None:
         needed = f"a temporal SAE needs pairs: {', '.join(most)} or {last}"
         check("training.pair_rule", PAIR_RULE_SETTINGS[rule].paired, needed)
         check("training.batch_size", training.batch_size > 1, "a T-SAE needs at least 2 pairs")
+    check(
+        "training.batch_size",
+        training.batch_size > 1 or not config._relative_errors,
+        "a single token has no variance for objective.reconstruction: variance to divide by; squared_error has no need",
+    )
 
     length = data.context_length
     check(

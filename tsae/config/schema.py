@@ -55,7 +55,11 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         raise TsaeError(f"{path}: cannot be read: {reason}") from None
     try:
         loaded = yaml.load(text, _UniqueKeys)  # a SafeLoader
-    except (ValueError, RecursionError) as error:
+        if isinstance(loaded, dict):
+            list(flatten(loaded))  # ends where nothing refers to itself
+    except RecursionError:
+        raise TsaeError(f"{path}: not valid YAML: it is nested too deeply, or refers to itself") from None
+    except ValueError as error:
         raise TsaeError(f"{path}: not valid YAML: {str(error).splitlines()[0]}") from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
@@ -238,6 +242,8 @@ def _convert_scalar(hint: Any, value: Any, where: str, path: str) -> Any:
             return number
     elif hint is int and isinstance(value, (int, float)) and not isinstance(value, bool):
         if math.isfinite(value) and value == int(value):
+            if abs(value) >= 2**63:
+                raise TsaeError(f"{where}: {path}: {value} is impossible; its size must be below 2^63")
             return int(value)
     elif hint in (bool, str) and isinstance(value, hint):
         return value

@@ -122,7 +122,7 @@ class StoreConfig:
     """Precision on disk."""
     shard_mb: Count = 256
     """Largest size of one shard file in MB (10^6 bytes): the unit of writing, of resuming and of sharing a harvest. A small store is cut finer, into about 16 shards."""
-    window: Annotated[str | int | None, Bound(_is_window, WINDOW_WORDS), Added(None)] = None
+    window: Annotated[int | str | None, Bound(_is_window, WINDOW_WORDS), Added(None)] = None
     """How much of the training part is on disk at a time: `200GB` (kB, MB, GB, TB: powers of ten) or a number of tokens. Activations are then harvested while training reads them and removed again for others; the held-out part is kept, beside the window. Batches are those of a full store, whatever the size. `all`: nothing is removed; none: the whole store is harvested before training."""
 
     def window_bytes(self, token_bytes: int) -> float:

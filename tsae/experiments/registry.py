@@ -11,6 +11,8 @@ from importlib import import_module
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from tsae.runtime.errors import TsaeError
+
 if TYPE_CHECKING:
     from tsae.config.run import RunConfig
 
@@ -34,6 +36,8 @@ class Experiment(NamedTuple):
     """Raised when its numbers are computed in another way: results of an older version are made again."""
     compared: bool = False
     """Whether its picture shows the results beside it, too, some of which are made later."""
+    answers: str = ""
+    """Its setting that names a language model which is asked, if it has one."""
     module: str = ""
     """Where `measure` and `draw` are; by default tsae.experiments.NAME.experiment."""
 
@@ -47,9 +51,16 @@ EXPERIMENTS = {
         "sequences", True, False, "follow latents over passages spliced into one context", explained=True
     ),
     "align": Experiment("alignment", True, False, "compare latents on chosen and rejected responses", explained=True),
-    "steer": Experiment("steering", True, False, "generate text while a latent is held up", explained=True),
+    "steer": Experiment(
+        "steering", True, False, "generate text while a latent is held up", explained=True, answers="judge"
+    ),
     "explain": Experiment(
-        "autointerp", False, False, "explain latents with a language model, and score that", reads_store=True
+        "autointerp",
+        False,
+        False,
+        "explain latents with a language model, and score that",
+        reads_store=True,
+        answers="answers",
     ),
     "features": Experiment(
         "features", False, False, "make one page with all latents of a run", explained=True, reads_store=True, version=2
@@ -61,6 +72,17 @@ EXPERIMENTS = {
 def module_of(name: str) -> ModuleType:
     """The module that measures and draws the experiment `name`."""
     return import_module(_module(name))
+
+
+def require_possible(name: str, config: RunConfig, where: str) -> None:
+    """Refuse, before anything is read or trained, what the settings alone rule out. Raises TsaeError."""
+    if config.without_text:
+        raise TsaeError(
+            f"{where}: {name}: the run is trained on {config.without_text}, without text to experiment with"
+        )
+    if EXPERIMENTS[name].answers:
+        answers = getattr(settings_of(config, name), EXPERIMENTS[name].answers)
+        answers.require_whole(f"{where}: experiments.{name}.{EXPERIMENTS[name].answers}")
 
 
 def declare_measures() -> None:

@@ -10,6 +10,7 @@ from tsae.checkpoint import BASELINE, RunFolder
 from tsae.config import run as configuration
 from tsae.config.run import RunConfig
 from tsae.experiments.driver import with_dataset
+from tsae.experiments.registry import require_possible
 from tsae.interop.place import Place
 from tsae.interop.settings import find_run, settings_of
 from tsae.runtime import environment
@@ -29,6 +30,7 @@ def arguments_of(name: str, options: argparse.Namespace) -> dict[str, Any]:
         used = (f"experiments.{name}", "experiments.texts")
         config = settings_of(run, _overrides(options), used, Place(options.model, options.layer))
     chunk = getattr(options, "chunk", None)
+    require_possible(name, config, str(run.path))
     return {
         "config": with_dataset(config, name, options.dataset),
         "run": run,

@@ -21,8 +21,8 @@ def load_dotenv() -> None:
     path = dotenv.find_dotenv(usecwd=True)
     try:
         dotenv.load_dotenv(path, override=False)
-    except UnicodeDecodeError:
-        raise TsaeError(f"{path}: not UTF-8 text; a .env file holds lines such as HF_HOME=/folder") from None
+    except ValueError:  # no UTF-8, or a NUL, which no variable can hold
+        raise TsaeError(f"{path}: not plain UTF-8 text; a .env file holds lines such as HF_HOME=/folder") from None
 
 
 def home() -> Path:

@@ -1,4 +1,4 @@
-"""Being asked to leave: SIGTERM and SIGUSR2 set a flag, which the stages poll where they can stop and lose little.
+"""Being asked to leave: SIGTERM, SIGUSR2 and the end of the terminal (SIGHUP) set a flag, which the stages poll where they can stop and lose little.
 
 A stage that leaves has saved its state and ends the process with `REQUEUE`: whoever started it runs it again.
 """
@@ -17,7 +17,7 @@ from typing import TypeVar
 
 REQUEUE = 75
 """Exit code of a process that was preempted and can continue: EX_TEMPFAIL, "try again later", of sysexits.h."""
-SIGNALS = (signal.SIGTERM, signal.SIGUSR2)
+SIGNALS = (signal.SIGTERM, signal.SIGUSR2, signal.SIGHUP)
 
 _Item = TypeVar("_Item")
 _asked: signal.Signals | None = None
@@ -49,7 +49,9 @@ def watched() -> Iterator[None]:
     if _watching or threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {number: signal.signal(number, _note) for number in SIGNALS}
+    # What nohup has made deaf to the end of its terminal stays so.
+    heard = [number for number in SIGNALS if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN]
+    before = {number: signal.signal(number, _note) for number in heard}
     _watching = True
     try:
         yield
@@ -104,12 +106,13 @@ def _note(number: int, _frame: FrameType | None) -> None:
 
 
 def _in_child() -> None:
-    """A forked helper ends when it is told to, and leaves USR2, which a scheduler may send to all of a job, to its parent."""
+    """A forked helper ends when it is told to, and leaves to its parent what is sent to all of a job or terminal: USR2, HUP."""
     global _asked, _told, _watching
     if _watching:
         _asked, _told, _watching = None, False, False
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         signal.signal(signal.SIGUSR2, signal.SIG_IGN)
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
 
 
 os.register_at_fork(after_in_child=_in_child)

@@ -454,7 +454,7 @@ def _require_orientation(dictionary: Dictionary, where: str) -> None:
     """Refuse a square encoder that lies on its side: of a dictionary, what a latent reads is much like what it writes."""
     if dictionary.dict_size != dictionary.activation_dim:
         return
-    reads, writes = dictionary.W_enc, dictionary.W_dec
+    reads, writes = dictionary.W_enc.detach(), dictionary.W_dec.detach()
     upright, turned = (float(torch.cosine_similarity(each, writes, dim=1).mean()) for each in (reads.T, reads))
     if turned > ALIKE and upright < turned / 2:
         raise TsaeError(

@@ -109,11 +109,16 @@ def _sweep(given: argparse.Namespace) -> int:
         print(configuration.help_text())
         return 0
     if given.cancel:
+        beside = [name for name in ("dry_run", "probe", "detach", "retry_failed", "inexact") if getattr(given, name)]
+        if beside:
+            raise TsaeError(f"--cancel: it starts nothing; leave --{beside[0].replace('_', '-')} out")
         return _cancel(given)
     return _launch(given)
 
 
 def _launch(given: argparse.Namespace) -> int:
+    if given.detach and given.executor == "debug":
+        raise TsaeError("--detach: the executor debug works in this very process; leave one of them out")
     plan = plan_of(given)
     plan.decide_on_data(given.accept_new_data)
     plan = plan.inexact() if given.inexact else plan
@@ -149,6 +154,8 @@ def _cancel(given: argparse.Namespace) -> int:
 def _status(given: argparse.Namespace) -> None:
     from tsae.sweep import status
 
+    if given.watch and given.logs is not None:
+        raise TsaeError("--logs: it prints the end of logs once; leave --watch out")
     status.show(plan_of(given, to_look_at=True), logs=given.logs, watch=given.watch, everything=given.all)
 
 
@@ -194,6 +201,8 @@ def _claims(given: argparse.Namespace) -> int:
 def _runs(given: argparse.Namespace) -> None:
     from tsae.sweep.runs import listing
 
+    if given.folder is not None and not given.folder.is_dir():
+        raise TsaeError(f"{given.folder}: no such folder; one that runs and sweeps lie under is expected")
     print("\n".join(listing(given.folder or environment.home())))
 
 

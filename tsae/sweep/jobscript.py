@@ -21,6 +21,11 @@ _WORDS = re.compile(f"{_WORD}( {_WORD})*")
 _OPTION = re.compile(r"[A-Za-z][A-Za-z0-9_-]*")
 _RUNS = re.compile(r"wra.*|export[-_].+|S|b|v|jsv")
 """Options that name what is run, or set variables: BASH_ENV of a job is run by its shell. (`wra` is short for `wrap`.)"""
+_OURS = re.compile(
+    r"(?x) array | output | error | job-name | dependency | signal | open-mode | ntasks-per-node | cpus-per-task"
+    r" | [aoeJdcNtj] | tc | cwd | notify | hold-jid (-ad)?"
+)
+"""Options that every script of ours has already: with two of one kind, a job would run in parts, or write where nobody looks."""
 _VARIABLE = re.compile(r"(?!(BASH_ENV|ENV)$)[A-Za-z_][A-Za-z0-9_]*")
 _BREAKS = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 
@@ -35,6 +40,7 @@ def _are_options(extra: Mapping[Any, Any]) -> bool:
         isinstance(name, str)
         and _OPTION.fullmatch(name)
         and not _RUNS.fullmatch(name)
+        and not _OURS.fullmatch(name.replace("_", "-"))
         and not (name == "export" and "=" in str(value))
         and (value is None or _WORDS.fullmatch(str(value)))
         for name, value in extra.items()
@@ -58,7 +64,8 @@ Options = Annotated[
     dict[str, Any],
     Bound(
         _are_options,
-        "allowed: names of options without dashes, but of none that sets variables or what is run, each with true, false, "
+        "allowed: names of options without dashes, but of none that sets variables or what is run, and none that tsae sets itself "
+        "(array, output, job-name, …), each with true, false, "
         f"a number, or words of {SIGNS}",
     ),
 ]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, cached_property
 from pathlib import Path
@@ -23,6 +23,7 @@ from tsae.config import run as configuration
 from tsae.config import schema
 from tsae.config.points import Point
 from tsae.config.schema import flatten
+from tsae.experiments.registry import EXPERIMENTS, require_possible
 from tsae.report.compared import Compared
 from tsae.runtime import metadata
 from tsae.runtime.errors import TsaeError
@@ -162,6 +163,7 @@ def make_plan(sweep: Sweep, to_look_at: bool = False) -> Plan:
     In a plan that is only `to_look_at` a run's folder that cannot be read is named as damaged.
     """
     points, chain = list(expand(sweep)), Chain(sweep)
+    _refuse_impossible(sweep, points)
     table: dict[str, Stage] = {}
     needed_by: dict[str, list[str]] = {}
     harvests: dict[str, list[Stage]] = {}
@@ -220,6 +222,24 @@ def _section_as_yaml(section: str) -> str:
     dumper = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
     text: str = yaml.dump(json.loads(section), Dumper=dumper, sort_keys=False)
     return text
+
+
+def _refuse_impossible(sweep: Sweep, points: Sequence[Point]) -> None:
+    """Refuse what the settings rule out: experiments that a run cannot have, one store for activations of two kinds."""
+    stored: dict[str, Point] = {}
+    for point in points:
+        where, path = f"{sweep.path}: {point.name}", point.config.store.path
+        for name in sweep.config.stages:
+            if name in EXPERIMENTS:
+                require_possible(name, point.config, where)
+        if path is not None:
+            other = stored.setdefault(str(path), point)
+            different = schema.differences(*(configuration.store_settings(each.config) for each in (other, point)))
+            if different:
+                raise TsaeError(
+                    f"{where}: store.path: {path} is that of {other.name}, too, whose activations are others ({different}); "
+                    "leave it out, and each gets its own"
+                )
 
 
 def _check_model(chain: Chain, point: Point, checked: set[str]) -> None:

@@ -35,7 +35,21 @@ def expand(sweep: Sweep) -> tuple[Point, ...]:
     x = sweep.config.report.x
     if x is not None and x not in short:
         raise TsaeError(f"{sweep.path}: report.x: {x} is not swept; {suggestion(x, short)}allowed: {', '.join(short)}")
+    _require_baseline(sweep, points)
     return tuple(points)
+
+
+def _require_baseline(sweep: Sweep, points: list[Point]) -> None:
+    """Refuse a baseline of which no point is one. Raises TsaeError."""
+    baseline = sweep.config.report.baseline
+    for key in baseline:
+        if key not in _known_axes():
+            raise TsaeError(
+                f"{sweep.path}: report.baseline: {key} is no setting; {suggestion(key, _known_axes())}".rstrip("; ")
+            )
+    if not any(all(shown(point.value(key)) == shown(value) for key, value in baseline.items()) for point in points):
+        wanted = ", ".join(f"{key}={shown(value)}" for key, value in baseline.items())
+        raise TsaeError(f"{sweep.path}: report.baseline: no point of this sweep has {wanted}")
 
 
 @cache

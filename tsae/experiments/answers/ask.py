@@ -155,10 +155,7 @@ def open_backend(settings: AnswersConfig, where: str) -> Backend:
     for name in ("concurrency", "timeout", "tries", "batch_size"):
         if not getattr(settings, name) > 0:
             raise TsaeError(f"{where}.{name}: {getattr(settings, name)} is impossible; it must be greater than 0")
-    needed = {"none": (), "local": ("model",), "endpoint": ("model", "base_url"), "replay": ("model", "recorded")}
-    for name in needed[kind]:
-        if not getattr(settings, name):
-            raise TsaeError(f"{where}.{name}: is needed for the backend {kind}")
+    settings.require_whole(where)
     model = settings.model
     if model is None:
         raise TsaeError(f"{where}.backend: none asks nobody; allowed here: local, endpoint, replay")
