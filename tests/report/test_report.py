@@ -207,7 +207,8 @@ def test_a_new_measure_is_declared_once_and_is_everywhere(seeded, monkeypatch):
     assert "<figcaption>How sharp the latents are. <a" in text
     assert re.search(r"<th( rowspan=.2.| class=.family. colspan=.1.)>Sharpness</th>", text)
     assert re.search(
-        r"Sharpness of all is largest with split fraction 0.5 \(0.290\s±\s0.0\d+\) and smallest with split fraction 0.2",
+        r"Sharpness of all is best \(lowest\) with split fraction 0.2 \(0.2\d+\s±\s0.0\d+\) and worst \(highest\) with split "
+        r"fraction 0.5 \(0.290",
         text,
     )
     assert "<th>Sharpness of all</th>" in text  # among the differences seed by seed

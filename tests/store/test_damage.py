@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tsae.cli import main
 from tsae.runtime.errors import TsaeError
 from tsae.store.layout import StoreLayout
 from tsae.store.reader import Store
@@ -56,6 +57,20 @@ def copied(tmp_path: Path, harvested: Path) -> StoreLayout:
     """A copy of the harvested store, to be damaged."""
     shutil.copytree(harvested, tmp_path / "store")
     return StoreLayout(tmp_path / "store")
+
+
+def test_several_stores_are_verified_in_one_command(
+    copied: StoreLayout, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = shutil.copytree(copied.path, tmp_path / "other")
+    assert main(["store", "verify", "--deep", str(copied.path), str(other)]) == 0
+    assert capsys.readouterr().out == "".join(f"{path}: every shard is whole\n" for path in (copied.path, other))
+    StoreLayout(other).shard(SHARD).write_bytes(b"")
+    assert main(["store", "verify", str(other), str(copied.path)]) == 2
+    said = capsys.readouterr()
+    assert str(other) in said.err
+    assert str(copied.path) not in said.err
+    assert said.out == f"{copied.path}: every shard is whole\n"
 
 
 @pytest.mark.parametrize("what", DAMAGE)

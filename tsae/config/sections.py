@@ -220,13 +220,13 @@ class ObjectiveConfig:
     temporal: Annotated[str, OneOf(TERM_SETTINGS)] = "prediction"
     """Temporal term of a T-SAE. `prediction`: the high-level split reconstructs the token's partner in place of the token itself; `contrastive`: InfoNCE over the batch; `linear`: the mean similarity of all pairs of the batch minus that of the true pairs, without a logarithm; `l2`: the squared distance of the two codes (the paper's ablation without contrast); `l1`: their L1 distance weighted by the inputs' cosine (the released code's other branch). Another term than the preset's keeps the preset's weight, so name a preset that has it (`objective=scale_free`), or give temporal_alpha and temporal_anneal with it."""
     temporal_alpha: NonNegative = 1.5
-    """Weight of the temporal term (α). That of `prediction` is in units of what the high-level split's own reconstruction weighs without it, and that keeps 1 - α: from 1 on nothing asks the split to reconstruct its own token alone."""
+    """Weight of the temporal term (α). That of `prediction`: 1 gives the prediction the weight that the high-level split's own reconstruction has without it; that one keeps max(0, 1 - α)."""
     temporal_anneal: Annotated[Positive, Added(1.0)] = 4.0
     """What temporal_alpha is multiplied with at the first step; the factor falls to 1, linearly, over the first half of the steps. Which features the high-level split takes is decided early, what they cost later; 1: a constant weight."""
     high_share: Annotated[Fraction | None, Added(None)] = 0.3
     """Share of sae.k that is selected in the high-level split of a T-SAE, the rest outside it, so that neither can take over; it does not follow sae.split_fraction. None: the largest activations of both together."""
     coarse_fraction: Annotated[Fraction | None, Added(None)] = 0.1
-    """Share of all latents, the first after the high-level split, that with it alone must reconstruct the token, for a tenth of the weight that the low-level split's reconstruction has: what `prediction` takes from that split, latents of general use, then is at the head of the low-level one; none: no such part."""
+    """The first latents of the low-level split, as many as this share of all. Together with the high-level split they must also reconstruct the token, at a tenth of the weight of the full reconstruction: latents of general use, which `prediction` takes from the high-level split, then stand there. None: no such part."""
     similarity: Literal["dot", "cosine"] = "cosine"
     """Similarity of two high-level codes in the contrastive term."""
     temperature: Positive = 0.15

@@ -34,6 +34,7 @@ def _environment() -> Environment:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    # Keys in the order in which they were given, and letters as they are: the page says that it is UTF-8.
-    environment.policies["json.dumps_kwargs"] = {"sort_keys": False, "ensure_ascii": False}
+    # Keys in the order in which they were given, and letters as they are: the page says that it is UTF-8. Of numbers that are
+    # none a browser would read nothing at all.
+    environment.policies["json.dumps_kwargs"] = {"sort_keys": False, "ensure_ascii": False, "allow_nan": False}
     return environment

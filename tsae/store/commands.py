@@ -22,7 +22,7 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
         return parser
 
     verify = command("verify", _verify, "check every shard of a store")
-    verify.add_argument("path", type=Path)
+    verify.add_argument("paths", nargs="+", type=Path, metavar="STORE")
     verify.add_argument("--deep", action="store_true", help="read every byte and check its checksum")
 
     show = command("show", _show, "print what a store holds: its shape, the norms of its tokens, massive ones")
@@ -57,12 +57,15 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
 def _verify(options: argparse.Namespace) -> int:
     from tsae.store.verify import verify
 
-    problems = verify(options.path, deep=options.deep)
-    for problem in problems:
-        print(problem, file=sys.stderr)
-    if not problems:
-        print(f"{options.path}: every shard is whole")
-    return 2 if problems else 0
+    damaged = False
+    for path in options.paths:
+        problems = verify(path, deep=options.deep)
+        for problem in problems:
+            print(problem, file=sys.stderr)
+        if not problems:
+            print(f"{path}: every shard is whole")
+        damaged = damaged or bool(problems)
+    return 2 if damaged else 0
 
 
 def _show(options: argparse.Namespace) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -116,6 +117,21 @@ def test_every_split_and_the_residual_stream_are_mapped(config, checkpoints):
             assert difference in told
     assert results["reduction"].startswith("PCA")
     assert results["colourings"]["semantics"]["purity"] > results["colourings"]["semantics"]["chance"]
+
+
+def test_of_texts_with_one_label_there_is_no_silhouette_and_no_probe(config, checkpoints, labelled_text, tmp_path):
+    rows = [json.loads(row) for row in labelled_text.read_text().splitlines()]
+    (tmp_path / "alike.jsonl").write_text("".join(json.dumps({**row, "label": "one"}) + "\n" for row in rows))
+    alike = dataclasses.replace(config.experiments.tsne, dataset=str(tmp_path / "alike.jsonl"))
+    made = experiment_stage(configuration.replace(config, experiments={"tsne": alike}), checkpoints, "temporal", "tsne")
+    for path in made:
+        entry = json.loads(Path(path).read_text(), parse_constant=pytest.fail)["colourings"]["semantics"]
+        assert (entry["purity"], entry["silhouette"]) == (1, None)
+        assert "NaN" not in Path(path).with_suffix(".html").read_text()
+    own = {"dataset": str(tmp_path / "alike.jsonl"), "tasks": ("semantics",), "tagger": "surface"}
+    probe = dataclasses.replace(config.experiments.probe, **own)
+    with pytest.raises(TsaeError, match=r"^probe semantics: the texts have one label, one; two or more are needed"):
+        experiment_stage(configuration.replace(config, experiments={"probe": probe}), checkpoints, "temporal", "probe")
 
 
 def test_texts_shorter_than_asked_for_and_dead_latents_are_one_line(config, checkpoints, tmp_path):

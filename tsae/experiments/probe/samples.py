@@ -147,6 +147,9 @@ def _without_rare(samples: Samples, task: str) -> Samples:
         here = samples.label == name
         if len(np.unique(samples.group[here])) >= FEWEST_TEXTS and here.sum() >= min(FEWEST_TOKENS, 2 * FEWEST_TEXTS):
             enough.append(name)
+    if len(samples.names) < 2:
+        only = f"one label, {samples.names[0]}" if samples.names else "no label"
+        raise TsaeError(f"probe {task}: the texts have {only}; two or more are needed to tell apart")
     if len(enough) < 2:
         found = ", ".join(f"{name} {int((samples.label == i).sum())}" for i, name in enumerate(samples.names))
         raise TsaeError(

@@ -52,7 +52,9 @@ def measure(subject: Subject, settings: TsneConfig, chunk: int) -> dict[str, Any
     for label in COLOURINGS:
         entry: dict[str, Any] = {"labels": _meaning(material, label)}
         for name in ("purity", "chance", "silhouette"):
-            entry[name], entry[f"{name}_half_width"] = over_seeds([run[label][name] for run in numbers])
+            found = over_seeds([run[label][name] for run in numbers])
+            # The silhouette of one class is no number.
+            entry[name], entry[f"{name}_half_width"] = (None, None) if np.isnan(found[0]) else found
         colourings[label] = entry
     return {
         "headline": {label: colourings[label]["purity"] for label in COLOURINGS},

@@ -83,10 +83,8 @@ def _caption(axes: Axes, name: str, entry: dict[str, Any]) -> None:
     axes.set_title(name, pad=26)
     half = entry["purity_half_width"]
     interval = "" if half is None else f" ± {half:.2f}"
-    caption = (
-        f"{entry['labels']}\npurity {entry['purity']:.2f}{interval} (chance {entry['chance']:.2f}), "
-        f"silhouette {entry['silhouette']:.2f}"
-    )
+    silhouette = "of one class" if entry["silhouette"] is None else f"silhouette {entry['silhouette']:.2f}"
+    caption = f"{entry['labels']}\npurity {entry['purity']:.2f}{interval} (chance {entry['chance']:.2f}), {silhouette}"
     axes.text(0, 1.01, caption, transform=axes.transAxes, fontsize=7.5, color="#444444", va="bottom")
     axes.set_xticks([])
     axes.set_yticks([])
