@@ -163,7 +163,7 @@ def test_pools_beside_a_gpu_and_on_it_give_the_same_batches_as_those_in_memory(
     store, share = write_store(ragged, heldout=100, dtype=dtype), {"rank": world // 2, "world": world}
     here = stream_of(store, rule, 96, **share)
     # No GPU is needed to see that they are the same; the memory of this machine stands for a GPU's.
-    monkeypatch.setattr("tsae.store.pairs.pools_for", lambda _, store, n, __: way(store, n, torch.device("cpu")))
+    monkeypatch.setattr("tsae.store.pairs.pools_for", lambda _, store, n, *__: way(store, n, torch.device("cpu")))
     there = stream_of(store, rule, 96, **share)
     assert there[0].dtype == store.dtype
     check_same(here, there)
@@ -219,6 +219,7 @@ def test_pools_are_on_the_gpu_where_half_of_what_is_free_there_holds_them(
     for free, way in ((2 * wanted, GpuPools), (2 * wanted - 1, StagedPools)):
         monkeypatch.setattr(pools, "free_on_gpu", lambda _, free=free: free)
         assert type(pools.pools_for(gpu, store, 320, 2)) is way
+        assert type(pools.pools_for(gpu, store, 320, 2, spoken_for=2)) is StagedPools
     assert type(pools.pools_for(torch.device("cpu"), store, 320, 2)) is Pools
 
 
@@ -241,7 +242,7 @@ def test_no_more_pools_are_in_memory_than_a_gpu_is_asked_for(
             most = max(most, sum(map(len, made)))
             return buffer
 
-    def counting(_: object, store: Store, sequences: int, number: int) -> Pools:
+    def counting(_: object, store: Store, sequences: int, number: int, _spoken_for: int) -> Pools:
         nonlocal asked
         assert number == held
         asked = number * pools.with_spare(sequences)

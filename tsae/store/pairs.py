@@ -143,7 +143,7 @@ class PairStream:
     `none`: float32, or on `device`, where that is a GPU, in the store's dtype. The batches of all ranks, put together in order, are the batch of a single process. Positions that
     are not `counted` (see `Store.valid`) never enter, and part what stands before them from what follows; a partner is
     an earlier token of the same document in the same context. `pool_sequences` contexts are mixed at a time, over all ranks, and
-    twice as many are in memory.
+    twice as many are in memory; of a GPU's free memory `spoken_for` bytes are for something else.
     """
 
     def __init__(
@@ -158,6 +158,7 @@ class PairStream:
         rank: int = 0,
         world: int = 1,
         device: torch.device | None = None,
+        spoken_for: int = 0,
     ) -> None:
         if batch_size % world or not 0 <= rank < world:
             raise TsaeError(f"training.batch_size: {batch_size} cannot be shared by {world} processes; use a multiple")
@@ -199,7 +200,7 @@ class PairStream:
         self._stays = pools == 1 and world == 1
         # A pool begins and ends within a block.
         blocks = min(-(-len(store.train) // (pools * world * self._block)) + 2, len(self._pairs))
-        self._pools = pools_for(device, store, blocks * self._block, 1 if self._stays else 2)
+        self._pools = pools_for(device, store, blocks * self._block, 1 if self._stays else 2, spoken_for)
         self._orders: dict[int, tuple[np.ndarray, np.ndarray]] = {}
         self.waits = Waits()
 

@@ -141,16 +141,17 @@ class GpuPools(Pools):
             self._stream.wait_stream(self._training)
 
 
-def pools_for(device: torch.device | None, store: Store, sequences: int, pools: int) -> Pools:
+def pools_for(device: torch.device | None, store: Store, sequences: int, pools: int, spoken_for: int = 0) -> Pools:
     """The fastest of those that a training on `device` (None: this machine's memory) has room for.
 
-    So many `pools` of `sequences` contexts are there at a time, and no more than half of what a GPU has free is taken for them.
+    So many `pools` of `sequences` contexts are there at a time, and no more than half of what a GPU has free is taken for
+    them, without the bytes that are `spoken_for`.
     """
     if device is None or device.type != "cuda":
         return Pools(store, sequences)
     position = store.activation_dim * store.dtype.itemsize + BESIDE
     wanted = pools * with_spare(sequences) * store.context_length * position
-    fits = wanted <= MOST_OF_FREE * free_on_gpu(device)
+    fits = wanted <= MOST_OF_FREE * (free_on_gpu(device) - spoken_for)
     return (GpuPools if fits else StagedPools)(store, sequences, device)
 
 

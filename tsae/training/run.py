@@ -102,6 +102,7 @@ def _train(runs: Sequence[tuple[RunConfig, RunFolder]], group: Group, inexact: b
         rank=group.rank,
         world=group.world,
         device=running[0].device,
+        spoken_for=sum(training.bytes_to_come for training in running),
     )
     stream.read_first(first, preemption.requested)
     if group.start_any([preemption.requested()])()[0]:
@@ -274,6 +275,11 @@ class _Training:
     def step(self) -> int:
         """The update that comes next: the position in the data."""
         return self._trainer.steps_done
+
+    @property
+    def bytes_to_come(self) -> int:
+        """What the first update will take beside the weights: their gradients, and Adam's two moments."""
+        return 3 * sum(parameter.nbytes for parameter in self._trainer.dictionary.parameters())
 
     def advance(self, batch: Tensor, document: Tensor) -> None:
         """One update, and what is due after it: a line of metrics, the final weights."""
