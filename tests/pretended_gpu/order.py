@@ -39,6 +39,8 @@ class Use:
     read: dict[int, tuple[int, str]] = field(default_factory=dict)
     recorded: set[int] = field(default_factory=set)
     """Streams that the allocator was told of."""
+    of_graph: bool = False
+    """It is of a graph's own memory, which nothing else gets before the GPU has done all that it was given."""
 
     def all(self) -> Iterator[tuple[int, int, str]]:
         if self.written:
@@ -141,6 +143,7 @@ class Order:
         with self._lock:
             use = self._use(storage, self.current)
             use.written = (self.current, self.clock(self.current)[self.current], "what had this memory before")
+            use.of_graph = getattr(self._thread, "recording", False)
 
     def record(self, storage: Any, stream: int) -> None:
         """Tensor.record_stream."""
@@ -172,6 +175,8 @@ class Order:
         for key, use in list(self._shared.items()):
             if use.alive.expired():
                 del self._shared[key]
+                if use.of_graph:
+                    continue
                 others = (each for each in use.all() if each[0] not in use.recorded)
                 known = self.clock(use.made_on).copy()
                 for thread in filter(lambda number: number < 0, self._clocks):

@@ -29,7 +29,8 @@ from tsae.sae.sparse import (
     side_by_side,
     weighted_rows,
 )
-from tsae.training.temporal import Pairs, _Logits, _LogitsOnChip, contrastive, sparse_contrastive
+from tsae.training import temporal
+from tsae.training.temporal import Pairs, _Logits, _LogitsOfMatches, contrastive, sparse_contrastive
 from tsae.training.trainer import Trainer
 from tsae.training.update import Adam, lay_out_by_latent, project_and_measure, whole_gradients
 
@@ -234,13 +235,20 @@ def codes_of_pairs(rows: int = 9, width: int = 14) -> list[SparseCode]:
     return pair
 
 
+def in_small_pieces(monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
+    """Tiles smaller than the nine rows and columns, and so many rows' logits at a time."""
+    for name, size in {"MATCHES": 2, "COLUMNS": 4, "TALL": 2, "WIDE": 4, "STRIP": 4}.items():
+        monkeypatch.setattr(contrast, name, size)
+    monkeypatch.setattr(temporal, "LOGITS_BYTES", rows * 9 * 4)
+
+
+@pytest.mark.parametrize("rows", [4, 9])
 @pytest.mark.parametrize("same_document", [True, False])
 @pytest.mark.parametrize("similarity", ["dot", "cosine"])
 def test_the_contrastive_term_is_that_of_all_logits(
-    similarity: str, same_document: bool, monkeypatch: pytest.MonkeyPatch
+    similarity: str, same_document: bool, rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(contrast, "ENTRIES", 2)
-    monkeypatch.setattr(contrast, "COLUMNS", 4)
+    in_small_pieces(monkeypatch, rows)
     high, other = codes_of_pairs()
     documents = None if same_document else torch.arange(9, device=DEVICE) // 3
     pairs = Pairs(normal(9, 2), normal(9, 2), documents, similarity, 0.5)
@@ -254,11 +262,14 @@ def test_the_contrastive_term_is_that_of_all_logits(
         torch.testing.assert_close(gradient.double(), at_entries, rtol=1e-5, atol=1e-6)
 
 
-def test_a_process_has_its_rows_of_the_logits_and_a_piece_of_each_column(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(contrast, "COLUMNS", 4)
+@pytest.mark.parametrize("rows", [2, 3])
+def test_a_process_has_its_rows_of_the_logits_and_a_piece_of_each_column(
+    rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    in_small_pieces(monkeypatch, rows)
     high, other = (from_dense(code.dense()) for code in codes_of_pairs())
     own, documents = high.block(3, 6).code, torch.arange(9, device=DEVICE) // 2
-    pair = [built(own, other, 3, 0.5, (documents[3:6], documents)) for built in (_Logits, _LogitsOnChip)]
+    pair = [built(own, other, 3, 0.5, (documents[3:6], documents)) for built in (_Logits, _LogitsOfMatches)]
     for one, by_kernels in zip(*(logits.sums() for logits in pair), strict=True):
         torch.testing.assert_close(one, by_kernels)
     lse = normal(3).abs() + 3, normal(9).abs() + 3

@@ -47,12 +47,21 @@ KERNELS += [
     (codes._copy_rows, [INT, INT, INT, INT, FLOAT, INT, FLOAT, INT, "i32"], of_row, codes.OPTIONS),
     (codes._of_groups, [INT, INT, FLOAT, INT, FLOAT, INT, "i32", "i32"], of_row, codes.OPTIONS),
 ]
-TILE = {"BLOCK_E": contrast.ENTRIES, "BLOCK_C": contrast.COLUMNS}
-given = [INT, INT, FLOAT, FLOAT, INT, INT]
-for masked in (True, False):
-    constants, shape = {"MASKED": masked, **TILE}, ["i32", "i32", "i32", "fp32"]
-    KERNELS.append((contrast._log_sums, [*given, *[FLOAT] * 3, *shape], constants, contrast.OPTIONS))
-    KERNELS.append((contrast._through_logits, [*given, *[FLOAT] * 3, *shape], constants, contrast.OPTIONS))
+listed = {"MATCHES": contrast.MATCHES}
+strips = {"STRIP": contrast.STRIP, "TALL": contrast.TALL, "WIDE": contrast.WIDE}
+KERNELS += [
+    (
+        contrast._logits_of_rows,
+        [INT, INT, FLOAT, INT, INT, FLOAT, INT, INT, *[FLOAT] * 3, *["i32"] * 3, "fp32"],
+        {"MASKED": masked, **listed, "BLOCK_C": contrast.COLUMNS},
+        {},
+    )
+    for masked in (True, False)
+]
+KERNELS.append((contrast._sums_of_columns, [*[FLOAT] * 3, "i32", "i32"], strips, {}))
+KERNELS.append(
+    (contrast._through_logits, [INT, INT, INT, INT, *[FLOAT] * 5, *["i32"] * 6], listed, {}),
+)
 for width, warps in ((768, 4), (2304, 16)):
     row = {"BLOCK": triton.next_power_of_2(width)}
     options = {"num_warps": warps}

@@ -1,7 +1,7 @@
 """The temporal terms: what each asks of the high-level codes of tokens and their partners, dense and sparse.
 
 The dense form is the definition, which autograd differentiates. The sparse form sees the entries of the codes alone and
-has its gradients in closed form; no [B, B] array outlives its block of rows, and on a GPU there is none. A new term is both forms and an entry of
+has its gradients in closed form; no [B, B] array outlives its block of rows, and a GPU has one of at most `LOGITS_BYTES`. A new term is both forms and an entry of
 `TERMS` here, and a name in `tsae.config.sections.TERM_SETTINGS`.
 
 Shapes: B pairs of this process, D activation_dim, F0 latents of the high-level split, n entries of a code. Sources:
@@ -21,11 +21,13 @@ from torch.nn.functional import cosine_similarity, cross_entropy
 
 from tsae.config.run import RunConfig, group_weights
 from tsae.parallel.group import ALONE, Group, starts
-from tsae.sae.sparse import Part, SparseCode, kernels_for, kernels_that_run, sampled_products, weighted_rows
+from tsae.sae.sparse import ByLatent, Part, SparseCode, kernels_for, kernels_that_run, sampled_products, weighted_rows
 
 EXCLUDED = -1e30
 """The logit of a pair that is not to count."""
 BLOCK_ELEMENTS, CUDA_BLOCK_ELEMENTS = 2**19, 64 * 2**20
+LOGITS_BYTES = 512 * 2**20
+"""Of the logits that kernels make at a time: a batch of 8,192 has half as many."""
 
 
 class Pairs(NamedTuple):
@@ -167,14 +169,14 @@ def _contrastive_dots(high: SparseCode, other: SparseCode, pairs: Pairs, scale: 
     together, and the pair that competes most with them, S_10 = 1, is pushed apart most.
 
     The first pass finds the lse of rows, which a process has whole, and of columns, of which it has a piece: those are
-    kept as a maximum and a sum relative to it, and put together over processes. The second makes the logits again,
-    which costs less than to keep B² numbers, and from them the gradients.
+    kept as a maximum and a sum relative to it, and put together over processes. The second makes the logits again, if
+    they were more than one block of rows, and from them the gradients.
     """
     group, n_rows, temperature, document = pairs.negatives, len(high.offsets) - 1, pairs.temperature, pairs.document
     others, mine = _of_all_processes(other, group)
     documents = None if document is None else (document, group.gather(document))
 
-    logits = (_Logits if kernels_for(high.values) is None else _LogitsOnChip)(
+    logits = (_Logits if kernels_for(high.values) is None else _LogitsOfMatches)(
         high, others, n_rows * group.rank, temperature, documents
     )
     row_lse, true, top, column_sum = logits.sums()
@@ -244,27 +246,69 @@ class _Logits:
             yield rows, own, part, logits
 
 
-class _LogitsOnChip(_Logits):
-    """The same by kernels, which have no logit in memory; columns are the rows of the transpose."""
+class _LogitsOfMatches(_Logits):
+    """The same by kernels, which multiply where two codes have a latent in common; one block of rows after the other."""
+
+    _logits: Tensor | None = None
+    """All of them, from the sums to the gradients, if they are one block."""
 
     def sums(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        top, row_sum, true = self._kernels.log_sums(*self._rows)
-        column_top, column_sum, _ = self._kernels.log_sums(*self._columns)
-        return top + row_sum.log(), true, column_top, column_sum
+        columns = []
+        for rows in self._rows:
+            logits = self._block(rows)
+            columns.append(self._kernels.sums_of_columns(logits))
+        self._logits = logits if len(self._rows) == 1 else None
+        top, column_sum = columns[0]
+        for highest, total in columns[1:]:
+            higher = torch.maximum(top, highest)
+            column_sum = column_sum * (top - higher).exp() + total * (highest - higher).exp()
+            top = higher
+        return *self._of_rows, top, column_sum
 
     def gradients(self, row_lse: Tensor, column_lse: Tensor, factor: float) -> tuple[Tensor, Tensor]:
-        current = self._kernels.through_logits(*self._rows, row_lse, column_lse)
-        partner = self._kernels.through_logits(*self._columns, column_lse, row_lse)
+        current, partner = torch.zeros_like(self.high.values), torch.zeros_like(self.others.values)
+        every = slice(0, len(column_lse))
+        for rows in self._rows:
+            logits = self._block(rows) if self._logits is None else self._logits
+            own, lse = self.shift + rows.start, (row_lse, column_lse)
+            through = self._kernels.through_logits
+            through(self.high[:2], rows, self._by_latent[1], 0, logits, lse, own, current)
+            through(self.others[:2], every, self._by_latent[0], rows.start, logits.T, lse[::-1], -own, partner)
         return factor * current, factor * partner
 
-    @cached_property
-    def _rows(self) -> tuple[Any, ...]:
-        return *self.high[:3], self.partners, self.shift, self.temperature, self.documents
+    def _block(self, rows: slice) -> Tensor:
+        logits: Tensor = self._kernels.logits_of_rows(
+            self.high[:3],
+            rows,
+            self._by_latent[1],
+            len(self.others.offsets) - 1,
+            self.shift + rows.start,
+            self.temperature,
+            self.documents,
+            *self._of_rows,
+        )
+        return logits
 
     @cached_property
-    def _columns(self) -> tuple[Any, ...]:
-        documents = self.documents and self.documents[::-1]
-        return *self.others[:3], self.high.dense_by_latent(), -self.shift, self.temperature, documents
+    def _of_rows(self) -> tuple[Tensor, Tensor]:
+        """lse of each row and its true pair's logit, once they have been made."""
+        lse, true = self.high.values.new_empty(2, len(self.high.offsets) - 1)
+        return lse, true
+
+    @cached_property
+    def _rows(self) -> list[slice]:
+        n_rows, n_columns = len(self.high.offsets) - 1, len(self.others.offsets) - 1
+        size = max(1, LOGITS_BYTES // (4 * n_columns))
+        return [slice(start, min(start + size, n_rows)) for start in range(0, n_rows, size)]
+
+    @cached_property
+    def _by_latent(self) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """Both codes' entries by latent: offsets, rows and values."""
+        sorted_codes = [ByLatent.of(code.rows, code.latents, code.dict_size) for code in (self.high, self.others)]
+        return [
+            (by.offsets, by.rows, code.values[by.order])
+            for by, code in zip(sorted_codes, (self.high, self.others), strict=True)
+        ]
 
     @property
     def _kernels(self) -> Any:

@@ -121,7 +121,9 @@ def test_every_split_and_the_residual_stream_are_mapped(config, checkpoints):
 
 def test_of_texts_with_one_label_there_is_no_silhouette_and_no_probe(config, checkpoints, labelled_text, tmp_path):
     rows = [json.loads(row) for row in labelled_text.read_text().splitlines()]
-    (tmp_path / "alike.jsonl").write_text("".join(json.dumps({"text": row["text"], "label": "one"}) + "\n" for row in rows))
+    (tmp_path / "alike.jsonl").write_text(
+        "".join(json.dumps({"text": row["text"], "label": "one"}) + "\n" for row in rows)
+    )
     alike = dataclasses.replace(config.experiments.tsne, dataset=str(tmp_path / "alike.jsonl"))
     made = experiment_stage(configuration.replace(config, experiments={"tsne": alike}), checkpoints, "temporal", "tsne")
     for path in made:

@@ -9,7 +9,7 @@ Every sum but `add_rows` has a fixed order, so results are the same bits in ever
 
 from tsae.sae.kernels.candidates import Candidates
 from tsae.sae.kernels.codes import kept, largest_of_rows, of_groups, refined, side_by_side
-from tsae.sae.kernels.contrast import log_sums, through_logits
+from tsae.sae.kernels.contrast import logits_of_rows, sums_of_columns, through_logits
 from tsae.sae.kernels.screen import least_of_segments, maybe_above, round_rows
 from tsae.sae.kernels.sums import (
     add_rows,
@@ -30,7 +30,7 @@ __all__ = [
     "kept",
     "largest_of_rows",
     "least_of_segments",
-    "log_sums",
+    "logits_of_rows",
     "maybe_above",
     "nested_gradients",
     "nested_residuals",
@@ -41,6 +41,7 @@ __all__ = [
     "sampled_products",
     "segment_sums",
     "side_by_side",
+    "sums_of_columns",
     "through_logits",
     "weighted_rows",
 ]

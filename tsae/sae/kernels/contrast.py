@@ -1,14 +1,17 @@
-"""InfoNCE of sparse codes, without its logits: each is made on the chip, used there, and made again when it is needed again.
+"""InfoNCE of sparse codes, by the few places where two codes have a latent in common.
 
-The logits of a row are its few entries' values times as many rows of the other codes, dense by latent:
+The logits of a row are sums over its entries, of values times those of the other codes at the same latent:
 
-    S_ij = Σ over the entries e of row i of values[e] · columns[latents[e], j] / temperature.
+    S_ij = Σ over the entries e of row i of values[e] · others[j, latents[e]] / temperature.
 
-One program has one row. It goes through the row's logits a tile at a time, which costs as many reads as the row has
-entries (what they are is read once, if they are not more than a program has at a time), and keeps two numbers: the largest so far, and the sum of exponentials relative to it. What a [B, B] array would
-hold, 256 MB for a batch of 8,192, never leaves the chip. The other direction is the same with the codes exchanged.
+Of 8,192 rows with four high-level latents each, of 3,277, a latent is on ten: so a row meets 40 of the 8,192 others, and all
+rows together a hundredth of the pairs, or a tenth where some latents are on often. What is multiplied are those; the
+other logits are 0. One program has one row: it adds up its logits entry by entry, in the order of its latents, then goes
+once through all of them for the sum of their exponentials. For the gradient only logits at common latents are asked for.
 
-Shapes: n entries, R rows of the codes, h latents, C columns: rows of the other codes.
+Logits are in memory, once for each pair and for so many rows at a time that they are not too many (`tsae.training.temporal.LOGITS_BYTES`).
+
+Shapes: n entries, R rows of a block, C columns: rows of the other codes.
 """
 
 # Triton gives kernels their own types of arguments.
@@ -22,157 +25,163 @@ from torch import Tensor
 
 from tsae.sae.kernels.launch import on_device_of
 
-ENTRIES = 8
-"""Entries of a row whose numbers a program has at a time; of most rows all."""
-COLUMNS = 128
-"""Logits of a row that a program makes at a time."""
-OPTIONS = {"num_warps": 1}
-"""A warp has a row for itself, so that sums over its entries need no other's."""
+MATCHES = 128
+"""Rows of the other codes with a latent that a program has at a time: one for each thread, so that none is added twice."""
+COLUMNS = 1024
+"""Logits of a row that a program looks at, at a time."""
+TALL, WIDE = 8, 128
+"""Rows and columns of logits that a program has at a time for the sums of columns."""
+STRIP = 512
+"""Rows of which a program sums the columns."""
+LOWEST = tl.constexpr(-3e38)
+EXCLUDED = tl.constexpr(-1e30)
+"""As of all codes: the logit of a pair that is not to count."""
 
 Documents = tuple[Tensor, Tensor]
 """Document of each row [R] and each column [C], if those of one document are no negatives."""
 
 
-@triton.jit
-def _last(latents, start, stop, BLOCK_E: tl.constexpr):
-    """Where a row's entries end, but for empty ones at its end: among high-level latents, most of them."""
-    last = start
-    for first in range(start, stop, BLOCK_E):
-        entry = first + tl.arange(0, BLOCK_E)
-        latent = tl.load(latents + entry, mask=entry < stop, other=-1)
-        last = tl.maximum(last, tl.max(tl.where(latent >= 0, entry + 1, start), axis=0))
-    return last
+Listed = tuple[Tensor, Tensor, Tensor]
+"""A code's entries by latent: where each latent's begin [F + 1], their rows and values [n]."""
 
 
 @triton.jit
-def _products(
-    latents, values, columns, start, stop, but, column, n_columns, stride, BLOCK_E: tl.constexpr, BLOCK_C: tl.constexpr
-):
-    """Products of a row and the other codes [C], without its entries of one block."""
-    total = tl.zeros((BLOCK_C,), tl.float32)
-    for first in range(start, stop, BLOCK_E):
-        if first != but:
-            entry = first + tl.arange(0, BLOCK_E)
-            latent = tl.load(latents + entry, mask=entry < stop, other=-1)
-            value = tl.load(values + entry, mask=latent >= 0, other=0.0)
-            total += tl.sum(value[:, None] * _tile(columns, latent, column, n_columns, stride), axis=0)
-    return total
-
-
-@triton.jit
-def _tile(columns, latent, column, n_columns, stride):
-    """The other codes at some latents and columns; 0 for empty entries."""
-    inside = (latent >= 0)[:, None] & (column < n_columns)[None, :]
-    return tl.load(columns + latent[:, None] * stride + column[None, :], mask=inside, other=0.0)
-
-
-@triton.jit
-def _logits(products, row_document, documents, column, own, n_columns, per_temperature, MASKED: tl.constexpr):
-    logits = products * per_temperature
-    if MASKED:
-        document = tl.load(documents + column, mask=column < n_columns, other=0)
-        # As of all codes: a pair that is not to count.
-        logits = tl.where((document == row_document) & (column != own), -1e30, logits)
-    return tl.where(column < n_columns, logits, -3e38)
-
-
-@triton.jit
-def _log_sums(
-    offsets, latents, values, columns, row_documents, documents, tops, sums, true, first_own, n_columns, stride,
-    per_temperature, MASKED: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_C: tl.constexpr,
+def _logits_of_rows(
+    offsets, latents, values, starts, columns, column_values, row_documents, documents, out, lse, true, first_row,
+    first_own, n_columns, per_temperature, MASKED: tl.constexpr, MATCHES: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
+    place = out + row * n_columns
+    for first in range(0, n_columns, BLOCK_C):
+        column = first + tl.arange(0, BLOCK_C)
+        tl.store(place + column, tl.zeros((BLOCK_C,), tl.float32), mask=column < n_columns)
+    # Other threads of the program add to what this one has written.
+    tl.debug_barrier()
+    for entry in range(tl.load(offsets + first_row + row), tl.load(offsets + first_row + row + 1)):
+        latent = tl.load(latents + entry)
+        if latent >= 0:
+            value = tl.load(values + entry) * per_temperature
+            stop = tl.load(starts + latent + 1)
+            for begin in range(tl.load(starts + latent), stop, MATCHES):
+                match = begin + tl.arange(0, MATCHES)
+                at = place + tl.load(columns + match, mask=match < stop, other=0)
+                product = value * tl.load(column_values + match, mask=match < stop, other=0.0)
+                tl.store(at, tl.load(at, mask=match < stop, other=0.0) + product, mask=match < stop)
+            tl.debug_barrier()
     own = first_own + row
-    start = tl.load(offsets + row)
-    stop = _last(latents, start, tl.load(offsets + row + 1), BLOCK_E)
-    row_document = tl.load(row_documents + row) if MASKED else 0
-    entry = start + tl.arange(0, BLOCK_E)
-    latent = tl.load(latents + entry, mask=entry < stop, other=-1)
-    value = tl.load(values + entry, mask=latent >= 0, other=0.0)
+    row_document = tl.load(row_documents + first_row + row) if MASKED else 0
     # Of each place in a tile by itself, until the end.
-    top = tl.full((BLOCK_C,), -3e38, tl.float32)
+    top = tl.full((BLOCK_C,), LOWEST, tl.float32)
     total = tl.zeros((BLOCK_C,), tl.float32)
     true_logit = tl.zeros((BLOCK_C,), tl.float32)
     for first in range(0, n_columns, BLOCK_C):
         column = first + tl.arange(0, BLOCK_C)
-        products = tl.sum(value[:, None] * _tile(columns, latent, column, n_columns, stride), axis=0)
-        if start + BLOCK_E < stop:  # of few rows: those that have more live entries
-            products += _products(
-                latents, values, columns, start, stop, start, column, n_columns, stride, BLOCK_E, BLOCK_C
-            )
-        logits = _logits(products, row_document, documents, column, own, n_columns, per_temperature, MASKED)
+        logits = tl.load(place + column, mask=column < n_columns, other=LOWEST)
+        if MASKED:
+            document = tl.load(documents + column, mask=column < n_columns, other=0)
+            logits = tl.where((document == row_document) & (column != own) & (column < n_columns), EXCLUDED, logits)
+            tl.store(place + column, logits, mask=column < n_columns)
         higher = tl.maximum(top, logits)
         total = total * tl.exp(top - higher) + tl.exp(logits - higher)
         top = higher
         true_logit += tl.where(column == own, logits, 0.0)
     highest = tl.max(top, axis=0)
-    tl.store(tops + row, highest)
-    tl.store(sums + row, tl.sum(total * tl.exp(top - highest), axis=0))
-    tl.store(true + row, tl.sum(true_logit, axis=0))
+    tl.store(lse + first_row + row, highest + tl.log(tl.sum(total * tl.exp(top - highest), axis=0)))
+    tl.store(true + first_row + row, tl.sum(true_logit, axis=0))
+
+
+@triton.jit
+def _sums_of_columns(
+    logits, tops, sums, n_rows, n_columns, STRIP: tl.constexpr, TALL: tl.constexpr, WIDE: tl.constexpr
+):
+    strip = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * WIDE + tl.arange(0, WIDE)
+    top = tl.full((TALL, WIDE), LOWEST, tl.float32)
+    total = tl.zeros((TALL, WIDE), tl.float32)
+    for first in range(0, STRIP, TALL):
+        row = strip * STRIP + first + tl.arange(0, TALL)
+        inside = (row < n_rows)[:, None] & (column < n_columns)[None, :]
+        tile = tl.load(logits + row[:, None] * n_columns + column[None, :], mask=inside, other=LOWEST)
+        higher = tl.maximum(top, tile)
+        total = total * tl.exp(top - higher) + tl.exp(tile - higher)
+        top = higher
+    highest = tl.max(top, axis=0)
+    place = strip * n_columns + column
+    tl.store(tops + place, highest, mask=column < n_columns)
+    tl.store(sums + place, tl.sum(total * tl.exp(top - highest[None, :]), axis=0), mask=column < n_columns)
 
 
 @triton.jit
 def _through_logits(
-    offsets, latents, values, columns, row_documents, documents, row_lse, column_lse, out, first_own, n_columns, stride,
-    per_temperature, MASKED: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_C: tl.constexpr,
+    offsets, latents, starts, columns, column_values, logits, row_lse, column_lse, out, first_row, first_own, first_column,
+    n_columns, row_stride, column_stride, MATCHES: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     own = first_own + row
-    start = tl.load(offsets + row)
-    stop = _last(latents, start, tl.load(offsets + row + 1), BLOCK_E)
-    row_document = tl.load(row_documents + row) if MASKED else 0
-    of_row = tl.load(row_lse + row)
-    for first_entry in range(start, stop, BLOCK_E):
-        entry = first_entry + tl.arange(0, BLOCK_E)
-        latent = tl.load(latents + entry, mask=entry < stop, other=-1)
-        value = tl.load(values + entry, mask=latent >= 0, other=0.0)
-        total = tl.zeros((BLOCK_E, BLOCK_C), tl.float32)
-        for first in range(0, n_columns, BLOCK_C):
-            column = first + tl.arange(0, BLOCK_C)
-            tile = _tile(columns, latent, column, n_columns, stride)
-            products = tl.sum(value[:, None] * tile, axis=0)
-            if start + BLOCK_E < stop:
-                products += _products(
-                    latents, values, columns, start, stop, first_entry, column, n_columns, stride, BLOCK_E, BLOCK_C
-                )
-            logits = _logits(products, row_document, documents, column, own, n_columns, per_temperature, MASKED)
-            of_column = tl.load(column_lse + column, mask=column < n_columns, other=0.0)
-            gradient = tl.exp(logits - of_row) + tl.exp(logits - of_column) - tl.where(column == own, 2.0, 0.0)
-            total += gradient[None, :] * tile
-        tl.store(out + entry, tl.sum(total, axis=1), mask=latent >= 0)
+    place = logits + row * row_stride
+    of_row = tl.load(row_lse + first_row + row)
+    for entry in range(tl.load(offsets + first_row + row), tl.load(offsets + first_row + row + 1)):
+        latent = tl.load(latents + entry)
+        if latent >= 0:
+            stop = tl.load(starts + latent + 1)
+            total = tl.zeros((MATCHES,), tl.float32)
+            for begin in range(tl.load(starts + latent), stop, MATCHES):
+                match = begin + tl.arange(0, MATCHES)
+                # Counted among those whose logits are here.
+                column = tl.load(columns + match, mask=match < stop, other=-1) - first_column
+                here = (column >= 0) & (column < n_columns)
+                logit = tl.load(place + column * column_stride, mask=here, other=LOWEST)
+                of_column = tl.load(column_lse + first_column + column, mask=here, other=0.0)
+                gradient = tl.exp(logit - of_row) + tl.exp(logit - of_column) - tl.where(column == own, 2.0, 0.0)
+                total += gradient * tl.load(column_values + match, mask=here, other=0.0)
+            tl.store(out + entry, tl.load(out + entry) + tl.sum(total, axis=0))
 
 
-def log_sums(
-    offsets: Tensor, latents: Tensor, values: Tensor, columns: Tensor, first: int, temperature: float, documents: Documents | None
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Largest logit of each row, sum of exponentials relative to it, and its true pair's logit, which row r has at first + r.
+def logits_of_rows(
+    code: tuple[Tensor, Tensor, Tensor], rows: slice, others: Listed, n_columns: int, first_own: int, temperature: float,
+    documents: Documents | None, lse: Tensor, true: Tensor,
+) -> Tensor:  # fmt: skip
+    """Logits of some rows of a code [R, C].
 
-    Three of [R], the last 0 where there is no such column. `columns` [h, C]; codes as in `weighted_rows`.
+    At their places among all rows are set: in `lse` the logarithm of the sum of a row's exponentials, in `true` the logit of
+    its true pair, which is column first_own + r for the r-th of these rows, 0 where there is no such column. `code` has
+    offsets, latents and values as in `weighted_rows`.
     """
-    n_rows = len(offsets) - 1
-    tops, sums, true = (values.new_empty(n_rows) for _ in range(3))
-    given = (offsets, latents, values, columns, *(documents or (latents, latents)))
+    offsets, latents, values = code
+    n_rows = rows.stop - rows.start
+    out = values.new_empty(n_rows, n_columns)
     with on_device_of(values):
-        _log_sums[(n_rows,)](
-            *given, tops, sums, true, first, columns.shape[1], columns.stride(0), 1 / temperature,
-            documents is not None, ENTRIES, COLUMNS, **OPTIONS,
+        _logits_of_rows[(n_rows,)](
+            offsets, latents, values, *others, *(documents or (latents, latents)), out, lse, true, rows.start,
+            first_own, n_columns, 1 / temperature, documents is not None, MATCHES, COLUMNS,
         )  # fmt: skip
-    return tops, sums, true
+    return out
+
+
+def sums_of_columns(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Largest of each column of logits [R, C], and the sum of exponentials relative to it; two of [C]."""
+    n_rows, n_columns = logits.shape
+    tops, sums = logits.new_empty(2, triton.cdiv(n_rows, STRIP), n_columns)
+    with on_device_of(logits):
+        _sums_of_columns[(len(tops), triton.cdiv(n_columns, WIDE))](
+            logits, tops, sums, n_rows, n_columns, STRIP, TALL, WIDE
+        )
+    highest = tops.amax(dim=0)
+    return highest, (sums * (tops - highest).exp()).sum(dim=0)
 
 
 def through_logits(
-    offsets: Tensor, latents: Tensor, values: Tensor, columns: Tensor, first: int, temperature: float, documents: Documents | None,
-    row_lse: Tensor, column_lse: Tensor,
-) -> Tensor:  # fmt: skip
-    """Σ_j G_ij · columns[latent, j] for each entry of each row i → [n], 0 for empty ones; G is what `_contrastive_dots` says.
+    code: tuple[Tensor, Tensor], rows: slice, others: Listed, first_column: int, logits: Tensor, lse: tuple[Tensor, Tensor],
+    first_own: int, out: Tensor,
+) -> None:  # fmt: skip
+    """Add Σ_j G_ij · others[j, latent] for each entry of some rows i of a code to `out` [n]; G is what `_contrastive_dots` says.
 
-    `row_lse` [R] and `column_lse` [C] are the logarithms of the sums of exponentials of the logits' rows and columns.
+    The sum is over the columns j from `first_column` on whose `logits` [R, C] are given; of their transpose, the tensor's own
+    strides tell. `lse` are those of all rows and of all columns, `first_own` is the true pair's column, counted among these.
     """
-    n_rows, out = len(offsets) - 1, values.new_zeros(len(values))
-    given = (offsets, latents, values, columns, *(documents or (latents, latents)))
-    with on_device_of(values):
-        _through_logits[(n_rows,)](
-            *given, row_lse, column_lse, out, first, columns.shape[1], columns.stride(0), 1 / temperature,
-            documents is not None, ENTRIES, COLUMNS, **OPTIONS,
+    offsets, latents = code
+    with on_device_of(out):
+        _through_logits[(len(logits),)](
+            offsets, latents, *others, logits, *lse, out, rows.start, first_own, first_column, logits.shape[1],
+            *logits.stride(), MATCHES,
         )  # fmt: skip
-    return out
