@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import subprocess
+import sys
 import time
 import weakref
 from pathlib import Path
@@ -75,6 +78,13 @@ def test_a_run_of_other_settings_is_refused_before_a_store_is_made_for_it(
     assert said.count("\n") == 1
     assert "holds a run of another configuration (data.seed is 0 there, 7 here)" in said
     assert list((tmp_path / "home/stores").iterdir()) == stores
+
+
+def test_products_are_float32_whatever_an_image_says() -> None:
+    script = "from tsae.cli import main; main(['measures']); import torch; print(torch.get_float32_matmul_precision())"
+    variables = {**os.environ, "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE": "1"}
+    done = subprocess.run([sys.executable, "-c", script], env=variables, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "highest"
 
 
 class Whatever:

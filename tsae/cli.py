@@ -18,7 +18,7 @@ from tsae.experiments.commands import add_accept_argument, add_out_argument
 from tsae.experiments.commands import add_commands as add_experiment_commands
 from tsae.interop.commands import add_commands
 from tsae.runtime import preemption
-from tsae.runtime.environment import home, load_dotenv, process_count, process_rank
+from tsae.runtime.environment import forget_what_is_for_others, home, load_dotenv, process_count, process_rank
 from tsae.runtime.errors import TsaeError, os_error_line, suggestion
 from tsae.runtime.interrupts import interrupted, repeat_lost_interrupts
 from tsae.runtime.processes import end_without_a_search
@@ -47,8 +47,7 @@ def main(arguments: Sequence[str] | None = None, script: str = "") -> int:
     repeat_lost_interrupts()
     try:
         load_dotenv()
-        # That of a notebook may name what is not here; no window is ever opened.
-        os.environ["MPLBACKEND"] = "agg"
+        forget_what_is_for_others()
         adopt_place()
         return int(options.run(options) or 0)
     except TsaeError as error:

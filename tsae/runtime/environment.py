@@ -25,6 +25,17 @@ def load_dotenv() -> None:
         raise TsaeError(f"{path}: not plain UTF-8 text; a .env file holds lines such as HF_HOME=/folder") from None
 
 
+def forget_what_is_for_others() -> None:
+    """Leave out variables that would change what a command does, and that its user has not set for it.
+
+    Must run before torch and matplotlib are imported.
+    """
+    # A notebook's may name a backend that is not here; no window is ever opened.
+    os.environ["MPLBACKEND"] = "agg"
+    # NVIDIA's images set it. Float32 products would be rounded to TF32, which no setting and no hash would say.
+    os.environ.pop("TORCH_ALLOW_TF32_CUBLAS_OVERRIDE", None)
+
+
 def home() -> Path:
     """The folder under which stores/, checkpoints/ and sweeps/ live: `TSAE_HOME`, or `./runs`."""
     return expanded(os.environ.get("TSAE_HOME") or "runs").absolute()

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from tsae.runtime import kept, metadata, preemption
-from tsae.runtime.environment import process_count, process_rank
+from tsae.runtime.environment import forget_what_is_for_others, process_count, process_rank
 from tsae.runtime.errors import TsaeError
 from tsae.runtime.interrupts import interrupted
 from tsae.runtime.locks import LockHeld
@@ -166,6 +166,7 @@ def _free_memory() -> None:
 def main(arguments: list[str] | None = None) -> int:
     """`python -m tsae.runtime.job CALL.json`: 0 when the stage is complete, 1 when it failed, 75 when it was preempted."""
     (path,) = sys.argv[1:] if arguments is None else arguments
+    forget_what_is_for_others()
     try:
         run_stage(Call.load(path))
     except TsaeError as error:

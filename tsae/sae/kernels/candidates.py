@@ -154,6 +154,7 @@ class List:
         tile = min(TILE, triton.next_power_of_2(block.shape[1] if bits else width))
         with on_device_of(block):
             if bits:
+                assert block.is_contiguous()
                 _count_bits[grid](block, counts, block.shape[1], tile)
             else:
                 _count[grid](block, counts, *shape, tile)
