@@ -21,12 +21,15 @@ from tsae.interop import sae_lens
 from tsae.runtime.files import write_json
 
 
-def test_a_dry_run_shows_a_folder_that_loads(make_run, tmp_path: Path, activations, capsys) -> None:
+def test_a_dry_run_shows_a_folder_that_loads(make_run, tmp_path: Path, activations, capsys, monkeypatch) -> None:
     run, dictionary = make_run()
     (run / "trainer_0/explanations.json").write_text('{"4": "rivers"}')
     out = tmp_path / "out"
     options = ["--dry-run", "--licence", "apache-2.0", "--with", "sae_lens", "--out", str(out)]
-    assert main(["push", str(run), "someone/tsae", *options]) == 0
+    monkeypatch.setenv("TSAE_HOME", str(tmp_path / "home"))
+    (tmp_path / "home/checkpoints").mkdir(parents=True)
+    run = run.rename(tmp_path / "home/checkpoints/mine")
+    assert main(["push", "mine", "someone/tsae", *options]) == 0
     shown = capsys.readouterr().out
     names = {str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()}
     expected = {"README.md", "config.json", "ae.pt", "eval_results.json", "explanations.json", "resolved.yaml"}

@@ -24,7 +24,7 @@ def add_commands(add: AddCommand, write_latents: Callable[[argparse.Namespace], 
     `write_latents` exports what is no dictionary but its latents, which this room knows nothing of.
     """
     export = add("export", partial(_export, write_latents), "write a trained dictionary in another library's format")
-    export.add_argument("source", metavar="RUN", help="run folder or hub id owner/name")
+    export.add_argument("source", metavar="RUN", help="a run's name or folder, or a hub id owner/name")
     export.add_argument("--format", required=True, choices=FORMATS)
     export.add_argument("--out", type=Path, required=True, help="new folder to write")
     export.add_argument("--chunk", type=int, default=None, help="one group of latents alone; 0: the high-level split")
@@ -43,10 +43,12 @@ def add_commands(add: AddCommand, write_latents: Callable[[argparse.Namespace], 
         "explanations", _explanations, "take a run's explanations.json from SAEBench's autointerp result"
     )
     explanations.add_argument("result", type=Path, metavar="RESULT", help="..._eval_results.json of SAEBench")
-    explanations.add_argument("--run", dest="target", required=True, help="run folder that gets explanations.json")
+    explanations.add_argument(
+        "--run", dest="target", required=True, help="the run, by name or folder, that gets explanations.json"
+    )
 
     push = add("push", _push, "upload a run with its model card to the Hugging Face hub")
-    push.add_argument("source", metavar="RUN", help="run folder")
+    push.add_argument("source", metavar="RUN", help="a run's name or folder")
     push.add_argument("repo_id", metavar="REPO_ID", help="owner/name on the hub")
     push.add_argument("--dry-run", action="store_true", help="write the folder, show it, upload nothing")
     push.add_argument("--out", type=Path, default=None, help="keep the uploaded folder here (new folder)")
@@ -64,7 +66,17 @@ def _export(write_latents: Callable[[argparse.Namespace], Path], options: argpar
     if options.format == "neuronpedia":
         print(write_latents(options))
         return
-    print(export(options.source, options.format, options.out, chunk=options.chunk, checkpoint=options.checkpoint))
+    print(
+        export(_found(options.source), options.format, options.out, chunk=options.chunk, checkpoint=options.checkpoint)
+    )
+
+
+def _found(source: str) -> str:
+    """The folder of the run that goes by this name under TSAE_HOME/checkpoints; else what was given."""
+    from tsae.runtime.environment import home
+
+    named = home() / "checkpoints" / source
+    return str(named) if named.is_dir() and not Path(source).is_dir() else source
 
 
 def _import(options: argparse.Namespace) -> None:
@@ -84,7 +96,7 @@ def _pull(options: argparse.Namespace) -> None:
 def _explanations(options: argparse.Namespace) -> None:
     from tsae.interop.explanations import import_sae_bench
 
-    print(import_sae_bench(options.result, options.target))
+    print(import_sae_bench(options.result, _found(options.target)))
 
 
 def _push(options: argparse.Namespace) -> None:
@@ -99,7 +111,7 @@ def _push(options: argparse.Namespace) -> None:
         out = Path(tempfile.gettempdir()) / f"tsae-push-{os.getpid()}" / name
     with tempfile.TemporaryDirectory(prefix="tsae-push-") as place:
         folder = hub.prepare(
-            options.source,
+            _found(options.source),
             options.repo_id,
             out or Path(place) / name,
             licence=options.licence,
