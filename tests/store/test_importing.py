@@ -179,7 +179,9 @@ def test_a_run_on_imported_activations_from_the_command_line_to_a_report(
     assert cli.main(["train", "run.yaml"]) == 0
     capfd.readouterr()
     assert cli.main(["features", "--run-name", "run"]) == 2
-    assert "features: the run is trained on stored activations, without text to experiment with" in capfd.readouterr().err
+    assert (
+        "features: the run is trained on stored activations, without text to experiment with" in capfd.readouterr().err
+    )
 
     shutil.rmtree("acts")
     saved(Path("a.npy"), VECTORS + 1)
