@@ -300,14 +300,9 @@ def refuse_without_effect(config: RunConfig, asked: Mapping[str, Any], where: st
     What only a base or a resolved.yaml says of them is passed over: it may be laid over, or be a default.
     """
     sae, steer, sequences = config.sae, config.experiments.steer, config.experiments.sequences
-    penalty = config.objective.sparsity_penalty
     made = ("max_documents", "max_tokens", "min_length", "packing", "holdout", "seed")
     shadowed = {
         **{f"data.{name}": ("data.source: store, whose contexts are made", config.is_stored) for name in made},
-        "objective.target_l0": (
-            "objective.sparsity_penalty",
-            penalty is not None and KIND_SETTINGS[sae.kind].penalised and sae.kind != "jump_relu",
-        ),
         "sae.split_fraction": ("sae.group_fractions", sae.group_fractions is not None),
         "experiments.steer.choose": ("experiments.steer.latents", bool(steer.latents)),
         "experiments.steer.max_concepts": ("experiments.steer.concepts", bool(steer.concepts)),
