@@ -148,6 +148,14 @@ def test_bad_sweeps_are_refused_in_one_line_that_names_the_file(plan_of, home, s
     assert not home.exists()
 
 
+def test_what_was_launched_before_it_was_refused_can_be_looked_at(write_sweep):
+    sections = {"base": "synthetic", "grid": {"sae.k": [8, 9]}, "stages": ["train", "probe", "report"]}
+    sweep = load_sweep(write_sweep(**sections, report={"baseline": {"sae.k": 7}}))
+    with pytest.raises(TsaeError, match=r"report\.baseline: no point of this sweep has sae\.k=7"):
+        make_plan(sweep)
+    assert len(make_plan(sweep, to_look_at=True).points) == 2
+
+
 def test_an_override_of_a_swept_setting_is_refused(plan_of):
     with pytest.raises(TsaeError, match=r"command line: sae\.k: .* sweeps it"):
         plan_of(command_line=["sae.k=9"], grid={"sae.k": [8]})

@@ -28,7 +28,7 @@ from tsae.report.compared import Compared
 from tsae.runtime import metadata
 from tsae.runtime.errors import TsaeError
 from tsae.sweep.chain import Chain, chained, merge
-from tsae.sweep.points import expand
+from tsae.sweep.points import expand, require_baseline
 from tsae.sweep.stage import KINDS, Stage
 from tsae.sweep.sweepfile import Sweep
 
@@ -163,7 +163,9 @@ def make_plan(sweep: Sweep, to_look_at: bool = False) -> Plan:
     In a plan that is only `to_look_at` a run's folder that cannot be read is named as damaged.
     """
     points, chain = list(expand(sweep)), Chain(sweep)
-    _refuse_impossible(sweep, points)
+    if not to_look_at:  # what was launched before this was refused can be looked at still
+        require_baseline(sweep, points)
+        _refuse_impossible(sweep, points)
     table: dict[str, Stage] = {}
     needed_by: dict[str, list[str]] = {}
     harvests: dict[str, list[Stage]] = {}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Any
 
@@ -35,11 +35,10 @@ def expand(sweep: Sweep) -> tuple[Point, ...]:
     x = sweep.config.report.x
     if x is not None and x not in short:
         raise TsaeError(f"{sweep.path}: report.x: {x} is not swept; {suggestion(x, short)}allowed: {', '.join(short)}")
-    _require_baseline(sweep, points)
     return tuple(points)
 
 
-def _require_baseline(sweep: Sweep, points: list[Point]) -> None:
+def require_baseline(sweep: Sweep, points: Sequence[Point]) -> None:
     """Refuse a baseline of which no point is one. Raises TsaeError."""
     baseline = sweep.config.report.baseline
     for key in baseline:
