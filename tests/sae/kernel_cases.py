@@ -13,8 +13,9 @@ from tsae.config import run as configuration
 from tsae.config.sections import SaeConfig
 from tsae.sae.dictionary import top_k
 from tsae.sae.init import new_dictionary
-from tsae.sae.kernels import candidates, codes, contrast, nested_gradients, nested_residuals
-from tsae.sae.selection.listed import batch_top_k_listed, top_k_listed
+from tsae.sae.kernels import candidates, codes, contrast, nested_gradients, nested_residuals, radix
+from tsae.sae.kernels.sums import bounds
+from tsae.sae.selection.listed import listed_codes
 from tsae.sae.selection.screens import round_rows
 from tsae.sae.selection.top_k import Encoder, batch_top_k_codes, entries_above, top_k_codes
 from tsae.sae.sparse import (
@@ -23,6 +24,7 @@ from tsae.sae.sparse import (
     add_rows,
     from_dense,
     kernels_for,
+    kernels_that_run,
     row_squares,
     sampled_products,
     segment_sums,
@@ -149,6 +151,10 @@ def test_rounding_is_measured() -> None:
     assert (low.float() - matrix).abs().max() < 2**-7 * matrix.abs().max()
     torch.testing.assert_close(errors, (low.float() - matrix).norm(dim=1))
     torch.testing.assert_close(norms, torch.maximum(matrix.norm(dim=1), low.float().norm(dim=1)))
+    same, more, most = kernels_that_run(matrix).round_rows(matrix, 1.5, 0.1)
+    assert torch.equal(same, low)
+    torch.testing.assert_close(more, 1.5 * norms)
+    torch.testing.assert_close(most, 1.5 * (errors + 0.1 * norms))
 
 
 @pytest.mark.parametrize("guess", [0.0, 1.0, 100.0])
@@ -181,7 +187,7 @@ def test_bits_are_listed_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
         for block in words.split(5):
             listed.add(block, 300)
 
-    listed = candidates.Candidates().all(torch.zeros(9, device=DEVICE), fill)
+    listed = candidates.Candidates().all(torch.zeros(9, device=DEVICE), 300, fill)
     rows, latents = chosen.nonzero(as_tuple=True)
     assert torch.equal(listed.rows.cpu(), rows)
     assert torch.equal(listed.latents.cpu(), latents)
@@ -197,21 +203,6 @@ def with_spare(code: SparseCode, spare: int) -> SparseCode:
         spare=True,
         known_rows=torch.cat([code.rows, empty + len(code.offsets) - 1]),
     )
-
-
-def test_codes_with_empty_entries_are_put_side_by_side(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(codes, "OF_ROW", 8)
-    parts = [ragged_code(7, 30), from_dense(torch.zeros(7, 4, device=DEVICE)), ragged_code(7, 12)]
-    together = side_by_side([with_spare(part, spare) for spare, part in enumerate(parts, 2)])
-    expected = side_by_side(parts)
-    count = len(expected.values)
-    assert torch.equal(together.offsets, expected.offsets)
-    assert torch.equal(together.latents[:count], expected.latents)
-    assert torch.equal(together.values[:count], expected.values)
-    assert torch.equal(together.rows[:count], expected.rows)
-    assert (together.latents[count:] == -1).all()
-    assert len(together.latents) == count + 9
-    assert together.dict_size == expected.dict_size == 46
 
 
 def test_groups_of_a_code(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -307,32 +298,64 @@ def test_exact_top_k_is_that_of_float32() -> None:
 def test_a_selection_that_is_not_read_back_is_the_same(
     kind: str, precision: str, per_token: bool, room: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Of two halves and, unless each token has its own, two budgets, which end within a tile of the screen."""
     monkeypatch.setattr(candidates, "FIRST_ROOM", room)
-    x, weight, bias = normal(5, 12), normal(100, 12, seed=1).T, normal(100, seed=2)
+    halves, weight, bias = normal(2, 5, 12), normal(100, 12, seed=1).T, normal(100, seed=2)
+    halves[1] *= 2
     if kind == "ties":
-        x, weight, bias = (x / 2).round(), (weight / 2).round(), bias.round()
+        halves, weight, bias = (halves / 2).round(), (weight / 2).round(), bias.round()
     elif kind == "negative":
         bias -= 9
-    select, listed = (top_k_codes, top_k_listed) if per_token else (batch_top_k_codes, batch_top_k_listed)
-    expected = select(Encoder(precision), [x], weight, bias, 3, [None])[0]
+    budgets = [(slice(0, 100), 3)] if per_token else [(slice(0, 30), 1), (slice(30, 100), 2)]
+    select = top_k_codes if per_token else batch_top_k_codes
+    parts = [
+        select(Encoder(precision), list(halves), weight[:, latents], bias[latents], k, [None, None])
+        for latents, k in budgets
+    ]
     for first in (None, 30.0, 0.0):
-        encoder, guess, passes = Encoder(precision), None if first is None else x.new_tensor(first), 0
+        encoder, passes = Encoder(precision), 0
+        guesses = None if first is None else halves.new_full((len(budgets), 2), first)
         while True:
-            (selection,) = listed(encoder, [x], weight, bias, 3, [guess])
+            selection = listed_codes(encoder, halves, weight, bias, budgets, guesses, per_token)
             passes += 1
-            guess = selection.check.again(selection.check.counts.tolist(), passes)
-            if guess is None:
+            guesses = selection.check.again(selection.check.counts.tolist(), passes)
+            if guesses is None:
                 break
-        code, count = selection.code, len(expected.code.values)
-        assert len(code.values) == 15
-        assert torch.equal(code.offsets, expected.code.offsets)
-        assert torch.equal(code.latents[:count], expected.code.latents)
-        assert torch.equal(code.values[:count], expected.code.values)
-        assert (code.latents[count:] == -1).all()
-        assert torch.equal(code.rows[:count], expected.code.rows)
-        assert torch.equal(selection.smallest, expected.code.smallest())
-        assert float(selection.cut) == expected.cut
+        for half, code in enumerate(selection.codes):
+            of_half = [part[half] for part in parts]
+            expected = side_by_side([each.code for each in of_half])
+            count = len(expected.values)
+            assert len(code.values) == 15
+            assert torch.equal(code.offsets, expected.offsets)
+            assert torch.equal(code.latents[:count], expected.latents)
+            assert torch.equal(code.values[:count], expected.values)
+            assert (code.latents[count:] == -1).all()
+            assert (code.values[count:] == 0).all()
+            assert torch.equal(code.rows[:count], expected.rows)
+            for budget, each in enumerate(of_half):
+                assert torch.equal(selection.smallest[budget, half], each.code.smallest())
+                assert float(selection.cuts[budget, half]) == each.cut
         assert passes > 1 or first != 30 or per_token
+
+
+@pytest.mark.parametrize("counted", [4, 64])
+def test_a_cut_is_found_digit_by_digit(counted: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(radix, "COUNTED", counted)
+    values = (normal(2, 9, 7).abs() + 0.1) * 10.0 ** normal(2, 9, 7, seed=1)  # from 1e-3 to 1e3
+    values[0, 3:7, 2] = values[0, 0, 0]
+    values[:, 4] = -torch.inf
+    for wanted in ([1, 1], [5, 9], [7, 24], [24, 32], [25, 33]):
+        listed = candidates.List(140, values.new_zeros(18, 2), bounds([slice(0, 3), slice(3, 7)], DEVICE))
+        listed.rows[:126] = torch.arange(18, device=DEVICE).repeat_interleave(7)
+        listed.latents[:126] = torch.arange(7, device=DEVICE).repeat(18)
+        listed.values[126:] = 5.0  # of nobody
+        listed._ends.append(torch.tensor([126], device=DEVICE))
+        listed.values[:126] = values.flatten()
+        found = radix.cuts(listed, listed.values, wanted, 2)
+        for budget, latents in enumerate((slice(0, 3), slice(3, 7))):
+            for half in range(2):
+                ordered = values[half, :, latents].flatten().sort(descending=True).values
+                assert found[budget, half] == ordered[wanted[budget] - 1]
 
 
 @pytest.mark.parametrize("clip_norm", [0.5, 1e6])

@@ -61,9 +61,10 @@ def test_no_entry_above_the_guess_is_missed(shape: tuple[int, int, int, int], ki
     assert torch.equal(rows * len(bias) + latents, found.flatten().nonzero()[:, 0])
 
 
-def rounded_to_nearest(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def rounded_to_nearest(matrix: Tensor, factor: float = 1.0, of_norm: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
     low = matrix.bfloat16()
-    return low, torch.maximum(matrix.norm(dim=1), low.float().norm(dim=1)), (matrix - low.float()).norm(dim=1)
+    norms = torch.maximum(matrix.norm(dim=1), low.float().norm(dim=1))
+    return low, norms * factor, ((matrix - low.float()).norm(dim=1) + of_norm * norms) * factor
 
 
 def test_few_candidates_are_computed_twice(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -177,15 +177,11 @@ def from_entries(rows: Tensor, latents: Tensor, values: Tensor, n_rows: int, dic
 
 
 def side_by_side(codes: Sequence[SparseCode]) -> SparseCode:
-    """One code of the latents of several, in their order, for the same rows."""
+    """One code of the latents of several, in their order, for the same rows; none has spare entries."""
     first, *others = codes
     if not others:
         return first
     size = sum(code.dict_size for code in codes)
-    if first.spare:
-        kernels = kernels_that_run(first.values)
-        offsets, latents, values, rows = kernels.side_by_side(codes, [code.dict_size for code in codes])
-        return SparseCode(offsets, latents, values, size, True, rows)
     offsets = torch.stack([code.offsets for code in codes]).sum(dim=0)
     entries = sum(len(code.latents) for code in codes)
     latents, values = offsets.new_empty(entries), first.values.new_empty(entries)

@@ -25,9 +25,9 @@ from tsae.runtime.late import Late
 from tsae.runtime.phases import phase
 from tsae.sae.dictionary import ThresholdDictionary
 from tsae.sae.selection.global_top_k import global_top_k_codes
-from tsae.sae.selection.listed import Check, batch_top_k_listed, top_k_listed
+from tsae.sae.selection.listed import Listed, listed_codes
 from tsae.sae.selection.screens import products_at
-from tsae.sae.selection.top_k import GUESS_MARGIN, Encoder, batch_top_k_codes, top_k_codes
+from tsae.sae.selection.top_k import GUESS_MARGIN, Encoder, Selection, batch_top_k_codes, top_k_codes
 from tsae.sae.sparse import (
     ByLatent,
     Part,
@@ -61,10 +61,8 @@ class _Codes(NamedTuple):
     """Inputs minus b_dec, [halves · B, D]: current tokens, then partners where those are encoded."""
     current: SparseCode
     partner: SparseCode | None
-    checks: tuple[Check, ...]
-    """Of each budget and half, where the host has not seen whether they are right."""
-    cuts: tuple[Tensor, ...]
-    """The smallest activations of their selections."""
+    listed: Listed | None
+    """The selection, where the host has not seen whether it is right."""
 
 
 class Entries(NamedTuple):
@@ -109,52 +107,49 @@ class SparseEngine(Engine[ThresholdDictionary]):
         self._shard = shard or Shard(group)
         self._guesses: list[float | None] = []
         self._late_guesses: Tensor | None = None
-        """The guesses where they stay on the device, always in the same place."""
+        """The guesses [G, H] where they stay on the device, always in the same place."""
         self._passes = 1
 
     @torch.no_grad()
     def encode(self, dictionary: ThresholdDictionary, current: Tensor, partner: Tensor | None) -> Encoded:
         halves = [current] if partner is None else [current, partner]
-        centred = torch.stack(halves).sub_(dictionary.b_dec)
-        # One process alone can make its selection again when it has gone on: see `settled`.
-        late = self._group.world == 1 and kernels_for(current) is not None
-        select: Callable[..., Any]
-        if late:
-            select = top_k_listed if dictionary.selects_per_token else batch_top_k_listed
-        elif dictionary.selects_per_token:
-            select = top_k_codes
-        elif self._selection.world == 1:
-            select = batch_top_k_codes
+        centred, budgets = torch.stack(halves).sub_(dictionary.b_dec), dictionary.budgets
+        known = len(self._guesses) == len(budgets) * len(halves) and None not in self._guesses
+        listed: Listed | None = None
+        if self._group.world == 1 and kernels_for(current) is not None:
+            # One process alone can make its selection again when it has gone on: see `settled`.
+            late = self._late_guesses
+            if late is None and known:
+                late = self._late_guesses = current.new_tensor(self._guesses).view(len(budgets), len(halves))
+            if late is not None and late.shape != (len(budgets), len(halves)):
+                late = None
+            weights, per_token = (dictionary.W_enc, dictionary.b_enc), dictionary.selects_per_token
+            listed = listed_codes(self._encoder, centred, *weights, budgets, late, per_token)
+            codes, smallest = listed.codes, list(listed.smallest[:, 0])
         else:
-            select = partial(global_top_k_codes, group=self._selection)
-        budgets = dictionary.budgets
-        guesses: list[Any] = [None] * (len(budgets) * len(halves))
-        if len(self._guesses) == len(guesses) and None not in self._guesses:
-            guesses = list(self._guesses)
-            if late and self._late_guesses is None:
-                self._guess([current.new_full((), guess) for guess in guesses])
-        if late and self._late_guesses is not None and len(self._late_guesses) == len(guesses):
-            guesses = list(self._late_guesses.unbind())
-        parts: list[list[SparseCode]] = [[] for _ in halves]
-        selected, cuts = list[Any](), []
-        for latents, k in budgets:
-            encoder = dictionary.W_enc.T[latents].T, dictionary.b_enc[latents]
-            mine = guesses[len(selected) : len(selected) + len(halves)]
-            selections: Sequence[Any] = select(self._encoder, list(centred), *encoder, k, mine)
-            selected += selections
-            for half, selection in zip(parts, selections, strict=True):
-                half.append(selection.code)
-            smallest = selections[0].smallest if late else selections[0].code.smallest()
-            cuts.append(dictionary.cut_of(self._group.gather(smallest)))
-        checks: tuple[Check, ...] = tuple(each.check for each in selected) if late else ()
-        if not late:
-            self._guesses = [GUESS_MARGIN * each.cut for each in selected]
-        code, *others = map(side_by_side, parts)
-        of_selections = checks, tuple(each.cut for each in selected)
-        codes = _Codes(centred.flatten(0, 1), code, others[0] if others else None, *of_selections)
+            parts: list[list[Selection]] = []
+            for number, (latents, k) in enumerate(budgets):
+                encoder = dictionary.W_enc.T[latents].T, dictionary.b_enc[latents]
+                mine = slice(number * len(halves), (number + 1) * len(halves))
+                guesses = list(self._guesses[mine]) if known else [None] * len(halves)
+                parts.append(self._select(dictionary)(self._encoder, list(centred), *encoder, k, guesses))
+            self._guesses = [GUESS_MARGIN * each.cut for part in parts for each in part]
+            codes = [side_by_side([each.code for each in half]) for half in zip(*parts, strict=True)]
+            smallest = [part[0].code.smallest() for part in parts]
+        cuts = torch.stack([dictionary.cut_of(self._group.gather(each)) for each in smallest])
+        code, *others = codes
         mass, n_active = code.of_groups(dictionary.group_slices)
-        counts = torch.stack([check.counts for check in checks]) if checks else None
-        return Encoded(codes, self._group.any(code.fired()), n_active, torch.stack(cuts), mass, counts)
+        counts = None if listed is None else listed.check.counts
+        made = _Codes(centred.flatten(0, 1), code, others[0] if others else None, listed)
+        return Encoded(made, self._group.any(code.fired()), n_active, cuts, mass, counts)
+
+    def _select(self, dictionary: ThresholdDictionary) -> Callable[..., list[Selection]]:
+        """What selects from budgets one by one, and reads back what it needs to know."""
+        if dictionary.selects_per_token:
+            return top_k_codes
+        if self._selection.world == 1:
+            return batch_top_k_codes
+        return partial(global_top_k_codes, group=self._selection)
 
     @torch.no_grad()
     def backward(
@@ -223,47 +218,44 @@ class SparseEngine(Engine[ThresholdDictionary]):
         If not, `encode` will make them with other guesses or more room. A GPU that is behind has still the backward
         pass to do when it has told this, so that it need not wait for what comes next.
         """
-        checks: tuple[Check, ...] = encoded.codes.checks
-        if counts is None:
+        listed: Listed | None = encoded.codes.listed
+        if counts is None or listed is None:
             return True
-        told = zip(checks, counts.read(), strict=True)
-        again = [check.again(numbers, self._passes) for check, numbers in told]
-        right = all(guess is None for guess in again)
-        self._passes = 1 if right else self._passes + 1
-        if not right:
-            self._guess([check.guess if guess is None else guess for check, guess in zip(checks, again, strict=True)])
-        return right
+        again = listed.check.again(counts.read(), self._passes)
+        self._passes = 1 if again is None else self._passes + 1
+        if again is not None:
+            self._guess(again)
+        return again is None
 
     def keep(self, encoded: Encoded) -> None:
         """Guess a little under the cuts of these codes in the next step."""
-        if encoded.counts is not None:
-            self._guess([GUESS_MARGIN * cut for cut in encoded.codes.cuts])
+        if encoded.codes.listed is not None:
+            self._guess(GUESS_MARGIN * encoded.codes.listed.cuts)
 
     def kind_of_step(self) -> Hashable | None:
         """How long the lists of candidates are; None on a CPU, in several processes, and until there are guesses."""
         listing = None if self._late_guesses is None else self._encoder.listing(self._late_guesses)
         return None if listing is None or self._group.world > 1 else listing.capacity
 
-    def _guess(self, guesses: Sequence[Tensor]) -> None:
-        """The next ones, each a scalar."""
-        stacked = torch.stack(list(guesses))
-        if self._late_guesses is None or len(self._late_guesses) != len(stacked):
-            self._late_guesses = stacked
+    def _guess(self, guesses: Tensor) -> None:
+        """The next ones [G, H]."""
+        if self._late_guesses is None or self._late_guesses.shape != guesses.shape:
+            self._late_guesses = guesses
         else:
-            self._late_guesses.copy_(stacked)
+            self._late_guesses.copy_(guesses)
 
     def state(self) -> dict[str, Any]:
         """The guesses: they change no result, but what it costs to get it."""
         if self._late_guesses is not None:
-            return {"guesses": self._late_guesses.tolist()}
+            return {"guesses": self._late_guesses.flatten().tolist()}
         return {"guesses": [None if guess is None else float(guess) for guess in self._guesses]}
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Continue from what `state()` returned."""
         self._guesses = list(state["guesses"])
         late = self._late_guesses
-        if late is not None and len(late) == len(self._guesses) and None not in self._guesses:
-            late.copy_(torch.tensor(self._guesses))
+        if late is not None and late.numel() == len(self._guesses) and None not in self._guesses:
+            late.copy_(torch.tensor(self._guesses).view_as(late))
 
     @phase("aux-k")
     def _auxiliary(

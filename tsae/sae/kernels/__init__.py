@@ -8,8 +8,9 @@ Every sum but `add_rows` has a fixed order, so results are the same bits in ever
 """
 
 from tsae.sae.kernels.candidates import Candidates
-from tsae.sae.kernels.codes import kept, largest_of_rows, of_groups, refined, side_by_side
+from tsae.sae.kernels.codes import kept, largest_of_rows, of_groups, refined
 from tsae.sae.kernels.contrast import logits_of_rows, sums_of_columns, through_logits
+from tsae.sae.kernels.radix import cuts
 from tsae.sae.kernels.screen import least_of_segments, maybe_above, round_rows
 from tsae.sae.kernels.sums import (
     add_rows,
@@ -27,6 +28,7 @@ __all__ = [
     "adam_rows",
     "add_rows",
     "along_and_norm",
+    "cuts",
     "kept",
     "largest_of_rows",
     "least_of_segments",
@@ -40,7 +42,6 @@ __all__ = [
     "row_squares",
     "sampled_products",
     "segment_sums",
-    "side_by_side",
     "sums_of_columns",
     "through_logits",
     "weighted_rows",

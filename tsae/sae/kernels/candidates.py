@@ -1,6 +1,8 @@
 """The list of pre-activations above guesses.
 
-Shapes: N rows, D activation_dim, F dict_size, n candidates.
+Latents are of budgets, runs of them that follow each other, and each row has a guess for every budget.
+
+Shapes: N rows, D activation_dim, F dict_size, G budgets, n candidates.
 """
 
 # Triton gives kernels their own types of arguments.
@@ -8,7 +10,7 @@ Shapes: N rows, D activation_dim, F dict_size, n candidates.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -17,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from tsae.sae.kernels.launch import on_device_of
+from tsae.sae.kernels.sums import bounds
 
 TILE = 1024
 """Pre-activations, or words of bits, that a program looks at, at a time."""
@@ -30,12 +33,21 @@ FIRST_ROOM = 64
 
 
 @triton.jit
-def _count(block, counts, guesses, first_row, width, stride, BLOCK: tl.constexpr):
+def of_budgets(table, place, stride, latent, starts, n_budgets):
+    """What a table has at a place for the budget of each latent; the next budget's is `stride` numbers on."""
+    found = tl.load(table + place) + tl.zeros_like(latent).to(tl.float32)
+    for budget in range(1, n_budgets):
+        found = tl.where(latent >= tl.load(starts + budget), tl.load(table + place + budget * stride), found)
+    return found
+
+
+@triton.jit
+def _count(block, counts, guesses, starts, n_budgets, first_row, width, stride, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
-    guess = tl.load(guesses + first_row + row)
     found = tl.zeros((BLOCK,), tl.int32)
     for first in range(0, width, BLOCK):
         latent = first + tl.arange(0, BLOCK)
+        guess = of_budgets(guesses, (first_row + row) * n_budgets, 1, latent, starts, n_budgets)
         value = tl.load(block + row * stride + latent, mask=latent < width, other=float("-inf")).to(tl.float32)
         found += (value > guess).to(tl.int32)
     tl.store(counts + row, tl.sum(found, axis=0).to(tl.int64))
@@ -43,13 +55,14 @@ def _count(block, counts, guesses, first_row, width, stride, BLOCK: tl.constexpr
 
 @triton.jit
 def _write(
-    block, starts, rows, latents, values, capacity, guesses, first_row, width, stride, BLOCK: tl.constexpr,
+    block, counts, ends, rows, latents, values, capacity, guesses, starts, n_budgets, first_row, width, stride,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
-    guess = tl.load(guesses + first_row + row)
-    place = tl.load(starts + row)
+    place = tl.load(ends + row) - tl.load(counts + row)
     for first in range(0, width, BLOCK):
         latent = first + tl.arange(0, BLOCK)
+        guess = of_budgets(guesses, (first_row + row) * n_budgets, 1, latent, starts, n_budgets)
         value = tl.load(block + row * stride + latent, mask=latent < width, other=float("-inf")).to(tl.float32)
         chosen = (value > guess).to(tl.int32)
         target = place + tl.cumsum(chosen, axis=0) - 1
@@ -86,9 +99,9 @@ def _count_bits(block, counts, words, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _write_bits(block, starts, rows, latents, capacity, first_row, words, BLOCK: tl.constexpr):
+def _write_bits(block, counts, ends, rows, latents, capacity, first_row, words, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
-    place = tl.load(starts + row)
+    place = tl.load(ends + row) - tl.load(counts + row)
     for first in range(0, words, BLOCK):
         column = first + tl.arange(0, BLOCK)
         word = tl.load(block + row * words + column, mask=column < words, other=0)
@@ -110,20 +123,23 @@ class Candidates:
     def __init__(self) -> None:
         self.capacity = 0
 
-    def all(self, guesses: Tensor, fill: Callable[[List], None]) -> List:
-        """All that `fill` adds, which is asked again if there was not enough room. It is of rows with these guesses [N]."""
+    def all(self, guesses: Tensor, width: int, fill: Callable[[List], None]) -> List:
+        """All that `fill` adds, which is asked again if there was not enough room: of rows with these guesses [N] for F = `width`."""
         while True:
-            listed = self.list(guesses, fill)
+            listed = self.list(guesses[:, None], [slice(0, width)], fill)
             # The only place that waits for the GPU.
             count = int(listed.found)
             if count <= listed.capacity:
                 return listed.shortened(count)
             self.make_room(count)
 
-    def list(self, guesses: Tensor, fill: Callable[[List], None], least: int = 0) -> List:
-        """The same, perhaps not all of them: as many as there was room for, which is `least` at least."""
+    def list(self, guesses: Tensor, budgets: Sequence[slice], fill: Callable[[List], None], least: int = 0) -> List:
+        """The same, perhaps not all of them: as many as there was room for, which is `least` at least.
+
+        The guesses [N, G] are for the latents of each of the budgets.
+        """
         self.capacity = max(self.capacity, FIRST_ROOM * len(guesses), least)
-        listed = List(self.capacity, guesses)
+        listed = List(self.capacity, guesses, bounds(budgets, guesses.device))
         fill(listed)
         return listed
 
@@ -133,16 +149,22 @@ class Candidates:
 
 
 class List:
-    """Room for `capacity` entries, empty at first, ascending by row and latent; what is found beyond that is counted, not kept."""
+    """Room for `capacity` entries that ascend by row and latent; what is found beyond that is counted, not kept.
 
-    def __init__(self, capacity: int, guesses: Tensor) -> None:
-        self.capacity, self.guesses, self.next_row = capacity, guesses, 0
-        device = guesses.device
-        self.found = torch.zeros(1, dtype=torch.int64, device=device)
+    Beyond what is found nothing has been written.
+    """
+
+    def __init__(self, capacity: int, guesses: Tensor, starts: Tensor) -> None:
+        self.capacity, self.guesses, self.starts, self.next_row = capacity, guesses, starts, 0
         self._ends: list[Tensor] = []
-        self.rows = torch.zeros(capacity, dtype=torch.int64, device=device)
-        self.latents = torch.full_like(self.rows, -1)
-        self.values = torch.empty(capacity, device=device)
+        self.rows = torch.empty(capacity, dtype=torch.int64, device=guesses.device)
+        self.latents = torch.empty_like(self.rows)
+        self.values = torch.empty(capacity, device=guesses.device)
+
+    @property
+    def found(self) -> Tensor:
+        """How many entries there were [1]."""
+        return self._ends[-1][-1:] if self._ends else self.rows.new_zeros(1)
 
     def add(self, block: Tensor, width: int) -> None:
         """List what is above the guesses in the next rows: pre-activations [n, ≥ width], or bits of what is, int32 [n, W]."""
@@ -150,7 +172,8 @@ class List:
             return
         counts = torch.empty(len(block), dtype=torch.int64, device=block.device)
         grid, bits = (len(block),), block.dtype == torch.int32
-        shape: tuple[Any, ...] = (self.guesses, self.next_row, width, block.stride(0))
+        budgets = self.guesses, self.starts, self.guesses.shape[1]
+        shape: tuple[Any, ...] = (*budgets, self.next_row, width, block.stride(0))
         tile = min(TILE, triton.next_power_of_2(block.shape[1] if bits else width))
         with on_device_of(block):
             if bits:
@@ -158,14 +181,15 @@ class List:
                 _count_bits[grid](block, counts, block.shape[1], tile)
             else:
                 _count[grid](block, counts, *shape, tile)
-        ends = counts.cumsum(0) + self.found
-        place = (ends - counts, self.rows, self.latents)
+        ends = counts.cumsum(0)
+        if self._ends:
+            ends += self.found
+        place = (counts, ends, self.rows, self.latents)
         with on_device_of(block):
             if bits:
                 _write_bits[grid](block, *place, self.capacity, self.next_row, block.shape[1], tile)
             else:
                 _write[grid](block, *place, self.values, self.capacity, *shape, tile)
-        self.found = ends[-1:]
         self._ends.append(ends)
         self.next_row += len(block)
 

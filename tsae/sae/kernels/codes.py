@@ -3,7 +3,7 @@
 A list is sorted by row, so that a program has the candidates of one row. Which of them are kept is counted, and the counts
 of the rows before it say where a row's entries begin: a code that is sorted, too, and the same in every run.
 
-Shapes: N rows, D activation_dim, F dict_size, c places of a list, n entries of a code, G groups of latents.
+Shapes: N rows, of H halves, D activation_dim, F dict_size, c places of a list, n entries of a code, G budgets or groups of latents.
 """
 
 # Triton gives kernels their own types of arguments.
@@ -18,9 +18,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tsae.sae.kernels.candidates import List
+from tsae.sae.kernels.candidates import List, of_budgets
 from tsae.sae.kernels.launch import on_device_of
-from tsae.sae.kernels.sums import ENTRIES, bounds, products, tile_width
+from tsae.sae.kernels.sums import ENTRIES, bounds, brought, products, tile_width
 
 OF_ROW = 32
 """Candidates, or entries, of a row that a program has at a time: one for each thread."""
@@ -32,28 +32,32 @@ Code = tuple[Tensor, Tensor, Tensor, Tensor]
 
 @triton.jit
 def _refine(
-    rows, latents, x, matrix, bias, guess, out, count, width, x_stride, matrix_stride,
-    BLOCK_E: tl.constexpr, BLOCK_D: tl.constexpr,
+    rows, latents, found, x, matrix, bias, guesses, starts, out, count, per_half, n_halves, n_budgets, width, x_stride,
+    matrix_stride, BLOCK_E: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     entry = tl.program_id(0).to(tl.int64) * BLOCK_E + tl.arange(0, BLOCK_E)
-    latent = tl.load(latents + entry, mask=entry < count, other=-1)
-    live = latent >= 0
+    listed = entry < tl.minimum(tl.load(found), count)
+    latent = tl.load(latents + entry, mask=listed, other=-1)
     value = products(rows, entry, latent, x, matrix, width, x_stride, matrix_stride, BLOCK_E, BLOCK_D)
-    value += tl.load(bias + latent, mask=live, other=0.0)
-    value = tl.where(live & (value > tl.load(guess)), value, float("-inf"))
-    tl.store(out + entry, value, mask=entry < count)
+    value += tl.load(bias + latent, mask=listed, other=0.0)
+    half = tl.load(rows + entry, mask=listed, other=0) // per_half
+    guess = of_budgets(guesses, half, n_halves, latent, starts, n_budgets)
+    tl.store(out + entry, tl.where(listed & (value > guess), value, float("-inf")), mask=entry < count)
 
 
-def refined(listed: List, x: Tensor, matrix: Tensor, bias: Tensor, guess: Tensor) -> Tensor:
-    """The pre-activations x [N, D] · matrix [F, D] + bias [F] of a list's candidates that are above the guess, a scalar → [c].
+def refined(listed: List, x: Tensor, matrix: Tensor, bias: Tensor, guesses: Tensor) -> Tensor:
+    """The pre-activations x [N, D] · matrix [F, D] + bias [F] of a list's candidates that are above their guess → [c].
 
-    What is not is −inf.
+    What is not is −inf. The guesses [G, H] are of the list's budgets and the halves of the N rows.
     """
-    out = torch.empty_like(listed.values)
-    width = x.shape[1]
-    shape = (len(out), width, x.stride(0), matrix.stride(0), ENTRIES, tile_width(width))
+    out = listed.values
+    (n_budgets, n_halves), width = guesses.shape, x.shape[1]
+    shape = (len(out), len(x) // n_halves, n_halves, n_budgets, width, x.stride(0), matrix.stride(0))
     with on_device_of(out):
-        _refine[(triton.cdiv(len(out), ENTRIES),)](listed.rows, listed.latents, x, matrix, bias, guess, out, *shape)
+        _refine[(triton.cdiv(len(out), ENTRIES),)](
+            listed.rows, listed.latents, listed.found, x, matrix, bias, guesses, listed.starts, out, *shape, ENTRIES,
+            tile_width(width),
+        )  # fmt: skip
     return out
 
 
@@ -91,116 +95,104 @@ def largest_of_rows(listed: List, values: Tensor, k: int) -> Tensor:
 
 
 @triton.jit
-def _count_kept(ends, values, cut, counts, n_rows, capacity, BLOCK: tl.constexpr):
+def _count_kept(
+    ends, latents, values, cuts, starts, counts, n_rows, per_half, n_halves, n_budgets, capacity, BLOCK: tl.constexpr
+):
     row = tl.program_id(0).to(tl.int64)
     start, stop = _bounds_of(ends, row, capacity)
-    least = tl.load(cut)
-    kept = tl.zeros((BLOCK,), tl.int32)
-    tied = tl.zeros((BLOCK,), tl.int32)
-    above = tl.zeros((BLOCK,), tl.int32)
-    for first in range(start, stop, BLOCK):
-        place = first + tl.arange(0, BLOCK)
-        value = tl.load(values + place, mask=place < stop, other=float("-inf"))
-        real = value > float("-inf")
-        kept += (value > least).to(tl.int32)
-        tied += (real & (value == least)).to(tl.int32)
-        above += real.to(tl.int32)
-    tl.store(counts + row, tl.sum(kept, axis=0).to(tl.int64))
-    tl.store(counts + n_rows + row, tl.sum(tied, axis=0).to(tl.int64))
-    tl.store(counts + 2 * n_rows + row, tl.sum(above, axis=0).to(tl.int64))
+    for budget in range(0, n_budgets):
+        least = tl.load(cuts + budget * n_halves + row // per_half)
+        first_latent, last_latent = tl.load(starts + budget), tl.load(starts + budget + 1)
+        kept = tl.zeros((BLOCK,), tl.int32)
+        tied = tl.zeros((BLOCK,), tl.int32)
+        above = tl.zeros((BLOCK,), tl.int32)
+        for first in range(start, stop, BLOCK):
+            place = first + tl.arange(0, BLOCK)
+            latent = tl.load(latents + place, mask=place < stop, other=-1)
+            inside = (latent >= first_latent) & (latent < last_latent)
+            value = tl.load(values + place, mask=inside, other=float("-inf"))
+            real = value > float("-inf")
+            kept += (value > least).to(tl.int32)
+            tied += (real & (value == least)).to(tl.int32)
+            above += real.to(tl.int32)
+        out = counts + budget * n_rows + row
+        tl.store(out, tl.sum(kept, axis=0).to(tl.int64))
+        tl.store(out + n_budgets * n_rows, tl.sum(tied, axis=0).to(tl.int64))
+        tl.store(out + 2 * n_budgets * n_rows, tl.sum(above, axis=0).to(tl.int64))
 
 
 @triton.jit
 def _write_kept(
-    ends, latents, values, cut, sums, offsets, smallest, code_latents, code_values, code_rows, n_rows, capacity, wanted,
-    BLOCK: tl.constexpr,
+    ends, latents, values, cuts, starts, wanted, sums, offsets, smallest, code_latents, code_values, code_rows, room,
+    n_rows, per_half, n_halves, n_budgets, capacity, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64)
-    start, stop = _bounds_of(ends, row, capacity)
-    least = tl.load(cut)
-    # So many of those that are equal to the cut are wanted: those of the first rows.
-    ties = wanted - tl.load(sums + n_rows - 1)
-    tied = tl.load(sums + n_rows + row - 1, mask=row > 0, other=0)
-    target = tl.load(sums + row - 1, mask=row > 0, other=0) + tl.minimum(tied, ties)
-    tl.store(offsets + row, target)
-    lowest = tl.full((BLOCK,), float("inf"), tl.float32)
-    for first in range(start, stop, BLOCK):
-        place = first + tl.arange(0, BLOCK)
-        value = tl.load(values + place, mask=place < stop, other=float("-inf"))
-        tie = ((value > float("-inf")) & (value == least)).to(tl.int64)
-        taken = (value > least) | ((tie > 0) & (tied + tl.cumsum(tie, axis=0) <= ties))
-        number = taken.to(tl.int64)
-        to = target + tl.cumsum(number, axis=0) - 1
-        tl.store(code_latents + to, tl.load(latents + place, mask=taken, other=0), mask=taken)
-        tl.store(code_values + to, value, mask=taken)
-        tl.store(code_rows + to, row, mask=taken)
-        lowest = tl.minimum(lowest, tl.where(taken, value, float("inf")))
-        tied += tl.sum(tie, axis=0)
-        target += tl.sum(number, axis=0)
-    tl.store(smallest + row, tl.min(lowest, axis=0))
-    if row == n_rows - 1:
-        tl.store(offsets + n_rows, target)
+    number = tl.program_id(0).to(tl.int64)
+    start, stop = _bounds_of(ends, number, capacity)
+    half, row = number // per_half, number % per_half
+    # After what the rows before it in this half keep of all budgets.
+    target = half * 0
+    for budget in range(0, n_budgets):
+        kept = sums + budget * n_rows + half * per_half
+        ties = tl.load(wanted + budget) - tl.load(kept + per_half - 1)
+        tied = tl.load(kept + n_budgets * n_rows + row - 1, mask=row > 0, other=0)
+        target += tl.load(kept + row - 1, mask=row > 0, other=0) + tl.minimum(tied, ties)
+    tl.store(offsets + half * (per_half + 1) + row, target)
+    code = half * room
+    for budget in range(0, n_budgets):
+        kept = sums + budget * n_rows + half * per_half
+        # So many of those that are equal to the cut are wanted: those of the first rows.
+        ties = tl.load(wanted + budget) - tl.load(kept + per_half - 1)
+        tied = tl.load(kept + n_budgets * n_rows + row - 1, mask=row > 0, other=0)
+        least = tl.load(cuts + budget * n_halves + half)
+        first_latent, last_latent = tl.load(starts + budget), tl.load(starts + budget + 1)
+        lowest = tl.full((BLOCK,), float("inf"), tl.float32)
+        for first in range(start, stop, BLOCK):
+            place = first + tl.arange(0, BLOCK)
+            latent = tl.load(latents + place, mask=place < stop, other=-1)
+            inside = (latent >= first_latent) & (latent < last_latent)
+            value = tl.load(values + place, mask=inside, other=float("-inf"))
+            tie = ((value > float("-inf")) & (value == least)).to(tl.int64)
+            taken = (value > least) | ((tie > 0) & (tied + tl.cumsum(tie, axis=0) <= ties))
+            chosen = taken.to(tl.int64)
+            to = code + target + tl.cumsum(chosen, axis=0) - 1
+            tl.store(code_latents + to, latent, mask=taken)
+            tl.store(code_values + to, value, mask=taken)
+            tl.store(code_rows + to, row, mask=taken)
+            lowest = tl.minimum(lowest, tl.where(taken, value, float("inf")))
+            tied += tl.sum(tie, axis=0)
+            target += tl.sum(chosen, axis=0)
+        tl.store(smallest + budget * n_rows + number, tl.min(lowest, axis=0))
+    if row == per_half - 1:
+        tl.store(offsets + half * (per_half + 1) + per_half, target)
+        # What is left is empty; nearly always there is none.
+        for first in range(target, room, BLOCK):
+            place = first + tl.arange(0, BLOCK)
+            tl.store(code_latents + code + place, -1, mask=place < room)
+            tl.store(code_values + code + place, 0.0, mask=place < room)
+            tl.store(code_rows + code + place, row, mask=place < room)
 
 
-def kept(listed: List, values: Tensor, cut: Tensor, wanted: int) -> tuple[Code, Tensor, Tensor]:
-    """A code of the candidates whose values [c] are above the cut, a scalar, and of the first that are equal to it.
+def kept(listed: List, values: Tensor, cuts: Tensor, wanted: Sequence[int]) -> tuple[list[Code], Tensor, Tensor]:
+    """A code of each half: the candidates whose values [c] are above the cut [G, H], and the first that are equal to it.
 
-    `wanted` in all; as many places it has. The smallest value that is kept of each row [N], infinite where there is none;
-    and how many candidates are above −inf, [1].
+    `wanted` of each budget; as many places it has in all. The smallest value that is kept of each budget and row [G, H, N / H],
+    infinite where there is none; and how many candidates are above −inf [G, H].
     """
-    n_rows, device = len(listed.guesses), values.device
-    counts = torch.empty(3, n_rows, dtype=torch.int64, device=device)
-    grid, ends = (n_rows,), listed.ends()
+    (n_budgets, n_halves), n_rows, room, ends = cuts.shape, len(listed.guesses), sum(wanted), listed.ends()
+    per_half = n_rows // n_halves
+    counts = listed.rows.new_empty(3, n_budgets, n_halves, per_half)
+    shape = (n_rows, per_half, n_halves, n_budgets, listed.capacity, OF_ROW)
+    candidates = ends, listed.latents, values, cuts, listed.starts
     with on_device_of(values):
-        _count_kept[grid](ends, values, cut, counts, n_rows, listed.capacity, OF_ROW, **OPTIONS)
-    sums = counts.cumsum(dim=1)
-    offsets = torch.empty(n_rows + 1, dtype=torch.int64, device=device)
-    code, smallest = _empty(wanted, n_rows, values), values.new_empty(n_rows)
+        _count_kept[(n_rows,)](*candidates, counts, *shape, **OPTIONS)
+    sums = counts.cumsum(dim=3)
+    offsets = counts.new_empty(n_halves, per_half + 1)
+    latents, rows = counts.new_empty(2, n_halves, room)
+    chosen, smallest = values.new_empty(n_halves, room), values.new_empty(n_budgets, n_halves, per_half)
+    out = brought(tuple(wanted), values.device), sums, offsets, smallest, latents, chosen, rows
     with on_device_of(values):
-        _write_kept[grid](
-            ends, listed.latents, values, cut, sums, offsets, smallest, *code, n_rows, listed.capacity, wanted, OF_ROW,
-            **OPTIONS,
-        )  # fmt: skip
-    return (offsets, *code), smallest, sums[2, -1:]
-
-
-def _empty(room: int, n_rows: int, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Latents, values and rows of empty entries."""
-    latents = torch.full((room,), -1, dtype=torch.int64, device=like.device)
-    return latents, like.new_zeros(room), torch.full_like(latents, n_rows - 1)
-
-
-@triton.jit
-def _copy_rows(
-    offsets, before, together, latents, values, out_latents, out_values, out_rows, first_latent, BLOCK: tl.constexpr
-):
-    row = tl.program_id(0).to(tl.int64)
-    start, stop = tl.load(offsets + row), tl.load(offsets + row + 1)
-    # After the entries of the codes before this one.
-    target = tl.load(together + row) + tl.load(before + row + 1) - tl.load(before + row)
-    for first in range(start, stop, BLOCK):
-        place = first + tl.arange(0, BLOCK)
-        to = target + place - start
-        inside = place < stop
-        tl.store(out_latents + to, tl.load(latents + place, mask=inside, other=0) + first_latent, mask=inside)
-        tl.store(out_values + to, tl.load(values + place, mask=inside, other=0.0), mask=inside)
-        tl.store(out_rows + to, row, mask=inside)
-
-
-def side_by_side(codes: Sequence[Sequence[Tensor]], sizes: Sequence[int]) -> Code:
-    """One code of the latents of several, in their order. Each has its offsets, latents and values first, and F of `sizes`."""
-    every = torch.stack([code[0] for code in codes]).cumsum(dim=0)
-    together, none = every[-1], torch.zeros_like(every[0])
-    n_rows, room = len(together) - 1, sum(len(code[1]) for code in codes)
-    out = _empty(room, n_rows, codes[0][2])
-    first_latent = 0
-    for place, (code, size) in enumerate(zip(codes, sizes, strict=True)):
-        offsets, latents, values = code[:3]
-        before = every[place - 1] if place else none
-        with on_device_of(values):
-            _copy_rows[(n_rows,)](offsets, before, together, latents, values, *out, first_latent, OF_ROW, **OPTIONS)
-        first_latent += size
-    return together, *out
+        _write_kept[(n_rows,)](*candidates, *out, room, *shape, **OPTIONS)
+    return list(zip(offsets, latents, chosen, rows, strict=True)), smallest, sums[2, :, :, -1]
 
 
 @triton.jit

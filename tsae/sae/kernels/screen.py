@@ -39,7 +39,7 @@ Rounded = tuple[Tensor, Tensor, Tensor]
 
 
 @triton.jit
-def _round_rows(matrix, rounded, norms, errors, width, stride, BLOCK_D: tl.constexpr):
+def _round_rows(matrix, rounded, norms, errors, width, stride, factor, of_norm, BLOCK_D: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     square = tl.zeros((BLOCK_D,), tl.float32)
     rounded_square = tl.zeros((BLOCK_D,), tl.float32)
@@ -53,12 +53,16 @@ def _round_rows(matrix, rounded, norms, errors, width, stride, BLOCK_D: tl.const
         square += value * value
         rounded_square += near * near
         error += (value - near) * (value - near)
-    tl.store(norms + row, tl.sqrt(tl.maximum(tl.sum(square, axis=0), tl.sum(rounded_square, axis=0))))
-    tl.store(errors + row, tl.sqrt(tl.sum(error, axis=0)))
+    norm = tl.sqrt(tl.maximum(tl.sum(square, axis=0), tl.sum(rounded_square, axis=0)))
+    tl.store(norms + row, norm * factor)
+    tl.store(errors + row, (tl.sqrt(tl.sum(error, axis=0)) + of_norm * norm) * factor)
 
 
-def round_rows(matrix: Tensor) -> Rounded:
-    """Rows [n, D] in bfloat16; the larger norm of each row before and after [n]; the norm of the difference [n]."""
+def round_rows(matrix: Tensor, factor: float = 1.0, of_norm: float = 0.0) -> Rounded:
+    """Rows [n, D] in bfloat16; the larger norm of each row before and after [n]; the norm of the difference [n].
+
+    To the latter so much of the norm is added, then both are multiplied by `factor`.
+    """
     assert matrix.stride(1) == 1
     n_rows, width = matrix.shape
     rounded = torch.empty(n_rows, width, dtype=torch.bfloat16, device=matrix.device)
@@ -66,13 +70,14 @@ def round_rows(matrix: Tensor) -> Rounded:
     if n_rows:
         block = min(ROUNDED, triton.next_power_of_2(width))
         with on_device_of(matrix):
-            _round_rows[(n_rows,)](matrix, rounded, norms, errors, width, matrix.stride(0), block)
+            _round_rows[(n_rows,)](matrix, rounded, norms, errors, width, matrix.stride(0), factor, of_norm, block)
     return rounded, norms, errors
 
 
 @triton.jit
 def _screen(
-    x, row_norms, row_errors, weights, latent_norms, latent_errors, bias, guesses, out, n_rows, n_latents, width,
+    x, row_norms, row_errors, weights, latent_norms, latent_errors, bias, guesses, starts, out, n_budgets, n_rows,
+    n_latents, width,
     LARGEST: tl.constexpr, EVEN: tl.constexpr, LOW: tl.constexpr, WORD: tl.constexpr, BAND: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -116,28 +121,35 @@ def _screen(
         least = tl.reshape(value - margin, (BLOCK_N, BLOCK_F // WORD, WORD))
         tl.store(place, tl.max(least, axis=2), mask=written)
     else:
-        guess = tl.load(guesses + row, mask=real_row, other=0.0)
+        # Of the budgets that have latents in this tile, the lowest: what is listed for it in vain is dropped later.
+        guess = tl.full((BLOCK_N,), float("inf"), tl.float32)
+        first_latent = within // rows_of_band * BLOCK_F
+        for budget in range(0, n_budgets):
+            if (tl.load(starts + budget) < first_latent + BLOCK_F) & (tl.load(starts + budget + 1) > first_latent):
+                of_budget = tl.load(guesses + row * n_budgets + budget, mask=real_row, other=0.0)
+                guess = tl.minimum(guess, of_budget)
         above = ((value + margin > guess[:, None]) & real[None, :]).to(tl.int32)
         bits = tl.reshape(above, (BLOCK_N, BLOCK_F // WORD, WORD)) << tl.arange(0, WORD)[None, None, :]
         tl.store(place, tl.sum(bits, axis=2), mask=written)
 
 
-def maybe_above(x: Rounded, latents: Rounded, bias: Tensor, guesses: Tensor) -> Tensor:
-    """A bit for each pre-activation that may be above its row's guess [N] → [N, W] int32, latent l in bit l % 32 of word l // 32.
+def maybe_above(x: Rounded, latents: Rounded, bias: Tensor, guesses: Tensor, starts: Tensor) -> Tensor:
+    """A bit for each pre-activation that may be above its guess [N, G] → [N, W] int32, latent l in bit l % 32 of word l // 32.
 
+    The guess is that of its row and of the budget of its latent; budgets begin, and the last one ends, at `starts` [G + 1].
     Norms and errors are those of `x` [N, D] and of the latents [F, D], with what room sums need; `bias` [F].
     """
     out = torch.empty(len(guesses), triton.cdiv(len(bias), WORD), dtype=torch.int32, device=bias.device)
-    return _screened(x, latents, bias, guesses, out, largest=False)
+    return _screened(x, latents, bias, (guesses, starts), out)
 
 
 def least_of_segments(x: Rounded, latents: Rounded, bias: Tensor) -> Tensor:
     """What the largest pre-activation of every 32 latents is at least → [N, W]; of latents and rows as above."""
     out = bias.new_empty(len(x[0]), triton.cdiv(len(bias), WORD))
-    return _screened(x, latents, bias, bias, out, largest=True)
+    return _screened(x, latents, bias, None, out)
 
 
-def _screened(x: Rounded, latents: Rounded, bias: Tensor, guesses: Tensor, out: Tensor, largest: bool) -> Tensor:
+def _screened(x: Rounded, latents: Rounded, bias: Tensor, budgets: tuple[Tensor, Tensor] | None, out: Tensor) -> Tensor:
     (low, *_), (n_latents, width) = x, latents[0].shape
     assert low.is_contiguous()
     assert latents[0].is_contiguous()
@@ -145,6 +157,7 @@ def _screened(x: Rounded, latents: Rounded, bias: Tensor, guesses: Tensor, out: 
     # The interpreter has no product in bfloat16; in float32 it is the same.
     precision = tl.bfloat16 if low.is_cuda else tl.float32
     grid = (triton.cdiv(len(low), tile["BLOCK_N"]) * triton.cdiv(n_latents, tile["BLOCK_F"]),)
+    guesses, starts = budgets or (bias, bias)  # who wants the largest has none
     if len(low):
         with on_device_of(low):
             _screen[grid](
@@ -152,11 +165,13 @@ def _screened(x: Rounded, latents: Rounded, bias: Tensor, guesses: Tensor, out: 
                 *latents,
                 bias,
                 guesses,
+                starts,
                 out,
+                0 if budgets is None else guesses.shape[1],
                 len(low),
                 n_latents,
                 width,
-                largest,
+                budgets is None,
                 width % tile["BLOCK_D"] == 0,
                 precision,
                 WORD,

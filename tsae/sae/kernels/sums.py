@@ -284,12 +284,12 @@ def nested_residuals(
 
 def bounds(groups: Sequence[slice], device: torch.device) -> Tensor:
     """Where groups of latents, which follow each other, begin, and where the last one ends [G + 1]."""
-    return _brought((*(group.start for group in groups), groups[-1].stop), device)
+    return brought((*(group.start for group in groups), groups[-1].stop), device)
 
 
 @functools.cache
-def _brought(numbers: tuple[int, ...], device: torch.device) -> Tensor:
-    """To the device, once."""
+def brought(numbers: tuple[int, ...], device: torch.device) -> Tensor:
+    """Numbers on the device, where they are brought once; they are not to be changed."""
     return torch.tensor(numbers, device=device)
 
 

@@ -1,13 +1,13 @@
 """Top-k codes that the host has not seen: nothing of theirs, not even a size, is read back from the GPU while they are made.
 
-Candidates go to a list of fixed capacity, with their number beside it on the device, and what is selected of them into
-a code of exactly the k·N entries that it can have, some of which may be empty (`SparseCode.spare`). Two things can go
-wrong, which the device counts and the host looks at when it has launched what follows: the list was too short, or the
-guess so high that too little is above it. Then the selection is to be made again (`Check.again`), with more room or a
-lower guess, and nothing that was made of the first one may be kept. A selection that passes is exactly that of
-`tsae.sae.selection.top_k`, ties included, whatever the guess and the capacity were.
+Candidates of both halves and of all budgets go to one list of fixed capacity, with their number beside it on the device,
+and what is selected of them into codes of exactly the k·B entries that they can have, some of which may be empty
+(`SparseCode.spare`). Two things can go wrong, which the device counts and the host looks at when it has launched what
+follows: the list was too short, or a guess so high that too little is above it. Then the selection is to be made again
+(`Check.again`), with more room or lower guesses, and nothing that was made of the first one may be kept. A selection that
+passes is exactly that of `tsae.sae.selection.top_k`, ties included, whatever the guesses and the capacity were.
 
-Shapes: N rows, D activation_dim, F dict_size, c places of a list, n entries of a code.
+Shapes: B rows of each of H halves, D activation_dim, F dict_size, G budgets, c places of a list, n entries of a code.
 """
 
 from __future__ import annotations
@@ -20,103 +20,92 @@ import torch
 from torch import Tensor
 
 from tsae.runtime.phases import phase
-from tsae.sae.selection.screens import Screen
+from tsae.sae.selection.screens import Screen, guess_of_rows
 from tsae.sae.selection.top_k import GUESS_MARGIN, Encoder, Prepared, first_guess, lowered
 from tsae.sae.sparse import SparseCode, kernels_that_run
+
+Budgets = Sequence[tuple[slice, float]]
+"""Latents that follow each other, and how many of them a token has on average."""
 
 
 class Check(NamedTuple):
     """What tells whether a selection is right."""
 
     counts: Tensor
-    """Candidates that there were; those above the guess; whether the guess can be lowered [3]."""
-    guess: Tensor
-    """A scalar."""
-    wanted: int
-    """Entries above the guess that are enough."""
+    """Candidates that there were; of each budget and half those above the guess; and whether the guess can be lowered [1 + 2GH]."""
+    guesses: Tensor
+    """[G, H]"""
+    wanted: list[int]
+    """Entries of each budget above the guess that are enough."""
     room: int
     """Candidates that could be listed."""
     listing: Any
 
     def again(self, counts: Sequence[int], passes: int) -> Tensor | None:
-        """With the counts read, after so many passes: None if the selection is right, or else the guess of the next pass."""
-        candidates, above, positive = counts
+        """With the counts read, after so many passes: None if the selection is right, or else the guesses of the next pass."""
+        candidates, *numbers = counts
         if candidates > self.room:
             self.listing.make_room(candidates)
-            return self.guess
-        if above >= self.wanted or not positive:
+            return self.guesses
+        size = self.guesses.numel()
+        wanted = [number for number in self.wanted for _ in range(size // len(self.wanted))]
+        factors = [
+            lowered(1.0, passes, above, enough) if above < enough and positive else 1.0
+            for above, positive, enough in zip(numbers[:size], numbers[size:], wanted, strict=True)
+        ]
+        if min(factors) == 1:
             return None
-        return self.guess * lowered(1.0, passes, above, self.wanted)
+        return self.guesses * self.guesses.new_tensor(factors).view_as(self.guesses)
 
 
 class Listed(NamedTuple):
     """A selection that is not known to be right."""
 
-    code: SparseCode
-    cut: Tensor
-    """Smallest selected activation, a scalar; 0 if fewer than k·N were positive."""
+    codes: list[SparseCode]
+    """Of each half."""
+    cuts: Tensor
+    """Smallest selected activation of each budget and half [G, H]; 0 if fewer than wanted were positive."""
     smallest: Tensor
-    """That of each row [N]; infinite where none was."""
+    """That of each row [G, H, B]; infinite where none was."""
     check: Check
 
 
 @phase("selection")
-def batch_top_k_listed(
-    encoder: Encoder, halves: list[Tensor], weight: Tensor, bias: Tensor, k: float, guesses: list[Tensor | None]
-) -> list[Listed]:
-    """What `batch_top_k_codes` selects, if the guesses (scalars on the device; none: from a few rows) let it."""
-    prepared = encoder.prepare(weight, bias, sum(map(len, halves)))
-    return [_largest_of_half(encoder, x, prepared, k, guess) for x, guess in zip(halves, guesses, strict=True)]
-
-
-@phase("selection")
-def top_k_listed(
-    encoder: Encoder, halves: list[Tensor], weight: Tensor, bias: Tensor, k: float, guesses: list[Tensor | None]
-) -> list[Listed]:
-    """What `top_k_codes` selects; `guesses` only counts the halves."""
-    prepared = encoder.prepare(weight, bias, sum(map(len, halves)))
-    return [_largest_of_tokens(encoder, x, prepared, int(k)) for x, _ in zip(halves, guesses, strict=True)]
-
-
-def _largest_of_half(encoder: Encoder, x: Tensor, prepared: Prepared, k: float, guess: Tensor | None) -> Listed:
-    wanted = min(round(k * len(x)), len(x) * len(prepared.bias))
-    if guess is None:
-        guess = GUESS_MARGIN * first_guess(x, prepared, k)
-    listed, values = _candidates(encoder, x, prepared, guess, None, wanted)
-    cut = values.topk(wanted, sorted=False).values.min()
-    return _listed(encoder, x, prepared, listed, values, cut, wanted, guess, wanted)
-
-
-def _largest_of_tokens(encoder: Encoder, x: Tensor, prepared: Prepared, k: int) -> Listed:
-    guess, room = x.new_zeros(()), len(x) * min(k, len(prepared.bias))
-    listed, values = _candidates(encoder, x, prepared, guess, k, room)
-    kernels = kernels_that_run(x)
-    values, cut = kernels.largest_of_rows(listed, values, k), x.new_full((), -torch.inf)
-    return _listed(encoder, x, prepared, listed, values, cut, room, guess, 0)
-
-
-def _listed(
-    encoder: Encoder, x: Tensor, prepared: Prepared, listed: Any, values: Tensor, cut: Tensor, room: int, guess: Tensor, wanted: int
+def listed_codes(
+    encoder: Encoder, halves: Tensor, weight: Tensor, bias: Tensor, budgets: Budgets, guesses: Tensor | None, per_token: bool
 ) -> Listed:  # fmt: skip
-    """The candidates above the cut, and of those that are equal to it the first ones, `room` in all."""
-    kernels = kernels_that_run(x)
-    (offsets, latents, chosen, rows), smallest, above = kernels.kept(listed, values, cut, room)
-    code = SparseCode(offsets, latents, chosen, len(prepared.bias), True, rows)
-    counts = torch.cat([listed.found, above, (guess > 0)[None]])
-    check = Check(counts, guess, wanted, listed.capacity, encoder.listing(x))
-    return Listed(code, cut.clamp_min(0), smallest, check)
+    """What `batch_top_k_codes`, or with `per_token` `top_k_codes`, selects of halves [H, B, D], if the guesses [G, H] let it.
 
-
-def _candidates(
-    encoder: Encoder, x: Tensor, prepared: Prepared, guess: Tensor, k: int | None, least: int
-) -> tuple[Any, Tensor]:
-    """A list of what may be above the guess, and the float32 values [c] of what is; others are −inf.
-
-    With `k` only what may be among its row's k largest.
+    Without guesses they are made from a few rows. With `per_token` there is one budget, and nothing to guess.
     """
-    weight, bias, screen = prepared
-    listing = encoder.listing(x)
-    if isinstance(screen, Screen):
-        return screen.listed(x, guess, k, listing, least)
-    listed = listing.list(guess.expand(len(x)).contiguous(), partial(encoder.fill, x, weight, bias), least)
-    return listed, torch.where(listed.latents < 0, -torch.inf, listed.values)
+    prepared, (n_halves, n_rows, _) = encoder.prepare(weight, bias, halves.shape[0] * halves.shape[1]), halves.shape
+    kernels, slices = kernels_that_run(halves), [latents for latents, _ in budgets]
+    if guesses is None or per_token:
+        guesses = halves.new_zeros(len(budgets), n_halves)
+        if not per_token:
+            of_budgets = [(Prepared(prepared.weight[:, each], bias[each], None), k) for each, k in budgets]
+            first = [GUESS_MARGIN * first_guess(x, part, k) for part, k in of_budgets for x in halves]
+            guesses = torch.stack(first).view_as(guesses)
+    x, k = halves.flatten(0, 1), int(budgets[0][1]) if per_token else None
+    sizes = [latents.stop - latents.start for latents in slices]
+    wanted = [
+        n_rows * min(k, size) if k is not None else min(round(most * n_rows), n_rows * size)
+        for size, (_, most) in zip(sizes, budgets, strict=True)
+    ]
+    listing, room = encoder.listing(x), n_halves * sum(wanted)
+    if isinstance(prepared.screen, Screen):
+        listed, values = prepared.screen.listed(x, guesses, slices, k, listing, room)
+    else:
+        fill = partial(encoder.fill, x, prepared.weight, bias)
+        listed = listing.list(guess_of_rows(guesses, len(x)), slices, fill, room)
+        places = torch.arange(listed.capacity, device=x.device)
+        values = listed.values.where(places < listed.found, -torch.inf)
+    if k is not None:
+        values, cuts = kernels.largest_of_rows(listed, values, k), torch.full_like(guesses, -torch.inf)
+    else:
+        cuts = kernels.cuts(listed, values, wanted, n_halves)
+    parts, smallest, above = kernels.kept(listed, values, cuts, wanted)
+    codes = [SparseCode(offsets, latents, chosen, len(bias), True, rows) for offsets, latents, chosen, rows in parts]
+    counts = torch.cat([listed.found, above.flatten(), (guesses > 0).flatten()])
+    enough = [0 for _ in wanted] if per_token else wanted
+    return Listed(codes, cuts.clamp_min(0), smallest, Check(counts, guesses, enough, listed.capacity, listing))

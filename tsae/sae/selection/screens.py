@@ -24,6 +24,7 @@ Shapes: N rows, D activation_dim, F dict_size, S segments of latents, n candidat
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -87,11 +88,10 @@ class Screen:
 
     def __init__(self, weight: Tensor, bias: Tensor) -> None:
         self.latents, self.bias = weight.T.contiguous(), bias
-        low, norms, errors = round_rows(self.latents)
         # Both products add up D terms, in the worst order losing 2^-23 (tensor cores, screen) and 2^-24 (refinement)
         # of the norms' product at each; together less than this.
         accumulation = len(weight) * 2.0**-22
-        self._low = Rounded(low, norms * (1 + SLACK), (errors + accumulation * norms) * (1 + SLACK))
+        self._low = Rounded(*kernels_that_run(self.latents).round_rows(self.latents, 1 + SLACK, accumulation))
 
     def entries_above(self, x: Tensor, guess: float, listing: Any) -> tuple[Tensor, Tensor, Tensor]:
         """Row, latent and float32 value of every pre-activation of x [N, D] above `guess` ≥ 0, ascending.
@@ -110,28 +110,30 @@ class Screen:
         Ascending by row and latent.
         """
         guesses = x.new_full((len(x),), guess * (1 - SLACK))
-        listed = listing.all(guesses, functools.partial(self._fill, round_rows(x), k))
+        listed = listing.all(guesses, len(self.bias), functools.partial(self._fill, round_rows(x), k))
         return listed.rows, listed.latents
 
-    def listed(self, x: Tensor, guess: Tensor, k: int | None, listing: Any, least: int) -> tuple[Any, Tensor]:
+    def listed(
+        self, x: Tensor, guesses: Tensor, budgets: Sequence[slice], k: int | None, listing: Any, least: int
+    ) -> tuple[Any, Tensor]:
         """The same candidates in a list with room for `least` at least, which knows how many there are, and their values [c].
 
-        Those are float32 pre-activations where they are above the guess, −inf elsewhere.
+        Those are float32 pre-activations where they are above the guess of their budget and half [G, H], −inf elsewhere.
         """
-        guesses = (guess * (1 - SLACK)).expand(len(x)).contiguous()
-        listed = listing.list(guesses, functools.partial(self._fill, round_rows(x), k), least)
-        return listed, kernels_that_run(x).refined(listed, x, self.latents, self.bias, guess)
+        of_rows = guess_of_rows(guesses * (1 - SLACK), len(x))
+        listed = listing.list(of_rows, budgets, functools.partial(self._fill, round_rows(x), k), least)
+        return listed, kernels_that_run(x).refined(listed, x, self.latents, self.bias, guesses)
 
     @phase("encoder product")
     def _fill(self, low: Rounded, k: int | None, listed: Any) -> None:
-        """List the candidates by kernels; with `k` each row's guess is set just before."""
+        """List the candidates by kernels; with `k` each row's guess, of one budget, is set just before."""
         kernels = kernels_that_run(self.latents)
         block_rows = max(CUDA_BLOCK_ROWS, 8 * CUDA_BLOCK_BYTES // len(self.bias))
         for start in range(0, len(low.rows), block_rows):
             block, guesses = low.block(start, start + block_rows), listed.guesses[start : start + block_rows]
             if k is not None:
-                guesses.copy_(_kth(kernels.least_of_segments(block, self._low, self.bias), k))
-            listed.add(kernels.maybe_above(block, self._low, self.bias, guesses), len(self.bias))
+                guesses[:, 0].copy_(_kth(kernels.least_of_segments(block, self._low, self.bias), k))
+            listed.add(kernels.maybe_above(block, self._low, self.bias, guesses, listed.starts), len(self.bias))
 
     def _refined(self, x: Tensor, guess: float, k: int | None, listing: Any) -> tuple[Tensor, Tensor, Tensor]:
         """The candidates whose float32 value exceeds the guess."""
@@ -139,6 +141,12 @@ class Screen:
         values = products_at(rows, latents, x, self.latents) + self.bias[latents]
         above = (values > guess).nonzero()[:, 0]
         return rows[above], latents[above], values[above]
+
+
+def guess_of_rows(guesses: Tensor, rows: int) -> Tensor:
+    """For so many rows, of all halves, what is guessed for their half [G, H] → [N, G]."""
+    n_budgets, n_halves = guesses.shape
+    return guesses.T[:, None].expand(n_halves, rows // n_halves, n_budgets).reshape(rows, n_budgets)
 
 
 def _kth(least: Tensor, k: int) -> Tensor:

@@ -201,7 +201,7 @@ def candidates(encoder: Encoder, x: Tensor, prepared: Prepared, guess: float) ->
     if screen is not None:
         return screen.entries_above(x, guess, listing)
     if listing is not None:
-        listed = listing.all(x.new_full((len(x),), guess), partial(encoder.fill, x, weight, bias))
+        listed = listing.all(x.new_full((len(x),), guess), len(bias), partial(encoder.fill, x, weight, bias))
         return listed.rows, listed.latents, listed.values
     found, least = [], _least_products(bias, guess)
     for start in range(0, len(x), block_rows):
