@@ -294,27 +294,30 @@ def test_exact_top_k_is_that_of_float32() -> None:
 
 @pytest.mark.parametrize("room", [1, 64])
 @pytest.mark.parametrize(("precision", "per_token"), [("exact", False), ("exact", True), ("float32", False)])
+@pytest.mark.parametrize("n_halves", [1, 2])
 @pytest.mark.parametrize("kind", ["random", "ties", "negative"])
 def test_a_selection_that_is_not_read_back_is_the_same(
-    kind: str, precision: str, per_token: bool, room: int, monkeypatch: pytest.MonkeyPatch
+    kind: str, precision: str, per_token: bool, room: int, n_halves: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of two halves and, unless each token has its own, two budgets, which end within a tile of the screen."""
+    """Of two halves and two budgets, which end within a tile of the screen, or of one; tokens that select have one."""
     monkeypatch.setattr(candidates, "FIRST_ROOM", room)
     halves, weight, bias = normal(2, 5, 12), normal(100, 12, seed=1).T, normal(100, seed=2)
     halves[1] *= 2
+    halves = halves[:n_halves]
     if kind == "ties":
         halves, weight, bias = (halves / 2).round(), (weight / 2).round(), bias.round()
     elif kind == "negative":
         bias -= 9
-    budgets = [(slice(0, 100), 3)] if per_token else [(slice(0, 30), 1), (slice(30, 100), 2)]
+    one = per_token or n_halves == 1
+    budgets = [(slice(0, 100), 3)] if one else [(slice(0, 30), 1), (slice(30, 100), 2)]
     select = top_k_codes if per_token else batch_top_k_codes
     parts = [
-        select(Encoder(precision), list(halves), weight[:, latents], bias[latents], k, [None, None])
+        select(Encoder(precision), list(halves), weight[:, latents], bias[latents], k, [None] * n_halves)
         for latents, k in budgets
     ]
     for first in (None, 30.0, 0.0):
         encoder, passes = Encoder(precision), 0
-        guesses = None if first is None else halves.new_full((len(budgets), 2), first)
+        guesses = None if first is None else halves.new_full((len(budgets), n_halves), first)
         while True:
             selection = listed_codes(encoder, halves, weight, bias, budgets, guesses, per_token)
             passes += 1

@@ -14,7 +14,7 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from tsae.sae.kernels import candidates, codes, contrast, screen, sums, update
+from tsae.sae.kernels import candidates, codes, contrast, radix, screen, sums, update
 
 LEAST_SHARED = 99 * 1024
 """Bytes of shared memory that a program can have on the smallest GPU with tensor cores for bfloat16 (8.6, 8.9, 12.0)."""
@@ -24,27 +24,26 @@ LIST = {"BLOCK": candidates.TILE}
 
 # Kernel, types of its arguments, its constants, options of the launch.
 KERNELS: list[tuple[Any, list[str], dict[str, Any], dict[str, Any]]] = [
-    (sums._weighted_rows, [INT, INT, *[FLOAT] * 3, *["i32"] * 3], TILE, {}),
+    (sums._weighted_rows, [INT, INT, INT, *[FLOAT] * 3, *["i32"] * 4], TILE, {}),
     (sums._nested_residuals, [INT, INT, *[FLOAT] * 3, INT, *[FLOAT] * 3, *["i32"] * 7], TILE, {}),
     (sums._sampled_products, [INT, INT, *[FLOAT] * 3, *["i32"] * 4], TILE, {}),
-    (sums._segment_sums, [INT, FLOAT, FLOAT], {"BLOCK": sums.SCALARS}, {}),
+    (sums._segment_sums, [INT, INT, FLOAT, FLOAT, "i32"], {"BLOCK": sums.SCALARS}, {}),
     (sums._add_rows, [INT, INT, *[FLOAT] * 3, *["i32"] * 4], TILE, {}),
     (sums._row_squares, [*[FLOAT] * 3, "i32", "i32"], {"SHIFTED": True, "BLOCK_D": sums.SQUARED}, {}),
     (sums._nested_gradients, [*[FLOAT] * 6, *["i32"] * 6], {"PREDICTS": True, "BLOCK_D": sums.SQUARED}, {}),
-    (screen._round_rows, [FLOAT, LOW, FLOAT, FLOAT, "i32", "i32"], {"BLOCK_D": screen.ROUNDED}, {}),
+    (screen._round_rows, [FLOAT, LOW, FLOAT, FLOAT, "i32", "i32", "fp32", "fp32"], {"BLOCK_D": screen.ROUNDED}, {}),
 ]
 of_row = {"BLOCK": codes.OF_ROW}
 KERNELS += [
-    (codes._refine, [INT, INT, *[FLOAT] * 5, *["i32"] * 4], TILE, {}),
+    (codes._refine, [INT, INT, INT, *[FLOAT] * 4, INT, FLOAT, *["i32"] * 7], TILE, {}),
     (codes._largest, [INT, FLOAT, FLOAT, "i32", "i32"], of_row, codes.OPTIONS),
-    (codes._count_kept, [INT, FLOAT, FLOAT, INT, "i32", "i32"], of_row, codes.OPTIONS),
+    (codes._count_kept, [INT, INT, FLOAT, FLOAT, INT, INT, *["i32"] * 5], of_row, codes.OPTIONS),
     (
         codes._write_kept,
-        [INT, INT, FLOAT, FLOAT, INT, INT, FLOAT, INT, FLOAT, INT, *["i32"] * 3],
+        [INT, INT, FLOAT, FLOAT, INT, INT, INT, INT, FLOAT, INT, FLOAT, INT, *["i32"] * 6],
         of_row,
         codes.OPTIONS,
     ),
-    (codes._copy_rows, [INT, INT, INT, INT, FLOAT, INT, FLOAT, INT, "i32"], of_row, codes.OPTIONS),
     (codes._of_groups, [INT, INT, FLOAT, INT, FLOAT, INT, "i32", "i32"], of_row, codes.OPTIONS),
 ]
 listed = {"MATCHES": contrast.MATCHES}
@@ -52,35 +51,42 @@ strips = {"STRIP": contrast.STRIP, "TALL": contrast.TALL, "WIDE": contrast.WIDE}
 KERNELS += [
     (
         contrast._logits_of_rows,
-        [INT, INT, FLOAT, INT, INT, FLOAT, INT, INT, *[FLOAT] * 3, *["i32"] * 3, "fp32"],
+        [INT, INT, FLOAT, INT, INT, INT, FLOAT, INT, INT, *[FLOAT] * 3, *["i32"] * 4, "fp32"],
         {"MASKED": masked, **listed, "BLOCK_C": contrast.COLUMNS},
         {},
     )
     for masked in (True, False)
 ]
 KERNELS.append((contrast._sums_of_columns, [*[FLOAT] * 3, "i32", "i32"], strips, {}))
+KERNELS.append((contrast._sums_of_strips, [*[FLOAT] * 4, "i32", "i32"], {"WIDE": contrast.WIDE}, {}))
 KERNELS.append(
-    (contrast._through_logits, [INT, INT, INT, INT, *[FLOAT] * 5, *["i32"] * 6], listed, {}),
+    (contrast._through_logits, [INT, INT, INT, INT, INT, *[FLOAT] * 5, *["i32"] * 7, "fp32"], listed, {}),
 )
+for first, bits in radix.DIGITS:
+    digit = {"FIRST": first, "BITS": bits}
+    state = INT if first == radix.DIGITS[0][0] else "*i32"
+    of_list = [FLOAT, INT, INT, INT, INT, state, "*i32", *["i32"] * 4]
+    KERNELS.append((radix._count_digits, of_list, {**digit, "BLOCK": radix.COUNTED}, radix.OPTIONS))
+    KERNELS.append((radix._next_digit, ["*i32", state, state, "*i32", "*i32", FLOAT], digit, {}))
 for width, warps in ((768, 4), (2304, 16)):
     row = {"BLOCK": triton.next_power_of_2(width)}
     options = {"num_warps": warps}
     assert {**row, **options} == update._row_tile(width)
     KERNELS.append((update._along_and_norm, [*[FLOAT] * 4, "i32", "fp32"], row, options))
-    types = [*[FLOAT] * 6, "*fp64", *["fp32"] * 5, "i32"]
+    types = [*[FLOAT] * 7, "*fp64", *["fp32"] * 6, "i32", "i32"]
     KERNELS += [(update._adam, types, {"PROJECTED": both, "UNIT": both, **row}, options) for both in (True, False)]
-shape = [FLOAT, "i32", "i32", "i32"]
+shape = [FLOAT, INT, *["i32"] * 4]
 KERNELS += [
     (candidates._count, [FLOAT, INT, *shape], LIST, {}),
-    (candidates._write, [FLOAT, INT, INT, INT, FLOAT, "i32", *shape], LIST, {}),
+    (candidates._write, [FLOAT, INT, INT, INT, INT, FLOAT, "i32", *shape], LIST, {}),
     (candidates._count_bits, ["*i32", INT, "i32"], LIST, {}),
-    (candidates._write_bits, ["*i32", INT, INT, INT, *["i32"] * 3], LIST, {}),
+    (candidates._write_bits, ["*i32", INT, INT, INT, INT, *["i32"] * 3], LIST, {}),
 ]
 for tile, largest, even in itertools.product((screen.TILE, screen.SMALL_TILE), (True, False), (True, False)):
     options = {name: tile[name] for name in ("num_warps", "num_stages")}
     constants = {"LARGEST": largest, "EVEN": even, "LOW": tl.bfloat16, "WORD": screen.WORD, "BAND": screen.BAND}
     constants |= {name: size for name, size in tile.items() if name not in options}
-    types = [LOW, FLOAT, FLOAT, LOW, *[FLOAT] * 4, FLOAT if largest else "*i32", *["i32"] * 3]
+    types = [LOW, FLOAT, FLOAT, LOW, *[FLOAT] * 4, INT, FLOAT if largest else "*i32", *["i32"] * 4]
     KERNELS.append((screen._screen, types, constants, options))
 
 

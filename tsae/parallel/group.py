@@ -65,9 +65,9 @@ class Group:
         """Whether a flag (bool) is set in some process."""
         return flags
 
-    def sums(self, *scalars: Tensor) -> tuple[Tensor, ...]:
-        """Sums over processes of several scalars, in one collective."""
-        return scalars
+    def sums(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """Sums over processes of several small tensors, in one collective."""
+        return tensors
 
     def gather(self, tensor: Tensor) -> Tensor:
         """All processes' tensors, of equal shapes, one after the other along the first dimension."""
@@ -165,11 +165,11 @@ class Processes(Group):
     def any(self, flags: Tensor) -> Tensor:
         return self._reduced(flags.to(torch.uint8), dist.ReduceOp.MAX).bool()
 
-    def sums(self, *scalars: Tensor) -> tuple[Tensor, ...]:
+    def sums(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         # In double: a count must come out exact, whatever it is summed with.
-        packed = torch.stack([scalar.detach().to(self._device, torch.float64) for scalar in scalars])
-        totals = self._reduced(packed, dist.ReduceOp.SUM)
-        return tuple(total.to(scalar.dtype) for total, scalar in zip(totals, scalars, strict=True))
+        packed = torch.cat([tensor.detach().to(self._device, torch.float64).flatten() for tensor in tensors])
+        totals = self._reduced(packed, dist.ReduceOp.SUM).split([tensor.numel() for tensor in tensors])
+        return tuple(total.to(one.dtype).view_as(one) for total, one in zip(totals, tensors, strict=True))
 
     def gather(self, tensor: Tensor) -> Tensor:
         own = tensor.detach().contiguous()

@@ -80,6 +80,13 @@ class SparseCode(NamedTuple):
     """
     known_rows: Tensor | None = None
     """Row of each entry [n], of an empty one some row; given where there may be such."""
+    known_order: ByLatent | None = None
+    """The entries by latent, where they have been sorted."""
+
+    @property
+    def by_latent(self) -> ByLatent:
+        """The entries by latent."""
+        return self.known_order or ByLatent.of(self.rows, self.latents, self.dict_size)
 
     @property
     def rows(self) -> Tensor:
@@ -105,13 +112,15 @@ class SparseCode(NamedTuple):
 
     def within(self, latents: slice) -> Part:
         """The entries of a run of latents, which are counted from 0 again."""
-        inside, size = self.inside(latents), latents.stop - latents.start
+        size = latents.stop - latents.start
         if self.spare:
             # As many entries, those of other latents empty.
-            own = torch.where(inside, self.latents - latents.start, -1)
-            values = self.values.where(inside, 0)
-            return Part(self._replace(latents=own, values=values, dict_size=size), slice(None))
-        chosen = inside.nonzero()[:, 0]
+            outside, own = self.latents >= latents.stop, self.latents
+            if latents.start > 0:
+                outside, own = outside | (own < latents.start), own - latents.start
+            own, values = own.masked_fill(outside, -1), self.values.masked_fill(outside, 0)
+            return Part(self._replace(latents=own, values=values, dict_size=size, known_order=None), slice(None))
+        chosen = self.inside(latents).nonzero()[:, 0]
         offsets = torch.searchsorted(chosen, self.offsets)
         return Part(SparseCode(offsets, self.latents[chosen] - latents.start, self.values[chosen], size), chosen)
 
@@ -167,7 +176,10 @@ class Part(NamedTuple):
 
     def add(self, values: Tensor, out: Tensor) -> None:
         """Add to `out` [n of the whole] what belongs to the part's entries; 0 to empty ones."""
-        out[self.places] += values
+        if isinstance(self.places, slice):
+            out[self.places].add_(values)
+        else:
+            out[self.places] += values
 
 
 def from_entries(rows: Tensor, latents: Tensor, values: Tensor, n_rows: int, dict_size: int) -> SparseCode:
@@ -205,7 +217,7 @@ def weighted_rows(code: SparseCode, matrix: Tensor) -> Tensor:
     """code [N, F] @ matrix [F, D] → [N, D]: each row sums its latents' rows of the matrix."""
     kernels = kernels_for(matrix)
     if kernels is not None:
-        return kernels.weighted_rows(code.offsets, code.latents, code.values, matrix)
+        return kernels.weighted_rows((code.offsets[:-1], code.offsets[1:]), code.latents, code.values, matrix)
     return embedding_bag(
         code.latents, matrix, code.offsets, mode="sum", per_sample_weights=code.values, include_last_offset=True
     )
@@ -226,7 +238,7 @@ def segment_sums(values: Tensor, offsets: Tensor) -> Tensor:
     """Sum of values [n] between successive `offsets` [R + 1] → [R], always in the same order."""
     kernels = kernels_for(values)
     if kernels is not None:
-        return kernels.segment_sums(values, offsets)
+        return kernels.segment_sums(values, (offsets[:-1], offsets[1:]))
     return torch.segment_reduce(values, "sum", offsets=offsets, initial=0)
 
 
@@ -263,11 +275,13 @@ class ByLatent(NamedTuple):
     """The entries of a code in order of their latents: what sums over tokens need."""
 
     order: Tensor
-    """Permutation of the entries [n]."""
+    """Places of the entries [n]; for what lies outside of all latents' bounds, some place."""
     rows: Tensor
     """Row of each entry in that order [n]."""
     offsets: Tensor
-    """Where each latent's entries begin [F + 1]."""
+    """Where each latent's entries begin [F + 1], or [F] if `stops` are given."""
+    stops: Tensor | None = None
+    """Where they end [F], if not where the next latent's begin."""
 
     @classmethod
     def of(cls, rows: Tensor, latents: Tensor, dict_size: int) -> ByLatent:
@@ -276,6 +290,32 @@ class ByLatent(NamedTuple):
         ascending, order = latents.int().sort(stable=True)
         bounds = torch.arange(dict_size + 1, dtype=torch.int32, device=latents.device)
         return cls(order, rows[order], torch.searchsorted(ascending, bounds))
+
+    @classmethod
+    def of_two(cls, one: SparseCode, other: SparseCode) -> tuple[ByLatent, ByLatent, ByLatent]:
+        """Those of two codes with spare entries, of as many rows, by one sort; and that of both together.
+
+        In the latter the second's entries, and their rows, are counted on from the first's, and of each latent the first's
+        come first.
+        """
+        count, n_rows, size = len(one.latents), len(one.offsets) - 1, max(one.dict_size, other.dict_size)
+        # An empty entry, of latent −1, becomes −2 or −1.
+        ascending, order = torch.cat([2 * one.latents, 2 * other.latents + 1]).int().sort(stable=True)
+        places = torch.arange(2 * size + 1, dtype=torch.int32, device=ascending.device)
+        bounds = torch.searchsorted(ascending, places)
+        own, others = order.clamp_max(count - 1), (order - count).clamp_min_(0)
+        begin, middle, end = bounds[:-1:2], bounds[1::2], bounds[2::2]
+        rows = torch.cat([one.rows, other.rows + n_rows])
+        return (
+            cls(own, one.rows[own], begin, middle),
+            cls(others, other.rows[others], middle, end),
+            cls(order, rows[order], begin, end),
+        )
+
+    @property
+    def bounds(self) -> tuple[Tensor, Tensor]:
+        """Where each latent's entries begin and end; two of [F]."""
+        return (self.offsets[:-1], self.offsets[1:]) if self.stops is None else (self.offsets, self.stops)
 
     def of_other_rows(self, rows: Tensor) -> ByLatent:
         """Entries of the same latents in the same order, but of these rows [n]."""
@@ -310,13 +350,17 @@ class ByLatent(NamedTuple):
 
     def sum_values(self, values: Tensor, out: Tensor) -> None:
         """Σ of a latent's values into `out` [F]; `values` [n] in the code's own order."""
-        out.copy_(segment_sums(values[self.order], self.offsets))
+        kernels = kernels_for(values)
+        if kernels is not None:
+            kernels.segment_sums(values[self.order], self.bounds, out)
+        else:
+            out.copy_(segment_sums(values[self.order], self.offsets))
 
     def _sum_rows_at_once(self, weights: Tensor, x: Tensor, out: Tensor) -> None:
         """Without chunks: on CUDA each of them would wait for the GPU to know its bounds."""
         kernels = kernels_for(x)
         if kernels is not None:
-            kernels.weighted_rows(self.offsets, self.rows, weights, x, out)
+            kernels.weighted_rows(self.bounds, self.rows, weights, x, out)
         else:
             code = SparseCode(self.offsets, self.rows, weights, len(x))
             out.copy_(weighted_rows(code, x))

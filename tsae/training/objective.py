@@ -42,9 +42,9 @@ class Weights:
     """Latents that each nested reconstruction adds to those before it: the groups', but where one is cut for `coarse_fraction`."""
     ends: tuple[int, ...]
     """Which of them is the last of each group [G]."""
-    part_weights: tuple[Number, ...]
-    """Weight of each of them, the reduction over groups included."""
-    group_weights: tuple[Number, ...]
+    part_weights: tuple[float, ...] | Tensor
+    """Weight of each of them, the reduction over groups included [P]."""
+    group_weights: tuple[float, ...] | Tensor
     """The same before the reduction."""
     reduction: float
     """What makes one of the other."""
@@ -131,20 +131,19 @@ class Weights:
             prediction=alpha * self.first * self.reduction,
         )
 
+    def numbers(self) -> list[float]:
+        """What `on_device` takes from there, as the host knows it."""
+        return [float(each) for each in (self.temporal_alpha, *self.group_weights, *self.part_weights, self.prediction)]
+
     def on_device(self, numbers: Tensor) -> Weights:
-        """The same with what `at` changes in the places of `numbers` [4], where it is also written."""
-        changing = (self.temporal_alpha, self.prediction, self.group_weights[0], self.part_weights[0])
-        for place, number in zip(numbers, changing, strict=True):
-            place.fill_(number)
-        alpha, prediction, of_group, of_part = numbers
-        if not self.predicts:
-            return replace(self, temporal_alpha=alpha)
+        """The same with its `numbers` [2 + 2P] on the device, where they can change under launches that are recorded."""
+        alpha, of_groups, of_parts, prediction = numbers.split([1, len(self.parts), len(self.parts), 1])
         return replace(
             self,
-            temporal_alpha=alpha,
-            prediction=prediction,
-            group_weights=(of_group, *self.group_weights[1:]),
-            part_weights=(of_part, *self.part_weights[1:]),
+            temporal_alpha=alpha[0],
+            group_weights=of_groups,
+            part_weights=of_parts,
+            prediction=prediction[0],
         )
 
 
@@ -170,16 +169,18 @@ class Losses(NamedTuple):
     auxk_loss: Tensor
     temp_loss: Tensor
     """Temporal term before its weight; 0 without one. Of prediction the error against the partner."""
-    error: Tensor
-    """Residual of the full reconstruction [B, D], detached."""
+    squared_error: Tensor
+    """Of the full reconstruction, summed over this process's rows."""
     group_errors: Tensor
-    """Squared error of what each group reconstructs with the decoder's bias, without the others, summed over the rows [G]."""
+    """The same of what each group reconstructs with the decoder's bias, without the others [G]."""
     temp_gradient: Tensor
     """Largest absolute gradient of the temporal term with respect to the current tokens' codes; 0 of prediction."""
     sparsity_loss: Tensor = torch.zeros(())
     """Penalty for dense codes, its weight included; 0 where selection makes them sparse."""
     sparsity_weight: Tensor = torch.zeros(())
     """That weight, which may be adjusted during training."""
+    variance: Tensor | None = None
+    """Mean squared distance of the whole batch's tokens from their mean, where the objective needed it."""
 
 
 class Encoded(NamedTuple):
@@ -259,11 +260,12 @@ def objective(
     `document` [B] tells which pairs are of one document; it is needed where those are no negatives.
     """
     group_losses, error = nested_reconstruction(dictionary, codes.current, current, weights)
+    spread = variance(current) if weights.relative else None
     with torch.no_grad():
         by_itself = [codes.current[:, group] @ dictionary.W_dec[group] for group in dictionary.group_slices]
         alone = torch.stack([(current - dictionary.b_dec - part).pow(2).sum() for part in by_itself])
-    if weights.relative:
-        group_losses = group_losses / variance(current)
+    if spread is not None:
+        group_losses = group_losses / spread
     l2_loss = group_losses.sum() * weights.reduction
     auxk = auxiliary(dictionary, codes.pre, error, dead, weights.aux_k)
     temporal = l2_loss.new_zeros(())
@@ -279,10 +281,11 @@ def objective(
         high = weights.parts[0]
         predicted = codes.current[:, high] @ dictionary.W_dec[high] + dictionary.b_dec
         temporal = (partner - predicted).pow(2).sum(dim=-1).mean()
-        if weights.relative:
-            temporal = temporal / variance(current)
+        if spread is not None:
+            temporal = temporal / spread
         loss = l2_loss + weights.auxk_alpha * auxk + weights.prediction * temporal
-    return Losses(loss, l2_loss, group_losses, auxk, temporal, error, alone, l2_loss.new_zeros(()))
+    terms = loss, l2_loss, group_losses, auxk, temporal, error.square().sum(), alone
+    return Losses(*terms, temp_gradient=l2_loss.new_zeros(()), variance=spread)
 
 
 @phase("decode")
@@ -358,4 +361,5 @@ class DenseEngine(Engine[ThresholdDictionary]):
             losses = losses._replace(temp_gradient=(gradient * (encoded.codes.current > 0)).abs().max())
         with phase("weight gradients"):
             losses.loss.backward()
-        return Losses(*(term.detach() for term in losses)), whole_gradients(dictionary, EVERYTHING.part)
+        detached = {name: term.detach() for name, term in losses._asdict().items() if term is not None}
+        return losses._replace(**detached), whole_gradients(dictionary, EVERYTHING.part)

@@ -64,8 +64,7 @@ class PenaltyEngine(Engine[Dictionary]):
     ) -> tuple[Losses, Gradients]:
         del weights, partner, dead, document
         penalised: Penalised = encoded.codes
-        error = current - dictionary.decode(penalised.f)
-        squares = error.pow(2)
+        squares = (current - dictionary.decode(penalised.f)).pow(2)
         l2_loss = squares.sum(dim=-1).mean()
         weight = l2_loss.new_full((), self._current_weight(dictionary, current))
         sparsity = weight * penalised.penalty
@@ -78,9 +77,8 @@ class PenaltyEngine(Engine[Dictionary]):
         self._sum_what_is_made(dictionary)
         (loss_here / self._group.world).backward()
         zero = l2_loss.new_zeros(())
-        terms = Losses(
-            loss, l2_loss, l2_loss[None], auxiliary, zero, error, squares.sum()[None], zero, sparsity, weight
-        )
+        error = squares.detach().sum()
+        terms = loss, l2_loss, l2_loss[None], auxiliary, zero, error, error[None], zero, sparsity, weight
         return Losses(*(term.detach() for term in terms)), whole_gradients(dictionary, self._shard.part)
 
     def _sum_what_is_made(self, dictionary: Dictionary) -> None:

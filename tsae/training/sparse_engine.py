@@ -12,7 +12,7 @@ Shapes: B rows, D activation_dim, F dict_size, G groups, n entries.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable
 from functools import partial
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -165,20 +165,23 @@ class SparseEngine(Engine[ThresholdDictionary]):
         codes: _Codes = encoded.codes
         n_rows, slices = len(current), weights.parts
         divisor: float | Tensor = n_rows * self._group.world
+        spread = None
         if weights.relative:
             mean = self._group.mean(current.mean(dim=0))
-            divisor = divisor * _number(self._group.mean(row_squares(current, mean).mean()))
+            spread = self._group.mean(row_squares(current, mean).mean())
+            divisor = divisor * _number(spread)
         gradients = SparseGradients(dictionary, self._deterministic, self._group.world == 1, self._shard)
-        code = codes.current
+        code, contrasts = codes.current, weights.temporal is not None and codes.partner is not None
         # Among spare entries parts are as long as the whole, and only a term of codes needs one.
-        parts = [code.within(group) for group in (slices[:1] if code.spare else slices)]
+        parts = [code.within(group) for group in (slices[: int(contrasts)] if code.spare else slices)]
         centred = codes.centred[:n_rows]
         with phase("decode"):
             residuals, squares, alone = _residuals(dictionary, weights, code, parts, centred)
         # A tensor in double precision, as it is on a GPU, would make the losses double.
         single = divisor.to(centred.dtype) if isinstance(divisor, Tensor) else divisor
-        group_losses = torch.stack(
-            [weight * square / single for weight, square in zip(weights.group_weights, squares, strict=True)]
+        of_groups = weights.group_weights
+        group_losses = (
+            squares * (of_groups if isinstance(of_groups, Tensor) else squares.new_tensor(of_groups)) / single
         )
         auxk, revived = self._auxiliary(dictionary, weights, centred, residuals[-1], dead)
         predicted = (current, partner) if weights.predicts and partner is not None else None
@@ -186,15 +189,17 @@ class SparseEngine(Engine[ThresholdDictionary]):
         term, partner_high = None, None
         if weights.temporal is not None and codes.partner is not None and partner is not None:
             with phase("contrast"):
-                partner_high = codes.partner.within(slices[0]).code
+                high, partner_high = parts[0].code, codes.partner.within(slices[0]).code
+                if code.spare:
+                    high, partner_high = gradients.sorted(code, high, partner_high)
                 document = None if weights.same_document else document
                 form = document, weights.similarity, weights.temperature
                 pairs = Pairs(current, partner, *form, self._group, self._negatives)
-                term = weights.temporal.sparse(parts[0].code, partner_high, pairs, weights.temporal_weight)
+                term = weights.temporal.sparse(high, partner_high, pairs, weights.temporal_weight)
         here = term.loss if term else group_losses.new_zeros(())
         if through.unpredicted is not None:
             here = through.unpredicted / single
-        *summed, temporal = self._group.sums(*group_losses, here)
+        group_losses, temporal = self._group.sums(group_losses, here)
         # From here on nothing is exchanged but gradients: what came after them would wait for them.
         gradients.decoder(through.entries, through.back, revived)
         entries = [Entries(codes.current.rows, codes.current.latents, through.value_gradient)]
@@ -204,12 +209,14 @@ class SparseEngine(Engine[ThresholdDictionary]):
             entries.append(Entries(partner_high.rows + n_rows, partner_high.latents, of_partner))
         gradients.encoder(entries, codes.centred, revived)
 
-        group_losses = torch.stack(summed)
         l2_loss = group_losses.sum() * weights.reduction
         weight = weights.prediction if predicted else weights.temporal_alpha
         loss = l2_loss + weights.auxk_alpha * auxk + weight * temporal
-        strongest = term.current.abs().max() if term and len(term.current) else l2_loss.new_zeros(())
-        losses = Losses(loss, l2_loss, group_losses, auxk, temporal, residuals[-1], torch.stack(alone), strongest)
+        of_term = term.current if term and len(term.current) else l2_loss[None] * 0
+        strongest = torch.linalg.vector_norm(of_term, torch.inf)
+        losses = Losses(
+            loss, l2_loss, group_losses, auxk, temporal, squares[-1], alone, temp_gradient=strongest, variance=spread
+        )
         return losses, gradients.made
 
     def settled(self, encoded: Encoded, counts: Late | None) -> bool:
@@ -289,7 +296,7 @@ class SparseEngine(Engine[ThresholdDictionary]):
         loss = unexplained / variance
         factor = -2 * weights.auxk_alpha / (len(error) * self._group.world * variance)
         if most is not None:
-            factor = factor.where(torch.isfinite(loss), 0)
+            factor = factor.where(loss.abs() < torch.inf, 0)
         elif not torch.isfinite(loss):
             return loss.nan_to_num(0.0), None
         back = difference.mul_(factor)
@@ -298,15 +305,17 @@ class SparseEngine(Engine[ThresholdDictionary]):
 
 def _residuals(
     dictionary: ThresholdDictionary, weights: Weights, code: SparseCode, parts: list[Part], centred: Tensor
-) -> tuple[Tensor | list[Tensor], Sequence[Tensor], list[Tensor]]:
-    """Centred inputs [B, D] less each nested reconstruction, and the sum of its squares; and that of each group's alone."""
+) -> tuple[Tensor | list[Tensor], Tensor, Tensor]:
+    """Centred inputs [B, D] less each nested reconstruction, and the sum of its squares [P]; and that of each group's alone [G]."""
     if code.spare:
         kernels = kernels_that_run(centred)
         csr = code.offsets, code.latents, code.values
         residuals, squares, alone = kernels.nested_residuals(
             *csr, dictionary.W_dec, centred, weights.parts, weights.ends
         )
-        return residuals, squares.unbind(), [alone[end] for end in weights.ends]
+        if len(weights.ends) < len(weights.parts):
+            alone = torch.stack([alone[end] for end in weights.ends])
+        return residuals, squares, alone
     residuals = [centred]
     for part, latents in zip(parts, weights.parts, strict=True):
         # A part's reconstruction adds to that of the parts before it.
@@ -314,7 +323,7 @@ def _residuals(
     # A group is what it takes from the residual before it; nothing is decoded again.
     after_groups = [centred, *(residuals[end + 1] for end in weights.ends)]
     alone = [(centred - before + after).square().sum() for before, after in pairwise(after_groups)]
-    return residuals[1:], [residual.square().sum() for residual in residuals[1:]], alone
+    return residuals[1:], torch.stack([residual.square().sum() for residual in residuals[1:]]), torch.stack(alone)
 
 
 class _Through(NamedTuple):
@@ -355,9 +364,8 @@ def _through_decoder(
         factors = torch.stack([n if isinstance(n, Tensor) else residuals.new_full((), n) for n in numbers])
         backs, unpredicted = kernels.nested_gradients(residuals, -2 * factors / divisor, predicted)
         # Parts have as many entries as the whole: rather all at once.
-        rows = code.rows
-        for group in weights.parts[1:]:
-            rows = rows + batch * (code.latents >= group.start)
+        begin = kernels.bounds(weights.parts, residuals.device)[1:-1]
+        rows = torch.add(code.rows, torch.bucketize(code.latents, begin, right=True), alpha=batch)
         value_gradient = products_at(rows, code.latents, backs.flatten(0, 1), dictionary.W_dec)
         return _Through(value_gradient, [Entries(rows, code.latents, code.values)], backs, unpredicted)
     value_gradient, entries, unpredicted = torch.zeros_like(code.values), [], None
@@ -392,9 +400,22 @@ class SparseGradients:
         self._dictionary, self._shard, self.made = dictionary, shard, {}
         self._sorted: tuple[Tensor, ByLatent] | None = None
         """Latents of entries, and their order: the encoder's are the decoder's where no partner is coded."""
+        self._orders: tuple[ByLatent | None, ByLatent | None] = None, None
+        """That of the decoder's and that of the encoder's, where both have been sorted already."""
         self._whole = not alone or W_dec.is_cuda or kernels_for(W_dec) is not None
         # Atomic additions pay only on CUDA.
         self._in_order = deterministic or not W_dec.is_cuda
+
+    def sorted(self, code: SparseCode, high: SparseCode, partner: SparseCode) -> tuple[SparseCode, SparseCode]:
+        """Sort the entries of a code and its partner's at once: all that is to be sorted in this step.
+
+        Returns the high-level parts of both, which know their order. The entries have to be spare ones.
+        """
+        if not self._in_order:
+            return high, partner
+        own, others, both = ByLatent.of_two(code, partner)
+        self._orders = own, both
+        return high._replace(known_order=own), partner._replace(known_order=others)
 
     @phase("weight gradients")
     def decoder(self, entries: list[Entries], back: Tensor, revived: Revived | None) -> None:
@@ -404,8 +425,10 @@ class SparseGradients:
         """
         W_dec, b_dec = self._dictionary.W_dec, self._dictionary.b_dec
         dense = None if revived is None else DenseRows(revived.latents, revived.decoder)
-        self._matrix(W_dec, _joined(entries), back.flatten(0, 1), dense)
-        self._vector(b_dec).copy_(back[0].sum(dim=0))
+        order = self._orders[0]
+        order = None if order is None else order.of_other_rows(entries[0].rows)
+        self._matrix(W_dec, entries, _one([each.gradient for each in entries]), back.flatten(0, 1), dense, order)
+        torch.sum(back[0], dim=0, out=self._vector(b_dec))
         if self._whole:
             self._shard.start_sum(DECODER, _buffer(W_dec))
 
@@ -415,16 +438,17 @@ class SparseGradients:
 
         Aux-k looks at the first of the inputs alone.
         """
-        dictionary, joined, dense = self._dictionary, _joined(entries), None
+        dictionary, dense, gradient = self._dictionary, None, _one([each.gradient for each in entries])
         b_enc, b_dec = self._vector(dictionary.b_enc), self._vector(dictionary.b_dec)
         if revived is not None:
             with phase("aux-k"):
                 dense = DenseRows(revived.latents, revived.gradient.T @ centred[: len(revived.gradient)])
-        by_latents = self._matrix(dictionary.W_enc, joined, centred, dense)
-        if by_latents is not None:
-            by_latents.sum_values(joined.gradient, b_enc)
+        order = self._matrix(dictionary.W_enc, entries, gradient, centred, dense, self._orders[1])
+        if order is not None:
+            order.sum_values(gradient, b_enc)
         else:
-            b_enc.zero_().index_add_(0, joined.latents.clamp_min(0), joined.gradient)
+            latents = _places(entries)[1]
+            b_enc.zero_().index_add_(0, latents.clamp_min(0), gradient)
         if revived is not None:
             b_enc.index_add_(0, revived.latents, revived.gradient.sum(dim=0))
         # Both halves are centred by b_dec before they are encoded.
@@ -432,28 +456,39 @@ class SparseGradients:
         if self._whole:
             self._shard.start_sum(OTHERS, by_latent(_buffer(dictionary.W_enc)), b_enc, b_dec)
 
-    def _matrix(self, parameter: Tensor, entries: Entries, x: Tensor, dense: DenseRows | None) -> ByLatent | None:
-        """Take in the gradient of a matrix; returns the order of its entries if they were sorted."""
-        in_order = None
-        if self._in_order:
-            if self._sorted is not None and self._sorted[0] is entries.latents:
-                in_order = self._sorted[1].of_other_rows(entries.rows)
+    def _matrix(
+        self,
+        parameter: Tensor,
+        entries: list[Entries],
+        gradient: Tensor,
+        x: Tensor,
+        dense: DenseRows | None,
+        order: ByLatent | None,
+    ) -> ByLatent | None:
+        """Take in the gradient of a matrix from entries, whose gradients [n] are given together, too, and perhaps their order.
+
+        Returns the order if there is one.
+        """
+        if order is None and self._in_order:
+            rows, latents = _places(entries)
+            if self._sorted is not None and self._sorted[0] is latents:
+                order = self._sorted[1].of_other_rows(rows)
             else:
-                in_order = ByLatent.of(entries.rows, entries.latents, self._dictionary.dict_size)
-                self._sorted = entries.latents, in_order
-        if in_order is not None and not self._whole:
-            self.made[parameter] = RowSums(in_order, entries.gradient, x, dense)
-            return in_order
+                order = ByLatent.of(rows, latents, self._dictionary.dict_size)
+                self._sorted = latents, order
+        if order is not None and not self._whole:
+            self.made[parameter] = RowSums(order, gradient, x, dense)
+            return order
         buffer = _buffer(parameter)
-        rows = by_latent(buffer)
-        if in_order is not None:
-            in_order.sum_rows(entries.gradient, x, rows, chunk_rows(rows))
+        sums = by_latent(buffer)
+        if order is not None:
+            order.sum_rows(gradient, x, sums, chunk_rows(sums))
         else:
-            add_rows(entries.rows, entries.latents, entries.gradient, x, rows)
+            add_rows(*_places(entries), gradient, x, sums)
         if dense is not None:
-            rows.index_add_(0, dense.latents, dense.rows)
+            sums.index_add_(0, dense.latents, dense.rows)
         self.made[parameter] = WholeGradient(self._shard.part(buffer))
-        return in_order
+        return order
 
     def _vector(self, parameter: Tensor) -> Tensor:
         buffer = _buffer(parameter)
@@ -473,10 +508,14 @@ def _first_set(flags: Tensor, most: int) -> Tensor:
     return numbers.new_full((most + 1,), -1).scatter_(0, places, numbers)[:most]
 
 
-def _joined(entries: list[Entries]) -> Entries:
-    if len(entries) == 1:
-        return entries[0]
-    return Entries(*(torch.cat(parts) for parts in zip(*entries, strict=True)))
+def _places(entries: list[Entries]) -> tuple[Tensor, Tensor]:
+    """Rows and latents of all."""
+    return _one([each.rows for each in entries]), _one([each.latents for each in entries])
+
+
+def _one(tensors: list[Tensor]) -> Tensor:
+    """One after the other; if it is one, the same tensor."""
+    return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
 
 
 def _buffer(parameter: Tensor) -> Tensor:

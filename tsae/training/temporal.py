@@ -21,7 +21,7 @@ from torch.nn.functional import cosine_similarity, cross_entropy
 
 from tsae.config.run import RunConfig, group_weights
 from tsae.parallel.group import ALONE, Group, starts
-from tsae.sae.sparse import ByLatent, Part, SparseCode, kernels_for, kernels_that_run, sampled_products, weighted_rows
+from tsae.sae.sparse import Part, SparseCode, kernels_for, kernels_that_run, sampled_products, weighted_rows
 
 EXCLUDED = -1e30
 """The logit of a pair that is not to count."""
@@ -180,9 +180,11 @@ def _contrastive_dots(high: SparseCode, other: SparseCode, pairs: Pairs, scale: 
         high, others, n_rows * group.rank, temperature, documents
     )
     row_lse, true, top, column_sum = logits.sums()
-    highest = group.max(top)
-    column_lse = highest + group.sum(column_sum * (top - highest).exp()).log()
-    loss = scale * (row_lse + column_lse[group.share(n_rows)] - 2 * true).mean() / group.world
+    if group.world > 1:
+        highest = group.max(top)
+        top, column_sum = highest, group.sum(column_sum * (top - highest).exp())
+    column_lse = top + column_sum.log()
+    loss = (row_lse + column_lse[group.share(n_rows)]).sub_(true, alpha=2).mean() * (scale / group.world)
     factor = scale / (n_rows * group.world * temperature)
     current, partner = logits.gradients(row_lse, column_lse, factor)
     return Differentiated(loss, current, group.sum(partner)[mine])
@@ -272,9 +274,9 @@ class _LogitsOfMatches(_Logits):
             logits = self._block(rows) if self._logits is None else self._logits
             own, lse = self.shift + rows.start, (row_lse, column_lse)
             through = self._kernels.through_logits
-            through(self.high[:2], rows, self._by_latent[1], 0, logits, lse, own, current)
-            through(self.others[:2], every, self._by_latent[0], rows.start, logits.T, lse[::-1], -own, partner)
-        return factor * current, factor * partner
+            through(self.high[:2], rows, self._by_latent[1], 0, logits, lse, own, factor, current)
+            through(self.others[:2], every, self._by_latent[0], rows.start, logits.T, lse[::-1], -own, factor, partner)
+        return current, partner
 
     def _block(self, rows: slice) -> Tensor:
         logits: Tensor = self._kernels.logits_of_rows(
@@ -302,12 +304,10 @@ class _LogitsOfMatches(_Logits):
         return [slice(start, min(start + size, n_rows)) for start in range(0, n_rows, size)]
 
     @cached_property
-    def _by_latent(self) -> list[tuple[Tensor, Tensor, Tensor]]:
-        """Both codes' entries by latent: offsets, rows and values."""
-        sorted_codes = [ByLatent.of(code.rows, code.latents, code.dict_size) for code in (self.high, self.others)]
+    def _by_latent(self) -> list[tuple[tuple[Tensor, Tensor], Tensor, Tensor]]:
+        """Both codes' entries by latent: where they begin and end, rows and values."""
         return [
-            (by.offsets, by.rows, code.values[by.order])
-            for by, code in zip(sorted_codes, (self.high, self.others), strict=True)
+            (by.bounds, by.rows, code.values[by.order]) for code in (self.high, self.others) for by in (code.by_latent,)
         ]
 
     @property

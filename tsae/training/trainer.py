@@ -114,7 +114,7 @@ class Trainer:
         if start is not None:
             begin_with(dictionary, start, self.scale, shift)
         self._fresh, self._started = state_dict is None, start is not None
-        self.weights = Weights.of(config, activation_dim)
+        self.weights = self._resolved = Weights.of(config, activation_dim)
         if self.weights.paired and isinstance(dictionary, MatryoshkaBatchTopKSAE) and config.objective.high_share:
             dictionary.reserve(config.objective.high_share)
         self.dictionary: Dictionary = dictionary.to(device)
@@ -138,7 +138,9 @@ class Trainer:
         self.tokens_since_fired = torch.zeros(config.sae.dict_size, dtype=torch.int64, device=device)
         b_dec = self.dictionary.b_dec.detach()
         # Where the host does not look at the data it need not know the weights either, which change.
-        self._numbers = b_dec.new_zeros(4) if group.world == 1 and kernels_for(b_dec) is not None else None
+        self._told = self.weights.numbers()
+        late = group.world == 1 and kernels_for(b_dec) is not None
+        self._numbers = b_dec.new_tensor(self._told) if late else None
         records = self.settings.cuda_graphs and b_dec.is_cuda
         self.recordings = Recordings(on_cuda(b_dec.device)) if records else None
         self._may_die: tuple[int, int, Late] | None = None
@@ -152,10 +154,7 @@ class Trainer:
         """
         tokens = len(batch) * self.group.world
         self.group.take_bytes()  # only this step's are counted
-        if 2 * (self.steps_done - 1) < self.settings.steps:  # in the step before they may still have changed
-            self.weights = self.weights.at(self.steps_done / self.settings.steps)
-            if self._numbers is not None:
-                self.weights = self.weights.on_device(self._numbers)
+        self._weigh()
         if self.steps_done == 0 and not self._started and (self._fresh or self.dictionary.centre_input):
             centre(self.dictionary, geometric_median(self.group.gather(self._halves(batch)[0])))
         needs_document = not self.weights.same_document and self.weights.paired
@@ -229,12 +228,14 @@ class Trainer:
 
     def _tell(self, encoded: Encoded, losses: Losses, dead: Tensor, current: Tensor) -> Terms:
         """The terms, but for what is no part's."""
-        mean = self.group.mean(current.mean(dim=0))
-        squares = sum_of_squares(losses.error), sum_of_squares(current, mean)
+        spread = losses.variance
+        if spread is None:
+            mean = self.group.mean(current.mean(dim=0))
+            spread = sum_of_squares(current, mean)
+        else:
+            spread = spread * len(current)
         of_groups = encoded.n_active, encoded.mass, losses.group_errors
-        by_group = (value for group in zip(*of_groups, strict=True) for value in group)
-        error, variance, *summed = self.group.sums(*squares, *by_group)
-        active, mass, alone = (torch.stack(summed[i :: len(of_groups)]) for i in range(len(of_groups)))
+        error, variance, active, mass, alone = self.group.sums(losses.squared_error, spread, *of_groups)
         return Terms(
             losses.loss,
             losses.l2_loss,
@@ -256,6 +257,18 @@ class Trainer:
             lr=0.0,
             bytes_handed=0,
         )
+
+    def _weigh(self) -> None:
+        """Set the objective's weights for the next step; on a GPU they change where recorded launches look for them."""
+        self.weights = self._resolved.at(self.steps_done / self.settings.steps)
+        if self._numbers is None:
+            return
+        numbers = self.weights.numbers()
+        for place, (number, told) in enumerate(zip(numbers, self._told, strict=True)):
+            if number != told:
+                self._numbers[place].fill_(number)
+        self._told = numbers
+        self.weights = self.weights.on_device(self._numbers)
 
     def set_silent(self, latents: Tensor, tokens: int) -> None:
         """Take some latents to have been silent for so many tokens."""
@@ -302,9 +315,8 @@ class Trainer:
         if isinstance(self.dictionary, ThresholdDictionary):
             beta, before = self.settings.threshold_beta, torch.stack(self.dictionary.thresholds)
             moved = torch.where(before < 0, cuts, beta * before + (1 - beta) * cuts)
-            moved = torch.where(torch.isfinite(cuts), moved, before)
-            for threshold, value in zip(self.dictionary.thresholds, moved, strict=True):
-                threshold.copy_(value)
+            moved = torch.where(cuts < torch.inf, moved, before)
+            torch._foreach_copy_(list(self.dictionary.thresholds), list(moved.unbind()))
 
     def _dying(self, tokens: int) -> Tensor:
         """How many latents will be dead unless a step of so many tokens wakes them."""
@@ -332,9 +344,11 @@ class Trainer:
         return min(-(-most // unit) * unit, self.config.sae.dict_size)
 
     def _threshold(self) -> Tensor:
-        threshold = getattr(self.dictionary, "threshold", self.dictionary.b_dec.new_zeros(()))
-        mean = threshold.detach().mean()
-        return torch.where(mean < 0, mean, mean * self.scale)  # −1 is a mark, not a number to be scaled
+        threshold = getattr(self.dictionary, "threshold", None)
+        if threshold is None:
+            return self.dictionary.b_dec.new_zeros(())
+        mean: Tensor = threshold.detach().mean()
+        return mean if self.scale == 1 else torch.where(mean < 0, mean, mean * self.scale)  # −1 is a mark
 
     def state(self) -> dict[str, Any]:
         """Everything that a bit-exact continuation needs, besides the configuration; whole in the first process.
@@ -356,9 +370,7 @@ class Trainer:
         self.engine.load_state(state["engine"])
         self.tokens_since_fired.copy_(state["tokens_since_fired"])
         self.steps_done = int(state["steps_done"])
-        self.weights = self.weights.at(self.steps_done / self.settings.steps)
-        if self._numbers is not None:
-            self.weights = self.weights.on_device(self._numbers)
+        self._weigh()
         self._bound_dead(self.settings.batch_size)
 
 

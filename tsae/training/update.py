@@ -177,9 +177,9 @@ class WholeGradient:
             gradient.addcmul_(weights, (self._along[rows] * factor)[:, None], value=-1)
         return gradient
 
-    def update(self, kernels: ModuleType, weights: Tensor, factor: Tensor, **adam: Any) -> None:
-        """Adam's step on a matrix [F, D], `factor` times this being its gradient, by `kernels.adam_rows`."""
-        kernels.adam_rows(weights, self._gradient, self._along, factor=factor, **adam)
+    def update(self, kernels: ModuleType, weights: Tensor, **settings: Any) -> None:
+        """Adam's step on weights like this, by `kernels.adam`."""
+        kernels.adam(weights, self._gradient, self._along, **settings)
 
 
 class DenseRows(NamedTuple):
@@ -332,25 +332,31 @@ class Adam(torch.optim.Adam):
         self._shard = shard
         first = self.param_groups[0]
         logarithms = [math.log(beta) if beta else -math.inf for beta in first["betas"]]
-        # In double precision: single precision would leave four digits of 1 − 0.999^step.
         self._logarithms = torch.tensor(logarithms, dtype=torch.float64, device=first["params"][0].device)
 
     @phase("optimizer")
     @torch.no_grad()
     def update(self, gradients: Gradients, norm: Tensor, clip_norm: float, normalised: Tensor | None) -> None:
         """One step on gradients of the given norm, clipped to `clip_norm`; scales the rows of `normalised` to norm 1."""
-        factor = (clip_norm / (norm + 1e-6)).clamp_max(1.0)
-        waits = []
+        waits, steps = [], []
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter in gradients:
-                    self._update(parameter, gradients[parameter], group, factor, parameter is normalised)
+                    self._update(parameter, gradients[parameter], group, norm, clip_norm, parameter is normalised)
                     waits.append(self._shard.start_spread(parameter.data))
+                    steps.append(self.state[parameter]["step"])
+        torch._foreach_add_(steps, 1)
         for wait in waits:
             wait()
 
     def _update(
-        self, parameter: Tensor, gradient: Gradient, group: dict[str, Any], factor: Tensor, unit_rows: bool
+        self,
+        parameter: Tensor,
+        gradient: Gradient,
+        group: dict[str, Any],
+        norm: Tensor,
+        clip_norm: float,
+        unit_rows: bool,
     ) -> None:
         part, state = self._shard.part(parameter.data), self.state[parameter]
         if not state:
@@ -359,17 +365,16 @@ class Adam(torch.optim.Adam):
                 state[name] = torch.zeros_like(part, memory_format=torch.preserve_format)
         tensors = (part, *(state[name] for name in MOMENTS))
         beta1, beta2 = group["betas"]
-        kernels = kernels_for(part) if part.ndim > 1 else None
+        kernels = kernels_for(part)
         if kernels is not None and isinstance(gradient, WholeGradient):
-            state["step"] += 1
-            corrections = -torch.expm1(state["step"] * self._logarithms)
             rows, *moments = map(by_latent, tensors)
             gradient.update(
-                kernels, rows, factor, moments=moments, corrections=corrections, lr=group["lr"], betas=group["betas"],
-                epsilon=group["eps"], unit=EPSILON if unit_rows else None,
+                kernels, rows, moments=moments, norm=norm, clip_norm=clip_norm, steps=state["step"],
+                logarithms=self._logarithms, lr=group["lr"], betas=group["betas"], epsilon=group["eps"],
+                unit=EPSILON if unit_rows else None,
             )  # fmt: skip
             return
-        done = 0
+        done, factor = 0, (clip_norm / (norm + 1e-6)).clamp_max(1.0)
         for rows, first, second in zip(*map(chunks, tensors), strict=True):
             clipped = gradient.chunk(done, rows, factor)
             done += len(rows)
@@ -381,7 +386,6 @@ class Adam(torch.optim.Adam):
             )  # fmt: skip
             if unit_rows:
                 normalise_rows(rows)
-        state["step"] += 1
 
     def whole_state(self) -> dict[str, Any]:
         """The state of all processes, in the first one, whoever updates what; all of them call this."""

@@ -14,6 +14,7 @@ from tsae.sae.kernels.radix import cuts
 from tsae.sae.kernels.screen import least_of_segments, maybe_above, round_rows
 from tsae.sae.kernels.sums import (
     add_rows,
+    bounds,
     nested_gradients,
     nested_residuals,
     row_squares,
@@ -21,13 +22,14 @@ from tsae.sae.kernels.sums import (
     segment_sums,
     weighted_rows,
 )
-from tsae.sae.kernels.update import adam_rows, along_and_norm
+from tsae.sae.kernels.update import adam, along_and_norm
 
 __all__ = [
     "Candidates",
-    "adam_rows",
+    "adam",
     "add_rows",
     "along_and_norm",
+    "bounds",
     "cuts",
     "kept",
     "largest_of_rows",

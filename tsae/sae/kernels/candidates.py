@@ -155,6 +155,7 @@ class List:
     """
 
     def __init__(self, capacity: int, guesses: Tensor, starts: Tensor) -> None:
+        assert guesses.is_contiguous()
         self.capacity, self.guesses, self.starts, self.next_row = capacity, guesses, starts, 0
         self._ends: list[Tensor] = []
         self.rows = torch.empty(capacity, dtype=torch.int64, device=guesses.device)

@@ -24,6 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from tsae.sae.kernels.launch import on_device_of
+from tsae.sae.kernels.sums import ANY_BOUNDS, Bounds, stride_of
 
 MATCHES = 128
 """Rows of the other codes with a latent that a program has at a time: one for each thread, so that none is added twice."""
@@ -41,14 +42,14 @@ Documents = tuple[Tensor, Tensor]
 """Document of each row [R] and each column [C], if those of one document are no negatives."""
 
 
-Listed = tuple[Tensor, Tensor, Tensor]
-"""A code's entries by latent: where each latent's begin [F + 1], their rows and values [n]."""
+Listed = tuple[Bounds, Tensor, Tensor]
+"""A code's entries by latent: where each latent's begin and end, two of [F], their rows and values [n]."""
 
 
-@triton.jit
+@triton.jit(**ANY_BOUNDS)
 def _logits_of_rows(
-    offsets, latents, values, starts, columns, column_values, row_documents, documents, out, lse, true, first_row,
-    first_own, n_columns, per_temperature, MASKED: tl.constexpr, MATCHES: tl.constexpr, BLOCK_C: tl.constexpr,
+    offsets, latents, values, starts, stops, columns, column_values, row_documents, documents, out, lse, true, bound_stride,
+    first_row, first_own, n_columns, per_temperature, MASKED: tl.constexpr, MATCHES: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     place = out + row * n_columns
@@ -61,8 +62,8 @@ def _logits_of_rows(
         latent = tl.load(latents + entry)
         if latent >= 0:
             value = tl.load(values + entry) * per_temperature
-            stop = tl.load(starts + latent + 1)
-            for begin in range(tl.load(starts + latent), stop, MATCHES):
+            stop = tl.load(stops + latent * bound_stride)
+            for begin in range(tl.load(starts + latent * bound_stride), stop, MATCHES):
                 match = begin + tl.arange(0, MATCHES)
                 at = place + tl.load(columns + match, mask=match < stop, other=0)
                 product = value * tl.load(column_values + match, mask=match < stop, other=0.0)
@@ -112,9 +113,25 @@ def _sums_of_columns(
 
 
 @triton.jit
+def _sums_of_strips(tops, sums, top, total, n_strips, n_columns, WIDE: tl.constexpr):
+    column = tl.program_id(0) * WIDE + tl.arange(0, WIDE)
+    highest = tl.full((WIDE,), LOWEST, tl.float32)
+    together = tl.zeros((WIDE,), tl.float32)
+    for strip in range(0, n_strips):
+        place = strip * n_columns + column
+        of_strip = tl.load(tops + place, mask=column < n_columns, other=LOWEST)
+        higher = tl.maximum(highest, of_strip)
+        added = tl.load(sums + place, mask=column < n_columns, other=0.0) * tl.exp(of_strip - higher)
+        together = together * tl.exp(highest - higher) + added
+        highest = higher
+    tl.store(top + column, highest, mask=column < n_columns)
+    tl.store(total + column, together, mask=column < n_columns)
+
+
+@triton.jit(**ANY_BOUNDS)
 def _through_logits(
-    offsets, latents, starts, columns, column_values, logits, row_lse, column_lse, out, first_row, first_own, first_column,
-    n_columns, row_stride, column_stride, MATCHES: tl.constexpr,
+    offsets, latents, starts, stops, columns, column_values, logits, row_lse, column_lse, out, bound_stride, first_row,
+    first_own, first_column, n_columns, row_stride, column_stride, factor, MATCHES: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     own = first_own + row
@@ -123,9 +140,9 @@ def _through_logits(
     for entry in range(tl.load(offsets + first_row + row), tl.load(offsets + first_row + row + 1)):
         latent = tl.load(latents + entry)
         if latent >= 0:
-            stop = tl.load(starts + latent + 1)
+            stop = tl.load(stops + latent * bound_stride)
             total = tl.zeros((MATCHES,), tl.float32)
-            for begin in range(tl.load(starts + latent), stop, MATCHES):
+            for begin in range(tl.load(starts + latent * bound_stride), stop, MATCHES):
                 match = begin + tl.arange(0, MATCHES)
                 # Counted among those whose logits are here.
                 column = tl.load(columns + match, mask=match < stop, other=-1) - first_column
@@ -134,7 +151,7 @@ def _through_logits(
                 of_column = tl.load(column_lse + first_column + column, mask=here, other=0.0)
                 gradient = tl.exp(logit - of_row) + tl.exp(logit - of_column) - tl.where(column == own, 2.0, 0.0)
                 total += gradient * tl.load(column_values + match, mask=here, other=0.0)
-            tl.store(out + entry, tl.load(out + entry) + tl.sum(total, axis=0))
+            tl.store(out + entry, tl.load(out + entry) + factor * tl.sum(total, axis=0))
 
 
 def logits_of_rows(
@@ -152,8 +169,9 @@ def logits_of_rows(
     out = values.new_empty(n_rows, n_columns)
     with on_device_of(values):
         _logits_of_rows[(n_rows,)](
-            offsets, latents, values, *others, *(documents or (latents, latents)), out, lse, true, rows.start,
-            first_own, n_columns, 1 / temperature, documents is not None, MATCHES, COLUMNS,
+            offsets, latents, values, *others[0], *others[1:], *(documents or (latents, latents)), out, lse, true,
+            stride_of(others[0]), rows.start, first_own, n_columns, 1 / temperature, documents is not None, MATCHES,
+            COLUMNS,
         )  # fmt: skip
     return out
 
@@ -166,15 +184,18 @@ def sums_of_columns(logits: Tensor) -> tuple[Tensor, Tensor]:
         _sums_of_columns[(len(tops), triton.cdiv(n_columns, WIDE))](
             logits, tops, sums, n_rows, n_columns, STRIP, TALL, WIDE
         )
-    highest = tops.amax(dim=0)
-    return highest, (sums * (tops - highest).exp()).sum(dim=0)
+        if len(tops) == 1:
+            return tops[0], sums[0]
+        top, total = logits.new_empty(2, n_columns)
+        _sums_of_strips[(triton.cdiv(n_columns, WIDE),)](tops, sums, top, total, len(tops), n_columns, WIDE)
+    return top, total
 
 
 def through_logits(
     code: tuple[Tensor, Tensor], rows: slice, others: Listed, first_column: int, logits: Tensor, lse: tuple[Tensor, Tensor],
-    first_own: int, out: Tensor,
+    first_own: int, factor: float, out: Tensor,
 ) -> None:  # fmt: skip
-    """Add Σ_j G_ij · others[j, latent] for each entry of some rows i of a code to `out` [n]; G is what `_contrastive_dots` says.
+    """Add factor · Σ_j G_ij · others[j, latent] for each entry of some rows i of a code to `out` [n]; G is what `_contrastive_dots` says.
 
     The sum is over the columns j from `first_column` on whose `logits` [R, C] are given; of their transpose, the tensor's own
     strides tell. `lse` are those of all rows and of all columns, `first_own` is the true pair's column, counted among these.
@@ -182,6 +203,6 @@ def through_logits(
     offsets, latents = code
     with on_device_of(out):
         _through_logits[(len(logits),)](
-            offsets, latents, *others, logits, *lse, out, rows.start, first_own, first_column, logits.shape[1],
-            *logits.stride(), MATCHES,
+            offsets, latents, *others[0], *others[1:], logits, *lse, out, stride_of(others[0]), rows.start, first_own,
+            first_column, logits.shape[1], *logits.stride(), factor, MATCHES,
         )  # fmt: skip

@@ -25,6 +25,7 @@ from tsae.sae.kernels.sums import brought
 
 COUNTED = 2048
 """Values that a program counts."""
+OPTIONS = {"num_warps": 8}
 DIGITS = ((20, 11), (10, 10), (0, 10))
 """Where the digits of 31 bits begin, and how many bits they have."""
 NONE = tl.constexpr(-1)
@@ -90,7 +91,7 @@ def cuts(listed: List, values: Tensor, wanted: Sequence[int], n_halves: int) -> 
     for (first, bits), number in zip(DIGITS, counts, strict=True):
         told = number.new_empty(2, size).unbind()
         with on_device_of(values):
-            _count_digits[grid](values, *candidates, state[0], number, *shape, first, bits, COUNTED)
+            _count_digits[grid](values, *candidates, state[0], number, *shape, first, bits, COUNTED, **OPTIONS)
             _next_digit[(size,)](number, *state, *told, found, first, bits)
         state = told
     return found

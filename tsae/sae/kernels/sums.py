@@ -48,13 +48,19 @@ def _decoded(
     return tl.sum(total, axis=0)
 
 
-@triton.jit
+# Entries of a row, or of a latent, lie from `starts` to `stops`; either may be every second of a list of bounds.
+ANY_BOUNDS = {"do_not_specialize": ["bound_stride"], "do_not_specialize_on_alignment": ["starts", "stops"]}
+
+
+@triton.jit(**ANY_BOUNDS)
 def _weighted_rows(
-    offsets,
+    starts,
+    stops,
     columns,
     values,
     matrix,
     out,
+    bound_stride,
     width,
     matrix_stride,
     out_stride,
@@ -63,8 +69,8 @@ def _weighted_rows(
 ):
     row = tl.program_id(0).to(tl.int64)
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-    start = tl.load(offsets + row)
-    stop = tl.load(offsets + row + 1)
+    start = tl.load(starts + row * bound_stride)
+    stop = tl.load(stops + row * bound_stride)
     place = out + row * out_stride + d
     if start == stop:  # of latents, most
         tl.store(place, tl.zeros((BLOCK_D,), tl.float32), mask=d < width)
@@ -112,11 +118,11 @@ def _sampled_products(
     tl.store(out + entry, product, mask=entry < count)
 
 
-@triton.jit
-def _segment_sums(offsets, values, out, BLOCK: tl.constexpr):
+@triton.jit(**ANY_BOUNDS)
+def _segment_sums(starts, stops, values, out, bound_stride, BLOCK: tl.constexpr):
     segment = tl.program_id(0).to(tl.int64)
-    start = tl.load(offsets + segment)
-    stop = tl.load(offsets + segment + 1)
+    start = tl.load(starts + segment * bound_stride)
+    stop = tl.load(stops + segment * bound_stride)
     total = tl.zeros((BLOCK,), tl.float32)
     for first in range(start, stop, BLOCK):
         entry = first + tl.arange(0, BLOCK)
@@ -149,14 +155,18 @@ def _add_rows(
     tl.atomic_add(out + target[:, None] * out_stride + d[None, :], value[:, None] * tile, mask=inside)
 
 
-def weighted_rows(
-    offsets: Tensor, columns: Tensor, values: Tensor, matrix: Tensor, out: Tensor | None = None
-) -> Tensor:
-    """Row r is the sum of values[e] · matrix[columns[e]] over e in offsets[r] … offsets[r + 1] → [R, D].
+Bounds = tuple[Tensor, Tensor]
+"""Where the entries of each row begin, and where they end; two of [R]."""
 
-    `columns` and `values` [n], `offsets` [R + 1]; the rows of `matrix` and of `out` are contiguous.
+
+def weighted_rows(
+    entries: Bounds, columns: Tensor, values: Tensor, matrix: Tensor, out: Tensor | None = None
+) -> Tensor:
+    """Row r is the sum of values[e] · matrix[columns[e]] over its entries e → [R, D].
+
+    `columns` and `values` [n]; the rows of `matrix` and of `out` are contiguous.
     """
-    n_rows, width = len(offsets) - 1, matrix.shape[1]
+    n_rows, width = len(entries[0]), matrix.shape[1]
     matrix = _row_major(matrix)
     out = matrix.new_empty(n_rows, width) if out is None else out
     assert out.stride(1) == 1
@@ -164,8 +174,9 @@ def weighted_rows(
         block = tile_width(width)
         with on_device_of(out):
             _weighted_rows[(n_rows, triton.cdiv(width, block))](
-                offsets, columns, values, matrix, out, width, matrix.stride(0), out.stride(0), ENTRIES, block
-            )
+                *entries, columns, values, matrix, out, stride_of(entries), width, matrix.stride(0), out.stride(0), ENTRIES,
+                block,
+            )  # fmt: skip
     return out
 
 
@@ -181,13 +192,20 @@ def sampled_products(rows: Tensor, columns: Tensor, x: Tensor, matrix: Tensor) -
     return out
 
 
-def segment_sums(values: Tensor, offsets: Tensor) -> Tensor:
-    """Sum of values[offsets[r]] … values[offsets[r + 1] − 1] for every segment r → [R]."""
-    out = values.new_empty(len(offsets) - 1)
+def segment_sums(values: Tensor, entries: Bounds, out: Tensor | None = None) -> Tensor:
+    """Sum of the values [n] of every row's entries → [R]."""
+    out = values.new_empty(len(entries[0])) if out is None else out
     if len(out):
         with on_device_of(out):
-            _segment_sums[(len(out),)](offsets, values, out, SCALARS)
+            _segment_sums[(len(out),)](*entries, values, out, stride_of(entries), SCALARS)
     return out
+
+
+def stride_of(entries: Bounds) -> int:
+    """How far the bounds of successive rows are apart."""
+    start, stop = (bound.stride(0) for bound in entries)
+    assert start == stop
+    return start
 
 
 def add_rows(rows: Tensor, targets: Tensor, values: Tensor, matrix: Tensor, out: Tensor) -> None:
@@ -272,14 +290,15 @@ def nested_residuals(
     block = tile_width(width)
     tiles = triton.cdiv(width, block)
     out = x.new_empty(len(parts), n_rows, width)
-    squares, alone = x.new_empty(2, len(parts), n_rows * tiles)
+    sums = x.new_empty(2, len(parts), n_rows * tiles)
     if out.numel():
         starts = bounds(parts, x.device)
         last = sum(1 << end for end in ends)
         shape = (n_rows, len(parts), last, width, tiles, matrix.stride(0), x.stride(0), ENTRIES, block)
         with on_device_of(out):
-            _nested_residuals[(n_rows, tiles)](offsets, columns, values, matrix, x, starts, out, squares, alone, *shape)
-    return out, squares.sum(dim=1), alone.sum(dim=1)
+            _nested_residuals[(n_rows, tiles)](offsets, columns, values, matrix, x, starts, out, *sums, *shape)
+    squares, alone = sums.sum(dim=2)
+    return out, squares, alone
 
 
 def bounds(groups: Sequence[slice], device: torch.device) -> Tensor:

@@ -1,4 +1,4 @@
-"""Adam's update of a matrix, row by row.
+"""Adam's update of a matrix, row by row, or of a vector.
 
 A program has one row of the matrix, all of it: what is of no use to another row never leaves the chip. A gradient is read
 twice, once for its norm and once for Adam, weights and moments are read and written once.
@@ -16,6 +16,9 @@ from torch import Tensor
 
 from tsae.sae.kernels.launch import on_device_of
 
+FLAT = 1024
+"""Numbers of a vector that a program updates."""
+
 
 @triton.jit
 def _along_and_norm(gradient, weights, along, norms, width, tiny, BLOCK: tl.constexpr):
@@ -32,29 +35,32 @@ def _along_and_norm(gradient, weights, along, norms, width, tiny, BLOCK: tl.cons
 
 @triton.jit
 def _adam(
-    weights, gradient, along, firsts, seconds, factor, corrections, lr, towards_first, towards_second, epsilon, tiny, width,
-    PROJECTED: tl.constexpr, UNIT: tl.constexpr, BLOCK: tl.constexpr,
+    weights, gradient, along, firsts, seconds, norm, steps, logarithms, clip_norm, lr, towards_first, towards_second,
+    epsilon, tiny, count, width, PROJECTED: tl.constexpr, UNIT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     d = tl.arange(0, BLOCK)
     place = tl.program_id(0).to(tl.int64) * width + d
-    g = tl.load(gradient + place, mask=d < width, other=0.0)
-    w = tl.load(weights + place, mask=d < width, other=0.0)
-    first = tl.load(firsts + place, mask=d < width, other=0.0)
-    second = tl.load(seconds + place, mask=d < width, other=0.0)
+    inside = (d < width) & (place < count)
+    g = tl.load(gradient + place, mask=inside, other=0.0)
+    w = tl.load(weights + place, mask=inside, other=0.0)
+    first = tl.load(firsts + place, mask=inside, other=0.0)
+    second = tl.load(seconds + place, mask=inside, other=0.0)
     if PROJECTED:
         g -= tl.load(along + tl.program_id(0)) * w
-    g *= tl.load(factor)
+    g *= tl.minimum(clip_norm / (tl.load(norm) + 1e-6), 1.0)
     first += (g - first) * towards_first
     second += (g * g - second) * towards_second
-    pace = lr / tl.load(corrections).to(tl.float32)
-    spread = tl.sqrt(second) / tl.sqrt(tl.load(corrections + 1).to(tl.float32)) + epsilon
+    # In double precision: single precision would leave four digits of 1 − 0.999^step.
+    step = (tl.load(steps) + 1).to(tl.float64)
+    pace = lr / (1 - tl.exp(step * tl.load(logarithms))).to(tl.float32)
+    spread = tl.sqrt(second) / tl.sqrt((1 - tl.exp(step * tl.load(logarithms + 1))).to(tl.float32)) + epsilon
     w -= pace * first / spread
     if UNIT:
-        w = tl.where(d < width, w, 0.0)
+        w = tl.where(inside, w, 0.0)
         w /= tl.sqrt(tl.sum(w * w, axis=0)) + tiny
-    tl.store(weights + place, w, mask=d < width)
-    tl.store(firsts + place, first, mask=d < width)
-    tl.store(seconds + place, second, mask=d < width)
+    tl.store(weights + place, w, mask=inside)
+    tl.store(firsts + place, first, mask=inside)
+    tl.store(seconds + place, second, mask=inside)
 
 
 def along_and_norm(gradient: Tensor, weights: Tensor, tiny: float) -> tuple[Tensor, Tensor]:
@@ -68,28 +74,32 @@ def along_and_norm(gradient: Tensor, weights: Tensor, tiny: float) -> tuple[Tens
     return along, norms
 
 
-def adam_rows(
+def adam(
     weights: Tensor,
     gradient: Tensor,
     along: Tensor | None,
     moments: tuple[Tensor, Tensor],
-    factor: Tensor,
-    corrections: Tensor,
+    norm: Tensor,
+    clip_norm: float,
+    steps: Tensor,
+    logarithms: Tensor,
     lr: float,
     betas: tuple[float, float],
     epsilon: float,
     unit: float | None,
 ) -> None:
-    """One step of Adam on weights [F, D], contiguous as all that is like them, in place; the gradient stays.
+    """One step of Adam on weights [F, D] or [F], contiguous as all that is like them, in place; the gradient stays.
 
-    Of the gradient `along` [F] times the weights is subtracted, then it is multiplied by `factor`, a scalar. `corrections`
-    [2] are what the moments are divided by, 1 − beta^step. With `unit` rows are divided by their norm plus that.
+    Of the gradient `along` [F] times the weights is subtracted, then it is clipped as the whole gradient, whose norm is given
+    (a scalar), is to `clip_norm`. After so many `steps` (a scalar) moments are divided by 1 − beta^(steps + 1), for which the
+    logarithms [2] of the betas are in double precision. With `unit` rows are divided by their norm plus that.
     """
-    n_rows, width = weights.shape
+    width = weights.shape[1] if weights.ndim > 1 else FLAT
+    n_rows = triton.cdiv(weights.numel(), width)
     if n_rows:
         rest = tuple(1 - beta for beta in betas)
-        numbers = (lr, *rest, epsilon, 0.0 if unit is None else unit, width)
-        tensors = (weights, gradient, weights if along is None else along, *moments, factor, corrections)
+        numbers = (clip_norm, lr, *rest, epsilon, 0.0 if unit is None else unit, weights.numel(), width)
+        tensors = (weights, gradient, weights if along is None else along, *moments, norm, steps, logarithms)
         with on_device_of(weights):
             _adam[(n_rows,)](*tensors, *numbers, along is not None, unit is not None, **_row_tile(width))
 

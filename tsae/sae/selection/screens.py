@@ -146,7 +146,7 @@ class Screen:
 def guess_of_rows(guesses: Tensor, rows: int) -> Tensor:
     """For so many rows, of all halves, what is guessed for their half [G, H] → [N, G]."""
     n_budgets, n_halves = guesses.shape
-    return guesses.T[:, None].expand(n_halves, rows // n_halves, n_budgets).reshape(rows, n_budgets)
+    return guesses.T[:, None].expand(n_halves, rows // n_halves, n_budgets).reshape(rows, n_budgets).contiguous()
 
 
 def _kth(least: Tensor, k: int) -> Tensor:
