@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -32,14 +33,14 @@ def config(normalised: RunConfig) -> RunConfig:
 def train_until(step: int, config: RunConfig, run: RunFolder, inexact: bool = False) -> None:
     """Train, and die before update `step`."""
 
-    def dying(trainer: Trainer, *batch: Any) -> Terms:
+    def dying(trainer: Trainer, *batch: Any) -> Callable[[], Terms]:
         if trainer.steps_done == step:
             raise KeyboardInterrupt
         return whole(trainer, *batch)
 
-    whole = Trainer.step
+    whole = Trainer.advance
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(Trainer, "step", dying)
+        patched.setattr(Trainer, "advance", dying)
         patched.setattr(ResumeStates, "busy", False)  # a state is waited for, not left out, where the disk is slow
         with pytest.raises(KeyboardInterrupt):
             train(config, run, inexact)

@@ -35,6 +35,18 @@ def test_a_kind_of_step_is_recorded_when_it_has_been_met() -> None:
         assert recordings.of("kind") is None
 
 
+def test_what_is_not_of_every_step_is_recorded_when_it_has_run() -> None:
+    found: list[str] = []
+    recordings = Recordings(counting(found))
+    for _ in range(EAGER):
+        assert recordings.of("kind") is None
+    recorded = recordings.of("kind")
+    assert recorded is not None
+    told = [recorded.run("tell", lambda number=number: number, always=False) for number in range(EAGER + 2)]
+    assert told == [*range(EAGER), EAGER, EAGER]
+    assert found == ["recorded", "launched", "launched"]
+
+
 def test_what_a_step_is_given_lies_in_one_place() -> None:
     recordings = Recordings(counting([]))
     for _ in range(EAGER):

@@ -287,17 +287,16 @@ class _Training:
         self._states.raise_failure()
         first = self._group.rank == 0
         kept = copy.deepcopy(self._trainer.dictionary) if first and step in settings.save_steps else None
-        terms = self._trainer.step(*(part.to(self.device, non_blocking=True) for part in (batch, document)))
-        last = self.step == self.steps
-        logged = last or step % settings.log_every == 0
-        if logged:
-            terms = terms.on_host()
+        tell = self._trainer.advance(*(part.to(self.device, non_blocking=True) for part in (batch, document)))
+        last, terms = self.step == self.steps, None
+        if last or step % settings.log_every == 0:
+            terms = tell().on_host()
             self._require_finite(terms.loss)
             self._require_sense(terms, last)
         self._open()
         if kept is not None:
             save_run(self.run, self._written, kept, step, self._trainer.scale, self._trainer.shift)
-        if logged and first:
+        if terms is not None and first:
             self._log(step, terms)
 
     def finish(self, waits: Waits) -> None:

@@ -152,9 +152,14 @@ class Trainer:
         `document` [B] of each pair is needed where those of one document are no negatives.
         Raises TsaeError if the batch does not fit the objective.
         """
+        return self.advance(batch, document)()
+
+    def advance(self, batch: Tensor, document: Tensor | None = None) -> Callable[[], Terms]:
+        """The same; what it returns tells the terms, until the next step, for who wants them: in all processes or in none."""
         tokens = len(batch) * self.group.world
         self.group.take_bytes()  # only this step's are counted
-        self._weigh()
+        if 2 * (self.steps_done - 1) < self.settings.steps:  # in the step before they may still have changed
+            self._weigh()
         if self.steps_done == 0 and not self._started and (self._fresh or self.dictionary.centre_input):
             centre(self.dictionary, geometric_median(self.group.gather(self._halves(batch)[0])))
         needs_document = not self.weights.same_document and self.weights.paired
@@ -193,9 +198,13 @@ class Trainer:
         if self.kind.after_update is not None:
             self.kind.after_update(self.dictionary)
         self.steps_done += 1
-        terms = _run(recorded, "tell", partial(self._tell, encoded, losses, dead, current))
-        terms = terms if recorded is None else _copied(terms)
-        return terms._replace(grad_norm=grad_norm, lr=lr, bytes_handed=self.group.take_bytes())
+
+        def tell() -> Terms:
+            part = partial(self._tell, encoded, losses, dead, current)
+            terms = part() if recorded is None else _copied(recorded.run("tell", part, always=False))
+            return terms._replace(grad_norm=grad_norm, lr=lr, bytes_handed=self.group.take_bytes())
+
+        return tell
 
     # The parts of a step that may be recorded: see `tsae.training.recorded`.
 

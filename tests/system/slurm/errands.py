@@ -76,17 +76,17 @@ def train(config: str, checkpoints: str, name: str, reached: str) -> None:
     from tsae.stages import train_stage
     from tsae.training.trainer import Trainer
 
-    step = Trainer.step
+    advance = Trainer.advance
 
     def halting(trainer: Any, *batch: Any) -> Any:
-        terms = step(trainer, *batch)
+        tell = advance(trainer, *batch)
         if trainer.steps_done == 100 and "SLURM_RESTART_COUNT" not in os.environ:
             Path(reached).touch()
             while not preemption.requested():
                 time.sleep(0.05)
-        return terms
+        return tell
 
-    Trainer.step = halting  # type: ignore[method-assign]
+    Trainer.advance = halting  # type: ignore[method-assign]
     train_stage(config, checkpoints, name)
 
 
