@@ -46,7 +46,7 @@ def test_what_is_recorded_waits_for_nothing(
     monkeypatch.setattr(torch.cuda.CUDAGraph, "replay", lambda graph: launched.append(graph) or launch(graph))
     built = trainer(kind, objective, device="cuda")
     document = (torch.arange(BATCH) // 2).to("cuda")
-    for batch in batches(6):
+    for batch in batches(8):
         built.step(batch.to("cuda"), document)
     assert len(set(launched)) >= 4
     assert not caplog.records

@@ -120,7 +120,8 @@ class SparseEngine(Engine[ThresholdDictionary]):
             # One process alone can make its selection again when it has gone on: see `settled`.
             late = self._late_guesses
             if late is None and known:
-                late = self._late_guesses = current.new_tensor(self._guesses).view(len(budgets), len(halves))
+                numbers = torch.tensor(self._guesses, device=current.device)
+                late = self._late_guesses = numbers.view(len(budgets), len(halves))
             if late is not None and late.shape != (len(budgets), len(halves)):
                 late = None
             weights, per_token = (dictionary.W_enc, dictionary.b_enc), dictionary.selects_per_token
@@ -179,10 +180,11 @@ class SparseEngine(Engine[ThresholdDictionary]):
             residuals, squares, alone = _residuals(dictionary, weights, code, parts, centred)
         # A tensor in double precision, as it is on a GPU, would make the losses double.
         single = divisor.to(centred.dtype) if isinstance(divisor, Tensor) else divisor
-        of_groups = weights.group_weights
-        group_losses = (
-            squares * (of_groups if isinstance(of_groups, Tensor) else squares.new_tensor(of_groups)) / single
-        )
+        of_parts = weights.group_weights
+        if isinstance(of_parts, Tensor):
+            group_losses = squares * of_parts / single
+        else:
+            group_losses = torch.stack([one * weight for one, weight in zip(squares, of_parts, strict=True)]) / single
         auxk, revived = self._auxiliary(dictionary, weights, centred, residuals[-1], dead)
         predicted = (current, partner) if weights.predicts and partner is not None else None
         through = _through_decoder(dictionary, weights, code, parts, residuals, predicted, divisor)

@@ -140,7 +140,7 @@ class Trainer:
         # Where the host does not look at the data it need not know the weights either, which change.
         self._told = self.weights.numbers()
         late = group.world == 1 and kernels_for(b_dec) is not None
-        self._numbers = b_dec.new_tensor(self._told) if late else None
+        self._numbers = torch.tensor(self._told, device=b_dec.device) if late else None
         records = self.settings.cuda_graphs and b_dec.is_cuda
         self.recordings = Recordings(on_cuda(b_dec.device)) if records else None
         self._may_die: tuple[int, int, Late] | None = None

@@ -55,7 +55,7 @@ class Check(NamedTuple):
         ]
         if min(factors) == 1:
             return None
-        return self.guesses * self.guesses.new_tensor(factors).view_as(self.guesses)
+        return self.guesses * torch.tensor(factors, device=self.guesses.device).view_as(self.guesses)
 
 
 class Listed(NamedTuple):
