@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from tsae.cli import main
 from tsae.runtime import locks, processes
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -274,3 +275,23 @@ def test_what_a_job_that_was_killed_after_its_work_left_is_cleared_by_the_next_l
         assert (folder / "eval_results.json").exists()
         assert not (folder / "resume").exists()
         assert not (folder / "train.lock").exists()
+
+
+def test_runs_sweeps_and_stores_are_listed(finished, capsys):
+    assert main(["runs"]) == 0
+    runs, sweeps, stores = (part.splitlines() for part in capsys.readouterr().out.strip().split("\n\n"))
+    (store,) = (finished / "stores").iterdir()
+    assert len(runs) - 2 == len(list(finished.glob("checkpoints/*/*/trainer_0")))
+    assert sweeps[0].startswith("sweeps ")
+    assert stores[0].startswith("stores ")
+    name, tokens, *_, state = stores[2].split()
+    assert name == store.name
+    assert int(tokens.replace(",", "")) > 0
+    assert f" {len(runs) - 2} " in stores[2]
+    assert state == "whole"
+    next(path for path in (store / "activations" / "c").rglob("*") if path.is_file()).unlink()
+    assert main(["runs"]) == 0
+    assert capsys.readouterr().out.rstrip().endswith("not finished")
+    (store / "zarr.json").write_text("{")
+    assert main(["runs"]) == 0
+    assert "damaged: " in capsys.readouterr().out.splitlines()[-1]

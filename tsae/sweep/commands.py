@@ -65,7 +65,7 @@ def add_commands(add: AddCommand) -> None:
     _add_launch_arguments(claims)
     add_sweep_arguments(add("cancel", _cancel, "end what runs or waits of a sweep, and nothing else"))
 
-    runs = add("runs", _runs, "list the runs and sweeps under TSAE_HOME")
+    runs = add("runs", _runs, "list the runs, sweeps and stores under TSAE_HOME")
     runs.add_argument("folder", nargs="?", type=Path, metavar="FOLDER", help="another folder than TSAE_HOME")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,8 @@ from tsae.config.schema import flatten
 from tsae.evaluation.measures import FVE
 from tsae.runtime import locks, metadata
 from tsae.runtime.errors import TsaeError
-from tsae.store.binding import weights_identity
+from tsae.store.binding import weights_identity, written_of
+from tsae.store.layout import StoreLayout
 from tsae.training.splits import last_line
 
 DEEPEST = 4
@@ -23,19 +25,26 @@ MOST_SETTINGS = 4
 
 
 def listing(home: Path) -> list[str]:
-    """A table of the runs under `home`, folder by folder, and one of the sweeps. Raises TsaeError where there are none."""
+    """A table of the runs under `home`, folder by folder, one of the sweeps and one of the stores.
+
+    Raises TsaeError where there is nothing.
+    """
     groups: dict[Path, list[RunFolder]] = {}
     for run in _runs(home / "checkpoints"):
         groups.setdefault(run.path.parent.parent, []).append(run)
     sweeps = sorted(path.parent for path in home.glob("sweeps/*/attempts"))
-    if not groups and not sweeps:
+    stores = [layout for path in sorted(home.glob("stores/*")) if (layout := StoreLayout(path)).exists()]
+    if not groups and not sweeps and not stores:
         raise TsaeError(f"{home}: no runs and no sweeps; TSAE_HOME names the folder that holds them (default ./runs)")
     lines = []
     for folder, runs in sorted(groups.items()):
         lines += [str(folder), *_table(runs), ""]
     if sweeps:
-        lines += ["sweeps (tsae status FOLDER tells more)", *(f"  {path}  {_verdict(path)}" for path in sweeps)]
-    return lines
+        lines += ["sweeps (tsae status FOLDER tells more)", *(f"  {path}  {_verdict(path)}" for path in sweeps), ""]
+    if stores:
+        every = [run for runs in groups.values() for run in runs]
+        lines += ["stores (tsae store show FOLDER tells more)", *_stores(stores, every), ""]
+    return lines[:-1]
 
 
 def _runs(checkpoints: Path) -> Iterator[RunFolder]:
@@ -72,10 +81,41 @@ def _table(runs: list[RunFolder]) -> list[str]:
                 f"damaged: {damaged}" if damaged else _state(run, current),
             ]
         )
+    return _aligned(rows)
+
+
+def _aligned(rows: list[list[str]]) -> list[str]:
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     return [
         "  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
     ]
+
+
+def _stores(stores: list[StoreLayout], runs: list[RunFolder]) -> list[str]:
+    """A line for each store: what is in it, what it takes on disk, and how many of the runs were trained on it."""
+    trained_on = Counter(_store_of(run) for run in runs)
+    rows = [["store", "tokens", "dimensions", "on disk", "runs", "state"]]
+    for layout in stores:
+        on_disk = sum(path.stat().st_size for path in layout.path.rglob("*") if path.is_file())
+        size = f"{on_disk / 1e9:.1f} GB" if on_disk >= 1e8 else f"{on_disk / 1e6:.1f} MB"
+        try:
+            tokens, geometry = f"{layout.attributes['tokens']:,}", layout.geometry
+            shape, used = f"{geometry.activation_dim} {geometry.dtype}", str(trained_on[layout.identity])
+            state = "whole" if layout.is_whole() else "not finished"
+            state += ", rolling" if layout.rolling else ""
+        except TsaeError as error:
+            tokens, shape, used, state = "?", "?", "?", f"damaged: {error}"
+        rows.append([layout.path.name, tokens, shape, size, used, state])
+    return _aligned(rows)
+
+
+def _store_of(run: RunFolder) -> str | None:
+    """Identity of the store that a run was trained on; None where that cannot be told."""
+    try:
+        identity = written_of(run).get("store", {}).get("identity")
+    except TsaeError:
+        return None  # the table of runs says what is damaged
+    return None if identity is None else str(identity)
 
 
 def _settings(run: RunFolder) -> tuple[dict[str, Any], str]:
