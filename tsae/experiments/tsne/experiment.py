@@ -46,7 +46,7 @@ def measure(subject: Subject, settings: TsneConfig, chunk: int) -> dict[str, Any
     for seed, chosen in enumerate(material.chosen):
         numbers.append(_numbers(material, chosen, latents, settings))
         progress.update(seed + 1, neighbours=settings.neighbours)
-    drawn, reduction = _map(material, latents, settings)
+    drawn, made = _map(material, latents, settings)
     progress.update(settings.seeds + 1)
     colourings = {}
     for label in COLOURINGS:
@@ -60,8 +60,9 @@ def measure(subject: Subject, settings: TsneConfig, chunk: int) -> dict[str, Any
         "headline": {label: colourings[label]["purity"] for label in COLOURINGS},
         "half_width_95": {label: colourings[label]["purity_half_width"] for label in COLOURINGS},
         "headline_is": f"share of the {settings.neighbours} nearest neighbours with the same label, by cosine",
-        "reduction": reduction,
-        "differs_from_released_code": _differences(subject, settings, reduction),
+        "reduction": f"{made.reduction}, then t-SNE of perplexity {made.perplexity:.3g}",
+        "perplexity": made.perplexity,
+        "differs_from_released_code": _differences(subject, settings, made),
         "texts": texts_read(subject, material.texts, settings.dataset),
         "tokens": int(np.mean([run["tokens"] for run in numbers])),
         "silent_tokens": float(np.mean([run["silent"] for run in numbers])),
@@ -70,14 +71,14 @@ def measure(subject: Subject, settings: TsneConfig, chunk: int) -> dict[str, Any
     }
 
 
-def _differences(subject: Subject, settings: TsneConfig, reduction: str) -> list[str]:
+def _differences(subject: Subject, settings: TsneConfig, made: Reduced) -> list[str]:
     """What the map does in another way than the released code, which gives feature activations as they are to
     scikit-learn's `TSNE(2, random_state=42)`, in words."""
     read = subject.config.experiments.texts
     found = [
         "feature activations of a token are scaled to length 1; there taken as they are",
         "tokens without an active latent in the split are left out; there they are on the map",
-        f"{reduction.removesuffix(', then t-SNE')} before t-SNE; there none",
+        f"{made.reduction} before t-SNE; there none",
         f"angle {ANGLE} and {MAX_ITERATIONS} steps of t-SNE by seed {MAP_SEED}; there 0.5, 1000 and seed 42",
         f"texts are drawn in equal shares of the classes among {read.count} of at least {read.min_characters} characters, "
         f"each cut at {read.context_length} tokens; there the first of the dataset shuffled by seed 42",
@@ -87,8 +88,8 @@ def _differences(subject: Subject, settings: TsneConfig, reduction: str) -> list
         found.append(
             f"the last {settings.tokens} tokens of {settings.texts} texts; there {RELEASED_SIZE[1]} of {RELEASED_SIZE[0]}"
         )
-    if settings.perplexity != RELEASED_PERPLEXITY:
-        found.append(f"perplexity {settings.perplexity:g}; there {RELEASED_PERPLEXITY:g}")
+    if made.perplexity != RELEASED_PERPLEXITY:
+        found.append(f"perplexity {made.perplexity:.3g}; there {RELEASED_PERPLEXITY:g}")
     return found
 
 
@@ -200,17 +201,17 @@ def _space(material: _Material, chosen: _Choice, latents: slice, settings: TsneC
     return x, kept
 
 
-def _map(material: _Material, latents: slice, settings: TsneConfig) -> tuple[dict[str, Any], str]:
+def _map(material: _Material, latents: slice, settings: TsneConfig) -> tuple[dict[str, Any], Reduced]:
     """The points of the first choice with their labels and texts."""
     texts, chosen = material.texts, material.chosen[0]
     x, kept = _space(material, chosen, latents, settings)
-    points, reduction = draw_map(x, settings.dimensions, settings.perplexity, MAP_SEED)
+    made = draw_map(x, settings.dimensions, settings.perplexity, MAP_SEED)
     shown = np.unique(chosen.rows)
     first = {row: max(0, int(chosen.positions[chosen.rows == row].min()) - BEFORE) for row in shown}
     rows, positions = chosen.rows[kept], chosen.positions[kept]
     drawn = {
-        "x": np.round(points[:, 0].astype(float), 2).tolist(),
-        "y": np.round(points[:, 1].astype(float), 2).tolist(),
+        "x": np.round(made.points[:, 0].astype(float), 2).tolist(),
+        "y": np.round(made.points[:, 1].astype(float), 2).tolist(),
         "text": np.searchsorted(shown, rows).tolist(),
         "token": [int(position - first[row]) for row, position in zip(rows, positions, strict=True)],
         "semantics": texts.label[rows].tolist(),
@@ -219,7 +220,7 @@ def _map(material: _Material, latents: slice, settings: TsneConfig) -> tuple[dic
         "syntax_names": list(material.tags.names),
         "tokens": [_pieces(texts, row, first[row]) for row in shown.tolist()],
     }
-    return drawn, reduction
+    return drawn, made
 
 
 def _pieces(texts: TextActivations, row: int, first: int) -> list[str]:
@@ -239,10 +240,13 @@ ANGLE = 0.8
 
 
 class Reduced(NamedTuple):
-    """Points of the map [N, 2], and what was done before t-SNE."""
+    """Points of the map [N, 2]."""
 
     points: np.ndarray
     reduction: str
+    """What was done before t-SNE."""
+    perplexity: float
+    """The wanted one, or a third of the neighbours that a token has, if that is less."""
 
 
 def unit_rows(features: csr_array | np.ndarray) -> tuple[Any, np.ndarray]:
@@ -333,9 +337,8 @@ def draw_map(x: Any, dimensions: int, perplexity: float, seed: int) -> Reduced:
         n_jobs=available_cores(),
     )
     name = "truncated SVD" if sparse else "PCA"
-    return Reduced(
-        tsne.fit_transform(reduced), f"{name} to {dimensions} dimensions ({share:.0%} of the variance), then t-SNE"
-    )
+    reduction = f"{name} to {dimensions} dimensions ({share:.0%} of the variance)"
+    return Reduced(tsne.fit_transform(reduced), reduction, perplexity)
 
 
 def write_page(results: dict[str, Any], path: Path) -> None:
