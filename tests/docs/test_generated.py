@@ -8,6 +8,7 @@ from typing import Annotated
 
 import pytest
 
+from tests.docs import python_page
 from tsae import cli
 from tsae.config import schema
 from tsae.config.bounds import Bound, Count, Fraction
@@ -25,6 +26,11 @@ def test_the_table_of_measures_is_what_the_command_prints(capsys: pytest.Capture
     assert cli.main(["measures", "--markdown"]) == 0
     _, _, table = (DOCS / "measures.md").read_text().partition(MADE_BELOW)
     assert table == capsys.readouterr().out, "the table of docs/measures.md is out of date"
+
+
+def test_the_page_of_public_names_is_what_their_docstrings_say() -> None:
+    _, _, made = python_page.PAGE.read_text().partition(python_page.MADE_BELOW)
+    assert made == f"\n{python_page.reference()}", "python -m tests.docs.python_page"
 
 
 @dataclasses.dataclass(frozen=True)
