@@ -133,6 +133,34 @@ def test_overrides_and_base_that_change_results_get_folders_of_their_own(plan_of
             "k=8: experiments.steer.judge.model: is needed for the backend endpoint",
         ),
         (
+            {
+                "grid": {"sae.k": [8]},
+                "overrides": {"experiments.probe.dataset": "few.jsonl"},
+                "stages": ["train", "probe"],
+            },
+            "k=8: experiments.probe.dataset: few.jsonl: no such file or folder; known: embedded, ",
+        ),
+        (
+            {
+                "grid": {"sae.k": [8]},
+                "overrides": {"experiments.tsne.dataset": "wikipeda"},
+                "stages": ["train", "tsne"],
+            },
+            "k=8: experiments.tsne.dataset: wikipeda: no such file or folder; did you mean 'wikipedia'?",
+        ),
+        (
+            {
+                "grid": {"sae.k": [8]},
+                "overrides": {"experiments.sequences.latents": [3, 2048], "sae.dict_size": 2048},
+                "stages": ["train", "sequences"],
+            },
+            "k=8: experiments.sequences.latents: [3, 2048] is impossible; latents are counted from 0 to 2047",
+        ),
+        (
+            {"grid": {"sae.k": [8]}, "overrides": {"experiments.steer.latents": [3]}, "stages": ["train", "steer"]},
+            "k=8: experiments.steer.latents: [3] is impossible; one for each of experiments.steer.concepts is expected",
+        ),
+        (
             {"grid": {"data.seed": [1, 2], "store.path": ["st"]}},
             "is that of seed=1",
         ),

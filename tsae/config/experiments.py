@@ -185,6 +185,10 @@ class SequencesConfig:
     seed: SmallSeed = 0
     """Seed of every draw."""
 
+    def require_possible(self, where: str, dict_size: int) -> None:
+        """Raise TsaeError for latents that a dictionary of this size does not have."""
+        _require_latents(f"{where}: experiments.sequences.latents", self.latents, dict_size)
+
 
 @dataclass(frozen=True, kw_only=True)
 class AlignConfig:
@@ -257,6 +261,19 @@ class SteerConfig:
     seed: SmallSeed = 0
     """Seed of every draw."""
 
+    def require_possible(self, where: str, dict_size: int) -> None:
+        """Raise TsaeError for latents that a dictionary of this size does not have, or without a concept each, and no strength."""
+        if not (self.multiples or self.strengths):
+            raise TsaeError(
+                f"{where}: experiments.steer.multiples: [] is impossible; at least one strength is expected"
+            )
+        if self.latents and len(self.latents) != len(self.concepts):
+            raise TsaeError(
+                f"{where}: experiments.steer.latents: {list(self.latents)} is impossible; one for each of "
+                f"experiments.steer.concepts is expected; there are {len(self.concepts)}"
+            )
+        _require_latents(f"{where}: experiments.steer.latents", self.latents, dict_size)
+
 
 @dataclass(frozen=True, kw_only=True)
 class ExplainConfig:
@@ -316,3 +333,8 @@ class ExperimentsConfig:
     """Explanations and their scores."""
     features: FeaturesConfig = field(default_factory=FeaturesConfig)
     """The page of latents."""
+
+
+def _require_latents(where: str, latents: tuple[int, ...], dict_size: int) -> None:
+    if any(latent >= dict_size for latent in latents):
+        raise TsaeError(f"{where}: {list(latents)} is impossible; latents are counted from 0 to {dict_size - 1}")

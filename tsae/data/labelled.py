@@ -311,12 +311,20 @@ def _open(dataset: str, subset: str | None, split: str | None) -> tuple[list[Pat
         if any(local.kind_of(file) in local.TEXTS for file in files):
             raise TsaeError(f"--dataset {dataset}: plain text has no columns; give a table, such as jsonl or csv")
         return files, ()
-    if dataset.count("/") != 1 or dataset.startswith((".", "/", "~")):
+    require_there(dataset)
+    return [], hub.open_dataset(dataset, split or "train", subset=subset, setting="--dataset")
+
+
+def require_there(dataset: str, setting: str = "--dataset") -> None:
+    """Raise TsaeError for what is no known name, no file or folder, and cannot be a hub id; the network is not asked."""
+    path = Path(os.path.expanduser(dataset))
+    if dataset in NAMES or _named(dataset) is not None or path.exists():
+        return
+    if dataset.count("/") != 1 or dataset.startswith((".", "/", "~")) or local.kind_of(path) is not None:
         raise TsaeError(
-            f"--dataset {dataset}: no such file or folder; {suggestion(dataset, NAMES)}"
+            f"{setting} {dataset}: no such file or folder; {suggestion(dataset, NAMES)}"
             f"known: {', '.join(NAMES)}, a local file or folder, or a hub id owner/name"
         )
-    return [], hub.open_dataset(dataset, split or "train", subset=subset, setting="--dataset")
 
 
 def _first_split(folder: Path, subset: str | None) -> str:

@@ -80,8 +80,15 @@ def require_possible(name: str, config: RunConfig, where: str) -> None:
         raise TsaeError(
             f"{where}: {name}: the run is trained on {config.without_text}, without text to experiment with"
         )
+    settings = settings_of(config, name)
+    if hasattr(settings, "require_possible"):
+        settings.require_possible(where, config.sae.dict_size)
+    if hasattr(settings, "dataset"):
+        from tsae.data.labelled import require_there
+
+        require_there(settings.dataset, f"{where}: experiments.{name}.dataset:")
     if EXPERIMENTS[name].answers:
-        answers = getattr(settings_of(config, name), EXPERIMENTS[name].answers)
+        answers = getattr(settings, EXPERIMENTS[name].answers)
         answers.require_whole(f"{where}: experiments.{name}.{EXPERIMENTS[name].answers}")
 
 

@@ -30,9 +30,10 @@ def arguments_of(name: str, options: argparse.Namespace) -> dict[str, Any]:
         used = (f"experiments.{name}", "experiments.texts")
         config = settings_of(run, _overrides(options), used, Place(options.model, options.layer))
     chunk = getattr(options, "chunk", None)
+    config = with_dataset(config, name, options.dataset)
     require_possible(name, config, str(run.path))
     return {
-        "config": with_dataset(config, name, options.dataset),
+        "config": config,
         "run": run,
         "name": name,
         "chunks": None if chunk is None else [chunk],

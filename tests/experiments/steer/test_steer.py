@@ -154,7 +154,7 @@ def test_named_latents_absolute_strengths_and_a_judge_are_used(
         ({"concepts": ["north", "west"]}, "no text is labelled 'west'"),
         ({"concepts": ["north"]}, "at least 2 are needed"),
         ({"latents": [1]}, "one for each of experiments.steer.concepts"),
-        ({"concepts": ["north", "east"], "latents": [1, 64]}, "64 is not in this split"),
+        ({"concepts": ["north", "east"], "latents": [1, 64]}, "latents are counted from 0 to 63"),
         ({"multiples": [-1.0]}, "strengths of at least 0"),
         ({"tokens": 60}, "tokens"),
         ({"text_prompts": 500}, "500 are asked for"),
@@ -165,6 +165,12 @@ def test_what_cannot_be_is_one_clear_line(
 ) -> None:
     with pytest.raises(TsaeError, match=message):
         measured(with_settings(config, config.experiments.steer.dataset, **settings), checkpoints)
+
+
+def test_a_latent_of_another_split_is_refused(config: RunConfig, checkpoints: Path) -> None:
+    named = {"concepts": ["north", "east"], "latents": [63, 1]}
+    with pytest.raises(TsaeError, match="1 is not in this split"):
+        measured(with_settings(config, config.experiments.steer.dataset, **named), checkpoints, chunk=1)
 
 
 def test_a_dead_latent_is_refused(config: RunConfig, checkpoints: Path) -> None:

@@ -21,7 +21,6 @@ from tsae.experiments.sequences.scores import Scores, SmoothnessCounts, score, t
 from tsae.experiments.shared.firings import token_texts
 from tsae.experiments.shared.subject import Subject
 from tsae.runtime import files
-from tsae.runtime.errors import TsaeError
 from tsae.runtime.progress import Progress
 
 SHOWN = 3
@@ -31,7 +30,7 @@ HEADLINE = ("phase_auc", "top_persistence", "boundary_lag", "leakage", "change_p
 
 def measure(subject: Subject, settings: SequencesConfig, chunk: int) -> dict[str, Any]:
     """The scores of one split and its controls, and the contexts that the figure and the page show. Raises TsaeError."""
-    _check(settings, subject)
+    settings.require_possible("sequences", subject.dictionary.dict_size)
     contexts, split = draw_contexts(subject, settings), subject.latents(chunk)
     progress, done = Progress("sequences", contexts.total, "contexts"), 0
     counts = SmoothnessCounts(subject.dictionary.dict_size)
@@ -149,14 +148,6 @@ def _shown(subject: Subject, coded: Coded, split: slice, settings: SequencesConf
 def _packed(values: np.ndarray, first: int) -> str:
     """A latent's activations as `position:value` words, which keep thousands of latents on a line each."""
     return " ".join(f"{first + at}:{values[at]:.3g}" for at in np.flatnonzero(values).tolist())
-
-
-def _check(settings: SequencesConfig, subject: Subject) -> None:
-    size = subject.dictionary.dict_size
-    if any(latent >= size for latent in settings.latents):
-        raise TsaeError(
-            f"experiments.sequences.latents: {list(settings.latents)} is impossible; latents are counted from 0 to {size - 1}"
-        )
 
 
 def write_page(results: dict[str, Any], path: Path) -> None:

@@ -213,13 +213,7 @@ def _judged(settings: SteerConfig, samples: list[dict[str, Any]]) -> dict[str, A
 
 def _check(settings: SteerConfig, subject: Subject, chunk: int) -> None:
     split = subject.latents(chunk)
-    if not (settings.multiples or settings.strengths):
-        raise TsaeError("experiments.steer.multiples: [] is impossible; at least one strength is expected")
-    if settings.latents and len(settings.latents) != len(settings.concepts):
-        raise TsaeError(
-            f"experiments.steer.latents: {list(settings.latents)} is impossible; one for each of "
-            f"experiments.steer.concepts is expected; there are {len(settings.concepts)}"
-        )
+    settings.require_possible("steer", subject.dictionary.dict_size)
     for latent in settings.latents:
         if not split.start <= latent < split.stop:
             raise TsaeError(
