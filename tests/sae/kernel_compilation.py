@@ -73,7 +73,7 @@ for width, warps in ((768, 4), (2304, 16)):
     options = {"num_warps": warps}
     assert {**row, **options} == update._row_tile(width)
     KERNELS.append((update._along_and_norm, [*[FLOAT] * 4, "i32", "fp32"], row, options))
-    types = [*[FLOAT] * 7, "*fp64", *["fp32"] * 6, "i32", "i32"]
+    types = [*[FLOAT] * 7, *["fp32"] * 8, "i32", "i32"]
     KERNELS += [(update._adam, types, {"PROJECTED": both, "UNIT": both, **row}, options) for both in (True, False)]
 shape = [FLOAT, INT, *["i32"] * 4]
 KERNELS += [

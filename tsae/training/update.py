@@ -15,7 +15,6 @@ Shapes: F dict_size, D activation_dim, N rows of inputs, n entries. Matrices are
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
@@ -330,9 +329,6 @@ class Adam(torch.optim.Adam):
     def __init__(self, *parameters: Any, shard: Shard = EVERYTHING, **options: Any) -> None:
         super().__init__(*parameters, **options)
         self._shard = shard
-        first = self.param_groups[0]
-        logarithms = [math.log(beta) if beta else -math.inf for beta in first["betas"]]
-        self._logarithms = torch.tensor(logarithms, dtype=torch.float64, device=first["params"][0].device)
 
     @phase("optimizer")
     @torch.no_grad()
@@ -370,7 +366,7 @@ class Adam(torch.optim.Adam):
             rows, *moments = map(by_latent, tensors)
             gradient.update(
                 kernels, rows, moments=moments, norm=norm, clip_norm=clip_norm, steps=state["step"],
-                logarithms=self._logarithms, lr=group["lr"], betas=group["betas"], epsilon=group["eps"],
+                lr=group["lr"], betas=group["betas"], epsilon=group["eps"],
                 unit=EPSILON if unit_rows else None,
             )  # fmt: skip
             return

@@ -25,6 +25,8 @@ from tsae.sae.kernels.sums import ENTRIES, bounds, brought, products, tile_width
 OF_ROW = 32
 """Candidates, or entries, of a row that a program has at a time: one for each thread."""
 OPTIONS = {"num_warps": 1}
+PROGRAMS = 4096
+"""That share the candidates out: several times as many as a GPU runs at once."""
 
 Code = tuple[Tensor, Tensor, Tensor, Tensor]
 """Offsets [N + 1], latents, values and rows [n], as of `SparseCode`; empty entries come last."""
@@ -32,29 +34,32 @@ Code = tuple[Tensor, Tensor, Tensor, Tensor]
 
 @triton.jit
 def _refine(
-    rows, latents, found, x, matrix, bias, guesses, starts, out, count, per_half, n_halves, n_budgets, width, x_stride,
+    rows, latents, found, x, matrix, bias, guesses, starts, out, capacity, per_half, n_halves, n_budgets, width, x_stride,
     matrix_stride, BLOCK_E: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    entry = tl.program_id(0).to(tl.int64) * BLOCK_E + tl.arange(0, BLOCK_E)
-    listed = entry < tl.minimum(tl.load(found), count)
-    latent = tl.load(latents + entry, mask=listed, other=-1)
-    value = products(rows, entry, latent, x, matrix, width, x_stride, matrix_stride, BLOCK_E, BLOCK_D)
-    value += tl.load(bias + latent, mask=listed, other=0.0)
-    half = tl.load(rows + entry, mask=listed, other=0) // per_half
-    guess = of_budgets(guesses, half, n_halves, latent, starts, n_budgets)
-    tl.store(out + entry, tl.where(listed & (value > guess), value, float("-inf")), mask=entry < count)
+    # A list has room for two or three times as many: programs go through what there is, in turns.
+    last = tl.minimum(tl.load(found), capacity).to(tl.int32)
+    for first in range(tl.program_id(0) * BLOCK_E, last, tl.num_programs(0) * BLOCK_E):
+        entry = first + tl.arange(0, BLOCK_E)
+        latent = tl.load(latents + entry, mask=entry < last, other=-1)
+        value = products(rows, entry, latent, x, matrix, width, x_stride, matrix_stride, BLOCK_E, BLOCK_D)
+        value += tl.load(bias + latent, mask=entry < last, other=0.0)
+        half = tl.load(rows + entry, mask=entry < last, other=0) // per_half
+        guess = of_budgets(guesses, half, n_halves, latent, starts, n_budgets)
+        tl.store(out + entry, tl.where(value > guess, value, float("-inf")), mask=entry < last)
 
 
 def refined(listed: List, x: Tensor, matrix: Tensor, bias: Tensor, guesses: Tensor) -> Tensor:
     """The pre-activations x [N, D] · matrix [F, D] + bias [F] of a list's candidates that are above their guess → [c].
 
-    What is not is −inf. The guesses [G, H] are of the list's budgets and the halves of the N rows.
+    What is not is −inf, and what there is beyond the candidates is not written. The guesses [G, H] are of the list's budgets
+    and the halves of the N rows.
     """
     out = listed.values
     (n_budgets, n_halves), width = guesses.shape, x.shape[1]
     shape = (len(out), len(x) // n_halves, n_halves, n_budgets, width, x.stride(0), matrix.stride(0))
     with on_device_of(out):
-        _refine[(triton.cdiv(len(out), ENTRIES),)](
+        _refine[(min(PROGRAMS, triton.cdiv(len(out), ENTRIES)),)](
             listed.rows, listed.latents, listed.found, x, matrix, bias, guesses, listed.starts, out, *shape, ENTRIES,
             tile_width(width),
         )  # fmt: skip

@@ -152,7 +152,7 @@ def _add_rows(
     row = tl.load(rows + entry, mask=live, other=0)
     value = tl.load(values + entry, mask=live, other=0.0)
     tile = tl.load(matrix + row[:, None] * matrix_stride + d[None, :], mask=inside, other=0.0)
-    tl.atomic_add(out + target[:, None] * out_stride + d[None, :], value[:, None] * tile, mask=inside)
+    tl.atomic_add(out + target[:, None] * out_stride + d[None, :], value[:, None] * tile, mask=inside, sem="relaxed")
 
 
 Bounds = tuple[Tensor, Tensor]

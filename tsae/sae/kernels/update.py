@@ -10,6 +10,8 @@ Shapes: D activation_dim, F dict_size.
 
 from __future__ import annotations
 
+import math
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -34,9 +36,18 @@ def _along_and_norm(gradient, weights, along, norms, width, tiny, BLOCK: tl.cons
 
 
 @triton.jit
+def _below_one(y):
+    """1 − e^y for y ≤ 0; of 1 − 0.999^step the difference would have four digits, so near 0 it is −y (1 + y/2 (1 + y/3 …))."""
+    series = 1.0 + y / 10
+    for n in tl.static_range(9, 1, -1):
+        series = 1.0 + y / n * series
+    return tl.where(y > -0.5, -y * series, 1.0 - tl.exp(y))
+
+
+@triton.jit
 def _adam(
-    weights, gradient, along, firsts, seconds, norm, steps, logarithms, clip_norm, lr, towards_first, towards_second,
-    epsilon, tiny, count, width, PROJECTED: tl.constexpr, UNIT: tl.constexpr, BLOCK: tl.constexpr,
+    weights, gradient, along, firsts, seconds, norm, steps, clip_norm, lr, log_first, log_second, towards_first,
+    towards_second, epsilon, tiny, count, width, PROJECTED: tl.constexpr, UNIT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     d = tl.arange(0, BLOCK)
     place = tl.program_id(0).to(tl.int64) * width + d
@@ -47,14 +58,12 @@ def _adam(
     second = tl.load(seconds + place, mask=inside, other=0.0)
     if PROJECTED:
         g -= tl.load(along + tl.program_id(0)) * w
-    g *= tl.minimum(clip_norm / (tl.load(norm) + 1e-6), 1.0)
+    g *= tl.minimum(clip_norm / (tl.load(norm) + 1e-6), 1.0, propagate_nan=tl.PropagateNan.ALL)
     first += (g - first) * towards_first
     second += (g * g - second) * towards_second
-    # In double precision: single precision would leave four digits of 1 − 0.999^step.
-    step = (tl.load(steps) + 1).to(tl.float64)
-    pace = lr / (1 - tl.exp(step * tl.load(logarithms))).to(tl.float32)
-    spread = tl.sqrt(second) / tl.sqrt((1 - tl.exp(step * tl.load(logarithms + 1))).to(tl.float32)) + epsilon
-    w -= pace * first / spread
+    step = tl.load(steps) + 1
+    spread = tl.sqrt(second) / tl.sqrt(_below_one(step * log_second)) + epsilon
+    w -= lr / _below_one(step * log_first) * first / spread
     if UNIT:
         w = tl.where(inside, w, 0.0)
         w /= tl.sqrt(tl.sum(w * w, axis=0)) + tiny
@@ -82,7 +91,6 @@ def adam(
     norm: Tensor,
     clip_norm: float,
     steps: Tensor,
-    logarithms: Tensor,
     lr: float,
     betas: tuple[float, float],
     epsilon: float,
@@ -91,15 +99,16 @@ def adam(
     """One step of Adam on weights [F, D] or [F], contiguous as all that is like them, in place; the gradient stays.
 
     Of the gradient `along` [F] times the weights is subtracted, then it is clipped as the whole gradient, whose norm is given
-    (a scalar), is to `clip_norm`. After so many `steps` (a scalar) moments are divided by 1 − beta^(steps + 1), for which the
-    logarithms [2] of the betas are in double precision. With `unit` rows are divided by their norm plus that.
+    (a scalar), is to `clip_norm`. After so many `steps` (a scalar) moments are divided by 1 − beta^(steps + 1). With `unit`
+    rows are divided by their norm plus that.
     """
     width = weights.shape[1] if weights.ndim > 1 else FLAT
     n_rows = triton.cdiv(weights.numel(), width)
     if n_rows:
-        rest = tuple(1 - beta for beta in betas)
-        numbers = (clip_norm, lr, *rest, epsilon, 0.0 if unit is None else unit, weights.numel(), width)
-        tensors = (weights, gradient, weights if along is None else along, *moments, norm, steps, logarithms)
+        logarithms = (math.log(beta) if beta else -math.inf for beta in betas)
+        rest = (1 - beta for beta in betas)
+        numbers = (clip_norm, lr, *logarithms, *rest, epsilon, 0.0 if unit is None else unit, weights.numel(), width)
+        tensors = (weights, gradient, weights if along is None else along, *moments, norm, steps)
         with on_device_of(weights):
             _adam[(n_rows,)](*tensors, *numbers, along is not None, unit is not None, **_row_tile(width))
 

@@ -55,7 +55,8 @@ class Check(NamedTuple):
         ]
         if min(factors) == 1:
             return None
-        return self.guesses * torch.tensor(factors, device=self.guesses.device).view_as(self.guesses)
+        lower = torch.tensor(factors, device=self.guesses.device).view_as(self.guesses)
+        return (self.guesses * lower).where(lower > 0, 0)
 
 
 class Listed(NamedTuple):
@@ -108,4 +109,4 @@ def listed_codes(
     codes = [SparseCode(offsets, latents, chosen, len(bias), True, rows) for offsets, latents, chosen, rows in parts]
     counts = torch.cat([listed.found, above.flatten(), (guesses > 0).flatten()])
     enough = [0 for _ in wanted] if per_token else wanted
-    return Listed(codes, cuts.clamp_min(0), smallest, Check(counts, guesses, enough, listed.capacity, listing))
+    return Listed(codes, cuts.where(cuts > 0, 0), smallest, Check(counts, guesses, enough, listed.capacity, listing))
