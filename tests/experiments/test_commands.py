@@ -28,6 +28,10 @@ from tsae.runtime import metadata
         (["--run_name", "temporal", "--layer", "0"], "--layer 0"),
         (["--run_name", "baseline_model", "--chunk", "0"], "baseline_model has no splits"),
         (["--run_name", "temporal", "sae.k=2"], "sae.k: was decided when the run was trained"),
+        (["temporal", "sae.k=2"], "sae.k: was decided when the run was trained"),
+        (["--chunk", "0", "batch_topk"], "--chunk 0: BatchTopKSAE has one group of latents"),
+        (["temporl", "--protocol", "reference"], "did you mean 'temporal'? runs found: "),
+        (["--protocol", "reference"], "probe: which run? Its name or folder is expected: tsae probe RUN"),
     ],
 )
 def test_what_is_not_there_is_refused_before_anything_is_measured(

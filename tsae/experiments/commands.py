@@ -17,10 +17,14 @@ def add_commands(add: AddCommand, run: Callable[[str, argparse.Namespace], None]
     """Declare the commands, which call `run` with the experiment's name and the options."""
     for name, experiment in EXPERIMENTS.items():
         parser = add(name, partial(run, name), experiment.help)
-        parser.add_argument("overrides", nargs="*", metavar="section.key=value", help=f"such as experiments.{name}.…")
-        _option(
-            parser, "run-name", help="the run, or its folder; baseline_model: the dense residual stream", required=True
+        parser.add_argument(
+            "overrides",
+            nargs="*",
+            metavar="RUN section.key=value",
+            help="the run's name, or its folder (baseline_model: the dense residual stream); then settings, such as "
+            f"experiments.{name}.…",
         )
+        _option(parser, "run-name", metavar="RUN", help="the same run by a flag, as the authors' scripts take it")
         _option(parser, "checkpoints-path", type=Path, help="folder of runs (default: TSAE_HOME/checkpoints)")
         _option(parser, "checkpoint", help="step of an intermediate checkpoint (default: the final weights)")
         _option(parser, "model", help="language model (default: the run's own)")

@@ -19,6 +19,12 @@ from tsae.runtime.errors import TsaeError
 
 def arguments_of(name: str, options: argparse.Namespace) -> dict[str, Any]:
     """What `stages.experiment_run` is called with. Raises TsaeError."""
+    if options.run_name is None:
+        if not options.overrides:
+            raise TsaeError(
+                f"{name}: which run? Its name or folder is expected: tsae {name} RUN (`tsae runs` lists them)"
+            )
+        options.run_name, *options.overrides = options.overrides
     checkpoints = options.checkpoints_path or environment.home() / "checkpoints"
     for key in ("protocol", "beside"):
         if getattr(options, key, None) is not None:

@@ -90,7 +90,7 @@ def _pull(options: argparse.Namespace) -> None:
 
     run = pull(options.source, options.out, options.revision)
     print(run)
-    print(f"measure it: tsae evaluate {run} data.source=TEXT, or tsae probe --run-name {run.name}", file=sys.stderr)
+    print(f"measure it: tsae evaluate {run} data.source=TEXT, or tsae probe {run.name}", file=sys.stderr)
 
 
 def _explanations(options: argparse.Namespace) -> None:

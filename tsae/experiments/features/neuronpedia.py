@@ -42,7 +42,7 @@ def export(run: RunFolder, out: Path) -> Path:
     """
     page = run.result("features", "html")
     if not page.exists():
-        raise TsaeError(f"{page}: not found; make it with `tsae features --run-name {run.path.parent}`")
+        raise TsaeError(f"{page}: not found; make it with `tsae features {run.path.parent}`")
     about, columns = data.unpack(page)
     if not isinstance(about["layer"], int):
         raise TsaeError(f"{run.path}: reads {about['layer']}; Neuronpedia orders sources by the number of a block")
