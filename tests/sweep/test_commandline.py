@@ -77,6 +77,14 @@ def test_a_shipped_sweep_is_named_from_anywhere(tmp_path, monkeypatch, capsys):
     assert "a folder without attempts/" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("name", ["../other", "", "..", "a/b"])
+def test_a_name_that_is_no_folder_name_is_refused(name, capsys):
+    assert main(["sweep", "split_fraction", "--name", name, "--dry-run"]) == 2
+    assert capsys.readouterr().err.startswith(
+        f"tsae: --name {name!r}: a folder name below TSAE_HOME/sweeps is expected"
+    )
+
+
 def test_runs_without_any_is_one_line(home, capsys):
     assert main(["runs"]) == 2
     said = capsys.readouterr().err

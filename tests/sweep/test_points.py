@@ -104,6 +104,10 @@ def test_overrides_and_base_that_change_results_get_folders_of_their_own(plan_of
         ({"grid": {"sae.k": ["many"]}}, "sae.k: a whole number is expected, found 'many'"),
         ({"grid": {"sae.k": [99999]}}, "k=99999: sae.k: 99999 is impossible"),
         ({"grid": {"sae.k": [8, 8]}}, "are the same run"),
+        (
+            {"grid": {"sae.k": [8]}, "name": "../other"},
+            "name '../other': a folder name below TSAE_HOME/sweeps is expected",
+        ),
         ({"grid": {"model.layer": [9]}}, "model.layer: 9 is impossible"),
         ({"gird": {"sae.k": [8]}}, "gird: unknown key; did you mean 'grid'"),
         ({"zip": {"sae.k": [8, 9], "training.seed": [0]}}, "zip: lists of one length are expected"),
