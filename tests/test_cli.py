@@ -104,3 +104,11 @@ def test_an_interrupt_is_not_lost_where_python_passes_over_errors(
     monkeypatch.setattr(cli, "load_dotenv", wait)
     assert main(["status"]) == 130
     assert capsys.readouterr().err == "tsae: interrupted; the same command continues\n"
+
+
+def test_the_module_is_the_command() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "tsae", "runs", "nowhere"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert done.stderr == "tsae: nowhere: no such folder; one that runs and sweeps lie under is expected\n"

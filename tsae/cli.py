@@ -458,6 +458,7 @@ def _export_latents(options: argparse.Namespace) -> Path:
 def _bench(options: argparse.Namespace) -> None:
     from tsae.bench.command import run
 
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C does: stores made for it are removed
     print(run(options))
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -298,3 +300,21 @@ def test_presets_are_possible_runs() -> None:
 def test_the_command_line_does_not_load_torch() -> None:
     code = "import sys, tsae.cli; tsae.cli._parser(); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_one_that_is_ended_leaves_nothing_behind(tmp_path: Path) -> None:
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    words = [sys.executable, "-m", "tsae", "bench", *TINY, "--rounds", "200000", "--out", str(tmp_path / "out")]
+    with subprocess.Popen(words, env={**os.environ, "TMPDIR": str(scratch)}, stderr=subprocess.PIPE) as process:
+        deadline = time.monotonic() + 120
+        while not list(scratch.iterdir()) and not list(tmp_path.glob("out/rates-*")):
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        process.terminate()
+        _, said = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert b"Traceback" not in said
+    assert not list(scratch.iterdir())
+    assert not list(tmp_path.glob("out/*"))

@@ -31,6 +31,7 @@ FLOORS = (
     ("report",),
     ("sweep",),
     ("selftest", "cli"),
+    ("__main__",),
 )
 """From the ground up; rooms of one floor may import each other, as far as no circle comes of it."""
 HEIGHT = {room: height for height, rooms in enumerate(FLOORS) for room in rooms}
