@@ -278,9 +278,10 @@ def test_what_a_job_that_was_killed_after_its_work_left_is_cleared_by_the_next_l
 
 
 def test_runs_sweeps_and_stores_are_listed(finished, capsys):
+    (finished / "stores" / "notes.txt").write_text("no store")
     assert main(["runs"]) == 0
     runs, sweeps, stores = (part.splitlines() for part in capsys.readouterr().out.strip().split("\n\n"))
-    (store,) = (finished / "stores").iterdir()
+    (store,) = (path for path in (finished / "stores").iterdir() if path.is_dir())
     assert len(runs) - 2 == len(list(finished.glob("checkpoints/*/*/trainer_0")))
     assert sweeps[0].startswith("sweeps ")
     assert stores[0].startswith("stores ")

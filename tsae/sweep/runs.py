@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ def listing(home: Path) -> list[str]:
     for run in _runs(home / "checkpoints"):
         groups.setdefault(run.path.parent.parent, []).append(run)
     sweeps = sorted(path.parent for path in home.glob("sweeps/*/attempts"))
-    stores = [layout for path in sorted(home.glob("stores/*")) if (layout := StoreLayout(path)).exists()]
+    stores = [StoreLayout(path.parent) for path in sorted(home.glob("stores/*/zarr.json"))]
     if not groups and not sweeps and not stores:
         raise TsaeError(f"{home}: no runs and no sweeps; TSAE_HOME names the folder that holds them (default ./runs)")
     lines = []
@@ -96,7 +97,10 @@ def _stores(stores: list[StoreLayout], runs: list[RunFolder]) -> list[str]:
     trained_on = Counter(_store_of(run) for run in runs)
     rows = [["store", "tokens", "dimensions", "on disk", "runs", "state"]]
     for layout in stores:
-        on_disk = sum(path.stat().st_size for path in layout.path.rglob("*") if path.is_file())
+        on_disk = 0
+        for path in layout.path.rglob("*"):
+            with suppress(FileNotFoundError):  # a harvest goes on meanwhile
+                on_disk += path.stat().st_size if path.is_file() else 0
         size = f"{on_disk / 1e9:.1f} GB" if on_disk >= 1e8 else f"{on_disk / 1e6:.1f} MB"
         try:
             tokens, geometry = f"{layout.attributes['tokens']:,}", layout.geometry

@@ -118,9 +118,10 @@ def load_sweep(
     extra = configuration.parse_overrides(overrides or [], command_folder)
     configuration.check_part(extra, "command line")
     _refuse_swept(config, extra, path)
-    for value, given_by in ((name, "--name"), (config.name, f"{path}: name")):
-        if value is not None and (not value.strip(" ./") or "/" in value):
-            raise TsaeError(f"{given_by} {value!r}: a folder name below TSAE_HOME/sweeps is expected, without '/'")
+    # Of a sweep that has been launched the folder's name is given.
+    value, given_by = (config.name, f"{path}: name") if name is None else (name, "--name")
+    if value is not None and (not value.strip(" ./") or "/" in value):
+        raise TsaeError(f"{given_by} {value!r}: a folder name below TSAE_HOME/sweeps is expected, without '/'")
     names = file_name(name or "-".join([config.name or path.stem, base_path.stem]) + _override_suffix(extra))
     places = {"sweep": str(folder), "base": str(base_folder), "overrides": str(command_folder)}
     return Sweep(path, config, settings, {**own, **extra}, names, base_path, tuple(overrides or ()), places)

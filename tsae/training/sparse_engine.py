@@ -214,7 +214,7 @@ class SparseEngine(Engine[ThresholdDictionary]):
         l2_loss = group_losses.sum() * weights.reduction
         weight = weights.prediction if predicted else weights.temporal_alpha
         loss = l2_loss + weights.auxk_alpha * auxk + weight * temporal
-        of_term = term.current if term and len(term.current) else l2_loss[None] * 0
+        of_term = term.current if term and len(term.current) else l2_loss.new_zeros(1)
         strongest = torch.linalg.vector_norm(of_term, torch.inf)
         losses = Losses(
             loss, l2_loss, group_losses, auxk, temporal, squares[-1], alone, temp_gradient=strongest, variance=spread
