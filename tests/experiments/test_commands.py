@@ -125,6 +125,18 @@ def test_a_run_from_elsewhere_is_read_where_its_file_says(
     assert torch.equal(read, seen[-1])
 
 
+def test_latents_of_a_run_from_elsewhere_are_its_dictionarys(
+    theirs: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its settings tell no size: the default of a training must not decide which latents there are."""
+    options = argparse.Namespace(run_name="theirs", checkpoints_path=theirs(), model=None, layer=None, out=None)
+    options.overrides, options.dataset, options.checkpoint = ["experiments.sequences.latents=[50000]"], None, None
+    assert arguments_of("sequences", options)["config"].experiments.sequences.latents == (50000,)
+    words = ["theirs", "--checkpoints_path", str(options.checkpoints_path), "experiments.sequences.latents=[64]"]
+    assert cli.main(["sequences", *words]) == 2
+    assert "latents are counted from 0 to 63" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("command", ["probe", "tsne"])
 def test_texts_without_a_tagger_are_refused_before_they_are_harvested(
     command: str,

@@ -74,15 +74,18 @@ def module_of(name: str) -> ModuleType:
     return import_module(_module(name))
 
 
-def require_possible(name: str, config: RunConfig, where: str) -> None:
-    """Refuse, before anything is read or trained, what the settings alone rule out. Raises TsaeError."""
+def require_possible(name: str, config: RunConfig, where: str, dict_size: int | None = None) -> None:
+    """Refuse, before anything is read or trained, what the settings alone rule out. Raises TsaeError.
+
+    `dict_size` is that of a dictionary to be trained; of one that is there `measure` knows its own.
+    """
     if config.without_text:
         raise TsaeError(
             f"{where}: {name}: the run is trained on {config.without_text}, without text to experiment with"
         )
     settings = settings_of(config, name)
-    if hasattr(settings, "require_possible"):
-        settings.require_possible(where, config.sae.dict_size)
+    if dict_size is not None and hasattr(settings, "require_possible"):
+        settings.require_possible(where, dict_size)
     if hasattr(settings, "dataset"):
         from tsae.data.labelled import require_there
 

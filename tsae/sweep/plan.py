@@ -233,7 +233,7 @@ def _refuse_impossible(sweep: Sweep, points: Sequence[Point]) -> None:
         where, path = f"{sweep.path}: {point.name}", point.config.store.path
         for name in sweep.config.stages:
             if name in EXPERIMENTS:
-                require_possible(name, point.config, where)
+                require_possible(name, point.config, where, point.config.sae.dict_size)
         if path is not None:
             other = stored.setdefault(str(path), point)
             different = schema.differences(*(configuration.store_settings(each.config) for each in (other, point)))
