@@ -188,6 +188,13 @@ def test_what_was_launched_before_it_was_refused_can_be_looked_at(write_sweep):
     assert len(make_plan(sweep, to_look_at=True).points) == 2
 
 
+def test_a_launched_sweep_goes_by_its_folder_whatever_its_file_calls_it(write_sweep):
+    path = write_sweep(base="synthetic", grid={"sae.k": [8, 9]}, name="mine/first")
+    assert load_sweep(path, name="mine-first").folder_name == "mine-first"
+    with pytest.raises(TsaeError, match="name 'mine/first': a folder name"):
+        load_sweep(path)
+
+
 def test_an_override_of_a_swept_setting_is_refused(plan_of):
     with pytest.raises(TsaeError, match=r"command line: sae\.k: .* sweeps it"):
         plan_of(command_line=["sae.k=9"], grid={"sae.k": [8]})
